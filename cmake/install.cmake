@@ -1,0 +1,44 @@
+# What `cmake --install` puts where: headers, the library, a CMake package that links without further
+# knowledge, the command and the demo model; and, for a wheel, the extension and the command.
+include(CMakePackageConfigHelpers)
+include(GNUInstallDirs)
+
+if(SKBUILD)
+  install(TARGETS _core LIBRARY DESTINATION mustafar COMPONENT python)
+  if(TARGET mustafar_command)
+    install(TARGETS mustafar_command RUNTIME DESTINATION ${SKBUILD_SCRIPTS_DIR} COMPONENT python)
+  endif()
+  # The licences of the libraries inside.
+  foreach(package libpcre2-dev libedit-dev libbsd-dev libmd-dev libncurses-dev libcli11-dev
+          nlohmann-json3-dev)
+    if(EXISTS /usr/share/doc/${package}/copyright)
+      install(FILES /usr/share/doc/${package}/copyright DESTINATION mustafar/licenses
+        RENAME ${package}.txt COMPONENT python)
+    endif()
+  endforeach()
+  return()
+endif()
+
+set(MUSTAFAR_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/mustafar)
+set(MUSTAFAR_ARCHIVE_DIR ${CMAKE_INSTALL_LIBDIR}/mustafar)
+
+# PCRE2 is installed beside the library: what links mustafar needs nothing from the system.
+target_link_libraries(mustafar PRIVATE $<INSTALL_INTERFACE:mustafar::pcre2>)
+install(FILES ${PCRE2_LIBRARY} DESTINATION ${MUSTAFAR_ARCHIVE_DIR})
+
+install(TARGETS mustafar EXPORT mustafar-targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
+install(DIRECTORY cpp/include/mustafar DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(EXPORT mustafar-targets NAMESPACE mustafar:: DESTINATION ${MUSTAFAR_CMAKE_DIR})
+configure_package_config_file(cmake/mustafar-config.cmake.in mustafar-config.cmake
+  INSTALL_DESTINATION ${MUSTAFAR_CMAKE_DIR} PATH_VARS MUSTAFAR_ARCHIVE_DIR)
+write_basic_package_version_file(mustafar-config-version.cmake COMPATIBILITY SameMinorVersion)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/mustafar-config.cmake
+  ${CMAKE_CURRENT_BINARY_DIR}/mustafar-config-version.cmake DESTINATION ${MUSTAFAR_CMAKE_DIR})
+
+if(TARGET mustafar_command)
+  install(TARGETS mustafar_command RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+endif()
+if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/python/mustafar/models/demo)
+  install(DIRECTORY python/mustafar/models/demo
+    DESTINATION ${CMAKE_INSTALL_DATADIR}/mustafar/models)
+endif()

@@ -1,0 +1,214 @@
+// What a device must be able to do to run a Llama: coarse operations over a ragged batch of
+// sequences. The model graph (model/llama.cc) is written once over this interface; fusion happens
+// inside an implementation. Pointers are memory of the backend's device unless a comment says host.
+//
+// Activations are f32, row-major. A batch's rows are the new tokens of its sequences, one after
+// another. Two kinds of calls differ in how sums are ordered, so that a sequence's result does not
+// depend on what else is in the batch:
+//   decode   every sequence has exactly one row;
+//   prefill  any number of rows.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "format/block_format.h"
+#include "mustafar/model_config.h"
+
+namespace mustafar {
+
+// A weight matrix as stored: y = W x. data is [rows][cols], aligned to its element.
+struct Matrix {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;  // f32, f16 or bf16
+  int64_t rows = 0;           // outputs
+  int64_t cols = 0;           // inputs
+};
+
+struct LayerWeights {
+  const float* attention_norm = nullptr;  // [hidden]
+  Matrix q, k, v;                         // [heads * head_dim, hidden]
+  const float* q_bias = nullptr;          // [heads * head_dim] or null, likewise below
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
+  Matrix o;                               // [hidden, n_heads * head_dim]
+  const float* o_bias = nullptr;
+  const float* mlp_norm = nullptr;        // [hidden]
+  Matrix gate, up;                        // [intermediate, hidden]
+  Matrix down;                            // [hidden, intermediate]
+  const float* gate_bias = nullptr;
+  const float* up_bias = nullptr;
+  const float* down_bias = nullptr;
+};
+
+struct Weights {
+  Matrix embedding;                       // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  const float* final_norm = nullptr;      // [hidden]
+  Matrix lm_head;                         // [vocab, hidden]
+  const float* rope_frequencies = nullptr;  // [head_dim / 2]
+};
+
+// The KV transform of a profile: per layer and KV head D x D, row vectors (k' = k F, q' = q B^T).
+struct KVTransform {
+  const float* k_forward = nullptr;   // [n_layers][n_kv_heads][D][D]
+  const float* k_backward = nullptr;
+  const float* v_forward = nullptr;
+  const float* v_backward = nullptr;
+  const float* k_weight = nullptr;    // [n_layers][n_kv_heads][D] ranking weights, or null
+  const float* v_weight = nullptr;
+};
+
+// One sequence's part in a call. Its cache is the store (n_blocks pages), then the dense buffer
+// (sinks, then tail), then the tokens of this call.
+struct SequenceStep {
+  // Rows of this operation.
+  int32_t row0 = 0;    // first of its rows in the batch
+  int32_t n_rows = 0;
+  int32_t pos0 = 0;    // position of its first row (for RoPE and the causal mask)
+
+  // The cache as it stood before the call.
+  const StoreLayout* layout = nullptr;     // host memory
+  const uint8_t* const* pages = nullptr;   // [n_blocks] page addresses, oldest first
+  int32_t n_blocks = 0;
+  void* dense = nullptr;         // [n_layers][2 (K, V)][n_kv_heads][dense_capacity][D], tail dtype
+  int32_t dense_capacity = 0;    // tokens
+  int32_t dense_tokens = 0;      // valid before the call
+  int32_t n_sinks = 0;           // leading dense tokens that never enter the store
+
+  // Prefill: where the call's keys and values of the current layer go and are read from, starting at
+  // position fresh_pos0: [2 (K, V)][n_kv_heads][fresh_capacity][D], tail dtype. Null in decode: the
+  // row goes to slot dense_tokens of the dense buffer.
+  void* fresh = nullptr;
+  int32_t fresh_capacity = 0;
+  int32_t fresh_pos0 = 0;
+
+  const KVTransform* transform = nullptr;  // host struct of device pointers, or null
+
+  // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys by
+  // it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p % query_window.
+  float* query_magnitude = nullptr;
+  int32_t query_window = 0;
+};
+
+struct Batch {
+  std::span<const SequenceStep> sequences;  // host memory
+  int32_t n_rows = 0;
+  bool decode = false;
+};
+
+// Moves blocks that left the window into the store: of the logical run dense[0, dense_tokens) ++
+// fresh[0, fresh_tokens) the tokens from n_sinks on are compressed into new_pages, 64 each; what
+// remains (sinks, then the rest) goes to dense_out, which may be the sequence's own dense buffer.
+struct CommitStep {
+  const SequenceStep* sequence = nullptr;
+  int32_t dense_tokens = 0;      // valid now: decode's new row included
+  int32_t fresh_tokens = 0;      // 0 in decode
+  uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
+  int32_t n_new_blocks = 0;
+  int32_t end_pos = 0;           // tokens cached once the call is over
+  void* dense_out = nullptr;
+  int32_t k_policy = 0;          // PrunePolicy
+  int32_t v_policy = 0;
+};
+
+// Scratch of one call in flight: grows to what the largest call so far needed.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  virtual int64_t bytes() const = 0;
+};
+
+// An owned allocation on the device.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ protected:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual std::string device() const = 0;       // "cpu" or "cuda"
+  virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
+  virtual bool host_memory() const = 0;         // device pointers can be read by the host
+
+  // Memory. Throws OutOfMemory. upload and download are synchronous.
+  virtual std::unique_ptr<DeviceMemory> allocate(int64_t bytes) = 0;
+  virtual void upload(void* device, const void* host, int64_t bytes) = 0;
+  virtual void download(void* host, const void* device, int64_t bytes) = 0;
+  virtual void copy(void* to, const void* from, int64_t bytes) = 0;  // device to device
+  virtual int64_t available_bytes() const = 0;  // that allocate could still get, about
+
+  virtual std::unique_ptr<Workspace> make_workspace() = 0;
+
+  // Operations. x, q, out: f32 rows on the device.
+
+  // out [n][hidden] = rows of the table. token_ids: host memory, checked by the caller.
+  virtual void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) = 0;
+
+  // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and values
+  // are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
+  // [n_rows][n_heads * D], transformed where the sequence has a transform.
+  virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
+                           const float* x, float* q, Workspace& workspace) = 0;
+
+  // Softmax attention of every row over its sequence's cache and the call's tokens up to its own, one
+  // online softmax; undoes the value transform. out: [n_rows][n_heads * D].
+  virtual void attend(int32_t layer, const Batch& batch, const float* q, float* out,
+                      Workspace& workspace) = 0;
+
+  // x [n_rows][hidden] += W_o attention + bias.
+  virtual void project_output(const Weights& weights, int32_t layer, const Batch& batch,
+                              const float* attention, float* x, Workspace& workspace) = 0;
+
+  // x += W_down(silu(W_gate n) * (W_up n)), n = norm(x).
+  virtual void mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
+                   Workspace& workspace) = 0;
+
+  // logits [rows.size()][vocab] of chosen rows of x (final norm, lm_head). rows: host memory.
+  virtual void logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
+                      const float* x, float* logits, Workspace& workspace) = 0;
+
+  // Prunes and compresses layers [first_layer, first_layer + n_layers) of every step. Throws
+  // StateError naming layer and position where a row that must be quantised is not finite (then
+  // new_pages and dense_out are undefined, dense and fresh unchanged unless dense_out is dense); a
+  // device that does not wait for the answer throws it from the next synchronize().
+  virtual void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
+                      Workspace& workspace) = 0;
+
+  virtual void synchronize() = 0;
+
+  // Runs a whole decode step: body calls the ops of `batch` from embed to logits, and nothing else
+  // that has an effect: the same ones with the same pointers whenever `buffers` (every buffer of the
+  // caller's that they use) and the shapes are the same. So a backend may record what body did and
+  // later repeat that instead; lengths, positions and token ids are those of this call.
+  virtual void decode_step(const Batch& batch, std::span<const int32_t> token_ids,
+                           std::span<const void* const> buffers, Workspace& workspace,
+                           const std::function<void()>& body) {
+    (void)batch, (void)token_ids, (void)buffers, (void)workspace;
+    body();
+  }
+};
+
+struct BackendOptions {
+  std::string device = "auto";  // "auto", "cpu", "cuda"
+  DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
+  int32_t threads = 0;          // 0: one per core
+};
+
+// Throws Error naming what is missing where the device can't be had.
+std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options);
+
+}  // namespace mustafar

@@ -1,0 +1,330 @@
+#include "backend/cpu/cpu_backend.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <new>
+
+#include "backend/cpu/commit.h"
+#include "backend/cpu/decode_attention.h"
+#include "backend/cpu/linear.h"
+#include "backend/cpu/prefill_attention.h"
+#include "mustafar/error.h"
+
+namespace mustafar {
+namespace {
+
+class CpuMemory final : public DeviceMemory {
+ public:
+  explicit CpuMemory(int64_t bytes) : buffer_(static_cast<size_t>(bytes)) {
+    data_ = buffer_.data();
+    bytes_ = bytes;
+  }
+
+ private:
+  HostBuffer buffer_;
+};
+
+CpuWorkspace& on_cpu(Workspace& workspace) { return static_cast<CpuWorkspace&>(workspace); }
+
+// Few rows are cheaper on the calling thread than the start of a region.
+template <typename Body>
+void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
+  if (n * words_per_row <= 16 * 1024) {
+    for (int64_t i = 0; i < n; i++) body(i, 0);
+  } else {
+    pool.parallel_for(n, body);
+  }
+}
+
+}  // namespace
+
+CpuBackend::CpuBackend(const ModelConfig& config, DType dtype, int32_t threads, Isa isa)
+    : kernels_(select_kernels(isa)),
+      gemm_(dtype == DType::kBF16 && kernels_.bf16.rows > 0 ? kernels_.bf16 : kernels_.f32),
+      isa_(isa),
+      dtype_(dtype),
+      eps_(static_cast<float>(config.rms_norm_eps)),
+      n_heads_(config.n_heads),
+      n_kv_heads_(config.n_kv_heads),
+      head_dim_(config.head_dim),
+      pool_(threads) {}
+
+std::string CpuBackend::description() const {
+  return std::string(isa_description(isa_)) + ", " + std::to_string(pool_.size()) +
+         (pool_.size() == 1 ? " thread" : " threads");
+}
+
+std::unique_ptr<DeviceMemory> CpuBackend::allocate(int64_t bytes) {
+  try {
+    return std::make_unique<CpuMemory>(bytes);
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("CPU: can't allocate " + std::to_string(bytes) + " bytes, about " +
+                      std::to_string(available_bytes()) + " are available");
+  }
+}
+
+void CpuBackend::upload(void* device, const void* host, int64_t bytes) {
+  std::memcpy(device, host, static_cast<size_t>(bytes));
+}
+
+void CpuBackend::download(void* host, const void* device, int64_t bytes) {
+  std::memcpy(host, device, static_cast<size_t>(bytes));
+}
+
+void CpuBackend::copy(void* to, const void* from, int64_t bytes) {
+  std::memmove(to, from, static_cast<size_t>(bytes));
+}
+
+int64_t CpuBackend::available_bytes() const {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key, unit;
+  int64_t kib = 0;
+  while (meminfo >> key >> kib) {
+    std::getline(meminfo, unit);
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return int64_t{sysconf(_SC_AVPHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+}
+
+std::unique_ptr<Workspace> CpuBackend::make_workspace() { return std::make_unique<CpuWorkspace>(); }
+
+void CpuBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
+  const Matrix& table = weights.embedding;
+  for (size_t i = 0; i < token_ids.size(); i++) {
+    const int64_t at = dtype_bytes(table.dtype, int64_t{token_ids[i]} * table.cols);
+    kernels_.to_f32(static_cast<const uint8_t*>(table.data) + at, table.dtype, table.cols,
+                    out + static_cast<int64_t>(i) * table.cols);
+  }
+}
+
+const float* CpuBackend::norm_rows(const float* x, const float* weight, int64_t n, int64_t hidden,
+                                   CpuWorkspace& workspace) {
+  float* out = grow<float>(workspace.normed, n * hidden);
+  for_rows(pool_, n, hidden, [&](int64_t i, int) {
+    kernels_.rms_norm(x + i * hidden, weight, eps_, hidden, out + i * hidden);
+  });
+  return out;
+}
+
+PackedInput CpuBackend::pack(const float* x, int64_t n, int64_t cols, CpuWorkspace& workspace) {
+  const PackedInput packed(gemm_, n, cols, workspace.packed);
+  for_rows(pool_, packed.n_panels(), cols * gemm_.rows,
+           [&](int64_t panel, int) { packed.pack(panel, x + panel * gemm_.rows * cols, cols); });
+  return packed;
+}
+
+void CpuBackend::prepare_rope(const Weights& weights, const Batch& batch, CpuWorkspace& workspace) {
+  std::vector<int32_t> positions(batch.n_rows);
+  for (const SequenceStep& step : batch.sequences) {
+    for (int32_t i = 0; i < step.n_rows; i++) positions[step.row0 + i] = step.pos0 + i;
+  }
+  if (positions == workspace.rope_positions &&
+      weights.rope_frequencies == workspace.rope_frequencies) {
+    return;
+  }
+  const int64_t half = head_dim_ / 2;
+  workspace.rope_positions.clear();
+  float* cos = grow<float>(workspace.rope, 2 * batch.n_rows * half);
+  float* sin = cos + batch.n_rows * half;
+  for_rows(pool_, batch.n_rows, 32 * half, [&](int64_t row, int) {
+    for (int64_t i = 0; i < half; i++) {
+      const float angle = static_cast<float>(positions[row]) * weights.rope_frequencies[i];
+      cos[row * half + i] = std::cos(angle);
+      sin[row * half + i] = std::sin(angle);
+    }
+  });
+  workspace.rope_positions = std::move(positions);
+  workspace.rope_frequencies = weights.rope_frequencies;
+}
+
+void CpuBackend::store_row(int32_t layer, const SequenceStep& step, int32_t row, bool value,
+                           const float* x) const {
+  // Fresh: [2][n_kv_heads][fresh_capacity][D]; dense: the same per layer.
+  const bool fresh = step.fresh != nullptr;
+  const int64_t capacity = fresh ? step.fresh_capacity : step.dense_capacity;
+  const int64_t slot = fresh ? step.pos0 + row - step.fresh_pos0 : step.dense_tokens;
+  const int64_t first = ((fresh ? 0 : int64_t{layer} * 2) + (value ? 1 : 0)) * n_kv_heads_;
+  uint8_t* base = static_cast<uint8_t*>(fresh ? step.fresh : step.dense);
+  for (int64_t head = 0; head < n_kv_heads_; head++) {
+    const int64_t at = ((first + head) * capacity + slot) * head_dim_;
+    kernels_.from_f32(x + head * head_dim_, head_dim_, dtype_, base + dtype_bytes(dtype_, at));
+  }
+}
+
+void CpuBackend::finish_row(int32_t layer, const SequenceStep& step, int32_t row, const float* cos,
+                            const float* sin, float* q, float* k, float* v, float* scratch) const {
+  const int64_t d = head_dim_;
+  for (int64_t head = 0; head < n_heads_; head++) kernels_.rope(q + head * d, cos, sin, head_dim_);
+  for (int64_t head = 0; head < n_kv_heads_; head++) {
+    kernels_.rope(k + head * d, cos, sin, head_dim_);
+  }
+  if (step.transform != nullptr) {
+    const KVTransform& transform = *step.transform;
+    const int64_t group = n_heads_ / n_kv_heads_;
+    for (int64_t head = 0; head < n_kv_heads_; head++) {
+      const int64_t matrix = (int64_t{layer} * n_kv_heads_ + head) * d * d;
+      if (transform.k_forward != nullptr) {
+        kernels_.multiply_row(k + head * d, transform.k_forward + matrix, head_dim_, scratch);
+        std::copy_n(scratch, d, k + head * d);
+        // q' = q B^T: a product with B as stored.
+        GemvArgs args;
+        args.weights = transform.k_backward + matrix;
+        args.cols = d;
+        args.row1 = d;
+        args.x = q + head * group * d;
+        args.x_stride = d;
+        args.batch = static_cast<int32_t>(group);
+        args.y = scratch;
+        args.y_stride = d;
+        kernels_.gemv(args);
+        std::copy_n(scratch, group * d, q + head * group * d);
+      }
+      if (transform.v_forward != nullptr) {
+        kernels_.multiply_row(v + head * d, transform.v_forward + matrix, head_dim_, scratch);
+        std::copy_n(scratch, d, v + head * d);
+      }
+    }
+  }
+  store_row(layer, step, row, false, k);
+  store_row(layer, step, row, true, v);
+}
+
+void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
+                             const float* x, float* q, Workspace& workspace) {
+  CpuWorkspace& ws = on_cpu(workspace);
+  const LayerWeights& w = weights.layers[layer];
+  const int64_t n = batch.n_rows, hidden = w.q.cols;
+  const int64_t q_dim = w.q.rows, kv_dim = w.k.rows;
+  float* k = grow<float>(ws.keys, n * kv_dim);
+  float* v = grow<float>(ws.values, n * kv_dim);
+  const LinearLayer layers[] = {{&w.q, w.q_bias, q, q_dim, false},
+                                {&w.k, w.k_bias, k, kv_dim, false},
+                                {&w.v, w.v_bias, v, kv_dim, false}};
+  const float* normed = norm_rows(x, w.attention_norm, n, hidden, ws);
+  if (batch.decode) {
+    decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows);
+  } else {
+    prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
+  }
+
+  prepare_rope(weights, batch, ws);
+  const int64_t half = head_dim_ / 2;
+  const float* cos = ws.rope.as<float>();
+  const float* sin = cos + n * half;
+  ws.workers.resize(pool_.size());
+  for (HostBuffer& buffer : ws.workers) grow<float>(buffer, q_dim);
+  for (const SequenceStep& step : batch.sequences) {
+    for_rows(pool_, step.n_rows, (step.transform != nullptr ? head_dim_ : 1) * q_dim,
+             [&](int64_t i, int worker) {
+               const int64_t row = step.row0 + i;
+               finish_row(layer, step, static_cast<int32_t>(i), cos + row * half, sin + row * half,
+                          q + row * q_dim, k + row * kv_dim, v + row * kv_dim,
+                          ws.workers[worker].as<float>());
+             });
+    record_query_magnitude(step, layer, n_heads_, n_kv_heads_, head_dim_, q + step.row0 * q_dim);
+  }
+}
+
+void CpuBackend::attend(int32_t layer, const Batch& batch, const float* q, float* out,
+                        Workspace& workspace) {
+  CpuWorkspace& ws = on_cpu(workspace);
+  if (batch.decode) {
+    DecodeAttentionArgs args;
+    args.layer = layer;
+    args.n_heads = n_heads_;
+    args.n_kv_heads = n_kv_heads_;
+    args.head_dim = head_dim_;
+    args.tail_dtype = dtype_;
+    args.sequences = batch.sequences;
+    args.q = q;
+    args.out = out;
+    decode_attention(pool_, isa_, args, ws.attention);
+  } else {
+    PrefillAttentionArgs args;
+    args.layer = layer;
+    args.n_heads = n_heads_;
+    args.n_kv_heads = n_kv_heads_;
+    args.head_dim = head_dim_;
+    args.tail_dtype = dtype_;
+    args.sequences = batch.sequences;
+    args.q = q;
+    args.out = out;
+    prefill_attention(pool_, kernels_, gemm_, args, ws);
+  }
+
+  const int64_t d = head_dim_, q_dim = n_heads_ * d, group = n_heads_ / n_kv_heads_;
+  ws.workers.resize(pool_.size());
+  for (HostBuffer& buffer : ws.workers) grow<float>(buffer, d);
+  for (const SequenceStep& step : batch.sequences) {
+    if (step.transform == nullptr || step.transform->v_backward == nullptr) continue;
+    const float* back = step.transform->v_backward + int64_t{layer} * n_kv_heads_ * d * d;
+    for_rows(pool_, step.n_rows, q_dim * d, [&](int64_t i, int worker) {
+      float* row = out + (step.row0 + i) * q_dim;
+      float* scratch = ws.workers[worker].as<float>();
+      for (int64_t head = 0; head < n_heads_; head++) {
+        kernels_.multiply_row(row + head * d, back + head / group * d * d, head_dim_, scratch);
+        std::copy_n(scratch, d, row + head * d);
+      }
+    });
+  }
+}
+
+void CpuBackend::project_output(const Weights& weights, int32_t layer, const Batch& batch,
+                                const float* attention, float* x, Workspace& workspace) {
+  CpuWorkspace& ws = on_cpu(workspace);
+  const LayerWeights& w = weights.layers[layer];
+  const LinearLayer layers[] = {{&w.o, w.o_bias, x, w.o.rows, true}};
+  if (batch.decode) {
+    decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows);
+    return;
+  }
+  prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, batch.n_rows, w.o.cols, ws), ws);
+}
+
+void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
+                     Workspace& workspace) {
+  CpuWorkspace& ws = on_cpu(workspace);
+  const LayerWeights& w = weights.layers[layer];
+  const int64_t n = batch.n_rows, hidden = w.gate.cols, inner = w.gate.rows;
+  const float* normed = norm_rows(x, w.mlp_norm, n, hidden, ws);
+  float* gated = grow<float>(ws.gated, n * inner);
+  const LinearLayer layers[] = {{&w.down, w.down_bias, x, hidden, true}};
+  if (batch.decode) {
+    decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, ws);
+    decode_linear(pool_, kernels_, layers, gated, inner, batch.n_rows);
+    return;
+  }
+  prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, n, hidden, ws), gated, ws);
+  prefill_linear(pool_, kernels_, gemm_, layers, pack(gated, n, inner, ws), ws);
+}
+
+void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
+                        const float* x, float* logits, Workspace& workspace) {
+  CpuWorkspace& ws = on_cpu(workspace);
+  const Matrix& head = weights.lm_head;
+  const int64_t n = static_cast<int64_t>(rows.size()), hidden = head.cols;
+  float* normed = grow<float>(ws.normed, n * hidden);
+  for_rows(pool_, n, hidden, [&](int64_t i, int) {
+    kernels_.rms_norm(x + rows[i] * hidden, weights.final_norm, eps_, hidden, normed + i * hidden);
+  });
+  const LinearLayer layers[] = {{&head, nullptr, logits, head.rows, false}};
+  // One row per sequence, as generation wants them, takes the same path whatever the batch; only
+  // scoring asks for more.
+  if (batch.decode || rows.size() <= batch.sequences.size()) {
+    decode_linear(pool_, kernels_, layers, normed, hidden, static_cast<int32_t>(n));
+    return;
+  }
+  prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
+}
+
+void CpuBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
+                        Workspace& workspace) {
+  commit_blocks(pool_, isa_, dtype_, n_heads_, steps, first_layer, n_layers,
+                on_cpu(workspace).commit);
+}
+
+}  // namespace mustafar

@@ -1,0 +1,82 @@
+// What decode_attention.cc asks of an instruction set's file: one run of tiles of one KV head.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "core/dtype.h"
+
+namespace mustafar {
+
+inline constexpr int32_t kTileTokens = kBlockTokens;
+
+// A run of consecutive tiles of one sequence and KV head. Tiles are the store's blocks, then the
+// dense buffer in pieces of 64 tokens, the last one partial.
+struct DecodeRun {
+  const SequenceStep* sequence = nullptr;
+  int32_t layer = 0, kv_head = 0, n_kv_heads = 0;
+  int32_t n_queries = 0;  // query heads of the KV head
+  int32_t head_dim = 0;
+  DType tail_dtype = DType::kF32;
+  int32_t dense_tokens = 0;  // the new one included
+  int32_t first_tile = 0, n_tiles = 0;
+  int64_t k_offset = 0, v_offset = 0;  // of the slots in a page, bytes
+  const float* q = nullptr;            // [n_queries][head_dim]
+  float q_scale = 0.0f;                // log2(e) / sqrt(head_dim): scores are in units of log2
+  uint8_t* scratch = nullptr;          // decode_scratch_bytes(), aligned to 128
+
+  // Out: the partial softmax. max [n_queries] in log2 units, sum [n_queries] of 2^(score - max),
+  // o [n_queries][head_dim] of the values weighted so.
+  float* max = nullptr;
+  float* sum = nullptr;
+  float* o = nullptr;
+};
+
+using DecodeRunFunction = void (*)(const DecodeRun& run);
+
+// Bytes of scratch that any of the functions below needs: two tiles in f32, the queries in up to
+// four forms and as many partial softmaxes, scores and weights.
+[[maybe_unused]] static inline int64_t decode_scratch_bytes(int32_t n_queries, int32_t head_dim) {
+  const int64_t tile = int64_t{kTileTokens} * head_dim * 4 + 128;
+  return 2 * tile + int64_t{kTileTokens} * head_dim + int64_t{n_queries} * (32 * head_dim + 64) +
+         32 * kTileTokens + 4096;
+}
+
+// Dense rows of a tile: [n][head_dim] of the tail type, keys and values.
+struct DenseTile {
+  const uint8_t* k;
+  const uint8_t* v;
+  int32_t n;  // tokens
+};
+
+[[maybe_unused]] static inline DenseTile dense_tile(const DecodeRun& run, int32_t tile) {
+  const int64_t row_bytes = dtype_bytes(run.tail_dtype, run.head_dim);
+  const int64_t plane = int64_t{run.sequence->dense_capacity} * row_bytes;
+  const int64_t first = int64_t{tile - run.sequence->n_blocks} * kTileTokens;
+  const uint8_t* dense = static_cast<const uint8_t*>(run.sequence->dense) +
+                         (int64_t{run.layer} * 2 * run.n_kv_heads + run.kv_head) * plane +
+                         first * row_bytes;
+  const int64_t left = run.dense_tokens - first;
+  return {dense, dense + run.n_kv_heads * plane,
+          static_cast<int32_t>(left < kTileTokens ? left : kTileTokens)};
+}
+
+// Whether a file below serves these rows: 32 dims at a time, 64 for integers.
+[[maybe_unused]] static inline bool decode_serves(const DecodeRun& run) {
+  if (run.head_dim % 32 != 0) return false;
+  if (run.sequence->n_blocks == 0) return true;
+  const StoreLayout& layout = *run.sequence->layout;
+  if (layout.k.ragged || layout.v.ragged) return false;
+  return is_float(layout.k.dtype) || run.head_dim % 64 == 0;
+}
+
+// Serves every layout and type on every processor.
+void decode_run_plain(const DecodeRun& run);
+
+// Serve what decode_serves says.
+void decode_run_avx2(const DecodeRun& run);
+void decode_run_avx512(const DecodeRun& run);
+void decode_run_avx512bf16(const DecodeRun& run);
+void decode_run_neon(const DecodeRun& run);
+
+}  // namespace mustafar

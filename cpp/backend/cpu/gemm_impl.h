@@ -1,0 +1,285 @@
+// GEMM micro-kernels and the flash-attention panel built of them, over Simd and a Step, which says
+// what one 32-bit word of a packed operand is. A result tile is Simd::kGemmRows rows by two
+// vectors; inputs are broadcast, weights are vectors of outputs. Included by kernels_*.cc after
+// simd_math_impl.h.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cpu/kernels.h"
+
+namespace mustafar {
+namespace {
+
+constexpr int kTileRows = Simd::kGemmRows;
+constexpr int kTileCols = 2 * Simd::kWidth;
+
+// A word is one f32.
+struct StepF32 {
+  static constexpr int kUnit = 1;
+  static Simd::F multiply_add(Simd::F input, Simd::F weight, Simd::F sum) {
+    return Simd::fma(input, weight, sum);
+  }
+  static Simd::F exp2_fraction(Simd::F r) { return mustafar::exp2_fraction(r); }
+  // One vector of words from kUnit vectors of elements.
+  static Simd::F words(const Simd::F* x) { return x[0]; }
+  // One vector of words made of the n <= kWidth * kUnit first elements at p, zeros after them.
+  template <class Load>
+  static Simd::F load(const typename Load::Element* p, int n) {
+    return n >= Simd::kWidth ? Load::load(p) : n <= 0 ? Simd::zero() : Load::load_partial(p, n);
+  }
+  // One vector of words along the outputs: element j of p (and of the row after it), j < n.
+  template <class Load>
+  static Simd::F load_across(const typename Load::Element* p, const typename Load::Element*,
+                             int n) {
+    return load<Load>(p, n);
+  }
+};
+
+template <class Step, int kRows>
+void tile_rows(int32_t steps, const float* input, const float* weights, float* c, int64_t c_stride,
+               bool add) {
+  Simd::F s[kRows][2];
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; r++) s[r][0] = s[r][1] = Simd::zero();
+  // The next input panel, a line per step: it may have to come from a shared cache.
+  const char* ahead = reinterpret_cast<const char*>(input + kTileRows * kGemmStride);
+  for (int32_t i = 0; i < steps; i++) {
+    __builtin_prefetch(ahead + int64_t{i} * 64);
+    const Simd::F w0 = Simd::load(weights), w1 = Simd::load(weights + Simd::kWidth);
+    weights += kTileCols;
+#pragma GCC unroll 14
+    for (int r = 0; r < kRows; r++) {
+      const Simd::F x = Simd::set1(input[r * kGemmStride + i]);
+      s[r][0] = Step::multiply_add(x, w0, s[r][0]);
+      s[r][1] = Step::multiply_add(x, w1, s[r][1]);
+    }
+  }
+#pragma GCC unroll 14
+  for (int r = 0; r < kRows; r++) {
+    float* y = c + r * c_stride;
+    if (add) {
+      s[r][0] = Simd::add(Simd::load(y), s[r][0]);
+      s[r][1] = Simd::add(Simd::load(y + Simd::kWidth), s[r][1]);
+    }
+    Simd::store(y, s[r][0]);
+    Simd::store(y + Simd::kWidth, s[r][1]);
+  }
+}
+
+// The smallest even height that holds n_rows.
+template <class Step, int kRows = kTileRows>
+void tile(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
+          int64_t c_stride, bool add) {
+  if constexpr (kRows > 2) {
+    if (n_rows <= kRows - 2) {
+      return tile<Step, kRows - 2>(steps, input, weights, n_rows, c, c_stride, add);
+    }
+  } else {
+    if (n_rows == 1) return tile_rows<Step, 1>(steps, input, weights, c, c_stride, add);
+  }
+  tile_rows<Step, kRows>(steps, input, weights, c, c_stride, add);
+}
+
+template <class Step>
+void pack_input(const float* x, int64_t stride, int32_t n_rows, int32_t n, float factor,
+                float* out) {
+  constexpr int kElements = Simd::kWidth * Step::kUnit;
+  const Simd::F f = Simd::set1(factor);
+  for (int32_t r = 0; r < n_rows; r++) {
+    const float* row = x + r * stride;
+    float* y = out + r * kGemmStride;
+    for (int32_t i = 0; i < n; i += kElements) {
+      Simd::F v[Step::kUnit];
+      for (int k = 0; k < Step::kUnit; k++) {
+        const int at = i + k * Simd::kWidth;
+        v[k] = at < n ? Simd::mul(StepF32::load<LoadF32>(row + at, n - at), f) : Simd::zero();
+      }
+      Simd::store(y + i / Step::kUnit, Step::words(v));
+    }
+  }
+}
+
+template <class Step, class Load>
+void pack_weights_as(const typename Load::Element* w, int64_t stride, int32_t n_rows, int32_t n,
+                     float* out) {
+  constexpr int kElements = Simd::kWidth * Step::kUnit;
+  const int32_t steps = (n + Step::kUnit - 1) / Step::kUnit;
+  for (int32_t i = 0; i < n; i += kElements) {
+    const int32_t step0 = i / Step::kUnit;
+    const int32_t count = steps - step0 < Simd::kWidth ? steps - step0 : Simd::kWidth;
+    for (int half = 0; half < 2; half++) {
+      Simd::F rows[Simd::kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < Simd::kWidth; r++) {
+        const int32_t row = half * Simd::kWidth + r;
+        const typename Load::Element* p = w + row * stride + i;
+        if (row < n_rows) {
+          __builtin_prefetch(p + 4 * kElements);
+          rows[r] = Step::template load<Load>(p, n - i);
+        } else {
+          rows[r] = Simd::zero();
+        }
+      }
+      Simd::transpose(rows);
+      float* y = out + int64_t{step0} * kTileCols + half * Simd::kWidth;
+      if (count == Simd::kWidth) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Simd::kWidth; r++) Simd::store(y + r * kTileCols, rows[r]);
+      } else {
+        for (int r = 0; r < count; r++) Simd::store(y + r * kTileCols, rows[r]);
+      }
+    }
+  }
+}
+
+template <class Step>
+void pack_weights(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n,
+                  float* out) {
+  switch (dtype) {
+    case DType::kF32:
+      return pack_weights_as<Step, LoadF32>(static_cast<const float*>(w), stride, n_rows, n, out);
+    case DType::kF16:
+      return pack_weights_as<Step, LoadF16>(static_cast<const uint16_t*>(w), stride, n_rows, n,
+                                            out);
+    default:
+      return pack_weights_as<Step, LoadBF16>(static_cast<const uint16_t*>(w), stride, n_rows, n,
+                                             out);
+  }
+}
+
+template <class Step, class Load>
+void pack_values_as(const typename Load::Element* w, int64_t stride, int32_t n_rows, int32_t n_cols,
+                    float* out) {
+  for (int32_t i = 0; i < n_rows; i += Step::kUnit) {
+    const typename Load::Element* p = w + i * stride;
+    const bool pair = i + 1 < n_rows;
+    for (int half = 0; half < 2; half++) {
+      const int at = half * Simd::kWidth;
+      const Simd::F v = Step::template load_across<Load>(
+          p + (at < n_cols ? at : 0), pair ? p + stride + (at < n_cols ? at : 0) : nullptr,
+          n_cols - at);
+      Simd::store(out, v);
+      out += Simd::kWidth;
+    }
+  }
+}
+
+template <class Step>
+void pack_values(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n_cols,
+                 float* out) {
+  switch (dtype) {
+    case DType::kF32:
+      return pack_values_as<Step, LoadF32>(static_cast<const float*>(w), stride, n_rows, n_cols,
+                                           out);
+    case DType::kF16:
+      return pack_values_as<Step, LoadF16>(static_cast<const uint16_t*>(w), stride, n_rows, n_cols,
+                                           out);
+    default:
+      return pack_values_as<Step, LoadBF16>(static_cast<const uint16_t*>(w), stride, n_rows, n_cols,
+                                            out);
+  }
+}
+
+// One row of scores becomes packed probabilities [steps * kUnit], those from `visible` on zero.
+// Returns the factor for what was summed before.
+template <class Step>
+float softmax_row(const float* scores, int32_t visible, int32_t steps, float& max, float& sum,
+                  float* words) {
+  const Simd::F lowest = Simd::set1(-__builtin_inff());
+  Simd::F top = lowest;
+  int32_t i = 0;
+  for (; i + Simd::kWidth <= visible; i += Simd::kWidth) {
+    top = Simd::max(Simd::load(scores + i), top);
+  }
+  if (i < visible)
+    top = Simd::max(Simd::first_lanes(Simd::load(scores + i), visible - i, lowest), top);
+  const float tile_max = Simd::reduce_max(top);
+  const float new_max = tile_max > max ? tile_max : max;
+  // Nothing visible so far: any finite number will do.
+  const float shift = new_max == -__builtin_inff() ? 0.0f : new_max;
+
+  const Simd::F m = Simd::set1(shift);
+  const Simd::F floor = Simd::set1(-126.0f);
+  Simd::F total = Simd::zero();
+  constexpr int kElements = Simd::kWidth * Step::kUnit;
+  const int32_t n = steps * Step::kUnit;
+  for (i = 0; i < n; i += kElements) {
+    Simd::F p[Step::kUnit];
+    for (int k = 0; k < Step::kUnit; k++) {
+      const int32_t at = i + k * Simd::kWidth;
+      if (at >= visible) {
+        p[k] = Simd::zero();
+        continue;
+      }
+      // NaN scores stay NaN: max returns its second argument.
+      const Simd::F x = Simd::max(floor, Simd::sub(Simd::load(scores + at), m));
+      const Simd::F whole = Simd::round(x);
+      p[k] = Simd::scale2(Step::exp2_fraction(Simd::sub(x, whole)), whole);
+      if (at + Simd::kWidth > visible) p[k] = Simd::first_lanes(p[k], visible - at, Simd::zero());
+      total = Simd::add(total, p[k]);
+    }
+    Simd::store(words + i / Step::kUnit, Step::words(p));
+  }
+  const float before = max == -__builtin_inff() ? 0.0f : __builtin_exp2f(max - shift);
+  sum = sum * before + Simd::reduce_add(total);
+  max = new_max;
+  return before;
+}
+
+template <class Step>
+void attend(const AttendPanel& panel) {
+  constexpr int32_t kScoreStride = kKeyTile + 16;
+  float* scores = panel.scratch;
+  float* words = scores + kTileRows * kScoreStride;
+  int32_t n_keys = 0;
+  for (int32_t r = 0; r < panel.n_rows; r++) {
+    if (panel.visible[r] > n_keys) n_keys = panel.visible[r];
+  }
+  if (n_keys <= 0) return;
+
+  const int32_t depth = (panel.head_dim + Step::kUnit - 1) / Step::kUnit;
+  const float* k = panel.k;
+  for (int32_t key = 0; key < n_keys; key += kTileCols) {
+    const float* q = panel.q;
+    for (int32_t at = 0; at < depth; at += kGemmSteps) {
+      const int32_t steps = depth - at < kGemmSteps ? depth - at : kGemmSteps;
+      tile<Step>(steps, q, k, panel.n_rows, scores + key, kScoreStride, at > 0);
+      q += kTileRows * kGemmStride;
+      k += steps * kTileCols;
+    }
+  }
+
+  const int32_t steps = (n_keys + Step::kUnit - 1) / Step::kUnit;
+  const int32_t out_stride = (panel.head_dim + kTileCols - 1) / kTileCols * kTileCols;
+  for (int32_t r = 0; r < panel.n_rows; r++) {
+    const float before = softmax_row<Step>(scores + r * kScoreStride, panel.visible[r], steps,
+                                           panel.max[r], panel.sum[r], words + r * kGemmStride);
+    if (before == 1.0f) continue;
+    float* out = panel.out + r * out_stride;
+    for (int32_t d = 0; d < out_stride; d += Simd::kWidth) {
+      Simd::store(out + d, Simd::mul(Simd::load(out + d), Simd::set1(before)));
+    }
+  }
+  for (int32_t d = 0; d < out_stride; d += kTileCols) {
+    tile<Step>(steps, words, panel.v + d / kTileCols * int64_t{panel.v_panel}, panel.n_rows,
+               panel.out + d, out_stride, true);
+  }
+}
+
+template <class Step>
+GemmKernels make_gemm_kernels() {
+  GemmKernels g;
+  g.rows = kTileRows;
+  g.cols = kTileCols;
+  g.unit = Step::kUnit;
+  g.pack_input = pack_input<Step>;
+  g.pack_weights = pack_weights<Step>;
+  g.pack_values = pack_values<Step>;
+  g.tile = tile<Step>;
+  g.attend = attend<Step>;
+  return g;
+}
+
+}  // namespace
+}  // namespace mustafar

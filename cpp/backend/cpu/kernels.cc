@@ -1,0 +1,37 @@
+#include "backend/cpu/kernels.h"
+
+namespace mustafar {
+namespace {
+
+#if defined(__x86_64__)
+void gemv_avx512bf16(const GemvArgs& args) {
+  static const auto other = avx512_kernels().gemv;
+  args.dtype == DType::kBF16 ? gemv_bf16_avx512bf16(args) : other(args);
+}
+#endif
+
+}  // namespace
+
+Kernels select_kernels(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return avx2_kernels();
+    case Isa::kAvx512:
+      return avx512_kernels();
+    case Isa::kAvx512Bf16: {
+      Kernels kernels = avx512_kernels();
+      kernels.bf16 = avx512bf16_gemm_kernels();
+      kernels.gemv = gemv_avx512bf16;
+      return kernels;
+    }
+#elif defined(__aarch64__)
+    case Isa::kNeon:
+      return neon_kernels();
+#endif
+    default:
+      return scalar_kernels();
+  }
+}
+
+}  // namespace mustafar

@@ -1,0 +1,114 @@
+// The dense CPU kernels, one table per instruction set. Everything that touches many numbers goes
+// through it; the code around it (cpu_backend.cc, gemm.cc, prefill_attention.cc) only splits work.
+// Pointers to weights need the alignment of their element, all others that of a float.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cpu/isa.h"
+#include "core/dtype.h"
+
+namespace mustafar {
+
+// Packed GEMM operands are made of 32-bit words: an f32, or two bf16 neighbours along the inner
+// dimension. One word is one step of the inner product. Panels hold at most kGemmSteps steps; the
+// rows of an input panel are kGemmStride words apart, which keeps them off each other's cache sets.
+inline constexpr int32_t kGemmSteps = 256;
+inline constexpr int32_t kGemmStride = kGemmSteps + 16;
+
+// Keys that prefill attention takes at a time.
+inline constexpr int32_t kKeyTile = 256;
+
+// y[b][r - row0] = sum_c W[r][c] x[b][c] + bias[r], r in [row0, row1); added to y where `add` is
+// set. How a sum is ordered depends on cols alone.
+struct GemvArgs {
+  const void* weights = nullptr;  // [rows][cols]
+  DType dtype = DType::kF32;      // of the weights: f32, f16 or bf16
+  int64_t cols = 0;
+  int64_t row0 = 0;
+  int64_t row1 = 0;
+  const float* x = nullptr;  // [batch] rows, x_stride apart
+  int64_t x_stride = 0;
+  int32_t batch = 0;
+  const float* bias = nullptr;  // [rows] or null
+  float* y = nullptr;           // [batch] rows, y_stride apart
+  int64_t y_stride = 0;
+  bool add = false;
+};
+
+// Attention of up to `rows` of GemmKernels query rows over one tile of keys: updates the online
+// softmax state. Scores are in units of log2: the packed queries carry log2(e) / sqrt(head_dim).
+struct AttendPanel {
+  int32_t n_rows = 0;
+  int32_t head_dim = 0;
+  const int32_t* visible = nullptr;  // [n_rows] keys of this tile that a row sees: the first ones
+  const float* q = nullptr;          // packed input panels, one per kGemmSteps steps of head_dim
+  const float* k = nullptr;          // packed weight panels [key panels][depth panels]
+  const float* v = nullptr;          // packed by pack_values: [dim panels]
+  int32_t v_panel = 0;               // words between dim panels of v
+  float* max = nullptr;              // [n_rows] -inf at first
+  float* sum = nullptr;              // [n_rows] 0 at first
+  float* out =
+      nullptr;  // [rows][head_dim rounded up to cols], 0 at first; divide by sum at the end
+  float* scratch = nullptr;  // attend_scratch words
+};
+
+struct GemmKernels {
+  int32_t rows = 0;  // of an input panel and a result tile
+  int32_t cols = 0;  // of a weight panel (outputs) and a result tile
+  int32_t unit = 0;  // inner elements per step: 1 (f32) or 2 (bf16)
+
+  // Input panel [rows][kGemmStride] of n_rows <= rows rows of n <= kGemmSteps * unit elements, each
+  // multiplied by scale. Rows above n_rows are left as they are.
+  void (*pack_input)(const float* x, int64_t stride, int32_t n_rows, int32_t n, float scale,
+                     float* out) = nullptr;
+  // Weight panel [steps][cols] of n_rows <= cols rows (outputs) of n elements; the rest is zero.
+  void (*pack_weights)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n,
+                       float* out) = nullptr;
+  // Weight panel of the transpose: n_rows rows become the steps, n_cols <= cols the outputs.
+  void (*pack_values)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n_cols,
+                      float* out) = nullptr;
+  // c [n_rows rounded up to at most rows][cols], c_stride apart, = or += input panel x weight
+  // panel.
+  void (*tile)(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
+               int64_t c_stride, bool add) = nullptr;
+  void (*attend)(const AttendPanel& panel) = nullptr;
+};
+
+struct Kernels {
+  // out = x / sqrt(mean(x^2) + eps) * weight.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out) = nullptr;
+  // out = silu(gate + gate_bias) * (up + up_bias); biases may be null, out may be gate.
+  void (*silu_mul)(const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+                   int64_t n, float* out) = nullptr;
+  // out = x + bias, or out += x + bias; bias may be null.
+  void (*store)(const float* x, const float* bias, int64_t n, bool add, float* out) = nullptr;
+  void (*scale)(const float* x, float factor, int64_t n, float* out) = nullptr;
+  // Rotates pairs (i, i + n / 2) by the angles given as cos and sin [n / 2], in place.
+  void (*rope)(float* x, const float* cos, const float* sin, int32_t n) = nullptr;
+  // out[j] = sum_i x[i] m[i][j], m [n][n].
+  void (*multiply_row)(const float* x, const float* m, int32_t n, float* out) = nullptr;
+  void (*to_f32)(const void* x, DType dtype, int64_t n, float* out) = nullptr;
+  void (*from_f32)(const float* x, int64_t n, DType dtype, void* out) = nullptr;
+  void (*gemv)(const GemvArgs& args) = nullptr;
+  GemmKernels f32;
+  GemmKernels bf16;  // rows == 0 where the instruction set has no bf16 dot product
+};
+
+// Words of AttendPanel::scratch.
+inline constexpr int64_t attend_scratch_words(int32_t rows) {
+  return int64_t{rows} * (kKeyTile + 16 + kGemmStride);
+}
+
+// The tables. Only kernels.cc calls them, after asking the processor.
+const Kernels& scalar_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const GemmKernels& avx512bf16_gemm_kernels();
+void gemv_bf16_avx512bf16(const GemvArgs& args);  // bf16 weights only
+const Kernels& neon_kernels();
+
+// Requires that the processor runs `isa`.
+Kernels select_kernels(Isa isa);
+
+}  // namespace mustafar

@@ -1,0 +1,25 @@
+// The table of all kernels over Simd. Included last by kernels_*.cc.
+#pragma once
+
+#include "backend/cpu/kernels.h"
+
+namespace mustafar {
+namespace {
+
+Kernels make_kernels() {
+  Kernels k;
+  k.rms_norm = rms_norm;
+  k.silu_mul = silu_mul;
+  k.store = store;
+  k.scale = scale;
+  k.rope = rope;
+  k.multiply_row = multiply_row;
+  k.to_f32 = to_f32;
+  k.from_f32 = from_f32;
+  k.gemv = gemv;
+  k.f32 = make_gemm_kernels<StepF32>();
+  return k;
+}
+
+}  // namespace
+}  // namespace mustafar

@@ -1,0 +1,52 @@
+// Scratch of one call in flight on the CPU.
+#pragma once
+
+#include <cstdint>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "core/buffer.h"
+#include "mustafar/error.h"
+
+namespace mustafar {
+
+struct CpuWorkspace final : Workspace {
+  HostBuffer normed;     // [rows][hidden]
+  HostBuffer keys;       // [rows][n_kv_heads * D]
+  HostBuffer values;     // likewise
+  HostBuffer gated;      // [rows][intermediate]
+  HostBuffer packed;     // a GEMM's input
+  HostBuffer rope;       // [2 (cos, sin)][rows][D / 2]
+  HostBuffer attention;  // decode attention's partial results
+  HostBuffer commit;
+  std::vector<HostBuffer> workers;  // [threads]
+
+  // What rope holds.
+  std::vector<int32_t> rope_positions;
+  const float* rope_frequencies = nullptr;
+
+  int64_t bytes() const override {
+    size_t sum = 0;
+    for (const HostBuffer* buffer :
+         {&normed, &keys, &values, &gated, &packed, &rope, &attention, &commit}) {
+      sum += buffer->bytes();
+    }
+    for (const HostBuffer& buffer : workers) sum += buffer.bytes();
+    return static_cast<int64_t>(sum);
+  }
+};
+
+// Room for n elements; what was there is lost. Throws OutOfMemory.
+template <typename T>
+T* grow(HostBuffer& buffer, int64_t n) {
+  try {
+    buffer.ensure(static_cast<size_t>(n) * sizeof(T));
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory("CPU workspace: can't allocate " + std::to_string(n * sizeof(T)) + " bytes");
+  }
+  return buffer.as<T>();
+}
+
+}  // namespace mustafar

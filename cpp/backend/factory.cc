@@ -1,0 +1,37 @@
+// The choice of a backend.
+#include <stdexcept>
+
+#include "backend/backend.h"
+#include "backend/cpu/cpu_backend.h"
+#include "mustafar/error.h"
+#if defined(MUSTAFAR_WITH_CUDA)
+#include "cuda/cuda_backend.h"
+#endif
+
+namespace mustafar {
+
+std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options) {
+  if (!is_float(options.dtype)) {
+    throw std::invalid_argument(std::string("dtype: expected f32, f16 or bf16, got ") +
+                                dtype_name(options.dtype));
+  }
+  if (options.threads < 0) {
+    throw std::invalid_argument("threads: expected 0 (one per core) or more, got " +
+                                std::to_string(options.threads));
+  }
+  if (options.device == "auto" || options.device == "cpu") {
+    return std::make_unique<CpuBackend>(config, options.dtype, options.threads, detect_isa());
+  }
+  if (options.device == "cuda") {
+#if defined(MUSTAFAR_WITH_CUDA)
+    return cuda::make_cuda_backend(config, options.dtype);
+#else
+    throw Error(
+        "device \"cuda\": this build has no CUDA backend; build with MUSTAFAR_CUDA=ON and nvcc on "
+        "PATH");
+#endif
+  }
+  throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device + "\"");
+}
+
+}  // namespace mustafar

@@ -1,0 +1,29 @@
+// What a person can type at the chat prompt beside messages.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mustafar/sampling.h"
+
+namespace mustafar::cli {
+
+struct ChatCommand {
+  const char* name;       // "/read"
+  const char* arguments;  // "FILE [TEXT]"
+  const char* help;
+};
+
+const std::vector<ChatCommand>& chat_commands();
+std::string chat_help();  // one line per command
+
+// Completions for the line up to the cursor: commands, files, sampling parameters.
+std::vector<std::string> complete_chat_line(const std::string& line);
+
+// Sets a parameter from "name=value" or "name value". Throws std::invalid_argument naming what is
+// wrong; the parameters are then as before.
+void set_parameter(const std::string& assignment, SamplingParams* params, int64_t vocab_size);
+std::string show_parameters(const SamplingParams& params);
+
+}  // namespace mustafar::cli

@@ -1,0 +1,266 @@
+#include "cli/options.h"
+
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <stdexcept>
+
+#include "cli/demo_model.h"
+#include "cli/interrupt.h"
+#include "cli/terminal.h"
+#include "mustafar/error.h"
+#include "mustafar/profile.h"
+
+namespace mustafar::cli {
+namespace {
+
+constexpr const char* kModelGroup = "Model";
+constexpr const char* kCacheGroup = "KV cache";
+constexpr const char* kSamplingGroup = "Sampling";
+
+std::pair<int32_t, float> parse_bias(const std::string& text) {
+  const size_t sign = text.find_first_of("+-", 1);
+  try {
+    if (sign == std::string::npos) throw std::invalid_argument(text);
+    size_t id_end = 0;
+    size_t bias_end = 0;
+    const int id = std::stoi(text.substr(0, sign), &id_end);
+    const float bias = std::stof(text.substr(sign), &bias_end);
+    if (id_end != sign || bias_end != text.size() - sign) throw std::invalid_argument(text);
+    return {id, bias};
+  } catch (const std::exception&) {
+    throw std::invalid_argument(
+        "--logit-bias must be a token id and a signed number, as in 42+1.5, not \"" + text + "\"");
+  }
+}
+
+std::string unescape(const std::string& text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); i++) {
+    if (text[i] != '\\' || i + 1 == text.size()) {
+      out += text[i];
+      continue;
+    }
+    switch (text[++i]) {
+      case 'n':
+        out += '\n';
+        break;
+      case 't':
+        out += '\t';
+        break;
+      case 'r':
+        out += '\r';
+        break;
+      case '\\':
+        out += '\\';
+        break;
+      case '"':
+        out += '"';
+        break;
+      case '\'':
+        out += '\'';
+        break;
+      default:
+        out += '\\';
+        out += text[i];
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+void ModelFlags::add_to(CLI::App& command) {
+  command
+      .add_option("-m,--model", folder,
+                  "Model folder (config.json, safetensors, tokenizer.json); "
+                  "without: the small demo model")
+      ->group(kModelGroup);
+  command.add_option("--device", device, "auto, cpu or cuda")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str()
+      ->group(kModelGroup);
+  command
+      .add_option("--dtype", dtype, "Arithmetic and dense tail: auto (as stored), f32, f16, bf16")
+      ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
+      ->capture_default_str()
+      ->group(kModelGroup);
+  command.add_option("-t,--threads", threads, "CPU threads; 0: one per core")
+      ->capture_default_str()
+      ->group(kModelGroup);
+  command
+      .add_option("--kv-budget", kv_budget,
+                  "Most bytes the KV cache may take, e.g. 512M; 0: no limit")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str()
+      ->group(kModelGroup);
+}
+
+ModelOptions ModelFlags::options() const {
+  if (kv_budget > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
+    throw std::invalid_argument("--kv-budget is more than 2^63 - 1 bytes");
+  }
+  ModelOptions options;
+  options.device = device;
+  options.dtype = dtype;
+  options.threads = threads;
+  options.kv_budget = static_cast<int64_t>(kv_budget);
+  return options;
+}
+
+Model ModelFlags::load() const {
+  Progress bar("loading");
+  ModelOptions with_progress = options();
+  with_progress.progress = [&bar](int64_t done, int64_t total) {
+    throw_if_interrupted();
+    bar.update(done, total);
+  };
+  return Model::load(folder.empty() ? demo_model_folder() : std::filesystem::path(folder),
+                     with_progress);
+}
+
+void CacheFlags::add_to(CLI::App& command) {
+  command
+      .add_option("--sparsity", config.sparsity, "Fraction of every row that is pruned; 0: dense")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command.add_option("--k-sparsity", config.k_sparsity, "For keys alone")->group(kCacheGroup);
+  command.add_option("--v-sparsity", config.v_sparsity, "For values alone")->group(kCacheGroup);
+  command.add_option("--pattern", pattern, "group or row")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command.add_option("--window", config.window, "Newest tokens that stay dense")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command.add_option("--sinks", config.sink_tokens, "First tokens that stay dense")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command.add_option("--kv-dtype", value_dtype, "Stored values: auto, f32, f16, bf16, int8, int4")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command
+      .add_option("--k-policy", k_policy,
+                  "What is pruned of keys: magnitude, output_aware, "
+                  "channel_magnitude, channel_output_aware, "
+                  "channel_structured")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command
+      .add_option("--v-policy", v_policy,
+                  "What is pruned of values: magnitude, "
+                  "channel_magnitude, channel_output_aware")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command
+      .add_option("--profile", profile,
+                  "KV transform: a file, hadamard, or model (the folder's own)")
+      ->group(kCacheGroup);
+}
+
+void CacheFlags::validate() const {
+  KVConfig checked = config;
+  checked.pattern = parse_pattern(pattern);
+  checked.value_dtype = parse_value_type(value_dtype);
+  checked.k_policy = parse_prune_policy(k_policy);
+  checked.v_policy = parse_prune_policy(v_policy);
+  checked.validate();
+}
+
+KVConfig CacheFlags::resolve(const Model& model) const {
+  KVConfig resolved = config;
+  resolved.pattern = parse_pattern(pattern);
+  resolved.value_dtype = parse_value_type(value_dtype);
+  resolved.k_policy = parse_prune_policy(k_policy);
+  resolved.v_policy = parse_prune_policy(v_policy);
+  resolved.profile = Profile::resolve(profile, model);
+  resolved.validate();
+  return resolved;
+}
+
+void SamplingFlags::add_to(CLI::App& command) {
+  const auto option = [&command](const char* name, auto& value, const char* help) {
+    command.add_option(name, value, help)->capture_default_str()->group(kSamplingGroup);
+  };
+  option("-n,--n-predict", n_predict, "Tokens to generate at most; -1: until the context is full");
+  option("-s,--seed", seed, "Same seed, same text; -1: a new one every time");
+  option("--temp", params.temperature, "Temperature; 0: always the most probable token");
+  option("--top-k", params.top_k, "Choose among the k most probable; 0: all");
+  option("--top-p", params.top_p, "... and the fewest with this probability together; 1: all");
+  option("--min-p", params.min_p, "... and those this probable relative to the best; 0: all");
+  option("--repeat-penalty", params.repetition_penalty, "For tokens of the newest text; 1: none");
+  option("--repeat-last-n", params.penalty_window,
+         "What --repeat-penalty looks at; -1: everything");
+  option("--presence-penalty", params.presence_penalty, "For tokens generated before");
+  option("--frequency-penalty", params.frequency_penalty, "... per time");
+  option("--min-tokens", params.min_new_tokens, "No end of sequence before so many tokens");
+  command.add_option("--logit-bias", logit_bias, "ID+BIAS or ID-BIAS, repeatable")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->allow_extra_args(false)
+      ->group(kSamplingGroup);
+  command.add_option("-r,--stop", params.stop, "Text that ends the output, repeatable")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->allow_extra_args(false)
+      ->group(kSamplingGroup);
+  command.add_flag("--ignore-eos", params.ignore_eos, "Go on past the model's end of sequence")
+      ->group(kSamplingGroup);
+}
+
+SamplingParams SamplingFlags::resolve() const {
+  SamplingParams resolved = params;
+  if (n_predict < -1 || n_predict > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument(
+        "-n must be -1 (until the context is full) or a count of tokens, not " +
+        std::to_string(n_predict));
+  }
+  if (seed < -1) {
+    throw std::invalid_argument("-s must be -1 (a new one every time) or a seed, not " +
+                                std::to_string(seed));
+  }
+  resolved.max_new_tokens =
+      n_predict == -1 ? std::numeric_limits<int32_t>::max() : static_cast<int32_t>(n_predict);
+  if (seed >= 0) resolved.seed = static_cast<uint64_t>(seed);
+  for (const std::string& text : logit_bias) resolved.logit_bias.push_back(parse_bias(text));
+  return resolved;
+}
+
+void PromptFlags::add_to(CLI::App& command) {
+  CLI::Option* from_text = command.add_option("-p,--prompt", text, "The prompt");
+  command.add_option("-f,--file", file, "File that holds the prompt; -: standard input")
+      ->excludes(from_text);
+  command.add_flag("-e,--escape", escape, "Read \\n, \\t, \\\\ in -p as in C");
+}
+
+std::string PromptFlags::read() const {
+  if (text) return escape ? unescape(*text) : *text;
+  if (!file && isatty(STDIN_FILENO) == 1) {
+    throw std::invalid_argument("no prompt: give -p TEXT, -f FILE, or pipe it in");
+  }
+  std::string prompt = read_text(file.value_or("-"));
+  if (!prompt.empty() && prompt.back() == '\n') prompt.pop_back();  // the one that editors add
+  return prompt;
+}
+
+std::string read_text(const std::string& path) {
+  const bool is_stdin = path == "-";
+  std::error_code ignored;
+  if (!is_stdin && std::filesystem::is_directory(path, ignored)) {
+    throw Error("cannot read " + path + ": it is a folder");
+  }
+  std::FILE* file = is_stdin ? stdin : std::fopen(path.c_str(), "rb");
+  if (file == nullptr) throw Error("cannot read " + path + ": " + std::strerror(errno));
+  std::string text;
+  char buffer[1 << 16];
+  size_t n;
+  while ((n = std::fread(buffer, 1, sizeof(buffer), file)) > 0) text.append(buffer, n);
+  const bool failed = std::ferror(file) != 0;
+  const int error = errno;
+  if (!is_stdin) std::fclose(file);
+  if (failed) throw Error("cannot read " + path + ": " + std::strerror(error));
+  return text;
+}
+
+}  // namespace mustafar::cli

@@ -1,0 +1,71 @@
+// Options that several sub-commands share, spelled as llama.cpp's users know them.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mustafar/kv_config.h"
+#include "mustafar/model.h"
+#include "mustafar/sampling.h"
+
+namespace mustafar::cli {
+
+// -m --device --dtype -t --kv-budget
+struct ModelFlags {
+  std::string folder;  // empty: the demo model
+  std::string device = "auto";
+  std::string dtype = "auto";
+  int32_t threads = 0;
+  uint64_t kv_budget = 0;  // bytes
+
+  void add_to(CLI::App& command);
+  ModelOptions options() const;
+  Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
+};
+
+// --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --k-policy --v-policy
+// --profile
+struct CacheFlags {
+  KVConfig config;
+  std::string pattern = name_of(config.pattern);
+  std::string value_dtype = name_of(config.value_dtype);
+  std::string k_policy = name_of(config.k_policy);
+  std::string v_policy = name_of(config.v_policy);
+  std::string profile;
+
+  void add_to(CLI::App& command);
+  // Checked. Throws std::invalid_argument naming the option's field, ModelError for a bad profile.
+  KVConfig resolve(const Model& model) const;
+  void validate() const;  // all but the profile; before a model is loaded
+};
+
+// -n -s --temp --top-k --top-p --min-p --repeat-penalty ... --stop --logprobs
+struct SamplingFlags {
+  SamplingParams params;
+  int64_t n_predict = params.max_new_tokens;  // -1: until the context is full
+  int64_t seed = -1;                          // -1: drawn from the system
+  std::vector<std::string> logit_bias;        // "ID+BIAS" or "ID-BIAS"
+
+  void add_to(CLI::App& command);
+  // Throws std::invalid_argument for a bias that can't be read.
+  SamplingParams resolve() const;
+};
+
+// -p -f, or a pipe
+struct PromptFlags {
+  std::optional<std::string> text;
+  std::optional<std::string> file;  // "-": standard input
+  bool escape = false;
+
+  void add_to(CLI::App& command);
+  // Throws std::invalid_argument where there is none, Error for a file that can't be read.
+  std::string read() const;
+};
+
+// A whole file or, for "-", standard input. Throws Error naming it.
+std::string read_text(const std::string& path);
+
+}  // namespace mustafar::cli

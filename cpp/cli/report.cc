@@ -1,0 +1,83 @@
+#include "cli/report.h"
+
+#include "cli/terminal.h"
+
+namespace mustafar::cli {
+
+using Json = nlohmann::ordered_json;
+
+Json to_json(const MemoryUsage& memory) {
+  return {{"allocated", memory.allocated},
+          {"dense_equivalent", memory.dense_equivalent},
+          {"masks", memory.masks},
+          {"values", memory.values},
+          {"scales", memory.scales},
+          {"padding", memory.padding},
+          {"tail", memory.tail},
+          {"policy", memory.policy},
+          {"compressed_tokens", memory.compressed_tokens},
+          {"dense_tokens", memory.dense_tokens},
+          {"k_sparsity", memory.k_sparsity},
+          {"v_sparsity", memory.v_sparsity}};
+}
+
+Json to_json(const KVConfig& config) {
+  return {
+      {"k_sparsity", config.effective_k_sparsity()}, {"v_sparsity", config.effective_v_sparsity()},
+      {"pattern", name_of(config.pattern)},          {"window", config.window},
+      {"sink_tokens", config.sink_tokens},           {"value_dtype", name_of(config.value_dtype)},
+      {"k_policy", name_of(config.k_policy)},        {"v_policy", name_of(config.v_policy)},
+      {"profile", config.profile != nullptr}};
+}
+
+Json to_json(const GenerateStats& stats) {
+  return {{"prompt_tokens", stats.prompt_tokens},
+          {"generated_tokens", stats.generated_tokens},
+          {"prefill_seconds", stats.prefill_seconds},
+          {"decode_seconds", stats.decode_seconds},
+          {"prompt_tokens_per_second",
+           per_second(static_cast<double>(stats.prompt_tokens), stats.prefill_seconds)},
+          {"generated_tokens_per_second",
+           per_second(static_cast<double>(stats.generated_tokens), stats.decode_seconds)}};
+}
+
+Json to_json(const ModelConfig& config) {
+  const char* const scalings[] = {"none", "linear", "llama3"};
+  Json json = {{"model_type", config.model_type},
+               {"hidden_size", config.hidden_size},
+               {"intermediate_size", config.intermediate_size},
+               {"n_layers", config.n_layers},
+               {"n_heads", config.n_heads},
+               {"n_kv_heads", config.n_kv_heads},
+               {"head_dim", config.head_dim},
+               {"vocab_size", config.vocab_size},
+               {"max_position_embeddings", config.max_position_embeddings},
+               {"rms_norm_eps", config.rms_norm_eps},
+               {"rope_theta", config.rope_theta},
+               {"rope_scaling", scalings[static_cast<int>(config.rope_scaling)]},
+               {"tie_word_embeddings", config.tie_word_embeddings},
+               {"torch_dtype", config.torch_dtype}};
+  json["bos_token_id"] = config.bos_token_id < 0 ? Json(nullptr) : Json(config.bos_token_id);
+  json["eos_token_ids"] = config.eos_token_ids;
+  return json;
+}
+
+std::string summary(const GenerateStats& stats, const MemoryUsage& memory) {
+  const auto phase = [](const char* name, int64_t tokens, double seconds) {
+    return std::string(name) + " " + std::to_string(tokens) + " tokens, " +
+           format_number(per_second(static_cast<double>(tokens), seconds), 2) + " tokens/s";
+  };
+  std::string line = phase("prompt", stats.prompt_tokens, stats.prefill_seconds) + " | " +
+                     phase("generated", stats.generated_tokens, stats.decode_seconds) + " | KV " +
+                     format_bytes(static_cast<double>(memory.allocated)) + ", dense " +
+                     format_bytes(static_cast<double>(memory.dense_equivalent));
+  if (memory.compressed_tokens == 0) return line + ", nothing compressed yet";
+  return line + ", sparsity K " + format_number(memory.k_sparsity, 3) + " V " +
+         format_number(memory.v_sparsity, 3);
+}
+
+std::string dump(const Json& json, int indent) {
+  return json.dump(indent, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace mustafar::cli

@@ -1,0 +1,64 @@
+#include "core/atomic_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "mustafar/error.h"
+
+namespace mustafar {
+
+AtomicFile::AtomicFile(std::filesystem::path target) : target_(std::move(target)) {
+  static std::atomic<uint64_t> counter{0};
+  temporary_ = target_;
+  temporary_ += ".tmp-" + std::to_string(::getpid()) + "-" + std::to_string(counter++);
+  fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  if (fd_ < 0) fail("cannot create");
+}
+
+AtomicFile::~AtomicFile() {
+  if (fd_ < 0) return;
+  ::close(fd_);
+  ::unlink(temporary_.c_str());
+}
+
+void AtomicFile::fail(const char* what) const {
+  const std::string reason = std::strerror(errno);
+  throw Error(std::string(what) + " " + target_.string() + " (through " +
+              temporary_.filename().string() + "): " + reason);
+}
+
+void AtomicFile::write(const void* data, size_t bytes) {
+  const char* p = static_cast<const char*>(data);
+  while (bytes > 0) {
+    const ssize_t n = ::write(fd_, p, std::min(bytes, size_t{1} << 30));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail("cannot write");
+    p += n;
+    bytes -= static_cast<size_t>(n);
+    written_ += n;
+  }
+}
+
+void AtomicFile::commit() {
+  if (::fsync(fd_) != 0) fail("cannot flush");
+  if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail("cannot rename to");
+  ::close(std::exchange(fd_, -1));
+  // The rename itself lasts once the folder is flushed; not every file system lets one ask for it.
+  const std::filesystem::path folder =
+      target_.has_parent_path() ? target_.parent_path() : std::filesystem::path(".");
+  const int directory = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (directory >= 0) {
+    ::fsync(directory);
+    ::close(directory);
+  }
+}
+
+}  // namespace mustafar

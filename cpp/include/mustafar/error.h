@@ -1,0 +1,58 @@
+// Typed errors. Nothing that a user, a file or a token id can cause aborts: it throws one of these,
+// or std::invalid_argument for an argument out of its documented range (ValueError in Python).
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mustafar {
+
+class Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A model folder, config or weight file that can't be used; the message names file, field and offset.
+class ModelError : public Error {
+ public:
+  using Error::Error;
+};
+
+// A tokenizer.json that can't be used, or text that can't be encoded.
+class TokenizerError : public Error {
+ public:
+  using Error::Error;
+};
+
+// A chat template that doesn't parse, fails, or raises an exception of its own.
+class TemplateError : public Error {
+ public:
+  using Error::Error;
+};
+
+// Memory, or a budget set by the caller, is exhausted; the message names the option, need and limit.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
+// More tokens than the session's or the model's context holds; the message names both.
+class ContextOverflow : public Error {
+ public:
+  using Error::Error;
+};
+
+// A session used after close, by two threads at once, or a state file that does not match.
+class StateError : public Error {
+ public:
+  using Error::Error;
+};
+
+// The caller asked for the work to stop; the session is as it was before the call.
+class Cancelled : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace mustafar

@@ -1,0 +1,62 @@
+// How a session keeps its keys and values.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace mustafar {
+
+class Profile;  // a calibrated KV transform, mustafar/profile.h
+
+enum class Pattern : uint8_t {
+  kGroup,  // the same number of values kept in every group of neighbouring dims
+  kRow,    // ranked over the whole row, as published
+};
+
+enum class ValueType : uint8_t {
+  kAuto,  // the tail's type: f16 for f16 models, f32 for f32, else bf16
+  kF32,
+  kF16,
+  kBF16,
+  kInt8,
+  kInt4,
+};
+
+enum class PrunePolicy : uint8_t {
+  kMagnitude,           // per token, |x|
+  kOutputAware,         // K only, per token: |x| weighted by the sum of |q| over the last window
+  kChannelMagnitude,    // per channel in blocks of 64 tokens, |x|
+  kChannelOutputAware,  // per channel in blocks of 64 tokens, weighted by |q| (K) or probability (V)
+  kChannelStructured,   // K only: whole channels per block, ranked by |q||k| (ThinK); the baseline
+};
+
+struct KVConfig {
+  double sparsity = 0.5;               // fraction of every row that is pruned, [0, 1); 0: dense
+  std::optional<double> k_sparsity;    // for keys alone
+  std::optional<double> v_sparsity;    // for values alone
+  Pattern pattern = Pattern::kGroup;
+  int32_t window = 32;                 // newest tokens that stay dense
+  int32_t sink_tokens = 0;             // first tokens that stay dense
+  ValueType value_dtype = ValueType::kAuto;
+  PrunePolicy k_policy = PrunePolicy::kMagnitude;
+  PrunePolicy v_policy = PrunePolicy::kMagnitude;
+  std::shared_ptr<const Profile> profile;  // null: none
+
+  double effective_k_sparsity() const { return k_sparsity.value_or(sparsity); }
+  double effective_v_sparsity() const { return v_sparsity.value_or(sparsity); }
+
+  // Throws std::invalid_argument naming the field, its value and the range.
+  void validate() const;
+};
+
+// Names as the command line and Python spell them; parse throws std::invalid_argument.
+const char* name_of(Pattern pattern);
+const char* name_of(ValueType type);
+const char* name_of(PrunePolicy policy);
+Pattern parse_pattern(const std::string& name);
+ValueType parse_value_type(const std::string& name);
+PrunePolicy parse_prune_policy(const std::string& name);
+
+}  // namespace mustafar

@@ -1,0 +1,82 @@
+// A model loaded from a Hugging Face folder. Shared by any number of sessions and threads.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "mustafar/kv_config.h"
+#include "mustafar/model_config.h"
+#include "mustafar/sampling.h"
+#include "mustafar/tokenizer.h"
+
+namespace mustafar {
+
+struct ModelOptions {
+  std::string device = "auto";  // "auto", "cpu", "cuda"
+  std::string dtype = "auto";   // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
+  int32_t threads = 0;          // 0: one per core
+  int64_t kv_budget = 0;        // bytes that all sessions' caches together may take; 0: no limit
+  // Called while weights are read: bytes done, bytes in all.
+  std::function<void(int64_t done, int64_t total)> progress;
+};
+
+struct ModelMemory {
+  int64_t weights_bytes = 0;    // mapped or uploaded tensors
+  int64_t workspace_bytes = 0;  // activations and scratch
+  int64_t kv_bytes = 0;         // allocated by all sessions' caches
+  // The most that kv_bytes ever was, one layer of a prompt's dense keys and values included.
+  int64_t kv_peak_bytes = 0;
+  int64_t kv_budget = 0;  // 0: no limit
+};
+
+// A text, or token ids (to which nothing is added).
+using Prompt = std::variant<std::string, std::vector<int32_t>>;
+
+struct BatchOptions {
+  int32_t max_batch = 64;  // sequences that decode together
+  // Asked between the parts of the work; throwing from it stops the call.
+  std::function<void()> interrupt_check;
+};
+
+class Model {
+ public:
+  // Throws ModelError, TokenizerError, OutOfMemory or std::invalid_argument.
+  static Model load(const std::filesystem::path& folder, const ModelOptions& options = {});
+
+  const ModelConfig& config() const;
+  bool has_tokenizer() const;
+  const Tokenizer& tokenizer() const;  // throws TokenizerError where the folder has none
+  const std::filesystem::path& folder() const;
+  std::string device() const;              // "cpu" or "cuda"
+  std::string dtype() const;               // "f32", "f16" or "bf16"
+  std::string device_description() const;  // the instruction set in use, threads
+  ModelMemory memory() const;
+
+  // Continues every prompt, many at a time (continuous batching); results in the prompts' order and
+  // independent of the batch. A failing prompt fails the call.
+  std::vector<GenerateResult> generate(std::span<const Prompt> prompts,
+                                       const SamplingParams& params = {}, const KVConfig& kv = {},
+                                       const BatchOptions& options = {}) const;
+
+  // Drops the handle's weights once the last session is gone. Using a closed handle throws
+  // StateError.
+  void close();
+
+  // For the library itself.
+  struct Impl;
+  explicit Model(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
+  const std::shared_ptr<Impl>& impl() const;
+
+ private:
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace mustafar

@@ -1,0 +1,48 @@
+// A calibrated KV transform: per layer and KV head an invertible pair of D x D matrices for keys and
+// one for values, under which pruning costs less. Row vectors: k' = k F_k, q' = q B_k^T, v' = v F_v,
+// o = o' B_v, with F B = I. A safetensors file on disk.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mustafar/model.h"
+
+namespace mustafar {
+
+class Profile {
+ public:
+  int32_t n_layers = 0;
+  int32_t n_kv_heads = 0;
+  int32_t head_dim = 0;
+  std::string kind;               // "hadamard", "klt", "balanced"
+  std::string model_fingerprint;  // of the model it was calibrated for; empty: any of these shapes
+  std::string text_hash;          // of the calibration text; empty for hadamard
+
+  // [n_layers][n_kv_heads][head_dim][head_dim], F and B as above.
+  std::vector<float> k_forward, k_backward, v_forward, v_backward;
+  // [n_layers][n_kv_heads][head_dim] ranking weights > 0, or empty for none.
+  std::vector<float> k_weight, v_weight;
+
+  // Throws ModelError naming file, tensor, expected and actual.
+  static std::shared_ptr<const Profile> load(const std::filesystem::path& file);
+  void save(const std::filesystem::path& file) const;  // written aside, then renamed
+
+  // Rotation by the normalised Hadamard matrix (head_dim a power of two; else blocks of the largest
+  // power of two that divides it). Needs no calibration.
+  static std::shared_ptr<const Profile> hadamard(const ModelConfig& config);
+
+  // "" or "none": null; "hadamard"; "model": kv_profile.safetensors in the model's folder; otherwise
+  // a file.
+  static std::shared_ptr<const Profile> resolve(const std::string& name, const Model& model);
+
+  // Of everything that changes results: 16 hex digits.
+  std::string hash() const;
+  // Throws ModelError where the profile does not fit the model.
+  void check(const ModelConfig& config, const std::string& fingerprint) const;
+};
+
+}  // namespace mustafar

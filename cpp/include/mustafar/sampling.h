@@ -1,0 +1,71 @@
+// How the next token is chosen from logits.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace mustafar {
+
+// Called with the ids of the sequence so far and the logits [vocab], which it may change in place
+// (constrained output: set what must not follow to -infinity). Runs before every other step.
+using LogitsProcessor =
+    std::function<void(std::span<const int32_t> token_ids, std::span<float> logits)>;
+
+struct SamplingParams {
+  int32_t max_new_tokens = 256;
+  int32_t min_new_tokens = 0;       // end-of-sequence ids can't be chosen before
+  double temperature = 0.8;         // 0: greedy
+  int32_t top_k = 40;               // 0: off
+  double top_p = 0.95;              // 1: off
+  double min_p = 0.05;              // 0: off; relative to the most probable token
+  double repetition_penalty = 1.0;  // divides positive, multiplies negative logits of seen tokens
+  double presence_penalty = 0.0;    // subtracted once from tokens that were generated
+  double frequency_penalty = 0.0;   // subtracted per occurrence among generated tokens
+  int32_t penalty_window = 64;      // newest tokens that repetition_penalty looks at; -1: all
+  std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit)
+  std::optional<uint64_t> seed;     // none: drawn from the system
+  std::vector<std::string> stop;    // texts that end the output; not part of it
+  std::vector<int32_t> stop_token_ids;  // beside the model's own
+  bool ignore_eos = false;          // go on past the model's end-of-sequence ids
+  int32_t logprobs = 0;             // alternatives to report for every token; -1: none at all
+  LogitsProcessor logits_processor;
+
+  // Throws std::invalid_argument naming the field, its value and the range.
+  void validate(int64_t vocab_size) const;
+};
+
+enum class FinishReason : uint8_t {
+  kLength,     // max_new_tokens
+  kStop,       // end-of-sequence, a stop id or a stop text
+  kContext,    // the context is full
+  kCancelled,  // the caller stopped it
+};
+const char* name_of(FinishReason reason);
+
+struct TokenLogprob {
+  int32_t token_id = 0;
+  float logprob = 0;                                // natural, of the model's raw distribution
+  std::vector<std::pair<int32_t, float>> top;       // the most probable, descending
+};
+
+struct GenerateStats {
+  int64_t prompt_tokens = 0;     // prefilled by this call
+  int64_t generated_tokens = 0;
+  double prefill_seconds = 0;
+  double decode_seconds = 0;
+};
+
+struct GenerateResult {
+  std::string text;               // valid UTF-8
+  std::vector<int32_t> token_ids;  // generated, the stop token included
+  FinishReason finish_reason = FinishReason::kLength;
+  std::vector<TokenLogprob> logprobs;  // one per token where asked for
+  GenerateStats stats;
+};
+
+}  // namespace mustafar

@@ -1,0 +1,136 @@
+// One sequence of tokens and its cache.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mustafar/kv_config.h"
+#include "mustafar/model.h"
+#include "mustafar/sampling.h"
+
+namespace mustafar {
+
+// Measured bytes of one session's cache. Pages shared by a fork count in each of its owners.
+struct MemoryUsage {
+  int64_t dense_equivalent = 0;  // the same tokens, dense, at 2 bytes a value
+  int64_t masks = 0;             // in the compressed store
+  int64_t values = 0;
+  int64_t scales = 0;
+  int64_t padding = 0;    // alignment inside pages
+  int64_t tail = 0;       // dense sinks and tail, as allocated
+  int64_t policy = 0;     // statistics that a pruning policy keeps
+  int64_t allocated = 0;  // the sum of all but dense_equivalent
+  int64_t compressed_tokens = 0;
+  int64_t dense_tokens = 0;
+  double k_sparsity = 0;  // of the compressed store, as stored
+  double v_sparsity = 0;
+};
+
+class Generation;
+
+// Used by one thread at a time: a second one gets StateError. Every call that throws leaves the
+// session as it was before.
+class Session {
+ public:
+  // max_tokens: context limit; none: the model's.
+  explicit Session(const Model& model, const KVConfig& kv = {},
+                   std::optional<int32_t> max_tokens = std::nullopt);
+  ~Session();
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+
+  // Appends tokens in one forward call; returns the logits [vocab] after the last, valid until the
+  // next call. Throws std::invalid_argument for a bad id or an empty prompt, ContextOverflow,
+  // OutOfMemory, Cancelled.
+  // progress: called now and then with (tokens x layers done, in all), on the calling thread.
+  std::span<const float> prefill(std::span<const int32_t> token_ids,
+                                 const std::function<void(int64_t, int64_t)>& progress = {});
+  std::span<const float> decode(int32_t token_id);
+  // One decode step of several different sessions of one model: appends token_ids[i] to
+  // sessions[i]; returns logits [sessions.size()][vocab]. All or none.
+  static std::vector<float> decode_batch(std::span<Session* const> sessions,
+                                         std::span<const int32_t> token_ids);
+  // Logits after the last token; throws StateError for an empty session.
+  std::span<const float> logits() const;
+
+  // Appends the prompt (BOS only at position 0) and continues it. on_piece gets text as it becomes
+  // certain; returning false stops. Every token returned is in the cache, but text that a stop text
+  // cuts off is rewound.
+  using PieceCallback = std::function<bool(std::string_view piece)>;
+  GenerateResult generate(const Prompt& prompt, const SamplingParams& params = {},
+                          const PieceCallback& on_piece = {});
+  // The same, a step at a time. The session must outlive it and not be used until it is done or
+  // destroyed.
+  Generation start(const Prompt& prompt, const SamplingParams& params = {});
+
+  // Natural log-probabilities [n - 1] of token i + 1 given those up to i, on a fresh cache of this
+  // session's configuration, where query i sees what decode would have compressed by then.
+  std::vector<float> score(std::span<const int32_t> token_ids) const;
+  // As score, handing the logits [vocab] of every position but the last to visit.
+  void score_logits(
+      std::span<const int32_t> token_ids,
+      const std::function<void(int64_t position, std::span<const float> logits)>& visit) const;
+
+  int64_t position() const;  // tokens in the cache
+  const std::vector<int32_t>& tokens() const;
+  int64_t max_tokens() const;
+  const Model& model() const;
+  const KVConfig& kv_config() const;
+  MemoryUsage memory() const;
+
+  void rewind(
+      int64_t position);  // keeps the first `position` tokens; see docs for what is recomputed
+  Session fork() const;   // shares compressed pages, copies the tail
+  void reset();
+  void close();  // frees the cache; later calls throw StateError
+
+  // The whole session as a file, written aside and renamed. Throws Error naming path and reason.
+  void save(const std::filesystem::path& file) const;
+  // Throws StateError where the file is damaged or does not fit the model. profile: needed where
+  // the session had a calibrated one; it must be the same.
+  static Session load(const Model& model, const std::filesystem::path& file,
+                      std::shared_ptr<const Profile> profile = nullptr);
+
+  // Makes the call that is running on another thread throw Cancelled soon. Safe from any thread.
+  void cancel();
+  // Asked between the parts of a long call on the calling thread; throwing from it stops the call.
+  void set_interrupt_check(std::function<void()> check);
+  // Called while generate or start works on the prompt: tokens x layers done, in all.
+  void set_prefill_progress(std::function<void(int64_t done, int64_t total)> progress);
+
+  struct Impl;
+  Impl& impl() const { return *impl_; }
+
+ private:
+  explicit Session(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// A generation in progress: each step() makes one token.
+class Generation {
+ public:
+  ~Generation();
+  Generation(Generation&&) noexcept;
+  Generation& operator=(Generation&&) noexcept;
+
+  // False when it has ended. piece: text that became certain with this token, possibly empty.
+  bool step(std::string& piece);
+  // Ends it early, keeping the tokens made so far in the session. Text held back is dropped.
+  void stop();
+  const GenerateResult& result() const;
+
+ private:
+  friend class Session;
+  struct Impl;
+  explicit Generation(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace mustafar

@@ -1,0 +1,66 @@
+// Text to token ids and back, from a Hugging Face tokenizer.json.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mustafar/text_range.h"
+
+namespace mustafar {
+
+// Immutable and cheap to copy; safe to use from several threads.
+class Tokenizer {
+ public:
+  // Reads a tokenizer.json, or the one in a folder. Throws TokenizerError naming file and field.
+  static Tokenizer load(const std::filesystem::path& path);
+
+  // Ids of a UTF-8 text. add_special: what the post-processor adds (BOS). parse_special: special
+  // tokens spelled in the text become their id; otherwise they are text like any other.
+  // Invalid UTF-8 is replaced by U+FFFD as in Python's errors="replace".
+  std::vector<int32_t> encode(std::string_view text, bool add_special = true,
+                              bool parse_special = false) const;
+
+  // Ids of a rendered chat, nothing added: every special token that the template spelled becomes its
+  // id; where it overlaps one of the ascending ranges `outside`, which came from users and tools, it
+  // is text. Other added tokens are matched as in encode().
+  std::vector<int32_t> encode_chat(std::string_view text,
+                                   std::span<const TextRange> outside = {}) const;
+
+  // Text of ids; always valid UTF-8. Throws TokenizerError for an id outside the vocabulary.
+  std::string decode(std::span<const int32_t> token_ids, bool skip_special = false) const;
+
+  int32_t vocab_size() const;  // one more than the largest id, added tokens included
+  std::optional<int32_t> token_to_id(std::string_view token) const;
+  std::string id_to_token(int32_t token_id) const;  // as spelled in tokenizer.json
+  bool is_special(int32_t token_id) const;
+  std::vector<int32_t> special_prefix() const;  // what add_special puts before a text, e.g. BOS
+
+  // Decodes ids one by one, holding back bytes until they are whole UTF-8 characters. The pieces and
+  // the flush together equal decode() of all the ids.
+  class Stream {
+   public:
+    explicit Stream(const Tokenizer& tokenizer, bool skip_special = true);
+    ~Stream();
+    Stream(Stream&&) noexcept;
+    Stream& operator=(Stream&&) noexcept;
+    std::string push(int32_t token_id);  // text that became certain, often empty or one token
+    std::string flush();                 // what was held back
+   private:
+    struct State;
+    std::unique_ptr<State> state_;
+  };
+
+  struct Impl;
+
+ private:
+  explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  std::shared_ptr<const Impl> impl_;
+};
+
+}  // namespace mustafar

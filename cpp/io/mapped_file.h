@@ -1,0 +1,46 @@
+// A regular file mapped read-only.
+//
+// Symbolic links are followed, since model caches link into a blob store, but what is opened must
+// be a regular file: a FIFO, directory, socket or device is refused before it is opened.
+//
+// A file that is made shorter by somebody else while it is mapped loses its pages, and touching one
+// of them raises SIGBUS, which no library can turn into an exception safely. The size is therefore
+// taken once, from the open file; verify() compares it with the file as it is now, and prefault()
+// reads pages in a way that reports a missing one as an error. Files that are replaced (written
+// anew and renamed), as downloads and updates are, keep their pages.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+
+namespace mustafar {
+
+class MappedFile {
+ public:
+  MappedFile() = default;
+  // Throws ModelError naming the path and the reason.
+  static MappedFile open(const std::filesystem::path& path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+
+  const uint8_t* data() const { return data_; }  // [bytes], aligned to a page; null when empty
+  size_t bytes() const { return bytes_; }
+  const std::filesystem::path& path() const { return path_; }
+
+  // Throws ModelError if the file no longer has the size it was mapped with.
+  void verify() const;
+  // Tells the kernel that the whole file will be read soon. Only a hint.
+  void will_need() const;
+  // Brings the pages of [begin, end) into memory; throws ModelError where the file lost them.
+  void prefault(size_t begin, size_t end) const;
+
+ private:
+  std::filesystem::path path_;
+  const uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+  int fd_ = -1;  // kept for verify()
+};
+
+}  // namespace mustafar

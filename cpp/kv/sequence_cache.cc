@@ -1,0 +1,244 @@
+#include "kv/sequence_cache.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace mustafar {
+namespace {
+
+DType dtype_of(ValueType type, DType tail) {
+  switch (type) {
+    case ValueType::kAuto:
+      return tail;
+    case ValueType::kF32:
+      return DType::kF32;
+    case ValueType::kF16:
+      return DType::kF16;
+    case ValueType::kBF16:
+      return DType::kBF16;
+    case ValueType::kInt8:
+      return DType::kInt8;
+    case ValueType::kInt4:
+      return DType::kInt4;
+  }
+  return tail;
+}
+
+bool per_channel(PrunePolicy policy) {
+  return policy == PrunePolicy::kChannelMagnitude || policy == PrunePolicy::kChannelOutputAware ||
+         policy == PrunePolicy::kChannelStructured;
+}
+
+bool needs_queries(PrunePolicy policy) {
+  return policy == PrunePolicy::kOutputAware || policy == PrunePolicy::kChannelOutputAware ||
+         policy == PrunePolicy::kChannelStructured;
+}
+
+SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVConfig& config,
+                       PrunePolicy policy, DType dtype) {
+  const bool ragged = per_channel(policy);
+  return make_slot_layout(head_dim, is_key, sparsity, config.pattern == Pattern::kGroup && !ragged,
+                          dtype, ragged);
+}
+
+}  // namespace
+
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
+                          std::shared_ptr<const KVTransform> transform) {
+  config.validate();
+  CacheSpec spec;
+  spec.config = config;
+  spec.tail_dtype = tail_dtype;
+  spec.n_layers = model.n_layers;
+  spec.n_kv_heads = model.n_kv_heads;
+  spec.head_dim = model.head_dim;
+  const DType dtype = dtype_of(config.value_dtype, tail_dtype);
+  const double k_sparsity = config.effective_k_sparsity(),
+               v_sparsity = config.effective_v_sparsity();
+  const SlotLayout k =
+      slot_layout(model.head_dim, true, k_sparsity, config, config.k_policy, dtype);
+  const SlotLayout v =
+      slot_layout(model.head_dim, false, v_sparsity, config, config.v_policy, dtype);
+  spec.layout = make_store_layout(model.n_layers, model.n_kv_heads, k, v);
+  spec.dense_capacity = config.sink_tokens + config.window + kBlockTokens;
+  if ((k_sparsity > 0 && needs_queries(config.k_policy)) ||
+      (v_sparsity > 0 && needs_queries(config.v_policy))) {
+    // Without a window there are still queries to rank by: those of the block that is leaving.
+    spec.query_window = std::max(config.window, 1);
+  }
+  spec.dense_bytes = spec.n_layers * spec.fresh_bytes(spec.dense_capacity);
+  spec.query_bytes =
+      int64_t{4} * spec.n_layers * spec.n_kv_heads * spec.query_window * spec.head_dim;
+  spec.transform = std::move(transform);
+  return spec;
+}
+
+SequenceCache::SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool,
+                             std::shared_ptr<KVBudget> budget,
+                             std::shared_ptr<const CacheSpec> spec)
+    : backend_(&backend),
+      pool_(std::move(pool)),
+      budget_(std::move(budget)),
+      spec_(std::move(spec)) {
+  dense_ = KVMemory(backend, budget_, spec_->dense_bytes);
+  if (spec_->query_bytes > 0) {
+    query_magnitude_ = KVMemory(backend, budget_, spec_->query_bytes);
+    const std::vector<uint8_t> zeros(spec_->query_bytes);
+    backend.upload(query_magnitude_.data(), zeros.data(), spec_->query_bytes);
+  }
+}
+
+SequenceCache SequenceCache::fork() const {
+  SequenceCache other(*backend_, pool_, budget_, spec_);
+  other.pages_ = pages_;
+  other.length_ = length_;
+  other.refresh_page_table();
+  backend_->copy(other.dense_.data(), dense_.data(), spec_->dense_bytes);
+  if (spec_->query_bytes > 0) {
+    backend_->copy(other.query_magnitude_.data(), query_magnitude_.data(), spec_->query_bytes);
+  }
+  return other;
+}
+
+SequenceCache SequenceCache::cut_store(int64_t length) const {
+  SequenceCache other(*backend_, pool_, budget_, spec_);
+  const int64_t stored = spec_->compressed(length);
+  other.pages_.assign(pages_.begin(), pages_.begin() + stored / kBlockTokens);
+  other.refresh_page_table();
+  // Sinks lead the dense buffer; whatever follows them is overwritten by what is recomputed.
+  const int64_t sinks = std::min<int64_t>(spec_->config.sink_tokens, length);
+  if (sinks > 0) backend_->copy(other.dense_.data(), dense_.data(), spec_->dense_bytes);
+  other.length_ = stored + sinks;
+  return other;
+}
+
+void SequenceCache::cut_tail(int64_t length) { length_ = length; }
+
+PendingAppend SequenceCache::prepare(int64_t n, bool in_place) const {
+  PendingAppend pending;
+  pending.n_tokens = n;
+  const int64_t new_blocks = (spec_->compressed(length_ + n) - compressed()) / kBlockTokens;
+  // The dense buffer first: it is the smaller, and what a refused page leaves is dropped with it.
+  if (!in_place || new_blocks > 0) {
+    pending.dense = KVMemory(*backend_, budget_, spec_->dense_bytes);
+  }
+  if (!in_place && spec_->query_bytes > 0) {
+    pending.query_magnitude = KVMemory(*backend_, budget_, spec_->query_bytes);
+    backend_->copy(pending.query_magnitude.data(), query_magnitude_.data(), spec_->query_bytes);
+  }
+  if (new_blocks > 0) {
+    pending.new_pages = pool_->allocate(new_blocks);
+    for (const PageRef& page : pending.new_pages) pending.new_page_addresses.push_back(page.data());
+    if (!backend_->host_memory()) {
+      const int64_t bytes = new_blocks * static_cast<int64_t>(sizeof(uint8_t*));
+      pending.new_page_table = KVMemory(*backend_, budget_, bytes);
+      backend_->upload(pending.new_page_table.data(), pending.new_page_addresses.data(), bytes);
+    }
+  }
+  return pending;
+}
+
+SequenceStep SequenceCache::view(const PendingAppend& pending) const {
+  SequenceStep step;
+  step.n_rows = static_cast<int32_t>(pending.n_tokens);
+  step.pos0 = static_cast<int32_t>(length_);
+  step.layout = &spec_->layout;
+  step.pages = page_table_.data() != nullptr
+                   ? static_cast<const uint8_t* const*>(page_table_.data())
+                   : page_addresses_.data();
+  step.n_blocks = static_cast<int32_t>(pages_.size());
+  step.dense = dense_.data();
+  step.dense_capacity = spec_->dense_capacity;
+  step.dense_tokens = static_cast<int32_t>(length_ - compressed());
+  step.n_sinks = spec_->config.sink_tokens;
+  step.transform = spec_->transform.get();
+  step.query_magnitude =
+      static_cast<float*>(pending.query_magnitude.data() != nullptr ? pending.query_magnitude.data()
+                                                                    : query_magnitude_.data());
+  step.query_window = spec_->query_window;
+  return step;
+}
+
+CommitStep SequenceCache::commit_view(const PendingAppend& pending,
+                                      const SequenceStep& step) const {
+  CommitStep commit;
+  commit.sequence = &step;
+  const int32_t n = static_cast<int32_t>(pending.n_tokens);
+  commit.dense_tokens = step.fresh != nullptr ? step.dense_tokens : step.dense_tokens + n;
+  commit.fresh_tokens = step.fresh != nullptr ? n : 0;
+  commit.new_pages = pending.page_table();
+  commit.n_new_blocks = static_cast<int32_t>(pending.new_pages.size());
+  commit.end_pos = static_cast<int32_t>(length_) + n;
+  commit.dense_out = pending.dense.data();
+  commit.k_policy = static_cast<int32_t>(spec_->config.k_policy);
+  commit.v_policy = static_cast<int32_t>(spec_->config.v_policy);
+  return commit;
+}
+
+void SequenceCache::apply(PendingAppend&& pending) noexcept {
+  for (PageRef& page : pending.new_pages) {
+    page_addresses_.push_back(page.data());
+    pages_.push_back(std::move(page));
+  }
+  if (!pending.new_pages.empty()) refresh_page_table();
+  if (pending.dense.data() != nullptr) dense_ = std::move(pending.dense);
+  if (pending.query_magnitude.data() != nullptr) {
+    query_magnitude_ = std::move(pending.query_magnitude);
+  }
+  length_ += pending.n_tokens;
+}
+
+void SequenceCache::restore(std::vector<PageRef> pages, int64_t length) {
+  pages_ = std::move(pages);
+  length_ = length;
+  refresh_page_table();
+}
+
+void SequenceCache::refresh_page_table() {
+  page_addresses_.clear();
+  for (const PageRef& page : pages_) page_addresses_.push_back(page.data());
+  if (backend_->host_memory() || pages_.empty()) return;
+  const int64_t bytes = static_cast<int64_t>(pages_.size() * sizeof(uint8_t*));
+  if (page_table_.bytes() < bytes) page_table_ = KVMemory(*backend_, budget_, 2 * bytes);
+  backend_->upload(page_table_.data(), page_addresses_.data(), bytes);
+}
+
+int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n) {
+  const auto pages = [&](int64_t tokens) {
+    return spec.compressed(tokens) / kBlockTokens * spec.layout.page_bytes;
+  };
+  // Two dense buffers exist while a call replaces one by the other.
+  return 2 * (spec.dense_bytes + spec.query_bytes) +
+         std::max(pages(n), pages(prompt) + spec.fresh_bytes(prompt));
+}
+
+MemoryUsage SequenceCache::memory() const {
+  MemoryUsage usage;
+  const CacheSpec& spec = *spec_;
+  const int64_t blocks = static_cast<int64_t>(pages_.size());
+  const int64_t slots = blocks * spec.n_layers * spec.n_kv_heads;
+  for (const SlotLayout* slot : {&spec.layout.k, &spec.layout.v}) {
+    const int64_t masks = kBlockTokens * 4 * slot->mask_words;
+    const int64_t scales = has_scales(slot->dtype) ? kBlockTokens * 2 : 0;
+    const int64_t values = int64_t{kBlockTokens} * slot->row_bytes;
+    usage.masks += slots * masks;
+    usage.values += slots * values;
+    usage.scales += slots * scales;
+    usage.padding += slots * (slot->slot_bytes - masks - scales - values);
+  }
+  usage.tail = dense_.bytes();
+  usage.policy = query_magnitude_.bytes();
+  usage.padding += page_table_.bytes();
+  usage.allocated =
+      usage.masks + usage.values + usage.scales + usage.padding + usage.tail + usage.policy;
+  usage.compressed_tokens = compressed();
+  usage.dense_tokens = length_ - compressed();
+  usage.dense_equivalent =
+      int64_t{2} * 2 * length_ * spec.n_layers * spec.n_kv_heads * spec.head_dim;
+  usage.k_sparsity = 1.0 - static_cast<double>(spec.layout.k.row_keep) / spec.head_dim;
+  usage.v_sparsity = 1.0 - static_cast<double>(spec.layout.v.row_keep) / spec.head_dim;
+  return usage;
+}
+
+}  // namespace mustafar

@@ -1,0 +1,116 @@
+// One sequence's keys and values: sinks and tail dense, everything older in compressed pages.
+// The schedule is that of the format: with n tokens cached, the compressed_tokens(n, sinks, window)
+// tokens after the sinks are in pages, 64 to a page; the rest is in the dense buffer.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "backend/backend.h"
+#include "kv/block_pool.h"
+#include "mustafar/kv_config.h"
+#include "mustafar/session.h"
+
+namespace mustafar {
+
+// What a cache is made of: fixed at its creation, shared by forks.
+struct CacheSpec {
+  KVConfig config;
+  StoreLayout layout;
+  DType tail_dtype = DType::kF32;
+  int32_t n_layers = 0;
+  int32_t n_kv_heads = 0;
+  int32_t head_dim = 0;
+  int32_t dense_capacity = 0;  // tokens: sinks + window + 64
+  int32_t query_window = 0;    // queries whose magnitude is kept; 0 where no policy asks
+  int64_t dense_bytes = 0;     // of the dense buffer
+  int64_t query_bytes = 0;     // of the query magnitudes
+  std::shared_ptr<const KVTransform> transform;  // device pointers, or null
+
+  int64_t compressed(int64_t n) const {
+    return compressed_tokens(n, config.sink_tokens, config.window);
+  }
+  // Bytes of one layer's keys and values of n tokens in the tail's type.
+  int64_t fresh_bytes(int64_t n) const {
+    return 2 * n_kv_heads * n * dtype_bytes(tail_dtype, head_dim);
+  }
+};
+
+// Layouts of a model's cache under a configuration. Throws std::invalid_argument where a
+// combination is refused, naming the fields.
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
+                          std::shared_ptr<const KVTransform> transform);
+
+// What a call will change, prepared before it starts so that nothing can fail for want of memory
+// once it runs, and dropped if it fails.
+struct PendingAppend {
+  int64_t n_tokens = 0;
+  std::vector<PageRef> new_pages;
+  std::vector<uint8_t*> new_page_addresses;
+  KVMemory new_page_table;   // where the device can't read host memory
+  KVMemory dense;            // what the dense buffer becomes; empty when it is appended to in place
+  KVMemory query_magnitude;  // likewise
+
+  uint8_t* const* page_table() const {
+    return new_page_table.data() != nullptr ? static_cast<uint8_t* const*>(new_page_table.data())
+                                            : new_page_addresses.data();
+  }
+};
+
+class SequenceCache {
+ public:
+  SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool, std::shared_ptr<KVBudget> budget,
+                std::shared_ptr<const CacheSpec> spec);
+  SequenceCache(SequenceCache&&) = default;
+  SequenceCache& operator=(SequenceCache&&) = default;
+
+  const CacheSpec& spec() const { return *spec_; }
+  int64_t length() const { return length_; }
+  int64_t compressed() const { return int64_t{kBlockTokens} * static_cast<int64_t>(pages_.size()); }
+
+  // A cache of the same contents: pages shared, dense buffer copied.
+  SequenceCache fork() const;
+  // A cache that holds sinks and store of the first `length` tokens alone, sharing pages; the
+  // caller recomputes the tokens from its length() to `length`. Needs length < this->length().
+  SequenceCache cut_store(int64_t length) const;
+  // Drops dense tokens from the end; needs compressed(length) == compressed().
+  void cut_tail(int64_t length);
+
+  // Everything that appending n tokens needs. in_place: the call writes its rows into the dense
+  // buffer (decode), so that without a commit nothing is copied. Throws OutOfMemory, unchanged.
+  PendingAppend prepare(int64_t n, bool in_place) const;
+  // Keys and values of one layer of a call of n tokens (SequenceStep::fresh), within the budget.
+  KVMemory fresh(int64_t n) const { return KVMemory(*backend_, budget_, spec_->fresh_bytes(n)); }
+  // The parts of a call's views that depend on the cache alone.
+  SequenceStep view(const PendingAppend& pending) const;
+  CommitStep commit_view(const PendingAppend& pending, const SequenceStep& step) const;
+  void apply(PendingAppend&& pending) noexcept;
+
+  // Bytes that a new cache needs at most, on its way over a prompt in one call to n tokens.
+  static int64_t bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n);
+  MemoryUsage memory() const;
+
+  // For state files.
+  const std::vector<PageRef>& pages() const { return pages_; }
+  void* dense() const { return dense_.data(); }
+  void* query_magnitude() const { return query_magnitude_.data(); }
+  // Takes over contents read from a file: pages, dense buffer and magnitudes already filled.
+  void restore(std::vector<PageRef> pages, int64_t length);
+
+ private:
+  void refresh_page_table();
+
+  Backend* backend_;
+  std::shared_ptr<BlockPool> pool_;
+  std::shared_ptr<KVBudget> budget_;
+  std::shared_ptr<const CacheSpec> spec_;
+  std::vector<PageRef> pages_;
+  std::vector<const uint8_t*> page_addresses_;  // host
+  KVMemory page_table_;                         // the same on the device, where it needs its own
+  KVMemory dense_;
+  KVMemory query_magnitude_;
+  int64_t length_ = 0;
+};
+
+}  // namespace mustafar

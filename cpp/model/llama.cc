@@ -1,0 +1,139 @@
+#include "model/llama.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace mustafar {
+namespace {
+
+// Rows that pass through a layer together in prefill: enough for the matrix products to run at full
+// speed, few enough that activations stay small whatever the prompt's length.
+constexpr int64_t kPrefillRows = 512;
+
+}  // namespace
+
+ForwardBuffers::ForwardBuffers(Backend& backend)
+    : backend_(backend), workspace_(backend.make_workspace()) {}
+
+float* ForwardBuffers::ensure(std::unique_ptr<DeviceMemory>& memory, int64_t values) {
+  const int64_t bytes = values * static_cast<int64_t>(sizeof(float));
+  if (memory == nullptr || memory->bytes() < bytes) {
+    memory.reset();
+    memory = backend_.allocate(bytes);
+  }
+  return static_cast<float*>(memory->data());
+}
+
+int64_t ForwardBuffers::bytes() const {
+  int64_t bytes = workspace_->bytes();
+  for (const auto* memory : {&x_, &q_, &attention_, &logits_}) {
+    if (*memory != nullptr) bytes += (*memory)->bytes();
+  }
+  return bytes;
+}
+
+void Llama::run_layer(int32_t layer, const Batch& batch, float* x, ForwardBuffers& buffers,
+                      const Observer& observer) const {
+  const int64_t width = int64_t{config_.n_heads} * config_.head_dim;
+  Workspace& workspace = buffers.workspace();
+  float* q = buffers.q(batch.n_rows * width);
+  float* attention = buffers.attention(batch.n_rows * width);
+  backend_.project_qkv(weights_, layer, batch, x, q, workspace);
+  if (observer) observer(layer, batch, q);
+  backend_.attend(layer, batch, q, attention, workspace);
+  backend_.project_output(weights_, layer, batch, attention, x, workspace);
+  backend_.mlp(weights_, layer, batch, x, workspace);
+}
+
+void Llama::decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                   float* logits, ForwardBuffers& buffers) const {
+  const int32_t n = static_cast<int32_t>(caches.size());
+  std::vector<PendingAppend> pending(n);
+  std::vector<SequenceStep> steps(n);
+  std::vector<int32_t> rows(n);
+  for (int32_t i = 0; i < n; i++) {
+    pending[i] = caches[i]->prepare(1, /*in_place=*/true);
+    steps[i] = caches[i]->view(pending[i]);
+    steps[i].row0 = rows[i] = i;
+  }
+  const Batch batch{steps, n, /*decode=*/true};
+
+  const int64_t n_logits = int64_t{n} * config_.vocab_size;
+  const int64_t width = int64_t{config_.n_heads} * config_.head_dim;
+  float* x = buffers.x(int64_t{n} * config_.hidden_size);
+  float* out = backend_.host_memory() ? logits : buffers.logits(n_logits);
+  const void* const used[] = {&weights_, x, out, buffers.q(n * width),
+                              buffers.attention(n * width)};
+  backend_.decode_step(batch, tokens, used, buffers.workspace(), [&] {
+    backend_.embed(weights_, tokens, x);
+    for (int32_t layer = 0; layer < config_.n_layers; layer++) run_layer(layer, batch, x, buffers);
+    backend_.logits(weights_, batch, rows, x, out, buffers.workspace());
+  });
+  if (out != logits) backend_.download(logits, out, n_logits * 4);
+
+  std::vector<CommitStep> commits;
+  for (int32_t i = 0; i < n; i++) {
+    if (!pending[i].new_pages.empty()) {
+      commits.push_back(caches[i]->commit_view(pending[i], steps[i]));
+    }
+  }
+  if (!commits.empty()) backend_.commit(commits, 0, config_.n_layers, buffers.workspace());
+  backend_.synchronize();
+  for (int32_t i = 0; i < n; i++) caches[i]->apply(std::move(pending[i]));
+}
+
+Prefill::Prefill(const Llama& llama, SequenceCache& cache, std::vector<int32_t> tokens,
+                 ForwardBuffers& buffers)
+    : llama_(llama), cache_(cache), tokens_(std::move(tokens)), buffers_(buffers) {
+  const int64_t n = static_cast<int64_t>(tokens_.size());
+  pending_ = cache_.prepare(n, /*in_place=*/false);
+  fresh_ = cache_.fresh(n);
+  x_ = buffers_.x(n * llama_.config_.hidden_size);
+  llama_.backend_.embed(llama_.weights_, tokens_, x_);
+}
+
+Prefill::~Prefill() = default;
+
+bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
+  const ModelConfig& config = llama_.config_;
+  if (layer_ == config.n_layers) return false;
+  const int64_t n = static_cast<int64_t>(tokens_.size());
+  SequenceStep call = cache_.view(pending_);
+  call.fresh = fresh_.data();
+  call.fresh_capacity = static_cast<int32_t>(n);
+  call.fresh_pos0 = call.pos0;
+
+  // Rows see keys and values of earlier rows only, so a chunk can pass through the whole layer.
+  for (int64_t first = 0; first < n; first += kPrefillRows) {
+    const int64_t rows = std::min(kPrefillRows, n - first);
+    SequenceStep chunk = call;
+    chunk.pos0 = call.pos0 + static_cast<int32_t>(first);
+    chunk.n_rows = static_cast<int32_t>(rows);
+    const Batch batch{{&chunk, 1}, static_cast<int32_t>(rows), /*decode=*/false};
+    llama_.run_layer(layer_, batch, x_ + first * config.hidden_size, buffers_, observer_);
+    if (between) between(layer_ * n + first + rows, config.n_layers * n);
+  }
+  const CommitStep commit = cache_.commit_view(pending_, call);
+  llama_.backend_.commit({&commit, 1}, layer_, 1, buffers_.workspace());
+  layer_++;
+  return layer_ < config.n_layers;
+}
+
+void Prefill::logits(int64_t first, int64_t n, float* out) {
+  const ModelConfig& config = llama_.config_;
+  std::vector<int32_t> rows(n);
+  for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(i);
+  const Batch batch{{}, static_cast<int32_t>(n), /*decode=*/false};
+  Backend& backend = llama_.backend_;
+  float* device = backend.host_memory() ? out : buffers_.logits(n * config.vocab_size);
+  backend.logits(llama_.weights_, batch, rows, x_ + first * config.hidden_size, device,
+                 buffers_.workspace());
+  if (device != out) backend.download(out, device, n * config.vocab_size * 4);
+}
+
+void Prefill::finish() {
+  llama_.backend_.synchronize();
+  cache_.apply(std::move(pending_));
+}
+
+}  // namespace mustafar

@@ -1,0 +1,98 @@
+// The Llama graph, written once over the backend interface.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+#include "kv/sequence_cache.h"
+#include "mustafar/model_config.h"
+
+namespace mustafar {
+
+// Device buffers of one call in flight, kept between calls and grown on demand.
+class ForwardBuffers {
+ public:
+  explicit ForwardBuffers(Backend& backend);
+  float* x(int64_t values) { return ensure(x_, values); }
+  float* q(int64_t values) { return ensure(q_, values); }
+  float* attention(int64_t values) { return ensure(attention_, values); }
+  float* logits(int64_t values) { return ensure(logits_, values); }
+  Workspace& workspace() { return *workspace_; }
+  int64_t bytes() const;
+
+ private:
+  float* ensure(std::unique_ptr<DeviceMemory>& memory, int64_t values);
+
+  Backend& backend_;
+  std::unique_ptr<Workspace> workspace_;
+  std::unique_ptr<DeviceMemory> x_, q_, attention_, logits_;
+};
+
+// Work on a model's graph shared by all its sessions; has no state of its own.
+class Llama {
+ public:
+  Llama(const ModelConfig& config, const Weights& weights, Backend& backend)
+      : config_(config), weights_(weights), backend_(backend) {}
+
+  const ModelConfig& config() const { return config_; }
+  Backend& backend() const { return backend_; }
+
+  // One decode step of several sequences: appends tokens[i] to caches[i] and writes the logits
+  // after it to logits (host, [caches.size()][vocab]). All or none: throws with every cache
+  // unchanged.
+  void decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+              float* logits, ForwardBuffers& buffers) const;
+
+ private:
+  friend class Prefill;
+  // Sees the rotated queries [rows][heads * D] of a layer, and through batch its keys and values.
+  using Observer = std::function<void(int32_t layer, const Batch& batch, const float* q)>;
+  void run_layer(int32_t layer, const Batch& batch, float* x, ForwardBuffers& buffers,
+                 const Observer& observer = {}) const;
+
+  const ModelConfig& config_;
+  const Weights& weights_;
+  Backend& backend_;
+};
+
+// One forward call of many tokens, a layer at a time, so that other work can run in between. The
+// cache changes in finish() alone: dropping a Prefill before leaves it as it was.
+class Prefill {
+ public:
+  // Takes what the call needs; throws OutOfMemory. cache must outlive it and not change meanwhile.
+  Prefill(const Llama& llama, SequenceCache& cache, std::vector<int32_t> tokens,
+          ForwardBuffers& buffers);
+  ~Prefill();
+
+  // Runs the next layer; false once all have run. between: called after each part of a layer with
+  // tokens x layers done so far and in all; what it throws stops the call.
+  bool step(const std::function<void(int64_t done, int64_t total)>& between = {});
+
+  // Called in every later step(), after the projections of each chunk of rows.
+  void observe(std::function<void(int32_t layer, const Batch& batch, const float* q)> observer) {
+    observer_ = std::move(observer);
+  }
+
+  // Logits of rows [first, first + n) of the call, host, [n][vocab]. After the last step.
+  void logits(int64_t first, int64_t n, float* out);
+  // Takes the call into the cache. After the last step.
+  void finish();
+
+ private:
+  const Llama& llama_;
+  SequenceCache& cache_;
+  const std::vector<int32_t> tokens_;
+  ForwardBuffers& buffers_;
+  PendingAppend pending_;
+  KVMemory fresh_;      // one layer's keys and values of the call
+  float* x_ = nullptr;  // [tokens][hidden]
+  int32_t layer_ = 0;
+  std::function<void(int32_t layer, const Batch& batch, const float* q)> observer_;
+};
+
+}  // namespace mustafar

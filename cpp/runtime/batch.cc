@@ -1,0 +1,192 @@
+// Continuous batching: sequences join and leave between decode steps; a prompt's prefill advances
+// one layer per round, so that those already decoding go on meanwhile.
+#include <algorithm>
+#include <deque>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "mustafar/error.h"
+#include "mustafar/model.h"
+#include "runtime/model_impl.h"
+#include "runtime/token_loop.h"
+
+namespace mustafar {
+namespace {
+
+struct Sequence {
+  size_t index = 0;             // of its prompt
+  std::vector<int32_t> tokens;  // prompt, then what was made
+  std::unique_ptr<TokenLoop> loop;
+  int64_t reserved_bytes = 0;  // of cache, at its longest
+  std::optional<SequenceCache> cache;
+  std::unique_ptr<Prefill> prefill;
+  std::vector<float> logits;
+};
+
+class Scheduler {
+ public:
+  Scheduler(Model::Impl& engine, std::span<const Prompt> prompts, const SamplingParams& params,
+            const KVConfig& kv, const BatchOptions& options)
+      : engine_(engine),
+        options_(options),
+        spec_(engine.cache_spec(kv)),
+        decode_buffers_(*engine.backend),
+        prefill_buffers_(*engine.backend),
+        results_(prompts.size()),
+        free_bytes_(std::min(engine.budget->available(), engine.backend->available_bytes())) {
+    for (size_t i = 0; i < prompts.size(); i++)
+      waiting_.push_back(make_sequence(prompts[i], params, i));
+  }
+
+  std::vector<GenerateResult> run() {
+    while (!waiting_.empty() || prefilling_ || !active_.empty()) {
+      if (options_.interrupt_check) options_.interrupt_check();
+      if (!prefilling_) admit();
+      if (prefilling_) advance_prefill();
+      decode_step();
+    }
+    return std::move(results_);
+  }
+
+ private:
+  std::unique_ptr<Sequence> make_sequence(const Prompt& prompt, const SamplingParams& params,
+                                          size_t index) {
+    const Tokenizer* tokenizer = engine_.tokenizer ? &*engine_.tokenizer : nullptr;
+    auto sequence = std::make_unique<Sequence>();
+    sequence->index = index;
+    sequence->tokens = prompt_ids(prompt, tokenizer, 0);
+    const std::string name = "prompt " + std::to_string(index);
+    const int64_t n = static_cast<int64_t>(sequence->tokens.size());
+    const int64_t context = engine_.config.max_position_embeddings;
+    if (n == 0) throw std::invalid_argument(name + " is empty");
+    if (n > context) {
+      throw ContextOverflow(name + " has " + std::to_string(n) +
+                            " tokens, more than the model's context of " + std::to_string(context));
+    }
+    for (int32_t id : sequence->tokens) {
+      if (id < 0 || id >= engine_.config.vocab_size) {
+        throw std::invalid_argument(name + ": token id " + std::to_string(id) +
+                                    " is outside the vocabulary of " +
+                                    std::to_string(engine_.config.vocab_size));
+      }
+    }
+    sequence->loop = std::make_unique<TokenLoop>(params, engine_.config.vocab_size,
+                                                 engine_.config.eos_token_ids, tokenizer);
+    sequence->reserved_bytes =
+        SequenceCache::bytes_for(*spec_, n, std::min<int64_t>(n + params.max_new_tokens, context));
+    return sequence;
+  }
+
+  // Starts the next prompt where the memory it may come to need is free.
+  void admit() {
+    if (waiting_.empty() || static_cast<int32_t>(active_.size()) >= options_.max_batch) return;
+    Sequence& next = *waiting_.front();
+    if (next.loop->done()) {  // nothing to generate
+      retire(*waiting_.front());
+      waiting_.pop_front();
+      return;
+    }
+    if (reserved_bytes_ + next.reserved_bytes > free_bytes_) {
+      if (!active_.empty()) return;
+      throw OutOfMemory("prompt " + std::to_string(next.index) + " needs up to " +
+                        std::to_string(next.reserved_bytes) + " bytes of KV cache, " +
+                        std::to_string(free_bytes_) +
+                        " are free: raise kv_budget, raise sparsity or lower max_new_tokens");
+    }
+    reserved_bytes_ += next.reserved_bytes;
+    next.cache.emplace(engine_.new_cache(spec_));
+    next.prefill =
+        std::make_unique<Prefill>(*engine_.llama, *next.cache, next.tokens, prefill_buffers_);
+    prefilling_ = std::move(waiting_.front());
+    waiting_.pop_front();
+  }
+
+  void advance_prefill() {
+    const auto between = [&](int64_t, int64_t) {
+      if (options_.interrupt_check) options_.interrupt_check();
+    };
+    if (prefilling_->prefill->step(between)) return;
+    prefilling_->logits.resize(engine_.config.vocab_size);
+    prefilling_->prefill->logits(static_cast<int64_t>(prefilling_->tokens.size()) - 1, 1,
+                                 prefilling_->logits.data());
+    prefilling_->prefill->finish();
+    prefilling_->prefill.reset();
+    active_.push_back(std::move(prefilling_));
+  }
+
+  void decode_step() {
+    for (auto& sequence : active_) {
+      const bool full =
+          static_cast<int64_t>(sequence->tokens.size()) >= engine_.config.max_position_embeddings;
+      if (full) sequence->loop->finish(FinishReason::kContext);
+    }
+    retire_done();
+    if (active_.empty()) return;
+
+    const size_t n = active_.size(), vocab = engine_.config.vocab_size;
+    std::vector<SequenceCache*> caches;
+    std::vector<int32_t> ids;
+    for (auto& sequence : active_) {
+      caches.push_back(&*sequence->cache);
+      ids.push_back(sequence->loop->choose(sequence->logits, sequence->tokens));
+    }
+    logits_.resize(n * vocab);
+    engine_.llama->decode(caches, ids, logits_.data(), decode_buffers_);
+    for (size_t i = 0; i < n; i++) {
+      Sequence& sequence = *active_[i];
+      sequence.tokens.push_back(ids[i]);
+      sequence.logits.assign(logits_.begin() + i * vocab, logits_.begin() + (i + 1) * vocab);
+      sequence.loop->accept(ids[i]);
+    }
+    retire_done();
+  }
+
+  void retire_done() {
+    for (auto& sequence : active_) {
+      if (sequence->loop->done()) {
+        retire(*sequence);
+        reserved_bytes_ -= sequence->reserved_bytes;
+        sequence.reset();
+      }
+    }
+    std::erase(active_, nullptr);
+  }
+
+  void retire(Sequence& sequence) {
+    GenerateResult& result = sequence.loop->result;
+    const int64_t made = sequence.loop->made_tokens();
+    result.stats.generated_tokens = made;
+    result.stats.prompt_tokens = static_cast<int64_t>(sequence.tokens.size()) - made;
+    results_[sequence.index] = std::move(result);
+  }
+
+  Model::Impl& engine_;
+  const BatchOptions& options_;
+  std::shared_ptr<const CacheSpec> spec_;
+  ForwardBuffers decode_buffers_, prefill_buffers_;
+  std::vector<GenerateResult> results_;
+  const int64_t free_bytes_;
+  int64_t reserved_bytes_ = 0;
+  std::deque<std::unique_ptr<Sequence>> waiting_;
+  std::unique_ptr<Sequence> prefilling_;
+  std::vector<std::unique_ptr<Sequence>> active_;
+  std::vector<float> logits_;
+};
+
+}  // namespace
+
+std::vector<GenerateResult> Model::generate(std::span<const Prompt> prompts,
+                                            const SamplingParams& params, const KVConfig& kv,
+                                            const BatchOptions& options) const {
+  if (options.max_batch < 1) {
+    throw std::invalid_argument("max_batch is " + std::to_string(options.max_batch) +
+                                ", must be at least 1");
+  }
+  const std::shared_ptr<Impl> engine = impl();  // keeps the model while the call runs
+  return Scheduler(*engine, prompts, params, kv, options).run();
+}
+
+}  // namespace mustafar

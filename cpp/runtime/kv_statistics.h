@@ -1,0 +1,28 @@
+// Second moments of queries, keys and values over a text: what a KV transform is calibrated from.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "mustafar/model.h"
+
+namespace mustafar {
+
+// Sums over tokens, [n_layers][n_kv_heads][D][D] each, symmetric.
+struct KVStatistics {
+  int64_t tokens = 0;
+  std::vector<double> keys;     // k^T k, after RoPE
+  std::vector<double> values;   // v^T v
+  std::vector<double> queries;  // q^T q, after RoPE, summed over the KV head's query heads
+  std::vector<double> outputs;  // W_o,h^T W_o,h, summed likewise: no text in it
+};
+
+// Runs every sequence through a dense cache. Needs a device whose memory the host can read.
+// between: called now and then with tokens done and in all; may throw to stop.
+KVStatistics gather_kv_statistics(const Model& model,
+                                  std::span<const std::vector<int32_t>> sequences,
+                                  const std::function<void(int64_t, int64_t)>& between = {});
+
+}  // namespace mustafar

@@ -1,0 +1,193 @@
+#include "mustafar/model.h"
+
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+
+#include "core/hash.h"
+#include "io/checkpoint.h"
+#include "mustafar/error.h"
+#include "mustafar/profile.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+class CheckpointTensors : public TensorSource {
+ public:
+  explicit CheckpointTensors(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
+
+  bool has(const std::string& name) const override { return checkpoint_.find(name) != nullptr; }
+
+  StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
+    const TensorView* view = checkpoint_.find(name);
+    if (view == nullptr) throw ModelError("tensor " + name + " is missing");
+    if (view->shape != shape) throw ModelError("tensor " + name + " has an unexpected shape");
+    return {view->data, view->dtype};
+  }
+
+  const Checkpoint& checkpoint() const { return checkpoint_; }
+
+ private:
+  Checkpoint checkpoint_;
+};
+
+DType parse_dtype(const std::string& name, DType stored) {
+  if (name == "auto") return stored;
+  if (name == "f32") return DType::kF32;
+  if (name == "f16") return DType::kF16;
+  if (name == "bf16") return DType::kBF16;
+  throw std::invalid_argument("dtype is \"" + name + "\", must be auto, f32, f16 or bf16");
+}
+
+std::string fingerprint_of(const ModelConfig& c, const std::string& weights) {
+  Hash64 hash;
+  hash.add(c.model_type);
+  for (int64_t value : {c.hidden_size, c.intermediate_size, c.n_layers, c.n_heads, c.n_kv_heads,
+                        c.head_dim, c.vocab_size, c.max_position_embeddings}) {
+    hash.add_int(value);
+  }
+  hash.add(&c.rms_norm_eps, sizeof(c.rms_norm_eps));
+  for (float frequency : c.rope_inverse_frequencies()) hash.add(&frequency, sizeof(frequency));
+  hash.add(weights);
+  return hash.hex();
+}
+
+}  // namespace
+
+Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> source,
+                 const ModelOptions& options, const std::filesystem::path& folder) {
+  if (options.threads < 0) {
+    throw std::invalid_argument("threads is " + std::to_string(options.threads) +
+                                ", must be 0 (one per core) or more");
+  }
+  if (options.kv_budget < 0) {
+    throw std::invalid_argument("kv_budget is " + std::to_string(options.kv_budget) +
+                                " bytes, must be 0 (no limit) or more");
+  }
+  auto impl = std::make_shared<Model::Impl>();
+  impl->folder = folder;
+  impl->config = config;
+  impl->source = std::move(source);
+  const char* first = impl->source->has("model.embed_tokens.weight") ? "model.embed_tokens.weight"
+                                                                     : "lm_head.weight";
+  const DType stored = impl->source->tensor(first, {config.vocab_size, config.hidden_size}).dtype;
+  impl->dtype = parse_dtype(options.dtype, stored);
+  impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
+  impl->weights = load_weights(
+      config, *impl->source, *impl->backend,
+      impl->backend->host_memory() ? std::function<void(int64_t, int64_t)>() : options.progress);
+  impl->budget = std::make_shared<KVBudget>(options.kv_budget);
+  impl->llama = std::make_unique<Llama>(impl->config, impl->weights.table, *impl->backend);
+  impl->fingerprint = fingerprint_of(config, impl->weights.fingerprint);
+  return Model(std::move(impl));
+}
+
+Model Model::load(const std::filesystem::path& folder, const ModelOptions& options) {
+  auto tensors = std::make_shared<CheckpointTensors>(Checkpoint::open(folder));
+  const Checkpoint& checkpoint = tensors->checkpoint();
+  if (options.progress) checkpoint.load_all(options.progress);
+  Model model = make_model(checkpoint.config(), tensors, options, folder);
+  Impl& impl = *model.impl_;
+  const std::filesystem::path file = folder / "tokenizer.json";
+  if (!std::filesystem::exists(file)) {
+    impl.tokenizer_error = "the model folder " + folder.string() + " has no tokenizer.json";
+    return model;
+  }
+  // A model whose tokenizer is of an unknown kind still runs on token ids.
+  try {
+    impl.tokenizer = Tokenizer::load(file);
+  } catch (const TokenizerError& error) {
+    impl.tokenizer_error = error.what();
+  }
+  return model;
+}
+
+const std::shared_ptr<Model::Impl>& Model::impl() const {
+  if (impl_ == nullptr) throw StateError("the model is closed");
+  return impl_;
+}
+
+const ModelConfig& Model::config() const { return impl()->config; }
+bool Model::has_tokenizer() const { return impl()->tokenizer.has_value(); }
+const Tokenizer& Model::tokenizer() const {
+  if (!impl()->tokenizer) throw TokenizerError(impl_->tokenizer_error);
+  return *impl_->tokenizer;
+}
+const std::filesystem::path& Model::folder() const { return impl()->folder; }
+std::string Model::device() const { return impl()->backend->device(); }
+std::string Model::dtype() const { return dtype_name(impl()->dtype); }
+std::string Model::device_description() const { return impl()->backend->description(); }
+
+ModelMemory Model::memory() const {
+  const Impl& engine = *impl();
+  ModelMemory memory;
+  memory.weights_bytes = engine.weights.bytes;
+  memory.workspace_bytes = engine.workspace_bytes;
+  memory.kv_bytes = engine.budget->used();
+  memory.kv_peak_bytes = engine.budget->peak();
+  memory.kv_budget = engine.budget->limit();
+  return memory;
+}
+
+void Model::close() { impl_.reset(); }
+
+std::shared_ptr<BlockPool> Model::Impl::pool(const StoreLayout& layout) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(pools_, [](const auto& entry) { return entry.second.expired(); });
+  for (const auto& [known, pool] : pools_) {
+    if (known == layout) {
+      if (auto live = pool.lock()) return live;
+    }
+  }
+  auto pool = std::make_shared<BlockPool>(*backend, budget, layout);
+  pools_.emplace_back(layout, pool);
+  return pool;
+}
+
+std::shared_ptr<const KVTransform> Model::Impl::transform(
+    const std::shared_ptr<const Profile>& profile) {
+  if (profile == nullptr) return nullptr;
+  std::lock_guard lock(mutex_);
+  std::erase_if(transforms_, [](const auto& entry) { return entry.second.expired(); });
+  for (const auto& [known, transform] : transforms_) {
+    if (known.lock() == profile) {
+      if (auto live = transform.lock()) return live;
+    }
+  }
+  profile->check(config, fingerprint);
+  // The struct and the matrices that it points to live and die together.
+  struct Uploaded {
+    KVTransform view;
+    std::vector<std::unique_ptr<DeviceMemory>> memory;
+  };
+  auto uploaded = std::make_shared<Uploaded>();
+  const auto upload = [&](const std::vector<float>& values) -> const float* {
+    if (values.empty()) return nullptr;
+    const int64_t bytes = static_cast<int64_t>(values.size()) * 4;
+    uploaded->memory.push_back(backend->allocate(bytes));
+    backend->upload(uploaded->memory.back()->data(), values.data(), bytes);
+    return static_cast<const float*>(uploaded->memory.back()->data());
+  };
+  uploaded->view.k_forward = upload(profile->k_forward);
+  uploaded->view.k_backward = upload(profile->k_backward);
+  uploaded->view.v_forward = upload(profile->v_forward);
+  uploaded->view.v_backward = upload(profile->v_backward);
+  uploaded->view.k_weight = upload(profile->k_weight);
+  uploaded->view.v_weight = upload(profile->v_weight);
+  std::shared_ptr<const KVTransform> transform(uploaded, &uploaded->view);
+  transforms_.emplace_back(profile, transform);
+  return transform;
+}
+
+std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
+  return std::make_shared<const CacheSpec>(
+      make_cache_spec(config, dtype, kv, transform(kv.profile)));
+}
+
+SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec) {
+  std::shared_ptr<BlockPool> pages = pool(spec->layout);  // before spec moves
+  return SequenceCache(*backend, std::move(pages), budget, std::move(spec));
+}
+
+}  // namespace mustafar

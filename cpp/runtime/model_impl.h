@@ -1,0 +1,59 @@
+// What a Model holds, for the library's own use.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+#include "kv/block_pool.h"
+#include "kv/sequence_cache.h"
+#include "model/llama.h"
+#include "model/weights.h"
+#include "mustafar/model.h"
+
+namespace mustafar {
+
+struct Model::Impl {
+  // Members are destroyed from the last up: pools before the backend, weights before their source.
+  std::filesystem::path folder;
+  ModelConfig config;
+  std::shared_ptr<const TensorSource> source;
+  std::unique_ptr<Backend> backend;
+  DType dtype = DType::kF32;  // arithmetic and tail
+  LoadedWeights weights;
+  std::optional<Tokenizer> tokenizer;
+  std::string tokenizer_error;  // why there is none
+  std::shared_ptr<KVBudget> budget;
+  std::unique_ptr<Llama> llama;
+  std::string fingerprint;  // of config, tensor table and sampled bytes: 16 hex digits
+
+  // One pool per store layout in use; pools go with their last sequence.
+  std::shared_ptr<BlockPool> pool(const StoreLayout& layout);
+  // A profile's products on this model's device, uploaded once per profile in use.
+  std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile);
+  std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
+  SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
+
+  void add_workspace(int64_t bytes) { workspace_bytes += bytes; }
+
+  std::atomic<int64_t> workspace_bytes{0};
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::pair<StoreLayout, std::weak_ptr<BlockPool>>> pools_;
+  std::vector<std::pair<std::weak_ptr<const Profile>, std::weak_ptr<const KVTransform>>>
+      transforms_;
+};
+
+// A model over tensors from anywhere: what load() ends in, and benchmarks with random weights.
+Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> source,
+                 const ModelOptions& options, const std::filesystem::path& folder = {});
+
+}  // namespace mustafar

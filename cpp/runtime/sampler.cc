@@ -1,0 +1,275 @@
+#include "runtime/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <stdexcept>
+#include <string>
+
+#include "mustafar/error.h"
+#include "runtime/portable_math.h"
+#include "runtime/top_select.h"
+
+namespace mustafar {
+namespace {
+
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
+
+uint64_t system_seed() {
+  std::random_device device;
+  return (uint64_t{device()} << 32) | device();
+}
+
+// The index of the largest logit, ties to the lower. Throws Error for NaN, +infinity, or where all
+// are -infinity.
+int32_t checked_argmax(std::span<const float> logits, const char* what) {
+  constexpr int64_t kLanes = 16;
+  const int64_t n = static_cast<int64_t>(logits.size());
+  // A vectorisable pass for the maximum and for the sum, which NaN or +infinity makes not finite.
+  float lanes[kLanes];
+  float poison[kLanes] = {};
+  std::fill(lanes, lanes + kLanes, kMasked);
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; j++) {
+      const float x = logits[i + j];
+      lanes[j] = x > lanes[j] ? x : lanes[j];
+      poison[j] += x > kMasked ? x * 0.0f : (x == kMasked ? 0.0f : x);
+    }
+  }
+  float best = kMasked;
+  float bad = 0.0f;
+  for (int64_t i = n / kLanes * kLanes; i < n; i++) {
+    best = std::max(best, logits[i]);
+    if (logits[i] != kMasked) bad += logits[i] * 0.0f;
+  }
+  for (int64_t j = 0; j < kLanes; j++) {
+    best = std::max(best, lanes[j]);
+    bad += poison[j];
+  }
+  if (!(bad == 0.0f)) {
+    for (int64_t i = 0; i < n; i++) {
+      if (std::isnan(logits[i]) || logits[i] == INFINITY) {
+        throw Error(std::string(what) + ": the logit of token " + std::to_string(i) + " is " +
+                    (std::isnan(logits[i]) ? "NaN" : "+infinity") +
+                    " (expected a finite number, or -infinity for a token that must not follow)");
+      }
+    }
+  }
+  if (best == kMasked) {
+    throw Error(std::string(what) + ": no token can be chosen, all " + std::to_string(n) +
+                " logits are -infinity");
+  }
+  return static_cast<int32_t>(std::find(logits.begin(), logits.end(), best) - logits.begin());
+}
+
+// Weights e^((logit - top) / temperature) in double; returns their sum, added in a fixed order. In
+// simple loops over a chunk, which compilers vectorise.
+template <typename Get>
+double fill_weights(int64_t n, double top, double temperature, const Get& logit, double* weights) {
+  for (int64_t i = 0; i < n; i++) {
+    const double x = (double{logit(i)} - top) / temperature;
+    weights[i] = x > kLeastExponent ? x : kLeastExponent;
+  }
+  for (int64_t i = 0; i < n; i++) weights[i] = portable_exp(weights[i]);
+  double total = 0;
+  for (int64_t i = 0; i < n; i++) total += weights[i];
+  return total;
+}
+
+// Sum of e^(logit - top) over all logits, relative error below 1e-6: for reports, where single
+// precision is four times as fast.
+double exp_sum(std::span<const float> logits, float top) {
+  constexpr int64_t kChunk = 512;
+  constexpr int64_t kLanes = 16;
+  float weights[kChunk];
+  double total = 0;
+  while (!logits.empty()) {
+    const int64_t n = std::min<int64_t>(kChunk, static_cast<int64_t>(logits.size()));
+    for (int64_t i = 0; i < n; i++) {
+      const float x = logits[i] - top;
+      weights[i] = x > kLeastExponentF ? x : kLeastExponentF;
+    }
+    std::fill(weights + n, weights + kChunk, kLeastExponentF);
+    for (int64_t i = 0; i < kChunk; i++) weights[i] = portable_expf(weights[i]);
+    float lanes[kLanes] = {};
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+      for (int64_t j = 0; j < kLanes; j++) lanes[j] += weights[i + j];
+    }
+    for (const float lane : lanes) total += double{lane};
+    logits = logits.subspan(n);
+  }
+  return total;
+}
+
+}  // namespace
+
+Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids)
+    : vocab_size_(vocab_size), params_(params), end_ids_(end_ids.begin(), end_ids.end()) {
+  if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("vocab_size must be between 1 and 2^31 - 1, not " +
+                                std::to_string(vocab_size));
+  }
+  params_.validate(vocab_size);
+  for (const int32_t id : end_ids_) {
+    if (id < 0 || id >= vocab_size) {
+      throw std::invalid_argument("end_ids must be token ids in [0, " + std::to_string(vocab_size) +
+                                  "), not " + std::to_string(id));
+    }
+  }
+  seed_ = params_.seed ? *params_.seed : system_seed();
+}
+
+TokenLogprob Sampler::sample(std::span<const float> logits, std::span<const int32_t> history,
+                             int64_t n_generated) {
+  if (static_cast<int64_t>(logits.size()) != vocab_size_) {
+    throw std::invalid_argument("expected " + std::to_string(vocab_size_) + " logits, not " +
+                                std::to_string(logits.size()));
+  }
+  if (n_generated < 0 || n_generated > static_cast<int64_t>(history.size())) {
+    throw std::invalid_argument("n_generated must be in [0, " + std::to_string(history.size()) +
+                                "], the length of history, not " + std::to_string(n_generated));
+  }
+  const std::span<const float> adjusted = adjust(logits, history, n_generated);
+  const bool changed = adjusted.data() != logits.data();
+  const int32_t best = checked_argmax(adjusted, changed ? "sampling" : "the model's output");
+
+  TokenLogprob out;
+  out.token_id = params_.temperature == 0.0 ? best : draw(adjusted, best);
+  if (params_.logprobs >= 0) {
+    const int32_t raw_best = changed ? checked_argmax(logits, "the model's output") : best;
+    report(logits, logits[raw_best], out);
+  }
+  draws_++;
+  return out;
+}
+
+// The logits with everything applied that comes before the temperature: the model's own where
+// nothing is asked for, else a changed copy.
+std::span<const float> Sampler::adjust(std::span<const float> logits,
+                                       std::span<const int32_t> history, int64_t n_generated) {
+  const bool penalised = params_.repetition_penalty != 1.0 || params_.presence_penalty != 0.0 ||
+                         params_.frequency_penalty != 0.0;
+  const bool too_early = n_generated < params_.min_new_tokens && !end_ids_.empty();
+  if (!params_.logits_processor && params_.logit_bias.empty() && !penalised && !too_early) {
+    return logits;
+  }
+  adjusted_.assign(logits.begin(), logits.end());
+  if (params_.logits_processor) params_.logits_processor(history, adjusted_);
+  for (const auto& [id, bias] : params_.logit_bias) adjusted_[id] += bias;
+  if (penalised) penalise(history, n_generated);
+  if (too_early) {
+    for (const int32_t id : end_ids_) adjusted_[id] = kMasked;
+  }
+  return adjusted_;
+}
+
+void Sampler::penalise(std::span<const int32_t> history, int64_t n_generated) {
+  for (const int32_t id : history) {
+    if (id < 0 || id >= vocab_size_) {
+      throw std::invalid_argument("history must hold token ids in [0, " +
+                                  std::to_string(vocab_size_) + "), not " + std::to_string(id));
+    }
+  }
+  counts_.resize(vocab_size_, 0);
+  const auto for_each_distinct = [&](std::span<const int32_t> ids, const auto& apply) {
+    for (const int32_t id : ids) counts_[id]++;
+    for (const int32_t id : ids) {
+      if (counts_[id] > 0) apply(adjusted_[id], counts_[id]);
+      counts_[id] = 0;
+    }
+  };
+  const size_t seen = params_.penalty_window < 0
+                          ? history.size()
+                          : std::min<size_t>(history.size(), params_.penalty_window);
+  if (params_.repetition_penalty != 1.0) {
+    const float penalty = static_cast<float>(params_.repetition_penalty);
+    for_each_distinct(history.last(seen), [&](float& logit, int32_t) {
+      logit = logit > 0 ? logit / penalty : logit * penalty;
+    });
+  }
+  if (params_.presence_penalty != 0.0 || params_.frequency_penalty != 0.0) {
+    for_each_distinct(history.last(n_generated), [&](float& logit, int32_t count) {
+      logit -= static_cast<float>(params_.presence_penalty + params_.frequency_penalty * count);
+    });
+  }
+}
+
+// A token from the softmax at the temperature, cut by top-k, top-p and min-p. All three keep a
+// beginning of the tokens sorted by probability, so only as much of that order is made as they
+// need.
+int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
+  const double top = logits[best];
+  const double temperature = params_.temperature;
+  const int64_t n = vocab_size_;
+  const bool cut_k = params_.top_k > 0 && params_.top_k < n;
+  const bool cut_p = params_.top_p < 1.0;
+  const bool cut_min = params_.min_p > 0.0;
+
+  if (!cut_k && !cut_p && !cut_min) {
+    weights_.resize(n);
+    const double total = fill_weights(
+        n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
+    return draw_from(weights_, total, {});
+  }
+
+  // What top-p's share is taken of.
+  double all = 0;
+  if (!cut_k && cut_p) {
+    weights_.resize(n);
+    all = fill_weights(
+        n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
+  }
+  const int64_t most = cut_k ? params_.top_k : n;
+  int64_t count = cut_k ? most : std::min<int64_t>(most, 256);
+  for (;;) {
+    top_select(logits, count, order_);
+    weights_.resize(std::max<size_t>(weights_.size(), count));
+    const double total = fill_weights(
+        count, top, temperature, [&](int64_t i) { return logits[order_[i]]; }, weights_.data());
+    if (cut_k || !cut_p) all = total;
+    int64_t kept = 0;
+    double sum = 0;
+    bool complete = count == most;
+    while (kept < count) {
+      if (cut_min && weights_[kept] < params_.min_p) {  // the best token's weight is 1
+        complete = true;
+        break;
+      }
+      sum += weights_[kept++];
+      if (cut_p && sum >= params_.top_p * all) {
+        complete = true;
+        break;
+      }
+    }
+    if (complete) return draw_from({weights_.data(), static_cast<size_t>(kept)}, sum, order_);
+    count = std::min(most, 8 * count);
+  }
+}
+
+// ids empty: the index itself.
+int32_t Sampler::draw_from(std::span<const double> weights, double total,
+                           std::span<const int32_t> ids) {
+  const double target = uniform(seed_, draws_) * total;
+  double sum = 0;
+  size_t chosen = 0;
+  for (size_t i = 0; i < weights.size(); i++) {
+    if (weights[i] == 0.0) continue;
+    chosen = i;  // rounding may leave the sum below the target at the end: then the last one
+    sum += weights[i];
+    if (sum > target) break;
+  }
+  return ids.empty() ? static_cast<int32_t>(chosen) : ids[chosen];
+}
+
+void Sampler::report(std::span<const float> logits, float top, TokenLogprob& out) {
+  const double log_sum = top + std::log(exp_sum(logits, top));
+  const auto logprob = [&](int32_t id) { return static_cast<float>(logits[id] - log_sum); };
+  out.logprob = logprob(out.token_id);
+  if (params_.logprobs == 0) return;
+  top_select(logits, params_.logprobs, order_);
+  out.top.reserve(order_.size());
+  for (const int32_t id : order_) out.top.emplace_back(id, logprob(id));
+}
+
+}  // namespace mustafar

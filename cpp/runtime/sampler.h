@@ -1,0 +1,51 @@
+// Chooses the next token from logits.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "mustafar/sampling.h"
+
+namespace mustafar {
+
+// In this order: logits_processor, logit_bias, penalties, min_new_tokens, temperature, top-k, top-p
+// (of what top-k left), min-p, draw. The same seed and logits give the same tokens on any machine.
+// One per generation; not for several threads at once.
+class Sampler {
+ public:
+  // end_ids: what min_new_tokens holds back (end-of-sequence and stop ids). Throws
+  // std::invalid_argument where params.validate() does.
+  Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids);
+
+  // logits: [vocab] of the model. history: ids of the whole sequence, of which the last n_generated
+  // were generated. Returns the token, its log-probability and the alternatives asked for. Throws
+  // Error where a logit is NaN or +infinity or no token can be chosen, std::invalid_argument for a
+  // wrong size or id; a call that throws can be repeated with the same outcome.
+  TokenLogprob sample(std::span<const float> logits, std::span<const int32_t> history,
+                      int64_t n_generated);
+
+  uint64_t seed() const { return seed_; }
+
+ private:
+  std::span<const float> adjust(std::span<const float> logits, std::span<const int32_t> history,
+                                int64_t n_generated);
+  void penalise(std::span<const int32_t> history, int64_t n_generated);
+  int32_t draw(std::span<const float> logits, int32_t best);
+  int32_t draw_from(std::span<const double> weights, double total, std::span<const int32_t> ids);
+  void report(std::span<const float> logits, float top, TokenLogprob& out);
+
+  int64_t vocab_size_;
+  SamplingParams params_;
+  std::vector<int32_t> end_ids_;
+  uint64_t seed_;
+  uint64_t draws_ = 0;
+
+  // Scratch, [vocab] once needed.
+  std::vector<float> adjusted_;
+  std::vector<double> weights_;
+  std::vector<int32_t> order_;
+  std::vector<int32_t> counts_;  // of every token in the part of history that is looked at
+};
+
+}  // namespace mustafar

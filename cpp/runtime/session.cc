@@ -1,0 +1,337 @@
+#include "mustafar/session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <deque>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "mustafar/error.h"
+#include "runtime/session_impl.h"
+
+namespace mustafar {
+
+Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_t> limit)
+    : model(model), engine(model.impl()), kv(kv) {
+  const int64_t context = engine->config.max_position_embeddings;
+  max_tokens = limit.value_or(context);
+  if (max_tokens < 1 || max_tokens > context) {
+    throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) +
+                                ", must be between 1 and the model's context of " +
+                                std::to_string(context) + " tokens");
+  }
+  spec = engine->cache_spec(kv);
+  cache.emplace(engine->new_cache(spec));
+  buffers = std::make_unique<ForwardBuffers>(*engine->backend);
+  count_workspace();
+}
+
+Session::Impl::~Impl() {
+  buffers.reset();
+  count_workspace();
+}
+
+Session::Impl::Use::Use(Impl& impl) : impl_(impl) {
+  if (impl.busy.exchange(true)) {
+    throw StateError(
+        "the session is in use by another call: a session serves one thread at a time");
+  }
+  if (!impl.cache) {
+    impl.busy = false;
+    throw StateError("the session is closed");
+  }
+}
+
+void Session::Impl::count_workspace() {
+  const int64_t now = buffers != nullptr ? buffers->bytes() : 0;
+  engine->workspace_bytes += now - counted_workspace;
+  counted_workspace = now;
+}
+
+void Session::Impl::check_interrupt() {
+  if (cancelled.exchange(false)) throw Cancelled("cancelled by the caller");
+  if (interrupt_check) interrupt_check();
+}
+
+void Session::Impl::check_tokens(std::span<const int32_t> token_ids) const {
+  const int32_t vocab = engine->config.vocab_size;
+  for (size_t i = 0; i < token_ids.size(); i++) {
+    if (token_ids[i] < 0 || token_ids[i] >= vocab) {
+      throw std::invalid_argument("token id " + std::to_string(token_ids[i]) + " at index " +
+                                  std::to_string(i) + " is outside the vocabulary of " +
+                                  std::to_string(vocab));
+    }
+  }
+}
+
+void Session::Impl::check_room(int64_t n) const {
+  const int64_t position = static_cast<int64_t>(tokens.size());
+  if (position + n > max_tokens) {
+    throw ContextOverflow(std::to_string(n) + " tokens after the " + std::to_string(position) +
+                          " cached exceed max_tokens = " + std::to_string(max_tokens));
+  }
+}
+
+void Session::Impl::append(std::span<const int32_t> token_ids,
+                           const std::function<void(int64_t, int64_t)>& progress) {
+  tokens.reserve(tokens.size() + token_ids.size());
+  std::vector<float> next(engine->config.vocab_size);
+  Prefill prefill(*engine->llama, *cache, {token_ids.begin(), token_ids.end()}, *buffers);
+  const auto between = [&](int64_t done, int64_t total) {
+    check_interrupt();
+    if (progress) progress(done, total);
+  };
+  while (prefill.step(between)) {
+  }
+  prefill.logits(static_cast<int64_t>(token_ids.size()) - 1, 1, next.data());
+  count_workspace();
+  prefill.finish();
+  tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
+  logits = std::move(next);
+  has_logits = true;
+}
+
+void Session::Impl::append_decode(int32_t token_id) {
+  check_interrupt();
+  tokens.reserve(tokens.size() + 1);
+  spare_logits.resize(engine->config.vocab_size);
+  SequenceCache* const caches[] = {&*cache};
+  const int32_t ids[] = {token_id};
+  engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
+  count_workspace();
+  tokens.push_back(token_id);
+  std::swap(logits, spare_logits);
+  has_logits = true;
+}
+
+void Session::Impl::ensure_logits() {
+  if (has_logits || tokens.empty()) return;
+  const int32_t last = tokens.back();
+  rewind(static_cast<int64_t>(tokens.size()) - 1);
+  append_decode(last);
+}
+
+void Session::Impl::rewind(int64_t position) {
+  const int64_t length = static_cast<int64_t>(tokens.size());
+  if (position < 0 || position > length) {
+    throw std::invalid_argument("cannot rewind to position " + std::to_string(position) +
+                                ": the session holds " + std::to_string(length) + " tokens");
+  }
+  if (position == length) return;
+  if (position == 0) {
+    reset();
+    return;
+  }
+  // Query magnitudes of the last window go with the tokens that are cut: they are recomputed as
+  // well.
+  if (spec->compressed(position) == cache->compressed() && spec->query_window == 0) {
+    cache->cut_tail(position);
+    tokens.resize(position);
+    has_logits = false;
+    return;
+  }
+  SequenceCache kept = cache->cut_store(position);
+  std::vector<float> next(engine->config.vocab_size);
+  const int64_t first = kept.length();
+  if (first < position) {
+    Prefill prefill(*engine->llama, kept, {tokens.begin() + first, tokens.begin() + position},
+                    *buffers);
+    while (prefill.step([&](int64_t, int64_t) { check_interrupt(); })) {
+    }
+    prefill.logits(position - first - 1, 1, next.data());
+    prefill.finish();
+    count_workspace();
+  }
+  cache = std::move(kept);
+  tokens.resize(position);
+  has_logits = first < position;
+  if (has_logits) logits = std::move(next);
+}
+
+std::unique_ptr<Session::Impl> Session::Impl::fork() const {
+  auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+  other->cache = cache->fork();
+  other->tokens = tokens;
+  other->logits = logits;
+  other->has_logits = has_logits;
+  other->interrupt_check = interrupt_check;
+  return other;
+}
+
+void Session::Impl::reset() {
+  cache.emplace(engine->new_cache(spec));
+  tokens.clear();
+  has_logits = false;
+}
+
+Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
+    : impl_(std::make_unique<Impl>(model, kv, max_tokens)) {}
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+std::span<const float> Session::prefill(std::span<const int32_t> token_ids,
+                                        const std::function<void(int64_t, int64_t)>& progress) {
+  Impl::Use use(*impl_);
+  if (token_ids.empty()) throw std::invalid_argument("prefill needs at least one token");
+  impl_->check_tokens(token_ids);
+  impl_->check_room(static_cast<int64_t>(token_ids.size()));
+  impl_->cancelled = false;
+  impl_->append(token_ids, progress);
+  return impl_->logits;
+}
+
+std::span<const float> Session::decode(int32_t token_id) {
+  Impl::Use use(*impl_);
+  impl_->check_tokens({&token_id, 1});
+  impl_->check_room(1);
+  impl_->cancelled = false;
+  impl_->append_decode(token_id);
+  return impl_->logits;
+}
+
+std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
+                                         std::span<const int32_t> token_ids) {
+  const size_t n = sessions.size();
+  if (n == 0 || token_ids.size() != n) {
+    throw std::invalid_argument("decode_batch was given " + std::to_string(n) + " sessions and " +
+                                std::to_string(token_ids.size()) +
+                                " tokens, needs one token for each of at least one session");
+  }
+  std::deque<Impl::Use> uses;  // the same session twice is refused here
+  std::vector<SequenceCache*> caches;
+  Impl& first = *sessions[0]->impl_;
+  for (size_t i = 0; i < n; i++) {
+    Impl& session = *sessions[i]->impl_;
+    uses.emplace_back(session);
+    if (session.engine != first.engine) {
+      throw std::invalid_argument("decode_batch was given sessions of different models");
+    }
+    session.check_tokens(token_ids.subspan(i, 1));
+    session.check_room(1);
+    session.tokens.reserve(session.tokens.size() + 1);
+    session.spare_logits.resize(session.engine->config.vocab_size);
+    caches.push_back(&*session.cache);
+  }
+  const size_t vocab = first.engine->config.vocab_size;
+  std::vector<float> logits(n * vocab);
+  first.engine->llama->decode(caches, token_ids, logits.data(), *first.buffers);
+  first.count_workspace();
+  for (size_t i = 0; i < n; i++) {
+    Impl& session = *sessions[i]->impl_;
+    session.tokens.push_back(token_ids[i]);
+    std::copy_n(logits.begin() + static_cast<int64_t>(i * vocab), vocab,
+                session.spare_logits.begin());
+    std::swap(session.logits, session.spare_logits);
+    session.has_logits = true;
+  }
+  return logits;
+}
+
+std::span<const float> Session::logits() const {
+  Impl::Use use(*impl_);
+  if (impl_->tokens.empty()) throw StateError("the session is empty: there are no logits yet");
+  impl_->ensure_logits();
+  return impl_->logits;
+}
+
+void Session::score_logits(
+    std::span<const int32_t> token_ids,
+    const std::function<void(int64_t, std::span<const float>)>& visit) const {
+  Impl::Use use(*impl_);
+  impl_->check_tokens(token_ids);
+  const int64_t n = static_cast<int64_t>(token_ids.size());
+  if (n < 2) throw std::invalid_argument("scoring needs at least two tokens");
+  if (n > impl_->max_tokens) {
+    throw ContextOverflow(std::to_string(n) +
+                          " tokens exceed max_tokens = " + std::to_string(impl_->max_tokens));
+  }
+  Model::Impl& engine = *impl_->engine;
+  const CacheSpec& spec = *impl_->spec;
+  SequenceCache cache = engine.new_cache(impl_->spec);
+  ForwardBuffers buffers(*engine.backend);
+  const int64_t vocab = engine.config.vocab_size;
+  // Query i sees compressed(i) tokens compressed, which steps at sinks + window + 64 k: calls that
+  // end there see just that, all their own rows dense.
+  constexpr int64_t kLogitRows = 32;
+  std::vector<float> logits(kLogitRows * vocab);
+  for (int64_t first = 0; first < n - 1;) {
+    const int64_t boundary =
+        spec.config.sink_tokens + spec.config.window + spec.compressed(first) + kBlockTokens;
+    const int64_t end = std::min(n - 1, boundary);
+    Prefill prefill(*engine.llama, cache, {token_ids.begin() + first, token_ids.begin() + end},
+                    buffers);
+    while (prefill.step([&](int64_t, int64_t) { impl_->check_interrupt(); })) {
+    }
+    for (int64_t row = first; row < end; row += kLogitRows) {
+      const int64_t rows = std::min(kLogitRows, end - row);
+      prefill.logits(row - first, rows, logits.data());
+      for (int64_t i = 0; i < rows; i++) {
+        visit(row + i, {logits.data() + i * vocab, static_cast<size_t>(vocab)});
+      }
+    }
+    prefill.finish();
+    first = end;
+  }
+}
+
+std::vector<float> Session::score(std::span<const int32_t> token_ids) const {
+  std::vector<float> scores;
+  score_logits(token_ids, [&](int64_t position, std::span<const float> logits) {
+    const float top = *std::max_element(logits.begin(), logits.end());
+    double sum = 0;
+    for (float x : logits) sum += std::exp(static_cast<double>(x) - top);
+    scores.push_back(static_cast<float>(logits[token_ids[position + 1]] - top - std::log(sum)));
+  });
+  return scores;
+}
+
+int64_t Session::position() const { return static_cast<int64_t>(impl_->tokens.size()); }
+const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
+int64_t Session::max_tokens() const { return impl_->max_tokens; }
+const Model& Session::model() const { return impl_->model; }
+const KVConfig& Session::kv_config() const { return impl_->kv; }
+
+MemoryUsage Session::memory() const {
+  Impl::Use use(*impl_);
+  return impl_->cache->memory();
+}
+
+void Session::rewind(int64_t position) {
+  Impl::Use use(*impl_);
+  impl_->rewind(position);
+}
+
+Session Session::fork() const {
+  Impl::Use use(*impl_);
+  return Session(impl_->fork());
+}
+
+void Session::reset() {
+  Impl::Use use(*impl_);
+  impl_->reset();
+}
+
+void Session::close() {
+  if (!impl_->cache) return;
+  Impl::Use use(*impl_);
+  impl_->cache.reset();
+  impl_->buffers.reset();
+  impl_->count_workspace();
+  impl_->tokens = {};
+  impl_->logits = {};
+  impl_->spare_logits = {};
+  impl_->has_logits = false;
+}
+
+void Session::cancel() { impl_->cancelled = true; }
+void Session::set_interrupt_check(std::function<void()> check) {
+  impl_->interrupt_check = std::move(check);
+}
+void Session::set_prefill_progress(std::function<void(int64_t, int64_t)> progress) {
+  impl_->prefill_progress = std::move(progress);
+}
+
+}  // namespace mustafar

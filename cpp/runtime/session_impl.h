@@ -1,0 +1,68 @@
+// What a Session holds, for the library's own use.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kv/sequence_cache.h"
+#include "model/llama.h"
+#include "mustafar/session.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+
+struct Session::Impl {
+  Model model;
+  std::shared_ptr<Model::Impl> engine;
+  KVConfig kv;
+  std::shared_ptr<const CacheSpec> spec;
+  int64_t max_tokens = 0;
+  std::optional<SequenceCache> cache;  // none: closed
+  std::unique_ptr<ForwardBuffers> buffers;
+  int64_t counted_workspace = 0;  // of buffers, as reported to the engine
+  std::vector<int32_t> tokens;
+  std::vector<float> logits;  // after the last token
+  bool has_logits = false;
+  std::vector<float> spare_logits;  // of the step in progress
+
+  std::atomic<bool> busy{false};
+  std::atomic<bool> cancelled{false};
+  std::function<void()> interrupt_check;
+  std::function<void(int64_t, int64_t)> prefill_progress;  // of generations
+
+  Impl(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens);
+  ~Impl();
+  Impl(const Impl&) = delete;
+
+  // Marks the session as in use while it lives; throws StateError where it is in use or closed.
+  class Use {
+   public:
+    explicit Use(Impl& impl);
+    ~Use() { impl_.busy = false; }
+    Use(const Use&) = delete;
+
+   private:
+    Impl& impl_;
+  };
+
+  // Throws Cancelled where cancel() was called, or what the interrupt check throws.
+  void check_interrupt();
+  void check_tokens(std::span<const int32_t> token_ids) const;
+  void check_room(int64_t n) const;  // throws ContextOverflow
+  // Appends in one forward call; the caller has checked tokens and room.
+  void append(std::span<const int32_t> token_ids,
+              const std::function<void(int64_t, int64_t)>& progress = {});
+  void append_decode(int32_t token_id);
+  void ensure_logits();  // recomputes those of the last token where a rewind dropped them
+  void rewind(int64_t position);
+  std::unique_ptr<Impl> fork() const;
+  void count_workspace();
+  void reset();
+};
+
+}  // namespace mustafar

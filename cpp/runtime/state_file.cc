@@ -1,0 +1,358 @@
+// Sessions on disk. Little-endian:
+//
+//     magic "MSTFKV\r\n"  uint32 version  uint32 0x01020304  uint64 header_bytes  uint64
+//     header_hash header: JSON, zero-padded to a multiple of 64 bytes (hash over the padded bytes)
+//     sections in the header's order, each zero-padded to a multiple of 64 bytes, hashed likewise:
+//       tokens   int32 [n_tokens]
+//       logits   f32 [vocab], absent after a rewind
+//       dense    sinks and tail as in memory (SequenceStep::dense)
+//       queries  query magnitudes, where a policy keeps them
+//       pages    the compressed blocks, oldest first
+//
+// Nothing is taken from a file before its hash has been checked, and masks are checked against the
+// layout, so that a damaged or foreign file can't lead a kernel astray.
+#include <bit>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "core/atomic_file.h"
+#include "core/hash.h"
+#include "format/check_slot.h"
+#include "io/mapped_file.h"
+#include "mustafar/error.h"
+#include "mustafar/profile.h"
+#include "mustafar/session.h"
+#include "runtime/session_impl.h"
+
+namespace mustafar {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "state files are written as in memory");
+
+constexpr char kMagic[8] = {'M', 'S', 'T', 'F', 'K', 'V', '\r', '\n'};
+constexpr uint32_t kVersion = 1;
+constexpr uint32_t kByteOrder = 0x01020304;
+constexpr int64_t kAlignment = 64;
+constexpr uint64_t kMaxHeaderBytes = 1 << 20;
+
+struct Preamble {
+  char magic[8];
+  uint32_t version;
+  uint32_t byte_order;
+  uint64_t header_bytes;
+  uint64_t header_hash;
+  char reserved[32];
+};
+static_assert(sizeof(Preamble) == kAlignment);
+
+int64_t padded(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// A section as pieces of memory, of a multiple of kAlignment bytes where there are several; the
+// device's are downloaded one at a time.
+struct Section {
+  std::string name;
+  int64_t piece_bytes = 0;
+  std::vector<const void*> pieces;
+  bool on_device = false;
+
+  int64_t bytes() const { return piece_bytes * static_cast<int64_t>(pieces.size()); }
+};
+
+class SectionReader {
+ public:
+  explicit SectionReader(Backend& backend) : backend_(backend) {}
+
+  // In pieces that are multiples of kAlignment, the last one padded with zeros.
+  template <typename Visit>
+  void visit(const Section& section, Visit&& visit) {
+    for (const void* piece : section.pieces) {
+      if (section.on_device && !backend_.host_memory()) {
+        staging_.resize(section.piece_bytes);
+        backend_.download(staging_.data(), piece, section.piece_bytes);
+        piece = staging_.data();
+      }
+      const int64_t whole = section.piece_bytes / kAlignment * kAlignment;
+      const int64_t rest = section.piece_bytes - whole;
+      visit(piece, whole);
+      if (rest == 0) continue;
+      char last[kAlignment] = {};
+      std::memcpy(last, static_cast<const char*>(piece) + whole, rest);
+      visit(last, kAlignment);
+    }
+  }
+
+ private:
+  Backend& backend_;
+  std::vector<char> staging_;
+};
+
+nlohmann::ordered_json kv_json(const KVConfig& kv) {
+  return {{"k_sparsity", kv.effective_k_sparsity()},
+          {"v_sparsity", kv.effective_v_sparsity()},
+          {"pattern", name_of(kv.pattern)},
+          {"window", kv.window},
+          {"sink_tokens", kv.sink_tokens},
+          {"value_dtype", name_of(kv.value_dtype)},
+          {"k_policy", name_of(kv.k_policy)},
+          {"v_policy", name_of(kv.v_policy)},
+          {"profile_kind", kv.profile ? kv.profile->kind : ""},
+          {"profile_hash", kv.profile ? kv.profile->hash() : ""}};
+}
+
+KVConfig kv_from(const nlohmann::json& json) {
+  KVConfig kv;
+  kv.k_sparsity = json.at("k_sparsity").get<double>();
+  kv.v_sparsity = json.at("v_sparsity").get<double>();
+  kv.pattern = parse_pattern(json.at("pattern").get<std::string>());
+  kv.window = json.at("window").get<int32_t>();
+  kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
+  kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
+  kv.k_policy = parse_prune_policy(json.at("k_policy").get<std::string>());
+  kv.v_policy = parse_prune_policy(json.at("v_policy").get<std::string>());
+  return kv;
+}
+
+std::vector<Section> sections_of(const Session::Impl& session) {
+  const CacheSpec& spec = *session.spec;
+  const SequenceCache& cache = *session.cache;
+  std::vector<Section> sections;
+  sections.push_back(
+      {"tokens", static_cast<int64_t>(session.tokens.size() * 4), {session.tokens.data()}, false});
+  if (session.has_logits) {
+    sections.push_back({"logits",
+                        static_cast<int64_t>(session.logits.size() * 4),
+                        {session.logits.data()},
+                        false});
+  }
+  sections.push_back({"dense", spec.dense_bytes, {cache.dense()}, true});
+  if (spec.query_bytes > 0)
+    sections.push_back({"queries", spec.query_bytes, {cache.query_magnitude()}, true});
+  Section pages{"pages", spec.layout.page_bytes, {}, true};
+  for (const PageRef& page : cache.pages()) pages.pieces.push_back(page.data());
+  sections.push_back(std::move(pages));
+  return sections;
+}
+
+// A state file, mapped and checked.
+struct StateFile {
+  MappedFile file;
+  nlohmann::json header;
+  struct Range {
+    const uint8_t* data = nullptr;
+    int64_t bytes = 0;
+  };
+  std::vector<std::pair<std::string, Range>> sections;
+
+  const Range* find(const std::string& name) const {
+    for (const auto& [known, range] : sections) {
+      if (known == name) return &range;
+    }
+    return nullptr;
+  }
+};
+
+StateFile read_checked(const std::filesystem::path& path) {
+  StateFile state;
+  const auto fail = [&](const std::string& what) { throw StateError(path.string() + ": " + what); };
+  try {
+    state.file = MappedFile::open(path);
+  } catch (const ModelError& error) {
+    throw StateError(error.what());
+  }
+  const int64_t size = static_cast<int64_t>(state.file.bytes());
+  if (size < kAlignment) fail("has " + std::to_string(size) + " bytes, too few for a state file");
+  Preamble preamble;
+  std::memcpy(&preamble, state.file.data(), sizeof(preamble));
+  if (std::memcmp(preamble.magic, kMagic, sizeof(kMagic)) != 0) fail("is not a session state file");
+  if (preamble.byte_order != kByteOrder) fail("was written in another byte order, or is damaged");
+  if (preamble.version != kVersion) {
+    fail("has format version " + std::to_string(preamble.version) + ", this build reads version " +
+         std::to_string(kVersion));
+  }
+  for (char c : preamble.reserved) {
+    if (c != 0) fail("is damaged: reserved bytes are not zero");
+  }
+  if (preamble.header_bytes > kMaxHeaderBytes ||
+      kAlignment + padded(static_cast<int64_t>(preamble.header_bytes)) > size) {
+    fail("is cut short or damaged: the header is said to have " +
+         std::to_string(preamble.header_bytes) + " bytes");
+  }
+  const int64_t header_bytes = static_cast<int64_t>(preamble.header_bytes);
+  const uint8_t* header = state.file.data() + kAlignment;
+  Hash64 header_hash;
+  header_hash.add_words(header, padded(header_bytes));
+  header_hash.add_int(header_bytes);
+  if (header_hash.value() != preamble.header_hash) fail("is damaged: header checksum differs");
+
+  int64_t at = kAlignment + padded(header_bytes);
+  state.header = nlohmann::json::parse(header, header + header_bytes);
+  for (const auto& entry : state.header.at("sections")) {
+    const std::string name = entry.at("name").get<std::string>();
+    const int64_t bytes = entry.at("bytes").get<int64_t>();
+    if (bytes < 0 || bytes > size - at || padded(bytes) > size - at) {
+      fail("is cut short: section " + name + " needs " + std::to_string(bytes) +
+           " bytes at offset " + std::to_string(at) + " of " + std::to_string(size));
+    }
+    state.file.prefault(at, at + padded(bytes));
+    Hash64 hash;
+    hash.add_words(state.file.data() + at, padded(bytes));
+    if (hash.hex() != entry.at("hash").get<std::string>()) {
+      fail("is damaged: checksum of section " + name + " at offset " + std::to_string(at) +
+           " differs");
+    }
+    state.sections.emplace_back(name, StateFile::Range{state.file.data() + at, bytes});
+    at += padded(bytes);
+  }
+  if (at != size) {
+    fail("has " + std::to_string(size - at) + " bytes after its last section");
+  }
+  return state;
+}
+
+StateFile read(const std::filesystem::path& path) {
+  try {
+    return read_checked(path);
+  } catch (const nlohmann::json::exception& error) {
+    throw StateError(path.string() + ": header: " + error.what());
+  }
+}
+
+std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const ModelConfig& config,
+                                           std::shared_ptr<const Profile> given) {
+  const std::string kind = kv.at("profile_kind").get<std::string>();
+  const std::string hash = kv.at("profile_hash").get<std::string>();
+  if (hash.empty()) {
+    if (given) throw StateError("the state was saved without a KV profile, but one was given");
+    return nullptr;
+  }
+  if (!given && kind == "hadamard") given = Profile::hadamard(config);
+  if (!given) {
+    throw StateError("the state was saved with a KV profile of kind " + kind + " and hash " + hash +
+                     ": pass that profile");
+  }
+  if (given->hash() != hash) {
+    throw StateError("the state was saved with the KV profile with hash " + hash + ", not " +
+                     given->hash());
+  }
+  return given;
+}
+
+}  // namespace
+
+void Session::save(const std::filesystem::path& path) const {
+  Impl::Use use(*impl_);
+  Impl& session = *impl_;
+  const std::vector<Section> sections = sections_of(session);
+  SectionReader reader(*session.engine->backend);
+
+  nlohmann::ordered_json header;
+  header["model_fingerprint"] = session.engine->fingerprint;
+  header["tail_dtype"] = dtype_name(session.spec->tail_dtype);
+  header["n_tokens"] = session.tokens.size();
+  header["max_tokens"] = session.max_tokens;
+  header["kv"] = kv_json(session.kv);
+  header["page_bytes"] = session.spec->layout.page_bytes;
+  header["sections"] = nlohmann::ordered_json::array();
+  for (const Section& section : sections) {
+    Hash64 hash;
+    reader.visit(section, [&](const void* data, int64_t bytes) { hash.add_words(data, bytes); });
+    header["sections"].push_back(
+        {{"name", section.name}, {"bytes", section.bytes()}, {"hash", hash.hex()}});
+  }
+
+  std::string text = header.dump();
+  Preamble preamble = {};
+  std::memcpy(preamble.magic, kMagic, sizeof(kMagic));
+  preamble.version = kVersion;
+  preamble.byte_order = kByteOrder;
+  preamble.header_bytes = text.size();
+  text.resize(padded(static_cast<int64_t>(text.size())), '\0');
+  Hash64 hash;
+  hash.add_words(text.data(), text.size());
+  hash.add_int(static_cast<int64_t>(preamble.header_bytes));
+  preamble.header_hash = hash.value();
+
+  AtomicFile file(path);
+  file.write(&preamble, sizeof(preamble));
+  file.write(text.data(), text.size());
+  for (const Section& section : sections) {
+    reader.visit(section, [&](const void* data, int64_t bytes) { file.write(data, bytes); });
+  }
+  file.commit();
+}
+
+Session Session::load(const Model& model, const std::filesystem::path& path,
+                      std::shared_ptr<const Profile> profile) {
+  const StateFile state = read(path);
+  const std::string where = path.string() + ": ";
+  Model::Impl& engine = *model.impl();
+  try {
+    const nlohmann::json& header = state.header;
+    const std::string fingerprint = header.at("model_fingerprint").get<std::string>();
+    if (fingerprint != engine.fingerprint) {
+      throw StateError(where + "was saved from the model with fingerprint " + fingerprint +
+                       ", this model's is " + engine.fingerprint);
+    }
+    const std::string tail = header.at("tail_dtype").get<std::string>();
+    if (tail != dtype_name(engine.dtype)) {
+      throw StateError(where + "was saved with dtype " + tail + ", the model runs in " +
+                       dtype_name(engine.dtype));
+    }
+    KVConfig kv = kv_from(header.at("kv"));
+    kv.profile = profile_for(header.at("kv"), engine.config, std::move(profile));
+    const int64_t max_tokens = header.at("max_tokens").get<int64_t>();
+    if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
+      throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
+    }
+    auto session = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+    const CacheSpec& spec = *session->spec;
+    const int64_t n = header.at("n_tokens").get<int64_t>();
+    if (n < 0 || n > max_tokens) {
+      throw StateError(where + "n_tokens is " + std::to_string(n) + ", max_tokens " +
+                       std::to_string(max_tokens));
+    }
+    const int64_t n_pages = spec.compressed(n) / kBlockTokens;
+    const auto section = [&](const char* name, int64_t bytes) {
+      const StateFile::Range* range = state.find(name);
+      const int64_t actual = range == nullptr ? 0 : range->bytes;
+      if (range == nullptr || actual != bytes) {
+        throw StateError(where + "section " + name + " has " + std::to_string(actual) +
+                         " bytes, expected " + std::to_string(bytes));
+      }
+      return range->data;
+    };
+    session->tokens.resize(n);
+    if (n > 0) std::memcpy(session->tokens.data(), section("tokens", n * 4), n * 4);
+    session->check_tokens(session->tokens);
+    if (state.find("logits") != nullptr) {
+      const int64_t vocab = engine.config.vocab_size;
+      session->logits.resize(vocab);
+      std::memcpy(session->logits.data(), section("logits", vocab * 4), vocab * 4);
+      session->has_logits = true;
+    }
+    Backend& backend = *engine.backend;
+    backend.upload(session->cache->dense(), section("dense", spec.dense_bytes), spec.dense_bytes);
+    if (spec.query_bytes > 0) {
+      backend.upload(session->cache->query_magnitude(), section("queries", spec.query_bytes),
+                     spec.query_bytes);
+    }
+    const uint8_t* data = section("pages", n_pages * spec.layout.page_bytes);
+    std::vector<PageRef> pages = engine.pool(spec.layout)->allocate(n_pages);
+    for (int64_t i = 0; i < n_pages; i++) {
+      const uint8_t* page = data + i * spec.layout.page_bytes;
+      check_page(spec.layout, page, where + "page " + std::to_string(i));
+      backend.upload(pages[i].data(), page, spec.layout.page_bytes);
+    }
+    session->cache->restore(std::move(pages), n);
+    return Session(std::move(session));
+  } catch (const nlohmann::json::exception& error) {
+    throw StateError(where + "header: " + error.what());
+  } catch (const std::invalid_argument& error) {
+    throw StateError(where + error.what());
+  }
+}
+
+}  // namespace mustafar

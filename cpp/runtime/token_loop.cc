@@ -1,0 +1,88 @@
+#include "runtime/token_loop.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "mustafar/error.h"
+
+namespace mustafar {
+namespace {
+
+std::vector<int32_t> all_end_ids(const SamplingParams& params, std::span<const int32_t> eos_ids) {
+  std::vector<int32_t> ids = params.stop_token_ids;
+  if (!params.ignore_eos) ids.insert(ids.end(), eos_ids.begin(), eos_ids.end());
+  return ids;
+}
+
+}  // namespace
+
+TokenLoop::TokenLoop(const SamplingParams& params, int64_t vocab_size,
+                     std::span<const int32_t> eos_ids, const Tokenizer* tokenizer)
+    : params_(params),
+      end_ids_(all_end_ids(params, eos_ids)),
+      sampler_(vocab_size, params, end_ids_),
+      matcher_(params.stop) {
+  if (tokenizer != nullptr) {
+    stream_.emplace(*tokenizer);
+  } else if (!params.stop.empty()) {
+    throw std::invalid_argument(
+        "stop texts need a tokenizer, which the model folder does not have");
+  }
+  if (params.max_new_tokens == 0) finish(FinishReason::kLength);
+}
+
+bool TokenLoop::is_end(int32_t token) const {
+  return std::find(end_ids_.begin(), end_ids_.end(), token) != end_ids_.end();
+}
+
+int32_t TokenLoop::choose(std::span<const float> logits, std::span<const int32_t> history) {
+  chosen_ = sampler_.sample(logits, history, made_);
+  return chosen_->token_id;
+}
+
+std::string TokenLoop::accept(int32_t token) {
+  made_++;
+  result.token_ids.push_back(token);
+  if (params_.logprobs >= 0) result.logprobs.push_back(std::move(*chosen_));
+  chosen_.reset();
+  if (is_end(token)) return finish(FinishReason::kStop);  // its own text is not part of the output
+
+  std::string text;
+  if (stream_) {
+    text = matcher_.push(stream_->push(token));
+    if (matcher_.matched()) {
+      result.text += text;
+      result.token_ids.resize(matcher_.kept_tokens());
+      if (!result.logprobs.empty()) result.logprobs.resize(result.token_ids.size());
+      result.finish_reason = FinishReason::kStop;
+      done_ = true;
+      return text;
+    }
+    result.text += text;
+  }
+  if (made_ >= params_.max_new_tokens) text += finish(FinishReason::kLength);
+  return text;
+}
+
+std::string TokenLoop::finish(FinishReason reason) {
+  if (done_) return {};
+  done_ = true;
+  result.finish_reason = reason;
+  if (!stream_) return {};
+  std::string text = matcher_.push(stream_->flush(), /*is_token=*/false);
+  text += matcher_.flush();
+  result.text += text;
+  return text;
+}
+
+std::vector<int32_t> prompt_ids(const std::variant<std::string, std::vector<int32_t>>& prompt,
+                                const Tokenizer* tokenizer, int64_t position) {
+  if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
+  if (tokenizer == nullptr) {
+    throw TokenizerError("the model folder has no tokenizer.json: pass token ids instead of text");
+  }
+  return tokenizer->encode(std::get<std::string>(prompt), /*add_special=*/position == 0);
+}
+
+}  // namespace mustafar

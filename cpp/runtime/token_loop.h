@@ -1,0 +1,58 @@
+// The part of a generation that does not depend on how logits are computed: choose a token, keep
+// the text, know when to end. Sessions and the batch scheduler drive the same loop.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "mustafar/sampling.h"
+#include "mustafar/tokenizer.h"
+#include "runtime/sampler.h"
+#include "runtime/stop_matcher.h"
+
+namespace mustafar {
+
+class TokenLoop {
+ public:
+  // tokenizer: null where the model has none (then stop texts are refused and text stays empty).
+  TokenLoop(const SamplingParams& params, int64_t vocab_size, std::span<const int32_t> eos_ids,
+            const Tokenizer* tokenizer);
+
+  // Chooses the next token. history: the whole sequence so far.
+  int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
+  // Takes the chosen token once it is in the cache; returns text that became certain. Ends the
+  // generation where the token, the text or the count says so.
+  std::string accept(int32_t token);
+  // Ends it for another reason; returns text that was held back.
+  std::string finish(FinishReason reason);
+
+  bool done() const { return done_; }
+  // After the end: how many of the tokens made stay in the cache (fewer than all after a stop
+  // text).
+  int64_t kept_tokens() const { return static_cast<int64_t>(result.token_ids.size()); }
+  int64_t made_tokens() const { return made_; }
+
+  GenerateResult result;
+
+ private:
+  bool is_end(int32_t token) const;
+
+  SamplingParams params_;
+  std::vector<int32_t> end_ids_;
+  Sampler sampler_;
+  std::optional<Tokenizer::Stream> stream_;
+  StopMatcher matcher_;
+  std::optional<TokenLogprob> chosen_;
+  int64_t made_ = 0;
+  bool done_ = false;
+};
+
+// Ids of a prompt as a generation at this position takes them: BOS only at position 0.
+std::vector<int32_t> prompt_ids(const std::variant<std::string, std::vector<int32_t>>& prompt,
+                                const Tokenizer* tokenizer, int64_t position);
+
+}  // namespace mustafar

@@ -1,0 +1,253 @@
+// The public tokenizer: added tokens -> normalizer -> pre-tokenizer -> BPE -> post-processor, and
+// the decoder for the way back.
+#include "mustafar/tokenizer.h"
+
+#include <utility>
+
+#include "mustafar/error.h"
+#include "text/added_tokens.h"
+#include "text/bpe.h"
+#include "text/decoder.h"
+#include "text/normalizer.h"
+#include "text/post_processor.h"
+#include "text/pre_tokenizer.h"
+#include "text/tokenizer_json.h"
+#include "text/utf8.h"
+
+namespace mustafar {
+
+namespace {
+
+// Working memory of one encode call.
+struct EncodeScratch {
+  explicit EncodeScratch(size_t text_bytes) : bpe(text_bytes) {}
+  text::BpeScratch bpe;
+  text::MatchScratch match;
+  text::PreTokenized pre_tokenized;
+  std::vector<text::AddedTokens::Piece> raw_pieces, normalized_pieces;
+};
+
+text::BpeModel make_model(const text::TokenizerJson& json, const text::AddedTokens& added) {
+  const text::JsonField model = json.field().at("model");
+  if (model.has("type") && model.at("type").string() != "BPE") {
+    model.unsupported_type(model.at("type").string(), "BPE");
+  }
+  if (!json.has_vocab) model.fail("field 'vocab' is missing or no object");
+  if (!json.has_merges) model.fail("field 'merges' is missing or no array");
+  for (const char* name : {"continuing_subword_prefix", "end_of_word_suffix"}) {
+    if (model.has(name) && !model.at(name).string().empty()) {
+      model.at(name).fail("is not supported");
+    }
+  }
+  if (const text::JsonField dropout = model.get("dropout"); !dropout.is_null()) {
+    if (!dropout.is_zero()) dropout.fail("random merges are not supported");
+  }
+  text::Vocab vocab = text::build_vocab(json, added.max_id(), added.size());
+  text::BpeOptions options;
+  options.byte_fallback = model.boolean_or("byte_fallback", false);
+  options.fuse_unk = model.boolean_or("fuse_unk", false);
+  options.ignore_merges = model.boolean_or("ignore_merges", false);
+  if (model.has("unk_token")) {
+    const std::string unk = model.at("unk_token").string();
+    auto id = vocab.find(unk);
+    if (!id) id = added.find(unk);
+    if (!id) model.at("unk_token").fail(text::in_quotes(unk) + " is not in the vocabulary");
+    options.unk_id = *id;
+  }
+  text::MergeTable merges = text::build_merges(json, vocab);
+  return text::BpeModel(std::move(vocab), std::move(merges.map), merges.pairs, options);
+}
+
+}  // namespace
+
+struct Tokenizer::Impl {
+  explicit Impl(const text::TokenizerJson& json)
+      : normalizer(text::Normalizer::parse(json.field().get("normalizer"))),
+        pre_tokenizer(text::PreTokenizer::parse(json.field().get("pre_tokenizer"))),
+        added(text::AddedTokens::parse(json.field().get("added_tokens"))),
+        model(make_model(json, added)),
+        decoder(text::Decoder::parse(json.field().get("decoder"))) {
+    added.prepare(model.vocab(), normalizer, json.file);
+    post_processor =
+        text::PostProcessor::parse(json.field().get("post_processor"), [this](int64_t id) {
+          return id >= 0 && id < model.vocab().size() && contains(static_cast<int32_t>(id));
+        });
+  }
+
+  bool contains(int32_t id) const { return added.find(id) || model.vocab().contains(id); }
+
+  // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
+  std::string_view token(int32_t id) const {
+    if (const text::AddedToken* token = added.find(id)) return token->content;
+    if (model.vocab().contains(id)) return model.vocab().token(id);
+    throw TokenizerError("token id " + std::to_string(id) + " is not in the vocabulary of " +
+                         std::to_string(model.vocab().size()) + " ids");
+  }
+
+  bool is_special(int32_t id) const {
+    const text::AddedToken* token = added.find(id);
+    return token && token->special;
+  }
+
+  // A part of the text without added tokens that are matched before normalization.
+  // at_start: it is where the text starts.
+  void encode_raw(std::string_view raw, bool at_start, bool parse_special, EncodeScratch* scratch,
+                  std::vector<int32_t>* ids) const {
+    std::string storage;
+    std::string_view normalized = raw;
+    if (!normalizer.empty()) {
+      storage = normalizer.apply(raw, &scratch->match);
+      if (storage.size() > text::kMaxTextBytes) {
+        throw TokenizerError("the normalized text of " + std::to_string(storage.size()) +
+                             " bytes is longer than " + std::to_string(text::kMaxTextBytes));
+      }
+      normalized = storage;
+    }
+    if (!added.any(true)) return encode_normalized(normalized, at_start, scratch, ids);
+    added.split(normalized, true, parse_special, &scratch->normalized_pieces);
+    for (const auto& piece : scratch->normalized_pieces) {
+      if (piece.id >= 0) {
+        ids->push_back(piece.id);
+      } else {
+        encode_normalized(normalized.substr(piece.begin, piece.end - piece.begin),
+                          at_start && piece.begin == 0, scratch, ids);
+      }
+    }
+  }
+
+  void encode_normalized(std::string_view text, bool at_start, EncodeScratch* scratch,
+                         std::vector<int32_t>* ids) const {
+    if (text.empty()) return;
+    if (pre_tokenizer.empty()) return model.encode(text, &scratch->bpe, ids);
+    text::PreTokenized& words = scratch->pre_tokenized;
+    pre_tokenizer.apply(text, at_start, &scratch->match, &words);
+    for (const text::Span& span : words.spans) {
+      model.encode(words.text.substr(span.begin, span.end - span.begin), &scratch->bpe, ids);
+    }
+  }
+
+  text::Normalizer normalizer;
+  text::PreTokenizer pre_tokenizer;
+  text::AddedTokens added;
+  text::BpeModel model;
+  text::Decoder decoder;
+  text::PostProcessor post_processor;
+};
+
+Tokenizer Tokenizer::load(const std::filesystem::path& path) {
+  return Tokenizer(std::make_shared<const Impl>(text::read_tokenizer_json(path)));
+}
+
+namespace {
+
+void check_size(std::string_view text) {
+  if (text.size() > text::kMaxTextBytes) {
+    throw TokenizerError("a text of " + std::to_string(text.size()) + " bytes; at most " +
+                         std::to_string(text::kMaxTextBytes) + " are encoded at once");
+  }
+}
+
+}  // namespace
+
+std::vector<int32_t> Tokenizer::encode_chat(std::string_view text,
+                                            std::span<const TextRange> outside) const {
+  check_size(text);
+  if (!text::is_valid_utf8(text)) throw TokenizerError("a rendered chat that is not UTF-8");
+  std::vector<int32_t> ids;
+  EncodeScratch scratch(text.size());
+  impl_->added.split_chat(text, outside, &scratch.raw_pieces);
+  for (const auto& piece : scratch.raw_pieces) {
+    if (piece.id >= 0) {
+      ids.push_back(piece.id);
+    } else {
+      impl_->encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
+                        /*parse_special=*/false, &scratch, &ids);
+    }
+  }
+  return ids;
+}
+
+std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
+                                       bool parse_special) const {
+  check_size(text);
+  std::string replaced;
+  if (!text::is_valid_utf8(text)) {
+    replaced = text::replace_invalid_utf8(text);
+    text = replaced;
+  }
+  std::vector<int32_t> ids;
+  ids.reserve(text.size() / 4 + 8);
+  if (add_special) ids = impl_->post_processor.prefix;
+  EncodeScratch scratch(text.size());
+  if (!impl_->added.any(false)) {
+    if (!text.empty()) impl_->encode_raw(text, true, parse_special, &scratch, &ids);
+  } else {
+    impl_->added.split(text, false, parse_special, &scratch.raw_pieces);
+    for (const auto& piece : scratch.raw_pieces) {
+      if (piece.id >= 0) {
+        ids.push_back(piece.id);
+      } else {
+        impl_->encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
+                          parse_special, &scratch, &ids);
+      }
+    }
+  }
+  if (add_special) {
+    const auto& suffix = impl_->post_processor.suffix;
+    ids.insert(ids.end(), suffix.begin(), suffix.end());
+  }
+  return ids;
+}
+
+std::string Tokenizer::decode(std::span<const int32_t> token_ids, bool skip_special) const {
+  text::DecodeRun run(impl_->decoder);
+  for (const int32_t id : token_ids) {
+    const std::string_view token = impl_->token(id);
+    if (!skip_special || !impl_->is_special(id)) run.token(token);
+  }
+  run.finish();
+  return run.take();
+}
+
+int32_t Tokenizer::vocab_size() const { return impl_->model.vocab().size(); }
+
+std::optional<int32_t> Tokenizer::token_to_id(std::string_view token) const {
+  if (const auto id = impl_->added.find(token)) return id;
+  return impl_->model.vocab().find(token);
+}
+
+std::string Tokenizer::id_to_token(int32_t token_id) const {
+  return std::string(impl_->token(token_id));
+}
+
+bool Tokenizer::is_special(int32_t token_id) const { return impl_->is_special(token_id); }
+
+std::vector<int32_t> Tokenizer::special_prefix() const { return impl_->post_processor.prefix; }
+
+struct Tokenizer::Stream::State {
+  std::shared_ptr<const Impl> impl;  // keeps what the run refers to
+  bool skip_special;
+  text::DecodeRun run;
+};
+
+Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special)
+    : state_(std::make_unique<State>(
+          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder)})) {}
+Tokenizer::Stream::~Stream() = default;
+Tokenizer::Stream::Stream(Stream&&) noexcept = default;
+Tokenizer::Stream& Tokenizer::Stream::operator=(Stream&&) noexcept = default;
+
+std::string Tokenizer::Stream::push(int32_t token_id) {
+  const std::string_view token = state_->impl->token(token_id);
+  if (!state_->skip_special || !state_->impl->is_special(token_id)) state_->run.token(token);
+  return state_->run.take();
+}
+
+std::string Tokenizer::Stream::flush() {
+  state_->run.finish();
+  std::string rest = state_->run.take();
+  state_->run = text::DecodeRun(state_->impl->decoder);
+  return rest;
+}
+
+}  // namespace mustafar

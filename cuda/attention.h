@@ -1,0 +1,67 @@
+// Attention over a compressed cache on the device: Backend::attend.
+//
+// A sequence's tokens are cut into splits, whole tiles of 64 tokens, by its length alone, so that a
+// result does not depend on the batch. A kernel leaves a partial softmax (max, sum, output) per
+// row, head and split; combine() merges them and undoes the value transform.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "cuda/device.h"
+#include "cuda/sequence_view.h"
+
+namespace mustafar::cuda {
+
+struct AttentionArgs {
+  const SequenceView* sequences = nullptr;  // [n_sequences] on the device
+  int32_t n_sequences = 0;
+  int32_t n_rows = 0;         // of all sequences together
+  int32_t max_row_count = 1;  // most rows of one sequence
+  int32_t max_splits = 1;     // at least that of every sequence (decode); 1 in prefill
+  StoreLayout layout;         // of every sequence
+  DType tail_dtype = DType::kBF16;
+  int32_t layer = 0;
+  int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
+  float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
+  float* out = nullptr;       // [n_rows][n_heads * head_dim]
+  bool decode = true;         // one row a sequence, its token in the dense buffer
+};
+
+// Tiles (64 tokens) of one split of a decode step over n_tiles: short contexts still spread over
+// the GPU, long ones amortise a block's fixed costs.
+MUSTAFAR_HOST_DEVICE inline int32_t tiles_per_split(int32_t n_tiles) {
+  int32_t tiles = 4;
+  while (tiles < 32 && tiles * 64 < n_tiles) tiles *= 2;
+  return tiles;
+}
+
+// Tiles of a decode step: blocks, then the dense buffer with the new token.
+MUSTAFAR_HOST_DEVICE inline int32_t n_decode_tiles(int32_t n_blocks, int32_t dense_tokens) {
+  return n_blocks + (dense_tokens + 1 + kBlockTokens - 1) / kBlockTokens;
+}
+
+MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t dense_tokens) {
+  const int32_t tiles = n_decode_tiles(n_blocks, dense_tokens);
+  const int32_t per_split = tiles_per_split(tiles);
+  return (tiles + per_split - 1) / per_split;
+}
+
+// Tensor-core kernels of one decode step (decode_attention.cu); false where the layout has none:
+// head_dim 64 or 128, f16 or bf16 tail, values of the tail's type, int8 or int4, not ragged.
+bool decode_attention_fast(const AttentionArgs& args, Stream stream);
+
+// Flash attention for many rows (prefill_attention.cu); false for the same reasons.
+bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
+
+// Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
+void attention_plain(const AttentionArgs& args, Stream stream);
+
+// Merges the partials of every row and head into out.
+void combine_attention(const AttentionArgs& args, Stream stream);
+
+// |q| of the newest rows into SequenceView::query_magnitude, a KV head's query heads summed.
+void record_query_magnitude(const AttentionArgs& args, Stream stream);
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,459 @@
+#include "cuda/cuda_backend.h"
+
+#include <algorithm>
+
+#include "cuda/compress.h"
+#include "cuda/elementwise.h"
+#include "mustafar/error.h"
+
+namespace mustafar::cuda {
+namespace {
+
+using Lock = std::lock_guard<std::recursive_mutex>;
+
+// Decode batches up to here go through GEMV even where a GEMM exists: it reads the weights once.
+constexpr int32_t kGemvBatch = kGemvRows;
+constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
+constexpr size_t kMaxRecordedSteps = 32;
+
+class CudaMemory final : public DeviceMemory {
+ public:
+  explicit CudaMemory(int64_t bytes) {
+    data_ = device_allocate(bytes);
+    bytes_ = bytes;
+  }
+  ~CudaMemory() override { device_free(data_); }
+};
+
+CudaWorkspace& on_cuda(Workspace& workspace) { return static_cast<CudaWorkspace&>(workspace); }
+
+SequenceView view_of(const SequenceStep& step) {
+  SequenceView view;
+  view.row0 = step.row0;
+  view.n_rows = step.n_rows;
+  view.pos0 = step.pos0;
+  view.pages = step.pages;
+  view.dense = static_cast<uint8_t*>(step.dense);
+  view.fresh = static_cast<uint8_t*>(step.fresh);
+  view.n_blocks = step.n_blocks;
+  view.dense_capacity = step.dense_capacity;
+  view.dense_tokens = step.dense_tokens;
+  view.n_sinks = step.n_sinks;
+  view.fresh_capacity = step.fresh_capacity;
+  view.fresh_pos0 = step.fresh_pos0;
+  if (step.transform != nullptr) {
+    view.k_forward = step.transform->k_forward;
+    view.k_backward = step.transform->k_backward;
+    view.v_forward = step.transform->v_forward;
+    view.v_backward = step.transform->v_backward;
+    view.k_weight = step.transform->k_weight;
+    view.v_weight = step.transform->v_weight;
+  }
+  view.query_magnitude = step.query_magnitude;
+  view.query_window = step.query_window;
+  return view;
+}
+
+CommitView view_of(const CommitStep& step) {
+  CommitView view;
+  view.sequence = view_of(*step.sequence);
+  view.new_pages = step.new_pages;
+  view.dense_out = static_cast<uint8_t*>(step.dense_out);
+  view.dense_tokens = step.dense_tokens;
+  view.fresh_tokens = step.fresh_tokens;
+  view.n_new_blocks = step.n_new_blocks;
+  view.end_pos = step.end_pos;
+  view.k_policy = step.k_policy;
+  view.v_policy = step.v_policy;
+  return view;
+}
+
+// Splits of the longest sequence, rounded up so that a recorded step stays good as contexts grow.
+int32_t split_bound(std::span<const SequenceStep> sequences) {
+  int32_t most = 1;
+  for (const SequenceStep& s : sequences) {
+    most = std::max(most, n_decode_splits(s.n_blocks, s.dense_tokens));
+  }
+  int32_t bound = 1;
+  while (bound < most) bound *= 2;
+  return bound;
+}
+
+// Calls body(first, count) for runs of neighbours with one layout. Item: what layout_of takes.
+template <typename Item, typename LayoutOf, typename Body>
+void for_layouts(std::span<const Item> items, LayoutOf&& layout_of, Body&& body) {
+  for (size_t first = 0; first < items.size();) {
+    size_t end = first + 1;
+    while (end < items.size() && layout_of(items[end]) == layout_of(items[first])) end++;
+    body(static_cast<int32_t>(first), static_cast<int32_t>(end - first));
+    first = end;
+  }
+}
+
+}  // namespace
+
+CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
+    : properties_(open_device()),
+      dtype_(dtype),
+      eps_(static_cast<float>(config.rms_norm_eps)),
+      n_heads_(config.n_heads),
+      n_kv_heads_(config.n_kv_heads),
+      head_dim_(config.head_dim) {
+  if (head_dim_ > kMaxHeadDim) {
+    throw Error("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
+                ", this model has " + std::to_string(head_dim_));
+  }
+  stream_ = make_stream();
+  cublaslt_ = CublasLt::open();
+}
+
+CudaBackend::~CudaBackend() {
+  for (const RecordedStep& step : steps_) destroy_graph(step.graph);
+  destroy_stream(stream_);
+}
+
+std::string CudaBackend::description() const {
+  return properties_.name + " (sm_" + std::to_string(properties_.compute_capability) + "), " +
+         (cublaslt_ != nullptr ? "cuBLASLt " + cublaslt_->version() : "own GEMM");
+}
+
+std::unique_ptr<DeviceMemory> CudaBackend::allocate(int64_t bytes) {
+  return std::make_unique<CudaMemory>(bytes);
+}
+
+void CudaBackend::upload(void* device, const void* host, int64_t bytes) {
+  const Lock lock(mutex_);
+  copy_to_device(device, host, bytes, stream_);
+  cuda::synchronize(stream_);
+}
+
+void CudaBackend::download(void* host, const void* device, int64_t bytes) {
+  const Lock lock(mutex_);
+  copy_to_host(host, device, bytes, stream_);
+  cuda::synchronize(stream_);
+}
+
+void CudaBackend::copy(void* to, const void* from, int64_t bytes) {
+  const Lock lock(mutex_);
+  copy_on_device(to, from, bytes, stream_);
+}
+
+std::unique_ptr<Workspace> CudaBackend::make_workspace() {
+  return std::make_unique<CudaWorkspace>();
+}
+
+const int32_t* CudaBackend::send_tokens(std::span<const int32_t> token_ids) {
+  return tokens_.send(token_ids, stream_);
+}
+
+const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspace& workspace) {
+  std::vector<SequenceView> views;
+  for (const SequenceStep& step : batch.sequences) views.push_back(view_of(step));
+  return workspace.sequences.send(views, stream_);
+}
+
+void CudaBackend::linear(const LinearArgs& args, bool decode, CudaWorkspace& workspace) {
+  if (args.n == 0) return;
+  const bool products =
+      dtype_ != DType::kF32 && gemm_takes(args) && (decode ? args.n > kGemvBatch : args.n > 1);
+  if (!products) {
+    gemv(args, stream_);
+    return;
+  }
+  void* packed = workspace.packed.ensure<uint16_t>(args.n * args.cols);
+  if (cublaslt_ == nullptr) {
+    gemm(args, packed, stream_);
+    return;
+  }
+  void* scratch = workspace.product.ensure<uint8_t>(kProductBytes);
+  round_to(args.parts[0].dtype, args.x, args.n * args.cols, packed, stream_);
+  for (int i = 0; i < args.n_parts; i++) {
+    const LinearPart& part = args.parts[i];
+    if (cublaslt_->multiply(part, packed, args.n, args.cols, scratch, kProductBytes, stream_)) {
+      if (part.bias != nullptr) {
+        add_bias(part.bias, part.rows, args.n, part.y, part.y_stride, stream_);
+      }
+      continue;
+    }
+    LinearArgs one = args;
+    one.parts[0] = part;
+    one.n_parts = 1;
+    gemm(one, packed, stream_);
+  }
+}
+
+void CudaBackend::normalise(const float* x, const float* weight, int32_t n, int64_t hidden,
+                            CudaWorkspace& workspace) {
+  rms_norm(x, nullptr, weight, eps_, n, hidden, workspace.normed.ensure<float>(n * hidden),
+           stream_);
+}
+
+void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
+  const Lock lock(mutex_);
+  unchecked_.erase(std::this_thread::get_id());  // of a call that was dropped
+  cuda::embed(weights.embedding.data, weights.embedding.dtype, send_tokens(token_ids),
+              static_cast<int32_t>(token_ids.size()), weights.embedding.cols, out, stream_);
+}
+
+void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
+                              const float* x, float* q, Workspace& workspace) {
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  const LayerWeights& w = weights.layers[layer];
+  const int32_t n = batch.n_rows;
+  normalise(x, w.attention_norm, n, w.q.cols, ws);
+  float* k = ws.keys.ensure<float>(n * w.k.rows);
+  float* v = ws.values.ensure<float>(n * w.v.rows);
+  LinearArgs args;
+  args.parts[0] = {w.q.data, w.q.dtype, w.q.rows, w.q_bias, q, w.q.rows, false};
+  args.parts[1] = {w.k.data, w.k.dtype, w.k.rows, w.k_bias, k, w.k.rows, false};
+  args.parts[2] = {w.v.data, w.v.dtype, w.v.rows, w.v_bias, v, w.v.rows, false};
+  args.n_parts = 3;
+  args.cols = w.q.cols;
+  args.x = static_cast<const float*>(ws.normed.data());
+  args.n = n;
+  linear(args, batch.decode, ws);
+
+  RopeArgs rope;
+  rope.sequences = send_sequences(batch, ws);
+  rope.n_sequences = static_cast<int32_t>(batch.sequences.size());
+  rope.n_rows = n;
+  rope.layer = layer;
+  rope.n_heads = n_heads_;
+  rope.n_kv_heads = n_kv_heads_;
+  rope.head_dim = head_dim_;
+  rope.tail_dtype = dtype_;
+  rope.frequencies = weights.rope_frequencies;
+  rope.q = q;
+  rope.k = k;
+  rope.v = v;
+  rope_append(rope, stream_);
+
+  int32_t newest = 0;
+  for (const SequenceStep& s : batch.sequences) {
+    if (s.query_magnitude != nullptr) newest = std::max(newest, std::min(s.n_rows, s.query_window));
+  }
+  if (newest == 0) return;
+  AttentionArgs magnitude;
+  magnitude.sequences = rope.sequences;
+  magnitude.n_sequences = rope.n_sequences;
+  magnitude.max_row_count = newest;
+  magnitude.layer = layer;
+  magnitude.n_heads = n_heads_;
+  magnitude.n_kv_heads = n_kv_heads_;
+  magnitude.head_dim = head_dim_;
+  magnitude.q = q;
+  record_query_magnitude(magnitude, stream_);
+}
+
+void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, float* out,
+                         Workspace& workspace) {
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  const SequenceView* views = send_sequences(batch, ws);
+  AttentionArgs args;
+  args.n_rows = batch.n_rows;
+  args.tail_dtype = dtype_;
+  args.layer = layer;
+  args.n_heads = n_heads_;
+  args.n_kv_heads = n_kv_heads_;
+  args.head_dim = head_dim_;
+  args.q = q;
+  args.out = out;
+  args.decode = batch.decode;
+  args.max_splits = batch.decode ? split_bound(batch.sequences) : 1;
+  args.partials = ws.partials.ensure<float>(int64_t{batch.n_rows} * n_heads_ * args.max_splits *
+                                            (head_dim_ + 2));
+  for_layouts(
+      batch.sequences, [](const SequenceStep& s) -> const StoreLayout& { return *s.layout; },
+      [&](int32_t first, int32_t count) {
+        args.sequences = views + first;
+        args.n_sequences = count;
+        args.layout = *batch.sequences[first].layout;
+        args.max_row_count = 1;
+        for (int32_t i = first; i < first + count; i++) {
+          args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
+        }
+        const bool done = args.decode ? decode_attention_fast(args, stream_)
+                                      : prefill_attention_fast(args, stream_);
+        if (!done) attention_plain(args, stream_);
+        combine_attention(args, stream_);
+      });
+}
+
+void CudaBackend::project_output(const Weights& weights, int32_t layer, const Batch& batch,
+                                 const float* attention, float* x, Workspace& workspace) {
+  const Lock lock(mutex_);
+  const LayerWeights& w = weights.layers[layer];
+  LinearArgs args;
+  args.parts[0] = {w.o.data, w.o.dtype, w.o.rows, w.o_bias, x, w.o.rows, true};
+  args.n_parts = 1;
+  args.cols = w.o.cols;
+  args.x = attention;
+  args.n = batch.n_rows;
+  linear(args, batch.decode, on_cuda(workspace));
+}
+
+void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
+                      Workspace& workspace) {
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  const LayerWeights& w = weights.layers[layer];
+  const int32_t n = batch.n_rows;
+  normalise(x, w.mlp_norm, n, w.gate.cols, ws);
+  float* gate = ws.gate.ensure<float>(n * w.gate.rows);
+  float* up = ws.up.ensure<float>(n * w.up.rows);
+  LinearArgs args;
+  args.parts[0] = {w.gate.data, w.gate.dtype, w.gate.rows, w.gate_bias, gate, w.gate.rows, false};
+  args.parts[1] = {w.up.data, w.up.dtype, w.up.rows, w.up_bias, up, w.up.rows, false};
+  args.n_parts = 2;
+  args.cols = w.gate.cols;
+  args.x = static_cast<const float*>(ws.normed.data());
+  args.n = n;
+  linear(args, batch.decode, ws);
+  silu_multiply(gate, up, n * w.gate.rows, stream_);
+  LinearArgs down;
+  down.parts[0] = {w.down.data, w.down.dtype, w.down.rows, w.down_bias, x, w.down.rows, true};
+  down.n_parts = 1;
+  down.cols = w.down.cols;
+  down.x = gate;
+  down.n = n;
+  linear(down, batch.decode, ws);
+}
+
+void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
+                         const float* x, float* logits, Workspace& workspace) {
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  const Matrix& head = weights.lm_head;
+  const int32_t n = static_cast<int32_t>(rows.size());
+  // Rows as they come need no list.
+  const int32_t* list = nullptr;
+  for (int32_t i = 0; i < n; i++) {
+    if (rows[i] != i) list = ws.rows.send(rows, stream_);
+    if (list != nullptr) break;
+  }
+  float* normed = ws.normed.ensure<float>(n * head.cols);
+  rms_norm(x, list, weights.final_norm, eps_, n, head.cols, normed, stream_);
+  LinearArgs args;
+  args.parts[0] = {head.data, head.dtype, head.rows, nullptr, logits, head.rows, false};
+  args.n_parts = 1;
+  args.cols = head.cols;
+  args.x = normed;
+  args.n = n;
+  linear(args, batch.decode || rows.size() <= batch.sequences.size(), ws);
+}
+
+void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
+                         Workspace& workspace) {
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  std::vector<CommitView> views;
+  for (const CommitStep& step : steps) views.push_back(view_of(step));
+  const CommitView* device_views = ws.commits.send(views, stream_);
+  const auto layout_of = [](const CommitStep& s) -> const StoreLayout& {
+    return *s.sequence->layout;
+  };
+  bool quantises = false;
+  for (const CommitStep& step : steps) {
+    const StoreLayout& layout = layout_of(step);
+    quantises = quantises || has_scales(layout.k.dtype) || has_scales(layout.v.dtype);
+  }
+  CompressArgs args;
+  args.bad_row = ws.bad_row.ensure<int32_t>(1);
+  auto& unchecked = unchecked_[std::this_thread::get_id()];
+  const bool first_of_call =
+      std::find(unchecked.begin(), unchecked.end(), ws.bad_row_host) == unchecked.end();
+  if (quantises && first_of_call) {
+    const int32_t none = kAllFinite;
+    copy_to_device(args.bad_row, &none, sizeof none, stream_);
+  }
+  args.first_layer = first_layer;
+  args.n_layers = n_layers;
+  args.tail_dtype = dtype_;
+  for_layouts(steps, layout_of, [&](int32_t first, int32_t count) {
+    args.steps = device_views + first;
+    args.n_steps = count;
+    args.layout = layout_of(steps[first]);
+    args.max_new_blocks = 0;
+    for (int32_t i = first; i < first + count; i++) {
+      args.max_new_blocks = std::max(args.max_new_blocks, steps[i].n_new_blocks);
+      if ((args.layout.k.ragged || args.layout.v.ragged) && steps[i].n_new_blocks > 0) {
+        throw Error("device \"cuda\" does not compress by channel; use a per-token policy");
+      }
+    }
+    if (args.max_new_blocks > 0) compress(args, stream_);
+    move_rest(args, stream_);
+  });
+  if (!quantises) return;
+  copy_to_host(ws.bad_row_host->value(), args.bad_row, sizeof(int32_t), stream_);
+  if (first_of_call) unchecked.push_back(ws.bad_row_host);
+}
+
+void CudaBackend::synchronize() {
+  const Lock lock(mutex_);
+  cuda::synchronize(stream_);
+  const auto it = unchecked_.find(std::this_thread::get_id());
+  if (it == unchecked_.end()) return;
+  const auto flags = std::move(it->second);
+  unchecked_.erase(it);
+  for (const auto& flag : flags) {
+    const int32_t bad = *flag->value();
+    if (bad == kAllFinite) continue;
+    const int32_t plane = bad / kBadRowPositions;
+    throw StateError(std::string(plane % 2 == 0 ? "key" : "value") + " of layer " +
+                     std::to_string(plane / 2) + " at position " +
+                     std::to_string(bad % kBadRowPositions) +
+                     " is not finite and can't be stored as an integer; use a float value_dtype");
+  }
+}
+
+void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token_ids,
+                              std::span<const void* const> buffers, Workspace& workspace,
+                              const std::function<void()>& body) {
+  const Lock lock(mutex_);
+  StepKey key;
+  key.buffers.assign(buffers.begin(), buffers.end());
+  key.n_rows = batch.n_rows;
+  key.max_splits = split_bound(batch.sequences);
+  key.layout = *batch.sequences[0].layout;
+  bool one_layout = true;
+  for (const SequenceStep& s : batch.sequences) {
+    one_layout = one_layout && *s.layout == key.layout && s.query_magnitude == nullptr;
+  }
+  // What changes from step to step goes to the device before the step, recorded or not.
+  key.buffers.push_back(send_tokens(token_ids));
+  send_sequences(batch, on_cuda(workspace));
+  on_cuda(workspace).append_addresses(key.buffers);
+  if (!one_layout) {
+    body();
+    return;
+  }
+  const auto it = std::find_if(steps_.begin(), steps_.end(),
+                               [&](const RecordedStep& step) { return step.key == key; });
+  if (it == steps_.end()) {
+    // The first time grows every buffer; the second records.
+    body();
+    // Under the addresses as they are now: what body grew has moved.
+    key.buffers.resize(buffers.size() + 1);
+    on_cuda(workspace).append_addresses(key.buffers);
+    if (steps_.size() == kMaxRecordedSteps) {
+      destroy_graph(steps_.front().graph);
+      steps_.erase(steps_.begin());
+    }
+    steps_.push_back({key, nullptr});
+    return;
+  }
+  if (it->graph == nullptr) {
+    it->graph = record_graph(stream_, body);
+    if (it->graph == nullptr) return;  // no graphs here: body has run
+  }
+  run_graph(it->graph, stream_);
+  graph_replays_++;
+}
+
+std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype) {
+  return std::make_unique<CudaBackend>(config, dtype);
+}
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,102 @@
+// The backend interface on one NVIDIA GPU.
+//
+// All work goes into one stream, in the order of the calls; threads that share a model take turns
+// at issuing it. Ops do not wait for the device: only download, upload and synchronize do.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "backend/backend.h"
+#include "cuda/attention.h"
+#include "cuda/buffer.h"
+#include "cuda/cublaslt.h"
+#include "cuda/device.h"
+#include "cuda/linear.h"
+#include "cuda/workspace.h"
+
+namespace mustafar::cuda {
+
+class CudaBackend final : public Backend {
+ public:
+  // dtype: f32, f16 or bf16, see BackendOptions. Throws Error saying what is missing.
+  CudaBackend(const ModelConfig& config, DType dtype);
+  ~CudaBackend() override;
+
+  std::string device() const override { return "cuda"; }
+  std::string description() const override;
+  bool host_memory() const override { return false; }
+
+  std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
+  void upload(void* device, const void* host, int64_t bytes) override;
+  void download(void* host, const void* device, int64_t bytes) override;
+  void copy(void* to, const void* from, int64_t bytes) override;
+  int64_t available_bytes() const override { return device_available_bytes(); }
+
+  std::unique_ptr<Workspace> make_workspace() override;
+
+  void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) override;
+  void project_qkv(const Weights& weights, int32_t layer, const Batch& batch, const float* x,
+                   float* q, Workspace& workspace) override;
+  void attend(int32_t layer, const Batch& batch, const float* q, float* out,
+              Workspace& workspace) override;
+  void project_output(const Weights& weights, int32_t layer, const Batch& batch,
+                      const float* attention, float* x, Workspace& workspace) override;
+  void mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
+           Workspace& workspace) override;
+  void logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
+              const float* x, float* logits, Workspace& workspace) override;
+  void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
+              Workspace& workspace) override;
+  void synchronize() override;
+
+  // The second step of a shape is recorded as a graph, later ones replay it.
+  void decode_step(const Batch& batch, std::span<const int32_t> token_ids,
+                   std::span<const void* const> buffers, Workspace& workspace,
+                   const std::function<void()>& body) override;
+  int64_t graph_replays() const { return graph_replays_; }
+
+ private:
+  // What a recorded step depends on beyond device memory.
+  struct StepKey {
+    std::vector<const void*> buffers;
+    int32_t n_rows = 0;
+    int32_t max_splits = 0;
+    StoreLayout layout;
+    bool operator==(const StepKey&) const = default;
+  };
+  struct RecordedStep {
+    StepKey key;
+    Graph graph = nullptr;
+  };
+
+  void linear(const LinearArgs& args, bool decode, CudaWorkspace& workspace);
+  void normalise(const float* x, const float* weight, int32_t n, int64_t hidden,
+                 CudaWorkspace& workspace);
+  const SequenceView* send_sequences(const Batch& batch, CudaWorkspace& workspace);
+  const int32_t* send_tokens(std::span<const int32_t> token_ids);
+
+  DeviceProperties properties_;
+  DType dtype_;
+  float eps_;
+  int32_t n_heads_, n_kv_heads_, head_dim_;
+  Stream stream_ = nullptr;
+  std::unique_ptr<CublasLt> cublaslt_;  // null where the library was not found
+  std::recursive_mutex mutex_;          // issuing into the stream
+  MirroredArray<int32_t> tokens_;
+  std::vector<RecordedStep> steps_;
+  int64_t graph_replays_ = 0;
+  // Commits of a thread's call whose rows have not been checked: synchronize() does.
+  std::map<std::thread::id, std::vector<std::shared_ptr<PinnedFlag>>> unchecked_;
+};
+
+// The factory's door: see make_backend.
+std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype);
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,160 @@
+// cuda/device.h on the CUDA runtime. Compiled by the host compiler.
+#include "cuda/device.h"
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "cuda/architectures.h"
+
+namespace mustafar::cuda {
+namespace {
+
+void check_call(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw Error(std::string("CUDA: ") + what + " failed: " + cudaGetErrorName(status) + ", " +
+              cudaGetErrorString(status));
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+DeviceProperties open_device() {
+  int driver = 0, runtime = 0, count = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    throw Error(
+        "device \"cuda\": the NVIDIA driver (libcuda.so.1) is missing on this machine; this build "
+        "needs one for CUDA " +
+        version_text(runtime) + " or newer");
+  }
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    throw Error("device \"cuda\": the NVIDIA driver supports CUDA " + version_text(driver) +
+                ", this build needs " + version_text(runtime));
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    throw Error(
+        "device \"cuda\": the driver finds no NVIDIA GPU (is one installed, and not hidden by "
+        "CUDA_VISIBLE_DEVICES?)");
+  }
+  check_call(status, "cudaGetDeviceCount");
+  check_call(cudaSetDevice(0), "cudaSetDevice");
+  cudaDeviceProp p{};
+  check_call(cudaGetDeviceProperties(&p, 0), "cudaGetDeviceProperties");
+  if (!has_code_for_device()) {
+    throw Error("device \"cuda\": this build has no code for " + std::string(p.name) + " (sm_" +
+                std::to_string(p.major) + std::to_string(p.minor) + "); it was built for " +
+                MUSTAFAR_CUDA_ARCHITECTURES);
+  }
+  DeviceProperties properties;
+  properties.name = p.name;
+  properties.compute_capability = 10 * p.major + p.minor;
+  properties.n_multiprocessors = p.multiProcessorCount;
+  properties.max_shared_bytes = static_cast<int32_t>(p.sharedMemPerBlockOptin);
+  properties.memory_bytes = static_cast<int64_t>(p.totalGlobalMem);
+  return properties;
+}
+
+void* device_allocate(int64_t bytes) {
+  void* pointer = nullptr;
+  const cudaError_t status = cudaMalloc(&pointer, static_cast<size_t>(bytes > 0 ? bytes : 1));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // an allocation may fail without harm to what follows
+    throw OutOfMemory("CUDA: can't allocate " + std::to_string(bytes) +
+                      " bytes of device memory, " + std::to_string(device_available_bytes()) +
+                      " are free");
+  }
+  check_call(status, "cudaMalloc");
+  return pointer;
+}
+
+void device_free(void* pointer) noexcept {
+  if (pointer != nullptr) cudaFree(pointer);
+}
+
+void* pinned_allocate(int64_t bytes) {
+  void* pointer = nullptr;
+  check_call(cudaMallocHost(&pointer, static_cast<size_t>(bytes)), "cudaMallocHost");
+  return pointer;
+}
+
+void pinned_free(void* pointer) noexcept {
+  if (pointer != nullptr) cudaFreeHost(pointer);
+}
+
+int64_t device_available_bytes() {
+  size_t free = 0, total = 0;
+  check_call(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return static_cast<int64_t>(free);
+}
+
+Stream make_stream() {
+  cudaStream_t stream = nullptr;
+  check_call(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  return stream;
+}
+
+void destroy_stream(Stream stream) noexcept {
+  if (stream != nullptr) cudaStreamDestroy(stream);
+}
+
+void synchronize(Stream stream) { check_call(cudaStreamSynchronize(stream), "the device"); }
+
+void synchronize_unless_capturing(Stream stream, const char* what) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_call(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  if (status == cudaStreamCaptureStatusNone) check_call(cudaStreamSynchronize(stream), what);
+}
+
+void copy_to_device(void* to, const void* from, int64_t bytes, Stream stream) {
+  check_call(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream),
+             "copy to the device");
+}
+
+void copy_to_host(void* to, const void* from, int64_t bytes, Stream stream) {
+  check_call(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream),
+             "copy from the device");
+}
+
+void copy_on_device(void* to, const void* from, int64_t bytes, Stream stream) {
+  check_call(
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream),
+      "copy on the device");
+}
+
+void fill_bytes(void* at, int value, int64_t bytes, Stream stream) {
+  check_call(cudaMemsetAsync(at, value, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+}
+
+Graph record_graph(Stream stream, const std::function<void()>& body) {
+  check_call(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+             "cudaStreamBeginCapture");
+  cudaGraph_t graph = nullptr;
+  try {
+    body();
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    throw;
+  }
+  check_call(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t status = cudaGraphInstantiate(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check_call(status, "cudaGraphInstantiate");
+  return executable;
+}
+
+void run_graph(Graph graph, Stream stream) {
+  check_call(cudaGraphLaunch(graph, stream), "cudaGraphLaunch");
+}
+
+void destroy_graph(Graph graph) noexcept {
+  if (graph != nullptr) cudaGraphExecDestroy(graph);
+}
+
+}  // namespace mustafar::cuda

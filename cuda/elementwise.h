@@ -1,0 +1,42 @@
+// The small operations between the matrix products.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "cuda/sequence_view.h"
+
+namespace mustafar::cuda {
+
+// out [n][hidden] = rows token_ids [n] (device) of table [vocab][hidden].
+void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
+           float* out, Stream stream);
+
+// out [n][hidden] = RMSNorm of x's rows (rows [n] on the device, or null: 0 .. n-1) times weight.
+void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int32_t n,
+              int64_t hidden, float* out, Stream stream);
+
+// gate [count] = silu(gate) * up.
+void silu_multiply(float* gate, const float* up, int64_t count, Stream stream);
+
+struct RopeArgs {
+  const SequenceView* sequences = nullptr;  // [n_sequences] on the device
+  int32_t n_sequences = 0;
+  int32_t n_rows = 0;
+  int32_t layer = 0;
+  int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  DType tail_dtype = DType::kBF16;
+  const float* frequencies = nullptr;  // [head_dim / 2], radians per token
+  float* q = nullptr;        // [n_rows][n_heads * head_dim], rotated and transformed in place
+  const float* k = nullptr;  // [n_rows][n_kv_heads * head_dim]
+  const float* v = nullptr;
+};
+
+// Rotary embedding of q and k, the KV transform, and the append of k and v, rounded to the tail's
+// type, to the sequence's fresh buffer or its dense slot dense_tokens.
+void rope_append(const RopeArgs& args, Stream stream);
+
+// token [n] (device) = index of the largest of logits [n][vocab]; the lowest among equals.
+void argmax(const float* logits, int32_t n, int64_t vocab, int32_t* token, Stream stream);
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,49 @@
+// y = W x (+ bias) on the device: GEMV for few rows, tensor-core GEMM for many.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/backend.h"
+#include "cuda/buffer.h"
+#include "cuda/device.h"
+
+namespace mustafar::cuda {
+
+constexpr int32_t kMaxFused = 3;  // matrices of one GEMV launch
+constexpr int32_t kGemvRows = 8;  // batch rows of one GEMV pass
+
+// One matrix of a launch.
+struct LinearPart {
+  const void* weights = nullptr;  // [rows][cols]
+  DType dtype = DType::kF32;      // f32, f16 or bf16
+  int64_t rows = 0;
+  const float* bias = nullptr;  // [rows] or null
+  float* y = nullptr;           // [n][y_stride]
+  int64_t y_stride = 0;
+  bool accumulate = false;  // y += instead of y =
+};
+
+struct LinearArgs {
+  LinearPart parts[kMaxFused];
+  int32_t n_parts = 0;
+  int64_t cols = 0;          // of every part
+  const float* x = nullptr;  // [n][cols]
+  int32_t n = 0;             // rows of the batch
+};
+
+// f32 arithmetic; a row's result does not depend on the other rows of the batch.
+void gemv(const LinearArgs& args, Stream stream);
+
+// Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for
+// it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).
+bool gemm_takes(const LinearArgs& args);
+void gemm(const LinearArgs& args, void* packed, Stream stream);
+
+// packed [count] = x in f16 or bf16.
+void round_to(DType dtype, const float* x, int64_t count, void* packed, Stream stream);
+
+// y [n][y_stride] += bias [rows].
+void add_bias(const float* bias, int64_t rows, int32_t n, float* y, int64_t y_stride,
+              Stream stream);
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,36 @@
+// Continues a text with a model: continue_text MODEL_FOLDER TEXT
+#include <mustafar/model.h>
+#include <mustafar/session.h>
+
+#include <exception>
+#include <iostream>
+#include <string_view>
+
+int main(int argc, char** argv) try {
+  if (argc != 3) {
+    std::cerr << "usage: continue_text MODEL_FOLDER TEXT\n";
+    return 2;
+  }
+  const mustafar::Model model = mustafar::Model::load(argv[1]);
+
+  mustafar::KVConfig kv;
+  kv.sparsity = 0.5;  // half of every key and value is pruned once it leaves the window
+  mustafar::Session session(model, kv);
+
+  mustafar::SamplingParams params;
+  params.max_new_tokens = 64;
+  params.temperature = 0;  // greedy
+  std::cout << argv[2];
+  session.generate(argv[2], params, [](std::string_view piece) {
+    std::cout << piece << std::flush;
+    return true;  // false would stop
+  });
+
+  const mustafar::MemoryUsage memory = session.memory();
+  std::cout << "\n" << session.position() << " tokens, KV cache " << memory.allocated
+            << " bytes, dense it would be " << memory.dense_equivalent << "\n";
+  return 0;
+} catch (const std::exception& error) {
+  std::cerr << "error: " << error.what() << "\n";
+  return 1;
+}

@@ -1,0 +1,45 @@
+// What the binding files share.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "mustafar/kv_config.h"
+#include "mustafar/model.h"
+#include "mustafar/sampling.h"
+
+namespace mustafar {
+
+void register_errors(pybind11::module_& m);
+void register_io(pybind11::module_& m);
+void register_tokenizer(pybind11::module_& m);
+void register_chat_template(pybind11::module_& m);
+void register_model(pybind11::module_& m);
+void register_profile(pybind11::module_& m);
+void register_session(pybind11::module_& m);
+void register_chat(pybind11::module_& m);
+void register_format(pybind11::module_& m);
+
+// Token ids from a list, tuple or integer array of any stride; throws ValueError or TypeError.
+std::vector<int32_t> token_ids_from(const pybind11::handle& ids);
+// Copies to a new float32 array [values.size()].
+pybind11::array_t<float> to_array(std::span<const float> values);
+pybind11::array_t<int32_t> to_array(std::span<const int32_t> values);
+
+// A check for Ctrl-C that native loops may call often, without the GIL: it looks at most every 20
+// ms and throws what the Python signal handler raised.
+std::function<void()> interrupt_check();
+
+// From the keyword dictionaries that the Python classes make of themselves.
+KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);
+pybind11::dict kv_dict(const KVConfig& kv);
+SamplingParams sampling_params_from(const pybind11::dict& fields);
+pybind11::dict to_dict(const GenerateResult& result);
+Prompt prompt_from(const pybind11::handle& prompt);
+
+}  // namespace mustafar

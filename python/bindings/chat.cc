@@ -1,0 +1,101 @@
+#include "mustafar/chat.h"
+
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+namespace {
+
+// A reply keeps its chat alive.
+struct PyReply {
+  py::object chat;
+  std::unique_ptr<ChatReply> reply;
+};
+
+// Starts a reply without the GIL. start: Chat& -> ChatReply.
+template <typename Start>
+PyReply begin(const py::object& self, Start&& start) {
+  Chat& chat = self.cast<Chat&>();
+  std::unique_ptr<ChatReply> reply;
+  {
+    const py::gil_scoped_release release;
+    reply = std::make_unique<ChatReply>(start(chat));
+  }
+  return {self, std::move(reply)};
+}
+
+}  // namespace
+
+void register_chat(py::module_& m) {
+  py::class_<Chat>(m, "Chat")
+      .def(py::init([](Session& session, const std::optional<ChatTemplate>& chat_template,
+                       const std::optional<std::string>& system, const std::string& tools,
+                       const std::string& variables, const std::optional<std::string>& date,
+                       bool context_shift) {
+             ChatOptions options;
+             options.chat_template = chat_template;
+             options.system = system;
+             options.tools = tools;
+             options.variables = variables;
+             options.date = date;
+             options.context_shift = context_shift;
+             return std::make_unique<Chat>(session, std::move(options));
+           }),
+           py::arg("session"), py::arg("chat_template"), py::arg("system"), py::arg("tools"),
+           py::arg("variables"), py::arg("date"), py::arg("context_shift"), py::keep_alive<1, 2>())
+      .def("start",
+           [](const py::object& self, const std::string& text, const py::dict& params) {
+             const SamplingParams sampling = sampling_params_from(params);
+             return begin(self, [&](Chat& chat) { return chat.start(text, sampling); });
+           })
+      .def("reply",
+           [](const py::object& self, const py::dict& params) {
+             const SamplingParams sampling = sampling_params_from(params);
+             return begin(self, [&](Chat& chat) { return chat.reply(sampling); });
+           })
+      .def("regenerate",
+           [](const py::object& self, const py::dict& params) {
+             const SamplingParams sampling = sampling_params_from(params);
+             return begin(self, [&](Chat& chat) { return chat.regenerate(sampling); });
+           })
+      .def("undo", &Chat::undo, py::call_guard<py::gil_scoped_release>())
+      .def("clear", &Chat::clear, py::call_guard<py::gil_scoped_release>())
+      .def("set_system", &Chat::set_system, py::call_guard<py::gil_scoped_release>())
+      .def("messages_json", &Chat::messages_json)
+      .def("set_messages_json", &Chat::set_messages_json, py::call_guard<py::gil_scoped_release>())
+      .def("save", &Chat::save, py::call_guard<py::gil_scoped_release>())
+      .def("load",
+           [](Chat& chat, const std::filesystem::path& file) {
+             bool cached = false;
+             {
+               const py::gil_scoped_release release;
+               cached = chat.load(file);
+             }
+             chat.session().set_interrupt_check(interrupt_check());  // the loaded one has none
+             return cached;
+           })
+      .def("prompt_tokens", &Chat::prompt_tokens, py::call_guard<py::gil_scoped_release>())
+      .def("end_tokens", &Chat::end_tokens)
+      .def("dropped_turns", &Chat::dropped_turns);
+
+  py::class_<PyReply>(m, "ChatReply")
+      .def("step",
+           [](PyReply& self) -> py::object {
+             std::string piece;
+             bool more = false;
+             {
+               const py::gil_scoped_release release;
+               more = self.reply->step(piece);
+             }
+             return more ? py::object(py::str(piece)) : py::object(py::none());
+           })
+      .def("stop", [](PyReply& self) { self.reply->stop(); })
+      .def("result", [](PyReply& self) { return to_dict(self.reply->result()); })
+      .def("cached_tokens", [](PyReply& self) { return self.reply->cached_tokens(); });
+}
+
+}  // namespace mustafar

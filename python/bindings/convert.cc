@@ -1,0 +1,182 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+
+#include "bindings.h"
+#include "mustafar/profile.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+
+std::vector<int32_t> token_ids_from(const py::handle& ids) {
+  if (py::isinstance<py::str>(ids) || py::isinstance<py::bytes>(ids)) {
+    throw py::type_error("token ids must be a sequence of integers, not text");
+  }
+  const py::array array = py::array::ensure(ids);
+  if (!array || array.ndim() != 1) {
+    PyErr_Clear();
+    throw py::type_error("token ids must be a one-dimensional sequence of integers");
+  }
+  const char kind = array.dtype().kind();
+  if (array.size() > 0 && kind != 'i' && kind != 'u') {
+    throw py::type_error("token ids must be integers, not " +
+                         std::string(py::str(static_cast<py::object>(array.dtype()))));
+  }
+  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+  std::vector<int32_t> out(wide.size());
+  for (py::ssize_t i = 0; i < wide.size(); i++) {
+    const int64_t id = wide.at(i);
+    if (id < std::numeric_limits<int32_t>::min() || id > std::numeric_limits<int32_t>::max()) {
+      throw py::value_error("token id " + std::to_string(id) + " at index " + std::to_string(i) +
+                            " does not fit 32 bits");
+    }
+    out[i] = static_cast<int32_t>(id);
+  }
+  return out;
+}
+
+py::array_t<float> to_array(std::span<const float> values) {
+  py::array_t<float> array(static_cast<py::ssize_t>(values.size()));
+  if (!values.empty()) std::memcpy(array.mutable_data(), values.data(), values.size_bytes());
+  return array;
+}
+
+py::array_t<int32_t> to_array(std::span<const int32_t> values) {
+  py::array_t<int32_t> array(static_cast<py::ssize_t>(values.size()));
+  if (!values.empty()) std::memcpy(array.mutable_data(), values.data(), values.size_bytes());
+  return array;
+}
+
+std::function<void()> interrupt_check() {
+  using Clock = std::chrono::steady_clock;
+  auto next = std::make_shared<Clock::time_point>(Clock::now());
+  return [next] {
+    const auto now = Clock::now();
+    if (now < *next) return;
+    *next = now + std::chrono::milliseconds(20);
+    py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  };
+}
+
+KVConfig kv_config_from(const py::dict& fields, const Model& model) {
+  KVConfig kv;
+  kv.sparsity = fields["sparsity"].cast<double>();
+  kv.k_sparsity = fields["k_sparsity"].cast<std::optional<double>>();
+  kv.v_sparsity = fields["v_sparsity"].cast<std::optional<double>>();
+  kv.pattern = parse_pattern(fields["pattern"].cast<std::string>());
+  kv.window = fields["window"].cast<int32_t>();
+  kv.sink_tokens = fields["sink_tokens"].cast<int32_t>();
+  kv.value_dtype = parse_value_type(fields["value_dtype"].cast<std::string>());
+  kv.k_policy = parse_prune_policy(fields["k_policy"].cast<std::string>());
+  kv.v_policy = parse_prune_policy(fields["v_policy"].cast<std::string>());
+  const py::object profile = fields["profile"];
+  if (py::isinstance<Profile>(profile)) {
+    kv.profile = profile.cast<std::shared_ptr<Profile>>();
+  } else if (!profile.is_none()) {
+    kv.profile = Profile::resolve(profile.cast<std::string>(), model);
+  }
+  return kv;
+}
+
+py::dict kv_dict(const KVConfig& kv) {
+  py::dict d;
+  d["sparsity"] = kv.sparsity;
+  d["k_sparsity"] = kv.k_sparsity;
+  d["v_sparsity"] = kv.v_sparsity;
+  d["pattern"] = name_of(kv.pattern);
+  d["window"] = kv.window;
+  d["sink_tokens"] = kv.sink_tokens;
+  d["value_dtype"] = name_of(kv.value_dtype);
+  d["k_policy"] = name_of(kv.k_policy);
+  d["v_policy"] = name_of(kv.v_policy);
+  d["profile"] = std::const_pointer_cast<Profile>(kv.profile);
+  return d;
+}
+
+SamplingParams sampling_params_from(const py::dict& fields) {
+  SamplingParams p;
+  p.max_new_tokens = fields["max_new_tokens"].cast<int32_t>();
+  p.min_new_tokens = fields["min_new_tokens"].cast<int32_t>();
+  p.temperature = fields["temperature"].cast<double>();
+  p.top_k = fields["top_k"].cast<int32_t>();
+  p.top_p = fields["top_p"].cast<double>();
+  p.min_p = fields["min_p"].cast<double>();
+  p.repetition_penalty = fields["repetition_penalty"].cast<double>();
+  p.presence_penalty = fields["presence_penalty"].cast<double>();
+  p.frequency_penalty = fields["frequency_penalty"].cast<double>();
+  p.penalty_window = fields["penalty_window"].cast<int32_t>();
+  if (!fields["logit_bias"].is_none()) {
+    for (const auto& [id, bias] : fields["logit_bias"].cast<py::dict>()) {
+      p.logit_bias.emplace_back(id.cast<int32_t>(), bias.cast<float>());
+    }
+  }
+  p.seed = fields["seed"].cast<std::optional<uint64_t>>();
+  p.stop = fields["stop"].cast<std::vector<std::string>>();
+  p.stop_token_ids = fields["stop_token_ids"].cast<std::vector<int32_t>>();
+  p.ignore_eos = fields["ignore_eos"].cast<bool>();
+  // Python's 0 asks for nothing; the native field reports the chosen token's from 0 on.
+  const int32_t logprobs = fields["logprobs"].cast<int32_t>();
+  p.logprobs = logprobs == 0 ? -1 : logprobs;
+  const py::object processor = fields["logits_processor"];
+  if (!processor.is_none()) {
+    // The callable is released under the GIL, wherever the last copy dies.
+    std::shared_ptr<py::object> shared(new py::object(processor), [](py::object* object) {
+      py::gil_scoped_acquire gil;
+      delete object;
+    });
+    p.logits_processor = [shared](std::span<const int32_t> ids, std::span<float> logits) {
+      py::gil_scoped_acquire gil;
+      // A view of the native buffer, valid during the call; changes in place take effect.
+      const py::capsule view(logits.data(), [](void*) {});
+      py::array_t<float> array({static_cast<py::ssize_t>(logits.size())}, {sizeof(float)},
+                               logits.data(), view);
+      const py::object returned = (*shared)(to_array(ids), array);
+      if (returned.is_none()) return;
+      const auto replaced =
+          py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(returned);
+      if (!replaced || replaced.size() != static_cast<py::ssize_t>(logits.size())) {
+        throw py::value_error("logits_processor must return None or an array of " +
+                              std::to_string(logits.size()) + " logits");
+      }
+      if (replaced.data() != logits.data()) {
+        std::memcpy(logits.data(), replaced.data(), logits.size_bytes());
+      }
+    };
+  }
+  return p;
+}
+
+py::dict to_dict(const GenerateResult& result) {
+  py::list logprobs;
+  for (const TokenLogprob& entry : result.logprobs) {
+    py::dict top;
+    for (const auto& [id, logprob] : entry.top) top[py::int_(id)] = logprob;
+    logprobs.append(py::make_tuple(entry.token_id, entry.logprob, top));
+  }
+  py::dict stats;
+  stats["prompt_tokens"] = result.stats.prompt_tokens;
+  stats["generated_tokens"] = result.stats.generated_tokens;
+  stats["prefill_seconds"] = result.stats.prefill_seconds;
+  stats["decode_seconds"] = result.stats.decode_seconds;
+  py::dict out;
+  out["text"] = result.text;
+  out["token_ids"] = result.token_ids;
+  out["finish_reason"] = name_of(result.finish_reason);
+  out["logprobs"] = logprobs;
+  out["stats"] = stats;
+  return out;
+}
+
+Prompt prompt_from(const py::handle& prompt) {
+  if (py::isinstance<py::str>(prompt)) return prompt.cast<std::string>();
+  return token_ids_from(prompt);
+}
+
+}  // namespace mustafar

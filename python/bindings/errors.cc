@@ -1,0 +1,47 @@
+#include <exception>
+#include <string_view>
+
+#include "bindings.h"
+#include "mustafar/error.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+namespace {
+
+// As py::register_exception, but for messages with bytes that are not UTF-8 (a file's name may be
+// anything), which Python's own conversion would answer with a UnicodeDecodeError.
+template <typename E>
+py::handle register_error(py::module_& m, const char* name, py::handle base) {
+  static py::handle type;  // lives as long as the process, as extension modules do
+  type = py::exception<E>(m, name, base).release();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const E& error) {
+      const std::string_view text = error.what();
+      PyObject* message = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()),
+                                               "backslashreplace");
+      if (message == nullptr) return;  // out of memory: that error is set
+      PyErr_SetObject(type.ptr(), message);
+      Py_DECREF(message);
+    }
+  });
+  return type;
+}
+
+}  // namespace
+
+void register_errors(py::module_& m) {
+  // The base first: translators registered later are asked first.
+  const py::handle base = register_error<Error>(m, "Error", PyExc_RuntimeError);
+  register_error<ModelError>(m, "ModelError", base);
+  register_error<TokenizerError>(m, "TokenizerError", base);
+  register_error<TemplateError>(m, "TemplateError", base);
+  register_error<OutOfMemory>(m, "OutOfMemory", base);
+  register_error<ContextOverflow>(m, "ContextOverflow", base);
+  register_error<StateError>(m, "StateError", base);
+  register_error<Cancelled>(m, "Cancelled", base);
+}
+
+}  // namespace mustafar

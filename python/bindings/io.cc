@@ -1,0 +1,45 @@
+// Readers of model folders, for the tests that compare them with other implementations.
+#include "io/model_config.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include <filesystem>
+
+#include "bindings.h"
+#include "io/safetensors.h"
+
+namespace mustafar {
+namespace {
+
+namespace py = pybind11;
+
+py::dict safetensors_header(const std::filesystem::path& path) {
+  const SafetensorsFile file = SafetensorsFile::open(path);
+  py::dict result;
+  for (const SafetensorsEntry& entry : file.entries) {
+    result[py::str(entry.name)] =
+        py::make_tuple(entry.dtype, entry.shape, entry.begin, entry.end);
+  }
+  return result;
+}
+
+py::tuple rope_frequencies(const std::filesystem::path& folder) {
+  const ModelConfig config = read_model_config(folder);
+  const char* scaling[] = {"default", "linear", "llama3"};
+  return py::make_tuple(scaling[static_cast<int>(config.rope_scaling)],
+                        config.rope_inverse_frequencies());
+}
+
+}  // namespace
+
+void register_io(py::module_& m) {
+  m.def("_safetensors_header", &safetensors_header, py::arg("path"),
+        "Tensors of a safetensors file: name -> (dtype, shape, begin, end), begin and end in bytes\n"
+        "from the start of the file. Raises ModelError for a file that is not valid.");
+  m.def("_rope_frequencies", &rope_frequencies, py::arg("folder"),
+        "(scaling, inverse frequencies [head_dim / 2]) of a model folder's config.json.");
+}
+
+}  // namespace mustafar

@@ -1,0 +1,101 @@
+#include "mustafar/model.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include "bindings.h"
+#include "mustafar/profile.h"
+#include "runtime/model_impl.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+namespace {
+
+py::dict config_dict(const ModelConfig& c) {
+  py::dict d;
+  d["model_type"] = c.model_type;
+  d["hidden_size"] = c.hidden_size;
+  d["intermediate_size"] = c.intermediate_size;
+  d["n_layers"] = c.n_layers;
+  d["n_heads"] = c.n_heads;
+  d["n_kv_heads"] = c.n_kv_heads;
+  d["head_dim"] = c.head_dim;
+  d["vocab_size"] = c.vocab_size;
+  d["max_position_embeddings"] = c.max_position_embeddings;
+  d["rms_norm_eps"] = c.rms_norm_eps;
+  d["rope_theta"] = c.rope_theta;
+  d["tie_word_embeddings"] = c.tie_word_embeddings;
+  d["bos_token_id"] = c.bos_token_id < 0 ? py::object(py::none()) : py::int_(c.bos_token_id);
+  d["eos_token_ids"] = c.eos_token_ids;
+  return d;
+}
+
+Model load(const std::filesystem::path& path, const std::string& device, const std::string& dtype,
+           int32_t threads, int64_t kv_budget, const py::object& progress) {
+  ModelOptions options;
+  options.device = device;
+  options.dtype = dtype;
+  options.threads = threads;
+  options.kv_budget = kv_budget;
+  if (!progress.is_none()) {
+    options.progress = [&progress](int64_t done, int64_t total) {
+      py::gil_scoped_acquire gil;
+      progress(done, total);
+    };
+  }
+  py::gil_scoped_release release;
+  return Model::load(path, options);
+}
+
+py::list generate(const Model& model, const py::list& prompts, const py::dict& params,
+                  const py::dict& kv, int32_t max_batch) {
+  std::vector<Prompt> native;
+  for (const py::handle prompt : prompts) native.push_back(prompt_from(prompt));
+  const SamplingParams sampling = sampling_params_from(params);
+  const KVConfig config = kv_config_from(kv, model);
+  BatchOptions options;
+  options.max_batch = max_batch;
+  options.interrupt_check = interrupt_check();
+  std::vector<GenerateResult> results;
+  {
+    py::gil_scoped_release release;
+    results = model.generate(native, sampling, config, options);
+  }
+  py::list out;
+  for (const GenerateResult& result : results) out.append(to_dict(result));
+  return out;
+}
+
+py::dict memory_dict(const Model& model) {
+  const ModelMemory memory = model.memory();
+  py::dict d;
+  d["weights_bytes"] = memory.weights_bytes;
+  d["workspace_bytes"] = memory.workspace_bytes;
+  d["kv_bytes"] = memory.kv_bytes;
+  d["kv_peak_bytes"] = memory.kv_peak_bytes;
+  d["kv_budget"] = memory.kv_budget;
+  return d;
+}
+
+}  // namespace
+
+void register_model(py::module_& m) {
+  py::class_<Model>(m, "Model")
+      .def(py::init(&load), py::arg("path"), py::arg("device"), py::arg("dtype"),
+           py::arg("threads"), py::arg("kv_budget"), py::arg("progress"))
+      .def("config", [](const Model& model) { return config_dict(model.config()); })
+      .def("has_tokenizer", &Model::has_tokenizer)
+      .def("tokenizer", [](const Model& model) { return model.tokenizer(); })
+      .def("folder", &Model::folder)
+      .def("device", &Model::device)
+      .def("dtype", &Model::dtype)
+      .def("device_description", &Model::device_description)
+      .def("fingerprint", [](const Model& model) { return model.impl()->fingerprint; })
+      .def("memory", &memory_dict)
+      .def("generate", &generate)
+      .def("close", &Model::close, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace mustafar

@@ -1,0 +1,173 @@
+#include "mustafar/session.h"
+
+#include <pybind11/stl.h>
+#include <pybind11/stl/filesystem.h>
+
+#include "bindings.h"
+#include "mustafar/profile.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+namespace {
+
+py::dict memory_dict(const Session& session) {
+  const MemoryUsage usage = session.memory();
+  py::dict d;
+  d["dense_equivalent"] = usage.dense_equivalent;
+  d["masks"] = usage.masks;
+  d["values"] = usage.values;
+  d["scales"] = usage.scales;
+  d["padding"] = usage.padding;
+  d["tail"] = usage.tail;
+  d["policy"] = usage.policy;
+  d["allocated"] = usage.allocated;
+  d["compressed_tokens"] = usage.compressed_tokens;
+  d["dense_tokens"] = usage.dense_tokens;
+  d["k_sparsity"] = usage.k_sparsity;
+  d["v_sparsity"] = usage.v_sparsity;
+  return d;
+}
+
+std::unique_ptr<Session> make(const Model& model, const py::dict& kv,
+                              std::optional<int32_t> max_tokens) {
+  auto session = std::make_unique<Session>(model, kv_config_from(kv, model), max_tokens);
+  session->set_interrupt_check(interrupt_check());
+  return session;
+}
+
+// Runs body without the GIL, then copies the logits it returns.
+template <typename Body>
+py::array_t<float> logits_of(Body&& body) {
+  std::span<const float> logits;
+  {
+    py::gil_scoped_release release;
+    logits = body();
+  }
+  return to_array(logits);
+}
+
+// A generation keeps its session alive.
+struct PyGeneration {
+  py::object session;
+  std::unique_ptr<Generation> generation;
+};
+
+}  // namespace
+
+void register_session(py::module_& m) {
+  py::class_<Session>(m, "Session")
+      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_tokens"))
+      .def("prefill",
+           [](Session& session, const py::object& ids) {
+             const std::vector<int32_t> tokens = token_ids_from(ids);
+             return logits_of([&] { return session.prefill(tokens); });
+           })
+      .def("decode",
+           [](Session& session, int32_t token_id) {
+             return logits_of([&] { return session.decode(token_id); });
+           })
+      .def_static("decode_batch",
+                  [](const std::vector<Session*>& sessions, const py::object& ids) {
+                    const std::vector<int32_t> tokens = token_ids_from(ids);
+                    std::vector<float> logits;
+                    {
+                      py::gil_scoped_release release;
+                      logits = Session::decode_batch(sessions, tokens);
+                    }
+                    const auto n = static_cast<py::ssize_t>(sessions.size());
+                    return to_array(std::span<const float>(logits)).reshape({n, py::ssize_t{-1}});
+                  })
+      .def("logits", [](Session& session) { return logits_of([&] { return session.logits(); }); })
+      .def("generate",
+           [](Session& session, const py::object& prompt, const py::dict& params) {
+             const Prompt native = prompt_from(prompt);
+             const SamplingParams sampling = sampling_params_from(params);
+             GenerateResult result;
+             {
+               py::gil_scoped_release release;
+               result = session.generate(native, sampling);
+             }
+             return to_dict(result);
+           })
+      .def("start",
+           [](const py::object& self, const py::object& prompt, const py::dict& params) {
+             Session& session = self.cast<Session&>();
+             const Prompt native = prompt_from(prompt);
+             const SamplingParams sampling = sampling_params_from(params);
+             py::gil_scoped_release release;
+             auto generation = std::make_unique<Generation>(session.start(native, sampling));
+             py::gil_scoped_acquire acquire;
+             return PyGeneration{self, std::move(generation)};
+           })
+      .def("score",
+           [](Session& session, const py::object& ids) {
+             const std::vector<int32_t> tokens = token_ids_from(ids);
+             std::vector<float> scores;
+             {
+               py::gil_scoped_release release;
+               scores = session.score(tokens);
+             }
+             return to_array(std::span<const float>(scores));
+           })
+      .def("score_logits",
+           [](Session& session, const py::object& ids) {
+             const std::vector<int32_t> tokens = token_ids_from(ids);
+             const int64_t vocab = session.model().config().vocab_size;
+             std::vector<float> all;
+             {
+               py::gil_scoped_release release;
+               session.score_logits(tokens, [&](int64_t, std::span<const float> logits) {
+                 all.insert(all.end(), logits.begin(), logits.end());
+               });
+             }
+             return to_array(std::span<const float>(all)).reshape({py::ssize_t{-1}, vocab});
+           })
+      .def("position", &Session::position)
+      .def("tokens", [](const Session& session) { return session.tokens(); })
+      .def("max_tokens", &Session::max_tokens)
+      .def("memory", &memory_dict)
+      .def("rewind", &Session::rewind, py::call_guard<py::gil_scoped_release>())
+      .def("fork",
+           [](const Session& session) {
+             py::gil_scoped_release release;
+             return std::make_unique<Session>(session.fork());
+           })
+      .def("save",
+           [](const Session& session, const std::filesystem::path& file) {
+             py::gil_scoped_release release;
+             session.save(file);
+           })
+      .def_static(
+          "load",
+          [](const Model& model, const std::filesystem::path& file,
+             std::shared_ptr<Profile> profile) {
+            auto session = [&] {
+              py::gil_scoped_release release;
+              return std::make_unique<Session>(Session::load(model, file, profile));
+            }();
+            session->set_interrupt_check(interrupt_check());
+            return session;
+          },
+          py::arg("model"), py::arg("file"), py::arg("profile"))
+      .def("kv", [](const Session& session) { return kv_dict(session.kv_config()); })
+      .def("reset", &Session::reset, py::call_guard<py::gil_scoped_release>())
+      .def("close", &Session::close, py::call_guard<py::gil_scoped_release>())
+      .def("cancel", &Session::cancel);
+
+  py::class_<PyGeneration>(m, "Generation")
+      .def("step",
+           [](PyGeneration& self) -> py::object {
+             std::string piece;
+             bool more;
+             {
+               py::gil_scoped_release release;
+               more = self.generation->step(piece);
+             }
+             return more ? py::object(py::str(piece)) : py::object(py::none());
+           })
+      .def("stop", [](PyGeneration& self) { self.generation->stop(); })
+      .def("result", [](PyGeneration& self) { return to_dict(self.generation->result()); });
+}
+
+}  // namespace mustafar

@@ -1,0 +1,71 @@
+"""Llama inference with a KV cache pruned to a bitmap-sparse form at run time.
+
+No PyTorch: a native runtime behind numpy arrays. The usual way in::
+
+    import mustafar
+
+    model = mustafar.Model("path/to/a/hugging-face/folder")
+    session = mustafar.Session(model, kv=mustafar.KVConfig(sparsity=0.5))
+    print(session.generate("Once upon a time", max_new_tokens=64).text)
+"""
+
+from ._core import (
+    Cancelled,
+    ChatTemplate,
+    ContextOverflow,
+    Error,
+    ModelError,
+    OutOfMemory,
+    Profile,
+    StateError,
+    TemplateError,
+    Tokenizer,
+    TokenizerError,
+)
+from ._core import (
+    version as __version__,
+)
+from .blocks import CompressedBlocks, compress, decompress
+from .calibration import calibrate
+from .chat import Chat, ChatStream
+from .model import Model, ModelMemory
+from .session import Session, Stream
+from .types import (
+    GenerateResult,
+    GenerateStats,
+    KVConfig,
+    MemoryUsage,
+    SamplingParams,
+    TokenLogprob,
+)
+
+__all__ = [
+    "Cancelled",
+    "Chat",
+    "ChatStream",
+    "ChatTemplate",
+    "CompressedBlocks",
+    "ContextOverflow",
+    "Error",
+    "GenerateResult",
+    "GenerateStats",
+    "KVConfig",
+    "MemoryUsage",
+    "Model",
+    "ModelError",
+    "ModelMemory",
+    "OutOfMemory",
+    "Profile",
+    "SamplingParams",
+    "Session",
+    "StateError",
+    "Stream",
+    "TemplateError",
+    "TokenLogprob",
+    "Tokenizer",
+    "TokenizerError",
+    "__version__",
+    "calibrate",
+    "compress",
+    "decompress",
+]

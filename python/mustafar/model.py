@@ -1,0 +1,215 @@
+"""A model loaded from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from .types import GenerateResult, KVConfig, SamplingParams
+
+if TYPE_CHECKING:
+    from .session import Session
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """Bytes that a model and all its sessions hold.
+
+    Attributes:
+        weights_bytes: Tensors, mapped or uploaded.
+        workspace_bytes: Activations and scratch.
+        kv_bytes: All caches, as allocated.
+        kv_peak_bytes: The most that caches ever took, one layer of a prompt's dense keys and
+            values included.
+        kv_budget: Limit of ``kv_bytes``; 0 is none.
+    """
+
+    weights_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    kv_peak_bytes: int
+    kv_budget: int
+
+
+class Model:
+    """Weights, tokenizer and device; shared by any number of sessions and threads.
+
+    Args:
+        path: A folder with config.json and safetensors; None takes the small demo model that
+            ships with the package.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
+            or ``"bf16"``. Weights stay as they are stored.
+        threads: 0 takes one per core.
+        kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
+        progress: Called with (bytes done, bytes in all) while weights are read.
+
+    Raises:
+        ModelError: A file or field that can't be used, named.
+        TokenizerError: A tokenizer.json that can't be used.
+        ValueError: An argument out of range.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int = 0,
+        *,
+        kv_budget: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        folder = _demo_model() if path is None else Path(path)
+        self._core = _core.Model(folder, device, dtype, threads, kv_budget or 0, progress)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Architecture: sizes, rope, special ids."""
+        return self._core.config()
+
+    @property
+    def tokenizer(self) -> _core.Tokenizer:
+        """The folder's tokenizer; raises TokenizerError where it has none."""
+        return self._core.tokenizer()
+
+    @property
+    def folder(self) -> Path:
+        """Where the model was loaded from."""
+        return Path(self._core.folder())
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._core.device()
+
+    @property
+    def dtype(self) -> str:
+        """Arithmetic and tail type: ``"f32"``, ``"f16"`` or ``"bf16"``."""
+        return self._core.dtype()
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of config, tensor table and sampled bytes."""
+        return self._core.fingerprint()
+
+    def memory(self) -> ModelMemory:
+        """Bytes held now."""
+        return ModelMemory(**self._core.memory())
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        kv: KVConfig | None = None,
+        max_batch: int = 64,
+        **sampling: Any,
+    ) -> list[GenerateResult]:
+        """Continues many prompts together (continuous batching).
+
+        Args:
+            prompts: Texts, or sequences of ids to which nothing is added.
+            params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top.
+            kv: How caches are kept.
+            max_batch: Sequences that decode together at most.
+
+        Returns:
+            One result per prompt, in order, independent of what else was in the batch.
+
+        Raises:
+            ValueError: An empty prompt or a bad id, with the prompt's index.
+            ContextOverflow: A prompt longer than the context.
+            OutOfMemory: A prompt whose cache can't fit ``kv_budget``.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one text: pass a list of prompts")
+        native = self._core.generate(
+            list(prompts),
+            SamplingParams.merge(params, sampling)._native(),
+            (kv or KVConfig())._native(),
+            max_batch,
+        )
+        return [GenerateResult._of(result) for result in native]
+
+    @property
+    def chat_template(self) -> _core.ChatTemplate:
+        """The folder's chat template; raises TemplateError where it has none."""
+        return _core.ChatTemplate.from_folder(self.folder)
+
+    def chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
+        kv: KVConfig | None = None,
+        session: Session | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """The assistant's reply to a conversation, in the shape of OpenAI's API.
+
+        Args:
+            messages: Dicts with role and content.
+            stream: Give an iterator of chunks instead; closing it ends the work.
+            tools: Tool definitions, passed to the chat template.
+            chat_template: Instead of the folder's, as :class:`Chat` takes it.
+            kv: How the cache is kept.
+            session: A session whose cache is used as far as it agrees; a new one otherwise.
+            params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top,
+                and ``max_tokens`` for ``max_new_tokens``.
+
+        Returns:
+            A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
+        """
+        from .chat import chat_completion
+
+        return chat_completion(
+            self,
+            messages,
+            stream=stream,
+            tools=tools,
+            chat_template=chat_template,
+            kv=kv,
+            session=session,
+            params=params,
+            **sampling,
+        )
+
+    def close(self) -> None:
+        """Lets the weights go once the last session is closed; later use raises StateError."""
+        self._core.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        try:
+            return f"<mustafar.Model {self.folder} on {self._core.device_description()}>"
+        except _core.StateError:
+            return "<mustafar.Model, closed>"
+
+
+def _demo_model() -> Path:
+    override = os.environ.get("MUSTAFAR_DEMO_MODEL")
+    folder = Path(override) if override else Path(__file__).parent / "models" / "demo"
+    if not folder.is_dir():
+        raise _core.ModelError(f"the demo model is not at {folder}: pass a model folder")
+    return folder

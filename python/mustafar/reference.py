@@ -1,0 +1,374 @@
+"""The compressed KV cache in plain numpy: the definition to read, and to check other code against.
+
+Nothing here is used by the runtime, and nothing here calls it. Functions follow the order of the
+format: which values of a row are kept, how a block of 64 tokens is laid out in bytes, how blocks
+make pages, when tokens are compressed, and attention over all of it.
+
+A *row* is one token of one KV head, K or V: ``head_dim`` values. Ranking and quantising read rows
+already rounded to the cache's tail type (`round_to`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+
+BLOCK_TOKENS = 64
+SLOT_ALIGNMENT = 128  # bytes
+VALUE_DTYPES = ("f32", "f16", "bf16", "int8", "int4")
+_VALUE_BITS = {"f32": 32, "f16": 16, "bf16": 16, "int8": 8, "int4": 4}
+_LARGEST_CODE = {"int8": 127, "int4": 7}
+
+
+# Number formats ---------------------------------------------------------------------------------
+
+
+def f32_to_bf16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Bits of x rounded to bfloat16, half to even. NaN stays NaN."""
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
+
+
+def bf16_to_f32(bits: NDArray[np.uint16]) -> F32:
+    """Exact values of bfloat16 bits."""
+    return (np.asarray(bits).astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to(x: NDArray[np.floating], dtype: str) -> F32:
+    """x rounded to "f32", "f16" or "bf16", as float32."""
+    x = np.asarray(x, dtype=np.float32)
+    if dtype == "f16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
+    return bf16_to_f32(f32_to_bf16(x)) if dtype == "bf16" else x
+
+
+# Which values are kept ---------------------------------------------------------------------------
+
+
+def group_size(head_dim: int, is_key: bool, pattern: str) -> int:
+    """Dims that are ranked together: the whole row where 16 does not divide it."""
+    if pattern == "row" or head_dim % 16:
+        return head_dim
+    return 32 if is_key and head_dim % 128 == 0 else 16
+
+
+def keep_count(group: int, sparsity: float, value_dtype: str, whole_words: bool) -> int:
+    """Values kept of a group: never fewer than asked; in pattern group whole 4-byte words."""
+    keep = max(1, math.ceil(group * (1.0 - sparsity) - 1e-9))
+    unit = max(1, 32 // _VALUE_BITS[value_dtype]) if whole_words else 1
+    return min(group, -(-keep // unit) * unit)
+
+
+def top_mask(x: F32, group: int, keep: int, weight: F32 | None = None) -> NDArray[np.bool_]:
+    """Mask of the `keep` largest |x| (or |x| * weight) in every group of the last axis.
+
+    Ties keep the lower index; NaN ranks above infinity.
+    """
+    magnitude = np.abs(np.asarray(x, dtype=np.float32))
+    is_nan = np.isnan(magnitude)
+    if weight is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            magnitude = magnitude * np.asarray(weight, dtype=np.float32)
+        magnitude = np.where(np.isnan(magnitude), np.float32(0), magnitude)  # inf * 0
+    groups = np.where(is_nan, np.float32(0), magnitude).reshape(*magnitude.shape[:-1], -1, group)
+    index = np.broadcast_to(np.arange(group), groups.shape)
+    order = np.lexsort((index, -groups, ~is_nan.reshape(groups.shape)), axis=-1)
+    mask = np.zeros(groups.shape, dtype=bool)
+    np.put_along_axis(mask, order[..., :keep], True, axis=-1)
+    return mask.reshape(magnitude.shape)
+
+
+# One block of one KV head: a slot -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Byte layout of 64 tokens of one KV head, K or V."""
+
+    head_dim: int
+    value_dtype: str
+    sparsity: float
+    pattern: str = "group"
+    is_key: bool = True
+    ragged: bool = False  # counts fixed per block, not per row: masks of the caller's
+
+    @property
+    def dense(self) -> bool:
+        return self.sparsity == 0
+
+    @property
+    def group(self) -> int:
+        return group_size(self.head_dim, self.is_key, self.pattern)
+
+    @property
+    def keep(self) -> int:
+        """Values kept of each group; ragged: mean tokens of 64 kept of a channel."""
+        if self.dense:
+            return self.group
+        if self.ragged:
+            return keep_count(BLOCK_TOKENS, self.sparsity, self.value_dtype, False)
+        whole_words = self.pattern == "group" and self.head_dim % 16 == 0
+        return keep_count(self.group, self.sparsity, self.value_dtype, whole_words)
+
+    @property
+    def row_keep(self) -> int:
+        """Values of a row (ragged: the mean that the slot has room for)."""
+        if self.dense:
+            return self.head_dim
+        if self.ragged:
+            return -(-self.head_dim * self.keep // BLOCK_TOKENS)
+        return self.head_dim // self.group * self.keep
+
+    @property
+    def mask_words(self) -> int:
+        return 0 if self.dense else -(-self.head_dim // 32)
+
+    @property
+    def row_bytes(self) -> int:
+        return -(-self.row_keep * _VALUE_BITS[self.value_dtype] // 32) * 4
+
+    @property
+    def values_offset(self) -> int:
+        offsets = 132 if self.ragged and not self.dense else 0
+        return BLOCK_TOKENS * self.mask_words * 4 + offsets
+
+    @property
+    def scales_offset(self) -> int:
+        return self.values_offset + BLOCK_TOKENS * self.row_bytes
+
+    @property
+    def slot_bytes(self) -> int:
+        scales = 2 * BLOCK_TOKENS if self.value_dtype in _LARGEST_CODE else 0
+        return -(-(self.scales_offset + scales) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+    def masks(self, rows: F32, weight: F32 | None = None) -> NDArray[np.bool_]:
+        """Per-token magnitude masks of rows [n, head_dim]."""
+        if self.dense:
+            return np.ones(rows.shape, dtype=bool)
+        return top_mask(rows, self.group, self.keep, weight)
+
+
+def quantise(values: F32, value_dtype: str) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Codes of one row's kept values and the bits of its bf16 scale.
+
+    The scale is absmax / 127 (int4: 7) in f32, rounded up to bf16; codes round half to even.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"rows that are not finite can't be stored as {value_dtype}")
+    largest = np.float32(_LARGEST_CODE[value_dtype])
+    absmax = np.abs(values).max(initial=np.float32(0))
+    bits = np.asarray(absmax / largest, dtype=np.float32).view(np.uint32)
+    scale_bits = ((bits >> 16) + ((bits & 0xFFFF) != 0)).astype(np.uint16)
+    scale = bf16_to_f32(scale_bits)
+    if scale == 0:
+        return np.zeros(values.shape, np.int8), scale_bits
+    codes = np.clip(np.rint(values / scale), -largest, largest)
+    return codes.astype(np.int8), scale_bits
+
+
+def encode(values: NDArray[Any], value_dtype: str) -> bytes:
+    """A run of float values or integer codes, as stored; int4: two to a byte, low nibble first."""
+    if value_dtype == "f32":
+        return np.asarray(values, dtype="<f4").tobytes()
+    if value_dtype == "f16":
+        with np.errstate(over="ignore"):
+            return np.asarray(values, dtype=np.float32).astype("<f2").tobytes()
+    if value_dtype == "bf16":
+        return f32_to_bf16(values).astype("<u2").tobytes()
+    codes = np.asarray(values, dtype=np.int8).view(np.uint8)
+    if value_dtype == "int8":
+        return codes.tobytes()
+    nibbles = np.zeros(-(-codes.size // 2) * 2, np.uint8)
+    nibbles[: codes.size] = codes & 0xF
+    return (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
+
+
+def decode(data: NDArray[np.uint8], value_dtype: str, count: int) -> F32:
+    """The inverse of `encode`: the first `count` values, integer codes unscaled."""
+    raw = np.ascontiguousarray(data, dtype=np.uint8)
+    if value_dtype == "f32":
+        return raw[: 4 * count].view("<f4").astype(np.float32)
+    if value_dtype == "f16":
+        return raw[: 2 * count].view("<f2").astype(np.float32)
+    if value_dtype == "bf16":
+        return bf16_to_f32(raw[: 2 * count].view("<u2"))
+    if value_dtype == "int8":
+        return raw[:count].view(np.int8).astype(np.float32)
+    nibbles = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[:count].astype(np.int8)
+    return ((nibbles ^ 8) - 8).astype(np.float32)
+
+
+def pack_block(slot: Slot, rows: F32, masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Bytes of one slot. rows: float32 [64, head_dim]; masks: bool [64, head_dim].
+
+    Raises ValueError where an integer type meets a value that is not finite, or where masks do not
+    fit the slot.
+    """
+    out = np.zeros(slot.slot_bytes, np.uint8)
+
+    def put(offset: int, data: bytes) -> None:
+        out[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    if not slot.dense:
+        words = np.zeros((BLOCK_TOKENS, slot.mask_words * 32), dtype=bool)
+        words[:, : slot.head_dim] = masks
+        put(0, np.packbits(words, axis=1, bitorder="little").tobytes())
+
+    runs: list[NDArray[np.float32] | NDArray[np.int8]] = []
+    for token in range(BLOCK_TOKENS):
+        kept = rows[token][masks[token]]
+        if slot.value_dtype in _LARGEST_CODE:
+            if not np.isfinite(rows[token]).all():
+                raise ValueError(f"row {token} is not finite: not for {slot.value_dtype}")
+            codes, scale_bits = quantise(kept, slot.value_dtype)
+            put(slot.scales_offset + 2 * token, scale_bits.astype("<u2").tobytes())
+            runs.append(codes)
+        else:
+            runs.append(kept)
+
+    if slot.ragged and not slot.dense:
+        offsets = np.cumsum([0] + [run.size for run in runs])
+        capacity = BLOCK_TOKENS * slot.row_bytes * 8 // _VALUE_BITS[slot.value_dtype]
+        if offsets[-1] > capacity:
+            raise ValueError(f"masks keep {offsets[-1]} values, the slot holds {capacity}")
+        put(slot.values_offset - 132, offsets.astype("<u2").tobytes())
+        put(slot.values_offset, encode(np.concatenate(runs), slot.value_dtype))
+        return out
+    for token, run in enumerate(runs):
+        if run.size != slot.row_keep:
+            raise ValueError(f"row {token} keeps {run.size} values, expected {slot.row_keep}")
+        put(slot.values_offset + token * slot.row_bytes, encode(run, slot.value_dtype))
+    return out
+
+
+def unpack_block(slot: Slot, data: NDArray[np.uint8]) -> tuple[F32, NDArray[np.bool_]]:
+    """Dequantised rows [64, head_dim], zero where pruned, and the masks."""
+    data = np.asarray(data, np.uint8)
+    rows = np.zeros((BLOCK_TOKENS, slot.head_dim), np.float32)
+    masks = np.ones(rows.shape, dtype=bool)
+    if not slot.dense:
+        words = data[: BLOCK_TOKENS * slot.mask_words * 4].reshape(BLOCK_TOKENS, -1)
+        masks = np.unpackbits(words, axis=1, bitorder="little")[:, : slot.head_dim].astype(bool)
+    total = int(masks.sum())
+    run_bytes = data[slot.values_offset : slot.scales_offset]
+    ragged = decode(run_bytes, slot.value_dtype, total) if slot.ragged and not slot.dense else None
+    first = 0
+    for token in range(BLOCK_TOKENS):
+        count = int(masks[token].sum())
+        if ragged is not None:
+            values = ragged[first : first + count]
+        else:
+            row = run_bytes[token * slot.row_bytes : (token + 1) * slot.row_bytes]
+            values = decode(row, slot.value_dtype, count)
+        if slot.value_dtype in _LARGEST_CODE:
+            at = slot.scales_offset + 2 * token
+            values = values * bf16_to_f32(data[at : at + 2].view("<u2"))
+        rows[token][masks[token]] = values
+        first += count
+    return rows, masks
+
+
+# Pages --------------------------------------------------------------------------------------------
+
+
+def page_bytes(k: Slot, v: Slot, n_layers: int, n_kv_heads: int) -> int:
+    """Bytes of one block of one sequence: all layers, all KV heads, K and V."""
+    return n_layers * n_kv_heads * (k.slot_bytes + v.slot_bytes)
+
+
+def slot_offset(k: Slot, v: Slot, n_kv_heads: int, layer: int, head: int, is_key: bool) -> int:
+    """Bytes from a page's start to a slot: by layer, then head, K before V."""
+    pair = (layer * n_kv_heads + head) * (k.slot_bytes + v.slot_bytes)
+    return pair if is_key else pair + k.slot_bytes
+
+
+# The schedule, and attention over it --------------------------------------------------------------
+
+
+def compressed_tokens(n: int, sink_tokens: int, window: int) -> int:
+    """Tokens in the compressed store when n are cached: whole blocks between sinks and window."""
+    return max(0, n - sink_tokens - window) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+def attend(q: F32, k: F32, v: F32) -> NDArray[np.float64]:
+    """Softmax attention of queries q [n, head_dim] over keys and values [tokens, head_dim]."""
+    scores = q.astype(np.float64) @ k.T.astype(np.float64) / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: NDArray[np.float64] = weights @ v.astype(np.float64)
+    normalised: NDArray[np.float64] = result / weights.sum(axis=-1, keepdims=True)
+    return normalised
+
+
+@dataclass
+class HeadCache:
+    """Keys and values of one sequence, layer and KV head as decoding sees them.
+
+    A call attends to the cache as it stood, plus its own tokens, all dense; then the blocks that
+    left the window are compressed. A prompt's first prefill is therefore exact.
+    """
+
+    k_slot: Slot
+    v_slot: Slot
+    window: int = 32
+    sink_tokens: int = 0
+    tail_dtype: str = "f32"
+    blocks: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
+    k_dense: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    v_dense: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    @property
+    def position(self) -> int:
+        """Tokens cached."""
+        return len(self.blocks) * BLOCK_TOKENS + len(self.k_dense)
+
+    def rows(self) -> tuple[F32, F32]:
+        """Every key and value as attention reads it, in order of position: [tokens, head_dim]."""
+        sinks = min(self.sink_tokens, len(self.k_dense))
+        k_store = [unpack_block(self.k_slot, k)[0] for k, _ in self.blocks]
+        v_store = [unpack_block(self.v_slot, v)[0] for _, v in self.blocks]
+        return (
+            np.concatenate([self.k_dense[:sinks], *k_store, self.k_dense[sinks:]]),
+            np.concatenate([self.v_dense[:sinks], *v_store, self.v_dense[sinks:]]),
+        )
+
+    def call(self, q: F32, k: F32, v: F32) -> NDArray[np.float64]:
+        """One forward call of n tokens: q [n, n_queries, head_dim], k and v [n, head_dim].
+
+        Returns attention of every query, [n, n_queries, head_dim].
+        """
+        if self.k_dense.size == 0:
+            self.k_dense = np.zeros((0, k.shape[1]), np.float32)
+            self.v_dense = np.zeros((0, v.shape[1]), np.float32)
+        before = self.position
+        self.k_dense = np.concatenate([self.k_dense, round_to(k, self.tail_dtype)])
+        self.v_dense = np.concatenate([self.v_dense, round_to(v, self.tail_dtype)])
+        keys, values = self.rows()
+        out = [
+            attend(q[i], keys[: before + i + 1], values[: before + i + 1]) for i in range(len(q))
+        ]
+        self._commit()
+        return np.stack(out)
+
+    def _commit(self) -> None:
+        stored = compressed_tokens(self.position, self.sink_tokens, self.window)
+        while len(self.blocks) * BLOCK_TOKENS < stored:
+            first, last = self.sink_tokens, self.sink_tokens + BLOCK_TOKENS
+            k, v = self.k_dense[first:last], self.v_dense[first:last]
+            self.blocks.append(
+                (
+                    pack_block(self.k_slot, k, self.k_slot.masks(k)),
+                    pack_block(self.v_slot, v, self.v_slot.masks(v)),
+                )
+            )
+            self.k_dense = np.delete(self.k_dense, np.s_[first:last], axis=0)
+            self.v_dense = np.delete(self.v_dense, np.s_[first:last], axis=0)

@@ -1,0 +1,197 @@
+"""Plain data: how to keep a cache, how to sample, what came out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """How a session keeps its keys and values.
+
+    Attributes:
+        sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
+        k_sparsity: The same for keys alone; None takes ``sparsity``.
+        v_sparsity: The same for values alone.
+        pattern: ``"group"`` keeps equally many values in every group of neighbouring dims;
+            ``"row"`` ranks over the whole row, as published (MUSTAFAR, NeurIPS 2025).
+        window: Newest tokens that stay dense.
+        sink_tokens: First tokens that stay dense.
+        value_dtype: ``"auto"`` is the model's type (f32, f16, else bf16); also ``"f32"``,
+            ``"f16"``, ``"bf16"``, ``"int8"``, ``"int4"``.
+        k_policy: What ranks keys: ``"magnitude"``, ``"output_aware"``, ``"channel_magnitude"``,
+            ``"channel_output_aware"``, ``"channel_structured"``.
+        v_policy: What ranks values: ``"magnitude"``, ``"channel_magnitude"``,
+            ``"channel_output_aware"``.
+        profile: A KV transform: None, ``"hadamard"``, ``"model"`` (kv_profile.safetensors in the
+            model's folder), a file, or a :class:`Profile`.
+    """
+
+    sparsity: float = 0.5
+    k_sparsity: float | None = None
+    v_sparsity: float | None = None
+    pattern: Literal["group", "row"] = "group"
+    window: int = 32
+    sink_tokens: int = 0
+    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4"] = "auto"
+    k_policy: str = "magnitude"
+    v_policy: str = "magnitude"
+    profile: Any = None
+
+    def _native(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.profile, os.PathLike):
+            values["profile"] = os.fspath(self.profile)
+        return values
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: Tokens to make at most.
+        min_new_tokens: End-of-sequence ids are held back before.
+        temperature: 0 is greedy.
+        top_k: Keep the k most probable tokens; 0: off.
+        top_p: Keep the smallest set with this probability; 1: off.
+        min_p: Drop tokens below this fraction of the most probable one; 0: off.
+        repetition_penalty: Divides positive and multiplies negative logits of seen tokens.
+        presence_penalty: Subtracted once from the logits of generated tokens.
+        frequency_penalty: Subtracted per occurrence among generated tokens.
+        penalty_window: Newest tokens that ``repetition_penalty`` looks at; -1: all.
+        logit_bias: Token id to a number added to its logit.
+        seed: Same seed and logits give the same tokens on any machine; None: drawn.
+        stop: Texts that end the output and are not part of it.
+        stop_token_ids: Ids that end it, beside the model's own.
+        ignore_eos: Go on past the model's end-of-sequence ids.
+        logprobs: How many alternatives to report for every token; 0: no log-probabilities.
+        logits_processor: Called with the ids so far [n] int32 and the logits [vocab] float32,
+            which it may change in place or replace by returning an array.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    penalty_window: int = 64
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int = 0
+    logits_processor: LogitsProcessor | None = None
+
+    def _native(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["stop"] = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        values["stop_token_ids"] = [int(token) for token in self.stop_token_ids]
+        bias = self.logit_bias
+        values["logit_bias"] = None if bias is None else {int(k): float(v) for k, v in bias.items()}
+        return values
+
+    @staticmethod
+    def merge(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
+        """Params with keyword arguments on top; unknown names raise TypeError."""
+        known = {f.name for f in fields(SamplingParams)}
+        for name in overrides:
+            if name not in known:
+                raise TypeError(
+                    f"unknown sampling parameter {name!r}; known are {', '.join(sorted(known))}"
+                )
+        return replace(params if params is not None else SamplingParams(), **overrides)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token with natural log-probabilities of the model's raw distribution."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True)
+class GenerateStats:
+    """Counts and seconds of one generation."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What a generation made.
+
+    Attributes:
+        text: Valid UTF-8, without stop texts and special tokens.
+        token_ids: Generated ids, the stop token included.
+        finish_reason: ``"length"``, ``"stop"``, ``"context"`` or ``"cancelled"``.
+        logprobs: One entry per token where asked for, else empty.
+        stats: Counts and seconds.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[TokenLogprob]
+    stats: GenerateStats
+
+    @staticmethod
+    def _of(native: dict[str, Any]) -> GenerateResult:
+        return GenerateResult(
+            text=native["text"],
+            token_ids=native["token_ids"],
+            finish_reason=native["finish_reason"],
+            logprobs=[TokenLogprob(*entry) for entry in native["logprobs"]],
+            stats=GenerateStats(**native["stats"]),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryUsage:
+    """Measured bytes of one session's cache; pages shared by a fork count in each owner.
+
+    Attributes:
+        dense_equivalent: The same tokens, dense, at 2 bytes a value.
+        masks: Bitmaps of the compressed store.
+        values: Packed values of the store.
+        scales: Scales of int8 and int4 values.
+        padding: Alignment inside pages.
+        tail: Dense sinks and tail, as allocated.
+        policy: Statistics that a pruning policy keeps.
+        allocated: The sum of all but ``dense_equivalent``.
+        compressed_tokens: Tokens in the store.
+        dense_tokens: Tokens in sinks and tail.
+        k_sparsity: Of the compressed keys, as stored.
+        v_sparsity: Of the compressed values, as stored.
+    """
+
+    dense_equivalent: int
+    masks: int
+    values: int
+    scales: int
+    padding: int
+    tail: int
+    policy: int
+    allocated: int
+    compressed_tokens: int
+    dense_tokens: int
+    k_sparsity: float
+    v_sparsity: float

@@ -1,0 +1,226 @@
+#include "backend/cpu/decode_attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kv_test_util.h"
+
+namespace mustafar {
+namespace {
+
+using testing::CacheShape;
+using testing::RandomCache;
+
+std::vector<float> random_queries(int64_t n, uint32_t seed, float scale = 1.0f) {
+  std::mt19937 random(seed);
+  std::vector<float> q(n);
+  for (float& x : q) x = testing::random_normal(random) * scale;
+  return q;
+}
+
+// One decode step over the caches, output and scratch poisoned.
+std::vector<float> attend(Isa isa, std::vector<RandomCache*> caches, int32_t layer,
+                          const std::vector<float>& q, int threads = 2) {
+  const CacheShape& shape = caches[0]->shape();
+  DecodeAttentionArgs args;
+  args.layer = layer;
+  args.n_kv_heads = shape.n_kv_heads;
+  args.n_heads = shape.n_kv_heads * shape.n_queries;
+  args.head_dim = shape.head_dim;
+  args.tail_dtype = shape.tail;
+  std::vector<SequenceStep> steps;
+  for (size_t i = 0; i < caches.size(); i++) {
+    steps.push_back(caches[i]->step());
+    steps.back().row0 = static_cast<int32_t>(i);
+  }
+  args.sequences = steps;
+  args.q = q.data();
+  std::vector<float> out(q.size());
+  std::memset(out.data(), 0xff, out.size() * 4);
+  args.out = out.data();
+  HostBuffer scratch(1 << 21);
+  std::memset(scratch.data(), 0xff, scratch.bytes());
+  ThreadPool pool(threads);
+  decode_attention(pool, isa, args, scratch);
+  return out;
+}
+
+struct Types {
+  DType tail, values;
+};
+using Config = std::tuple<Isa, Types, int32_t, int32_t>;  // head_dim, query heads per KV head
+
+class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
+ protected:
+  // Every setting of pattern and sparsity, at lengths around the edges of tiles and runs.
+  void check(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, float key_scale) {
+    RandomCache cache(shape, n_blocks, dense_tokens, n_blocks * 1000 + dense_tokens, key_scale);
+    const std::vector<float> q =
+        random_queries(int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim, 7);
+    const int32_t layer = shape.n_layers - 1;
+    const std::vector<float> out = attend(std::get<0>(GetParam()), {&cache}, layer, q);
+    EXPECT_LE(testing::nmse(cache.attend(layer, q.data()), out.data()),
+              testing::nmse_bound(shape.tail, shape.values))
+        << n_blocks << " blocks, " << dense_tokens << " dense, sparsity " << shape.k_sparsity
+        << (shape.group_pattern ? " group" : " row") << (shape.ragged ? " ragged" : "");
+  }
+};
+
+TEST_P(DecodeAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [isa, types, head_dim, n_queries] = GetParam();
+  CacheShape shape;
+  shape.n_layers = 2;
+  shape.n_kv_heads = n_queries < 4 ? 2 : 1;
+  shape.n_queries = n_queries;
+  shape.head_dim = head_dim;
+  shape.tail = types.tail;
+  shape.values = types.values;
+  for (const bool group : {true, false}) {
+    shape.group_pattern = group;
+    for (const auto& [k_sparsity, v_sparsity] :
+         {std::pair{0.625, 0.75}, {0.5, 0.5}, {0.0, 0.0}, {0.0, 0.9}, {0.3, 0.0}}) {
+      shape.k_sparsity = k_sparsity;
+      shape.v_sparsity = v_sparsity;
+      check(shape, 2, 40, 1.0f);
+    }
+  }
+  shape.group_pattern = true;
+  shape.n_layers = 1;
+  shape.k_sparsity = 0.625;
+  shape.v_sparsity = 0.75;
+  for (const int32_t n_blocks : {0, 1, 15, 16, 17}) check(shape, n_blocks, 31, 1.0f);
+  for (const int32_t dense_tokens : {0, 1, 62, 63, 64, 65, 127}) {
+    check(shape, 1, dense_tokens, 2.0f);
+  }
+  shape.ragged = true;
+  check(shape, 2, 10, 1.0f);
+}
+
+std::string name_of_config(const ::testing::TestParamInfo<Config>& info) {
+  const auto& [isa, types, head_dim, n_queries] = info.param;
+  return std::string(isa_name(isa)) + "_" + dtype_name(types.tail) + "_" +
+         dtype_name(types.values) + "_" + std::to_string(head_dim) + "x" +
+         std::to_string(n_queries);
+}
+
+const Types kTypes[] = {{DType::kF32, DType::kF32},   {DType::kF16, DType::kF16},
+                        {DType::kBF16, DType::kBF16}, {DType::kBF16, DType::kInt8},
+                        {DType::kBF16, DType::kInt4}, {DType::kF16, DType::kInt8},
+                        {DType::kF16, DType::kBF16},  {DType::kF32, DType::kInt4}};
+
+INSTANTIATE_TEST_SUITE_P(FastShapes, DecodeAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kTypes), ::testing::Values(64, 128),
+                                            ::testing::Values(1, 4)),
+                         name_of_config);
+INSTANTIATE_TEST_SUITE_P(GroupSizes, DecodeAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kTypes, kTypes + 5),
+                                            ::testing::Values(128),
+                                            ::testing::Values(2, 3, 5, 7, 8)),
+                         name_of_config);
+INSTANTIATE_TEST_SUITE_P(OtherShapes, DecodeAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kTypes, kTypes + 5),
+                                            ::testing::Values(8, 16, 32, 72, 80, 96, 256),
+                                            ::testing::Values(2)),
+                         name_of_config);
+
+class DecodeAttentionIsaTest : public ::testing::TestWithParam<Isa> {
+ protected:
+  static CacheShape headline() {
+    CacheShape shape;
+    shape.n_kv_heads = 2;
+    shape.n_queries = 4;
+    shape.head_dim = 128;
+    shape.tail = shape.values = DType::kBF16;
+    shape.k_sparsity = 0.625;
+    shape.v_sparsity = 0.75;
+    return shape;
+  }
+};
+
+TEST_P(DecodeAttentionIsaTest, ResultsDoNotDependOnBatchOrThreads) {
+  const CacheShape shape = headline();
+  RandomCache a(shape, 20, 40, 1), b(shape, 3, 90, 2), c(shape, 0, 5, 3);
+  const int64_t row = int64_t{8} * 128;
+  const std::vector<float> q = random_queries(3 * row, 8);
+  const std::vector<float> together = attend(GetParam(), {&a, &b, &c}, 0, q, 3);
+  RandomCache* const caches[] = {&a, &b, &c};
+  for (int i = 0; i < 3; i++) {
+    const std::vector<float> own(q.begin() + i * row, q.begin() + (i + 1) * row);
+    const std::vector<float> alone = attend(GetParam(), {caches[i]}, 0, own, 1);
+    EXPECT_EQ(std::memcmp(alone.data(), together.data() + i * row, row * 4), 0) << i;
+  }
+}
+
+TEST_P(DecodeAttentionIsaTest, BoundNoticesADroppedToken) {
+  const CacheShape shape = headline();
+  RandomCache cache(shape, 30, 80, 4);
+  const std::vector<float> q = random_queries(8 * 128, 9);
+  const std::vector<float> out = attend(GetParam(), {&cache}, 0, q);
+  EXPECT_LE(testing::nmse(cache.attend(0, q.data()), out.data()), 1e-5);
+  for (const int32_t skip : {0, 700, 1919, 1920, 2000}) {
+    EXPECT_GT(testing::nmse(cache.attend(0, q.data(), skip), out.data()), 1e-5) << skip;
+  }
+}
+
+TEST_P(DecodeAttentionIsaTest, BoundNoticesAMaskBit) {
+  for (const DType values : {DType::kBF16, DType::kInt8, DType::kInt4}) {
+    CacheShape shape = headline();
+    shape.values = values;
+    RandomCache cache(shape, 2, 40, 5);
+    const std::vector<float> q = random_queries(8 * 128, 10);
+    const std::vector<double> expected = cache.attend(0, q.data());
+    ASSERT_LE(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data()), 1e-5);
+    // Token 70 of head 0: moves a bit of its V mask to a neighbour.
+    uint32_t* mask =
+        reinterpret_cast<uint32_t*>(cache.page(1) + v_slot_offset(cache.layout(), 0, 0) + 6 * 16);
+    const uint32_t lowest = mask[0] & ~(mask[0] - 1);
+    uint32_t other = 1;
+    while ((mask[0] & other) != 0) other <<= 1;
+    mask[0] = (mask[0] & ~lowest) | other;
+    EXPECT_GT(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data()), 1e-5);
+  }
+}
+
+// From flat to peaked: where the second term of a bf16 query starts to matter, and far beyond.
+TEST_P(DecodeAttentionIsaTest, EveryScaleOfScoresStaysWithinTheBound) {
+  for (const DType values : {DType::kBF16, DType::kInt8, DType::kInt4, DType::kF16}) {
+    for (const float scale : {0.1f, 1.0f, 1.5f, 2.0f, 3.0f, 5.0f, 12.0f}) {
+      CacheShape shape = headline();
+      shape.n_kv_heads = 1;
+      shape.values = values;
+      shape.tail = values == DType::kF16 ? DType::kF16 : DType::kBF16;
+      RandomCache cache(shape, 18, 70, 6, scale);
+      const std::vector<float> q = random_queries(4 * 128, 11);
+      EXPECT_LE(testing::nmse(cache.attend(0, q.data()), attend(GetParam(), {&cache}, 0, q).data()),
+                testing::nmse_bound(shape.tail, values))
+          << dtype_name(values) << " scale " << scale;
+    }
+  }
+}
+
+TEST_P(DecodeAttentionIsaTest, NanInKeysReachesTheOutput) {
+  CacheShape shape = headline();
+  RandomCache cache(shape, 2, 5, 12);
+  uint16_t* value = reinterpret_cast<uint16_t*>(
+      cache.page(0) + k_slot_offset(cache.layout(), 0, 1) + cache.layout().k.values_offset);
+  *value = 0x7fc0;
+  const std::vector<float> out = attend(GetParam(), {&cache}, 0, random_queries(8 * 128, 13));
+  for (int i = 0; i < 8 * 128; i++) {
+    EXPECT_EQ(std::isnan(out[i]), i >= 4 * 128) << i;  // the second KV head's queries
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryIsa, DecodeAttentionIsaTest, ::testing::ValuesIn(available_isas()),
+                         [](const auto& info) { return std::string(isa_name(info.param)); });
+
+}  // namespace
+}  // namespace mustafar

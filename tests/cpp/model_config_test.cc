@@ -1,0 +1,302 @@
+#include "io/model_config.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "model_folder.h"
+#include "mustafar/error.h"
+
+namespace mustafar {
+namespace {
+
+using nlohmann::json;
+using testing::TemporaryFolder;
+using testing::tiny_config;
+
+ModelConfig read(const json& config, const std::string& generation = "") {
+  TemporaryFolder folder;
+  folder.write("config.json", config.dump());
+  if (!generation.empty()) folder.write("generation_config.json", generation);
+  return read_model_config(folder.path());
+}
+
+json changed(const std::string& patch) {
+  json config = tiny_config();
+  const json fields = json::parse(patch);
+  for (const auto& [name, value] : fields.items()) {
+    // A value of "REMOVE" takes the field away; null stays null.
+    if (value == "REMOVE")
+      config.erase(name);
+    else
+      config[name] = value;
+  }
+  return config;
+}
+
+TEST(ModelConfigTest, ReadsLlama) {
+  const ModelConfig config = read(tiny_config());
+  EXPECT_EQ(config.model_type, "llama");
+  EXPECT_EQ(config.hidden_size, 8);
+  EXPECT_EQ(config.intermediate_size, 12);
+  EXPECT_EQ(config.n_layers, 2);
+  EXPECT_EQ(config.n_heads, 4);
+  EXPECT_EQ(config.n_kv_heads, 2);
+  EXPECT_EQ(config.head_dim, 2);
+  EXPECT_EQ(config.vocab_size, 10);
+  EXPECT_EQ(config.max_position_embeddings, 64);
+  EXPECT_EQ(config.rms_norm_eps, 1e-5);
+  EXPECT_EQ(config.rope_theta, 10000.0);
+  EXPECT_EQ(config.rope_scaling, RopeScaling::kNone);
+  EXPECT_FALSE(config.qkv_bias || config.o_bias || config.mlp_bias);
+  EXPECT_FALSE(config.tie_word_embeddings);
+  EXPECT_EQ(config.torch_dtype, "float32");
+  EXPECT_EQ(config.bos_token_id, 1);
+  EXPECT_EQ(config.eos_token_ids, std::vector<int32_t>{2});
+}
+
+TEST(ModelConfigTest, FillsInWhatOldFoldersLack) {
+  const ModelConfig config = read(changed(
+      R"({"num_key_value_heads":"REMOVE","rope_theta":"REMOVE","max_position_embeddings":"REMOVE",
+          "rms_norm_eps":"REMOVE","torch_dtype":"REMOVE","bos_token_id":null,"eos_token_id":null,
+          "hidden_act":"REMOVE","tie_word_embeddings":"REMOVE","rope_scaling":null})"));
+  EXPECT_EQ(config.n_kv_heads, 4);
+  EXPECT_EQ(config.rope_theta, 10000.0);
+  EXPECT_EQ(config.max_position_embeddings, 2048);
+  EXPECT_EQ(config.rms_norm_eps, 1e-6);
+  EXPECT_EQ(config.torch_dtype, "");
+  EXPECT_EQ(config.bos_token_id, -1);
+  EXPECT_TRUE(config.eos_token_ids.empty());
+}
+
+TEST(ModelConfigTest, ReadsAnExplicitHeadDim) {
+  EXPECT_EQ(read(changed(R"({"head_dim":6})")).head_dim, 6);
+  EXPECT_EQ(read(changed(R"({"head_dim":6,"hidden_size":9})")).head_dim, 6);
+  EXPECT_EQ(read(changed(R"({"head_dim":null})")).head_dim, 2);
+}
+
+TEST(ModelConfigTest, ReadsBiases) {
+  const ModelConfig llama = read(changed(R"({"attention_bias":true,"mlp_bias":true})"));
+  EXPECT_TRUE(llama.qkv_bias && llama.o_bias && llama.mlp_bias);
+  const ModelConfig qwen2 =
+      read(changed(R"({"model_type":"qwen2","architectures":["Qwen2ForCausalLM"]})"));
+  EXPECT_TRUE(qwen2.qkv_bias);
+  EXPECT_FALSE(qwen2.o_bias || qwen2.mlp_bias);
+}
+
+TEST(ModelConfigTest, EitherNameOfTheArchitectureIsEnough) {
+  EXPECT_EQ(read(changed(R"({"architectures":"REMOVE"})")).model_type, "llama");
+  EXPECT_EQ(read(changed(R"({"model_type":"REMOVE"})")).model_type, "llama");
+}
+
+TEST(ModelConfigTest, CollectsEndIdsOfBothFiles) {
+  const json config = changed(R"({"eos_token_id":[7,2],"bos_token_id":null})");
+  const ModelConfig read_config = read(config, R"({"eos_token_id":[2,9],"bos_token_id":3})");
+  EXPECT_EQ(read_config.eos_token_ids, (std::vector<int32_t>{7, 2, 9}));
+  EXPECT_EQ(read_config.bos_token_id, 3);
+  EXPECT_EQ(read(config, "{}").eos_token_ids, (std::vector<int32_t>{7, 2}));
+}
+
+TEST(ModelConfigTest, ReadsBothSpellingsOfRope) {
+  const ModelConfig classic = read(changed(
+      R"({"rope_theta":500000.0,"rope_scaling":{"rope_type":"llama3","factor":32.0,
+          "low_freq_factor":1.0,"high_freq_factor":4.0,
+          "original_max_position_embeddings":8192}})"));
+  const ModelConfig today = read(changed(
+      R"({"rope_theta":"REMOVE","torch_dtype":"REMOVE","dtype":"bfloat16",
+          "rope_parameters":{"rope_theta":500000.0,"rope_type":"llama3","factor":32.0,
+          "low_freq_factor":1.0,"high_freq_factor":4.0,
+          "original_max_position_embeddings":8192}})"));
+  for (const ModelConfig& config : {classic, today}) {
+    EXPECT_EQ(config.rope_scaling, RopeScaling::kLlama3);
+    EXPECT_EQ(config.rope_theta, 500000.0);
+    EXPECT_EQ(config.rope_factor, 32.0);
+    EXPECT_EQ(config.rope_original_context, 8192);
+  }
+  EXPECT_EQ(today.torch_dtype, "bfloat16");
+  EXPECT_EQ(read(changed(R"({"rope_parameters":{"rope_type":"default","rope_theta":5.0},
+                             "rope_theta":"REMOVE"})"))
+                .rope_theta,
+            5.0);
+  const ModelConfig linear = read(changed(R"({"rope_scaling":{"type":"linear","factor":2.5}})"));
+  EXPECT_EQ(linear.rope_scaling, RopeScaling::kLinear);
+  EXPECT_EQ(linear.rope_factor, 2.5);
+}
+
+TEST(ModelConfigTest, FrequenciesOfEveryScaling) {
+  ModelConfig config;
+  config.head_dim = 4;
+  config.rope_theta = 10000.0;
+  EXPECT_EQ(config.rope_inverse_frequencies(), (std::vector<float>{1.0f, 0.01f}));
+  config.rope_scaling = RopeScaling::kLinear;
+  config.rope_factor = 4.0;
+  EXPECT_EQ(config.rope_inverse_frequencies(), (std::vector<float>{0.25f, 0.0025f}));
+  // llama3: a short wave stays, a long one is divided, one in between is interpolated.
+  config.rope_scaling = RopeScaling::kLlama3;
+  config.rope_original_context = 1000;
+  config.rope_low_freq_factor = 1.0;
+  config.rope_high_freq_factor = 4.0;
+  std::vector<float> frequencies = config.rope_inverse_frequencies();
+  EXPECT_EQ(frequencies[0], 1.0f);
+  const double turns = 1000 / (2 * M_PI / 0.01), smooth = (turns - 1) / 3;
+  EXPECT_NEAR(frequencies[1], (1 - smooth) * 0.01 / 4 + smooth * 0.01, 1e-9);
+  config.rope_original_context = 600;
+  EXPECT_EQ(config.rope_inverse_frequencies()[1], 0.0025f);
+}
+
+TEST(ModelConfigTest, WindowsThatCannotActAreAccepted) {
+  const std::string mistral = R"("model_type":"mistral","architectures":["MistralForCausalLM"])";
+  const std::string qwen2 = R"("model_type":"qwen2","architectures":["Qwen2ForCausalLM"])";
+  read(changed("{" + mistral + R"(,"sliding_window":null,"max_position_embeddings":32768})"));
+  read(changed("{" + mistral + R"(,"sliding_window":4096,"max_position_embeddings":4096})"));
+  read(changed("{" + mistral + R"(,"max_position_embeddings":4096})"));
+  read(changed("{" + qwen2 + R"(,"sliding_window":16,"use_sliding_window":false})"));
+  read(changed("{" + qwen2 + R"(,"sliding_window":16,"use_sliding_window":true,
+                                 "max_window_layers":2})"));
+  read(changed("{" + qwen2 + R"(,"sliding_window":16,
+                                 "layer_types":["full_attention","full_attention"]})"));
+}
+
+struct BadConfig {
+  const char* name;
+  const char* patch;
+  const char* message;
+};
+void PrintTo(const BadConfig& bad, std::ostream* out) { *out << bad.name; }
+
+class BadConfigTest : public ::testing::TestWithParam<BadConfig> {};
+
+TEST_P(BadConfigTest, IsRefused) {
+  EXPECT_MODEL_ERROR(read(changed(GetParam().patch)), GetParam().message);
+  EXPECT_MODEL_ERROR(read(changed(GetParam().patch)), "config.json: \"");
+}
+
+const BadConfig kBadConfigs[] = {
+    {"NoHiddenSize", R"({"hidden_size":"REMOVE"})", "\"hidden_size\": is missing"},
+    {"NullLayers", R"({"num_hidden_layers":null})", "\"num_hidden_layers\": is missing"},
+    {"ZeroLayers", R"({"num_hidden_layers":0})",
+     "\"num_hidden_layers\": expected an integer from 1 to 2147483647, found 0"},
+    {"NegativeVocab", R"({"vocab_size":-1})", "\"vocab_size\": expected an integer from 1"},
+    {"HiddenSize2To31", R"({"hidden_size":2147483648})", "found 2147483648"},
+    {"HiddenSize2To64", R"({"hidden_size":18446744073709551615})", "found 18446744073709551615"},
+    {"StringDim", R"({"intermediate_size":"12"})",
+     "\"intermediate_size\": expected an integer from 1 to 2147483647, found the string \"12\""},
+    {"BoolDim", R"({"hidden_size":true})", "found true"},
+    {"FloatDim", R"({"hidden_size":8.0})", "found 8.0"},
+    {"ListDim", R"({"hidden_size":[8]})", "found the list [8]"},
+    {"HeadsDoNotDivideHidden", R"({"hidden_size":10})",
+     "\"hidden_size\": expected a multiple of num_attention_heads 4"},
+    {"KvHeadsDoNotDivideHeads", R"({"num_key_value_heads":3})",
+     "\"num_key_value_heads\": expected a divisor of num_attention_heads 4, found 3"},
+    {"MoreKvHeadsThanHeads", R"({"num_key_value_heads":8})", "expected a divisor"},
+    {"OddHeadDim", R"({"head_dim":3})", "\"head_dim\": expected an even number (RoPE), found 3"},
+    {"OddDerivedHeadDim", R"({"hidden_size":12})", "\"head_dim\": expected an even number"},
+    {"HeadsOverflow", R"({"num_attention_heads":2147483646,"num_key_value_heads":1,"head_dim":4})",
+     "times head_dim exceeds 2147483647"},
+    {"RopeThetaZero", R"({"rope_theta":0})", "\"rope_theta\": expected a number above 0"},
+    {"RopeThetaNegative", R"({"rope_theta":-1.0})", "found -1.0"},
+    {"RopeThetaString", R"({"rope_theta":"10000"})", "found the string \"10000\""},
+    {"EpsZero", R"({"rms_norm_eps":0.0})", "\"rms_norm_eps\": expected a number above 0.0"},
+    {"EpsBool", R"({"rms_norm_eps":true})", "found true"},
+    {"ContextZero", R"({"max_position_embeddings":0})", "\"max_position_embeddings\": expected"},
+    {"YarnScaling", R"({"rope_scaling":{"type":"yarn","factor":4.0}})",
+     "\"rope_scaling.type\": RoPE scaling the string \"yarn\" is not supported"},
+    {"DynamicScaling", R"({"rope_scaling":{"rope_type":"dynamic","factor":4.0}})",
+     "\"rope_scaling.rope_type\": RoPE scaling the string \"dynamic\" is not supported"},
+    {"LongRopeParameters", R"({"rope_parameters":{"rope_type":"longrope","rope_theta":1e4}})",
+     "\"rope_parameters.rope_type\": RoPE scaling the string \"longrope\" is not supported"},
+    {"ScalingString", R"({"rope_scaling":"linear"})", "\"rope_scaling\": expected an object"},
+    {"ScalingTypeNumber", R"({"rope_scaling":{"type":3}})", "expected a string, found 3"},
+    {"LinearWithoutFactor", R"({"rope_scaling":{"type":"linear"}})",
+     "\"rope_scaling.factor\": is missing"},
+    {"LinearFactorZero", R"({"rope_scaling":{"type":"linear","factor":0}})",
+     "\"rope_scaling.factor\": expected a number above 0"},
+    {"Llama3Incomplete", R"({"rope_scaling":{"rope_type":"llama3","factor":8.0}})",
+     "\"rope_scaling.low_freq_factor\": is missing"},
+    {"Llama3Factors", R"({"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":4.0,
+                          "high_freq_factor":4.0}})",
+     "expected more than low_freq_factor 4.0"},
+    {"Llama3Context", R"({"rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,
+                          "high_freq_factor":4.0,"original_max_position_embeddings":0}})",
+     "\"rope_scaling.original_max_position_embeddings\": expected"},
+    {"RopePerLayerType", R"({"rope_parameters":{"full_attention":{"rope_theta":1e4}}})",
+     "\"rope_parameters.full_attention\": RoPE per layer type is not supported"},
+    {"RopeSpellingsDisagree", R"({"rope_scaling":{"type":"linear","factor":2.0},
+                                  "rope_parameters":{"rope_type":"default"}})",
+     "disagrees with \"rope_scaling\""},
+    {"PartialRotation", R"({"partial_rotary_factor":0.5})", "partial rotation is not supported"},
+    {"WrongArchitecture", R"({"architectures":["GPT2LMHeadModel"],"model_type":"REMOVE"})",
+     "\"architectures\": expected a list of LlamaForCausalLM"},
+    {"Classifier", R"({"architectures":["LlamaForSequenceClassification"]})",
+     "found the list [\"LlamaForSequenceClassification\"]"},
+    {"ArchitecturesNumber", R"({"architectures":3})", "found 3"},
+    {"WrongModelType", R"({"model_type":"gemma","architectures":["GemmaForCausalLM"]})",
+     "\"model_type\": expected \"llama\", \"mistral\" or \"qwen2\", found the string \"gemma\""},
+    {"NamesDisagree", R"({"model_type":"qwen2"})", "as model_type says"},
+    {"NoArchitecture", R"({"model_type":"REMOVE","architectures":"REMOVE"})",
+     "\"model_type\": is missing"},
+    {"Activation", R"({"hidden_act":"gelu"})",
+     "\"hidden_act\": expected \"silu\", found the string \"gelu\""},
+    {"Quantised", R"({"quantization_config":{"quant_method":"gptq"}})",
+     "\"quantization_config\": quantised weights are not supported, found method the string "
+     "\"gptq\""},
+    {"MistralWindow", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
+                          "sliding_window":32})",
+     "\"sliding_window\": sliding-window attention is not supported"},
+    {"MistralDefaultWindow", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
+                                 "max_position_embeddings":32768})",
+     "found 4096 (the default of a missing field)"},
+    {"MistralKvHeads", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
+                           "num_key_value_heads":"REMOVE"})",
+     "\"num_key_value_heads\": is missing"},
+    {"Qwen2Window", R"({"model_type":"qwen2","architectures":["Qwen2ForCausalLM"],
+                        "sliding_window":32,"use_sliding_window":true,"max_window_layers":1})",
+     "\"sliding_window\": sliding-window attention is not supported"},
+    {"SlidingLayer", R"({"layer_types":["full_attention","sliding_attention"]})",
+     "\"layer_types\": expected \"full_attention\" for every layer"},
+    {"WindowString", R"({"sliding_window":"4096"})", "\"sliding_window\": expected an integer"},
+    {"BiasNumber", R"({"attention_bias":1})",
+     "\"attention_bias\": expected true or false, found 1"},
+    {"TieString", R"({"tie_word_embeddings":"yes"})", "expected true or false"},
+    {"DtypeNumber", R"({"torch_dtype":16})", "\"torch_dtype\": expected a string, found 16"},
+    {"BosBeyondVocab", R"({"bos_token_id":10})",
+     "\"bos_token_id\": expected an integer from 0 to 9, found 10"},
+    {"BosList", R"({"bos_token_id":[1,2]})", "\"bos_token_id\": expected an integer or null"},
+    {"EosString", R"({"eos_token_id":"</s>"})", "\"eos_token_id\": expected an integer"},
+    {"EosListOfBools", R"({"eos_token_id":[2,true]})", "found true"},
+    {"EosNegative", R"({"eos_token_id":-1})", "found -1"},
+};
+
+INSTANTIATE_TEST_SUITE_P(All, BadConfigTest, ::testing::ValuesIn(kBadConfigs),
+                         [](const auto& test) { return std::string(test.param.name); });
+
+TEST(ModelConfigTest, BadFilesAreNamed) {
+  TemporaryFolder folder;
+  EXPECT_MODEL_ERROR(read_model_config(folder.path()), "config.json: cannot be opened");
+  const std::pair<std::string, const char*> cases[] = {
+      {"", "config.json: not valid JSON"},
+      {"{\"rope_theta\": NaN}", "config.json: not valid JSON"},
+      {"{\"hidden_size\": 1e999}", "config.json: not valid JSON"},
+      {"\xff", "config.json: not valid JSON"},
+      {"[1]", "config.json: expected a JSON object, found the list [1]"},
+      {std::string(17 << 20, ' '), "expected at most 16777216"},
+      {"{\"a\":" + std::string(100'000, '['), "config.json: not valid JSON"},
+      {"{\"hidden_size\":" + std::string(100'000, '[') + std::string(100'000, ']') + "}",
+       "\"model_type\": is missing"}};
+  for (const auto& [text, message] : cases) {
+    folder.write("config.json", text);
+    EXPECT_MODEL_ERROR(read_model_config(folder.path()), message);
+  }
+  folder.write("config.json", tiny_config().dump());
+  folder.write("generation_config.json", "{");
+  EXPECT_MODEL_ERROR(read_model_config(folder.path()), "generation_config.json: not valid JSON");
+  folder.write("generation_config.json", R"({"eos_token_id":[1,99]})");
+  EXPECT_MODEL_ERROR(read_model_config(folder.path()),
+                     "generation_config.json: \"eos_token_id\": expected an integer from 0 to 9");
+}
+
+}  // namespace
+}  // namespace mustafar

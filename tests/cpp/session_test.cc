@@ -1,0 +1,289 @@
+// Sessions over a small random model: what must hold whatever happens, without any data files.
+#include "mustafar/session.h"
+
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "mustafar/error.h"
+#include "mustafar/profile.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+ModelConfig small_config() {
+  ModelConfig c;
+  c.model_type = "llama";
+  c.hidden_size = 48;
+  c.intermediate_size = 80;
+  c.n_layers = 3;
+  c.n_heads = 4;
+  c.n_kv_heads = 2;
+  c.head_dim = 16;
+  c.vocab_size = 97;
+  c.max_position_embeddings = 600;
+  c.eos_token_ids = {2};
+  return c;
+}
+
+Model small_model(int64_t kv_budget = 0, DType dtype = DType::kF32) {
+  const ModelConfig config = small_config();
+  ModelOptions options;
+  options.device = "cpu";
+  options.threads = 2;
+  options.kv_budget = kv_budget;
+  return make_model(config, random_tensors(config, dtype, 7), options);
+}
+
+std::vector<int32_t> ids_of(int64_t n, uint32_t seed = 1) {
+  std::mt19937 rng(seed);
+  std::vector<int32_t> ids(n);
+  for (int32_t& id : ids) id = static_cast<int32_t>(rng() % 97);
+  return ids;
+}
+
+std::vector<float> copy(std::span<const float> x) { return {x.begin(), x.end()}; }
+
+KVConfig config_of(double sparsity, Pattern pattern, int32_t window, int32_t sinks,
+                   ValueType type = ValueType::kAuto) {
+  KVConfig kv;
+  kv.sparsity = sparsity;
+  kv.pattern = pattern;
+  kv.window = window;
+  kv.sink_tokens = sinks;
+  kv.value_dtype = type;
+  return kv;
+}
+
+class SessionTest : public testing::TestWithParam<KVConfig> {};
+
+INSTANTIATE_TEST_SUITE_P(
+    Configs, SessionTest,
+    testing::Values(config_of(0, Pattern::kGroup, 32, 0), config_of(0.5, Pattern::kGroup, 32, 0),
+                    config_of(0.7, Pattern::kRow, 0, 4),
+                    config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8),
+                    config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4)));
+
+TEST_P(SessionTest, ScheduleHoldsAtEveryLength) {
+  Session session(small_model(), GetParam());
+  const KVConfig& kv = GetParam();
+  const auto check = [&] {
+    const MemoryUsage memory = session.memory();
+    const int64_t n = session.position();
+    EXPECT_EQ(memory.compressed_tokens, compressed_tokens(n, kv.sink_tokens, kv.window)) << n;
+    EXPECT_EQ(memory.compressed_tokens + memory.dense_tokens, n);
+  };
+  session.prefill(ids_of(1));
+  for (int32_t id : ids_of(300)) {
+    session.decode(id);
+    check();
+  }
+  session.prefill(ids_of(3));
+  check();
+  session.prefill(ids_of(200));
+  check();
+}
+
+TEST_P(SessionTest, RewindEqualsCutAndPrefill) {
+  const Model model = small_model();
+  for (const int64_t position : {1, 5, 64, 65, 100, 129, 200, 258}) {
+    Session a(model, GetParam()), b(model, GetParam());
+    const auto ids = ids_of(260);
+    a.prefill(ids);
+    b.prefill(ids);
+    a.rewind(position);
+    b.rewind(position);
+    EXPECT_EQ(a.position(), position);
+    EXPECT_EQ(copy(a.logits()), copy(b.logits()));
+    // Once nothing compressed is left, a fresh session is the exact reference.
+    if (compressed_tokens(position, GetParam().sink_tokens, GetParam().window) == 0) {
+      Session fresh(model, GetParam());
+      fresh.prefill(std::span(ids).first(position));
+      for (int32_t id : ids_of(5, 3)) {
+        const auto expected = copy(fresh.decode(id)), actual = copy(a.decode(id));
+        // Sinks are kept as the first, longer call made them; without them it is the same call.
+        if (GetParam().sink_tokens == 0) {
+          EXPECT_EQ(actual, expected);
+        }
+        for (size_t i = 0; i < actual.size(); i++) EXPECT_NEAR(actual[i], expected[i], 1e-5);
+      }
+    }
+  }
+}
+
+TEST_P(SessionTest, ForkGoesOnAlike) {
+  const Model model = small_model();
+  Session a(model, GetParam());
+  a.prefill(ids_of(170));
+  Session b = a.fork();
+  for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
+  a.close();
+  b.decode(1);
+}
+
+TEST_P(SessionTest, StateFileGoesOnAlike) {
+  const Model model = small_model();
+  const auto path = std::filesystem::temp_directory_path() /
+                    ("mustafar_session_test_" + std::to_string(::getpid()));
+  Session a(model, GetParam());
+  a.prefill(ids_of(170));
+  a.save(path);
+  Session b = Session::load(model, path);
+  std::filesystem::remove(path);
+  EXPECT_EQ(a.tokens(), b.tokens());
+  for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
+}
+
+// Every budget between nothing and enough: a call either succeeds or changes nothing.
+TEST_P(SessionTest, RunningOutOfMemoryChangesNothing) {
+  const Model reference_model = small_model();
+  const auto ids = ids_of(240);
+  int64_t enough;
+  {
+    Session whole(reference_model, GetParam());
+    whole.prefill(ids);
+    enough = 3 * whole.memory().allocated + (1 << 20);
+  }
+  int failures = 0;
+  for (int64_t budget = 1; budget < enough; budget += enough / 23) {
+    const Model model = small_model(budget);
+    std::optional<Session> session, twin;
+    try {
+      session.emplace(model, GetParam());
+    } catch (const OutOfMemory&) {
+      failures++;
+      continue;
+    }
+    twin.emplace(reference_model, GetParam());
+    for (int step = 0; step < 4; step++) {
+      const auto part = std::span(ids).subspan(step * 60, 60);
+      try {
+        session->prefill(part);
+        twin->prefill(part);
+      } catch (const OutOfMemory& error) {
+        EXPECT_NE(std::string(error.what()).find("kv_budget"), std::string::npos);
+        failures++;
+      }
+      EXPECT_EQ(session->tokens(), twin->tokens());
+      EXPECT_LE(model.memory().kv_bytes, budget);
+    }
+    if (session->position() > 0) {
+      EXPECT_EQ(copy(session->logits()), copy(twin->logits()));
+    }
+    session.reset();
+    EXPECT_EQ(model.memory().kv_bytes, 0);
+  }
+  EXPECT_GT(failures, 3);
+}
+
+TEST_P(SessionTest, CancelledPrefillChangesNothing) {
+  const Model model = small_model();
+  Session a(model, GetParam()), b(model, GetParam());
+  a.prefill(ids_of(150));
+  b.prefill(ids_of(150));
+  for (int stop_at = 1; stop_at <= 3; stop_at++) {
+    int calls = 0;
+    a.set_interrupt_check([&] {
+      if (++calls == stop_at) throw std::runtime_error("enough");
+    });
+    EXPECT_THROW(a.prefill(ids_of(200, 5)), std::runtime_error);
+    a.set_interrupt_check({});
+    EXPECT_EQ(a.tokens(), b.tokens());
+  }
+  for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
+}
+
+TEST_P(SessionTest, BatchEqualsOneByOne) {
+  const Model model = small_model();
+  std::vector<Prompt> prompts;
+  for (int i = 0; i < 5; i++) prompts.emplace_back(ids_of(20 + 37 * i, i));
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_new_tokens = 70;
+  BatchOptions options;
+  options.max_batch = 3;
+  const auto results = model.generate(prompts, params, GetParam(), options);
+  ASSERT_EQ(results.size(), prompts.size());
+  for (size_t i = 0; i < prompts.size(); i++) {
+    Session session(model, GetParam());
+    EXPECT_EQ(results[i].token_ids, session.generate(prompts[i], params).token_ids) << i;
+  }
+  EXPECT_EQ(model.memory().kv_bytes, 0);
+}
+
+TEST(SessionFaultTest, RowsThatAreNotFiniteCannotBeQuantised) {
+  ModelConfig config = small_config();
+  class Poisoned : public TensorSource {
+   public:
+    explicit Poisoned(const ModelConfig& config) : good_(random_tensors(config, DType::kF32, 7)) {
+      infinite_.assign(int64_t{config.n_kv_heads} * config.head_dim * config.hidden_size, 3e38f);
+    }
+    bool has(const std::string& name) const override { return good_->has(name); }
+    StoredTensor tensor(const std::string& name,
+                        const std::vector<int64_t>& shape) const override {
+      if (name == "model.layers.1.self_attn.v_proj.weight") return {infinite_.data(), DType::kF32};
+      return good_->tensor(name, shape);
+    }
+
+   private:
+    std::unique_ptr<TensorSource> good_;
+    std::vector<float> infinite_;
+  };
+  ModelOptions options;
+  options.device = "cpu";
+  const Model model = make_model(config, std::make_shared<Poisoned>(config), options);
+  Session session(model, config_of(0.5, Pattern::kGroup, 0, 0, ValueType::kInt8));
+  try {
+    session.prefill(ids_of(100));
+    FAIL() << "rows with infinities were quantised";
+  } catch (const StateError& error) {
+    EXPECT_NE(std::string(error.what()).find("layer 1"), std::string::npos) << error.what();
+  }
+  EXPECT_EQ(session.position(), 0);
+  // By decode as well: the 64th token completes a block.
+  for (int32_t id : ids_of(63)) session.decode(id);
+  EXPECT_THROW(session.decode(5), StateError);
+  EXPECT_EQ(session.position(), 63);
+}
+
+TEST(SessionFaultTest, SessionsOnManyThreads) {
+  const Model model = small_model();
+  std::vector<std::thread> threads;
+  std::vector<std::vector<int32_t>> results(4);
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_new_tokens = 60;
+  for (size_t i = 0; i < results.size(); i++) {
+    threads.emplace_back([&, i] {
+      Session session(model);
+      results[i] = session.generate(ids_of(90), params).token_ids;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& result : results) EXPECT_EQ(result, results[0]);
+}
+
+TEST(ProfileTest, HadamardIsItsOwnInverse) {
+  for (int32_t d : {8, 16, 64, 80, 96, 128}) {
+    ModelConfig config = small_config();
+    config.head_dim = d;
+    const auto profile = Profile::hadamard(config);
+    const float* f = profile->k_forward.data();
+    const float* b = profile->k_backward.data();
+    for (int32_t i = 0; i < d; i++) {
+      for (int32_t j = 0; j < d; j++) {
+        double sum = 0;
+        for (int32_t k = 0; k < d; k++) sum += static_cast<double>(f[i * d + k]) * b[k * d + j];
+        EXPECT_NEAR(sum, i == j, 1e-5);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mustafar

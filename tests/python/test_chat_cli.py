@@ -1,0 +1,369 @@
+"""`mustafar chat` in a pseudo-terminal, as a person uses it, and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from test_cli import COMMAND, STORY
+
+pexpect = pytest.importorskip("pexpect")
+pytestmark = [
+    pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built"),
+    pytest.mark.skipif(not STORY.is_dir(), reason=f"no model at {STORY}"),
+]
+
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
+)
+FIGURES = r"prompt (\d+) tokens [\d.]+ t/s(?: \((\d+) cached\))? \| reply (\d+) tokens [\d.]+ t/s \| context (\d+)/(\d+) \| KV [\d.]+ \w+ of [\d.]+ \w+ dense \| sparsity 0\.\d\d"
+ARROW_UP = "\x1b[A"
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The story model with a chat template and room for long conversations."""
+    path = tmp_path_factory.mktemp("model") / "story"
+    shutil.copytree(STORY, path)
+    path.chmod(0o755)
+    for file in path.iterdir():
+        file.chmod(0o644)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    config = json.loads((path / "config.json").read_text())
+    config["max_position_embeddings"] = 400_000
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    children = []
+
+    def spawn(*arguments: object, **environment: str) -> Any:
+        env = {
+            **os.environ,
+            "TERM": "xterm",
+            "MUSTAFAR_HISTORY": str(tmp_path / "history"),
+            **environment,
+        }
+        if "NO_COLOR" not in environment:
+            env.pop("NO_COLOR", None)
+        child = pexpect.spawn(
+            COMMAND,
+            [
+                "chat",
+                "-m",
+                str(folder),
+                "--temp",
+                "0",
+                "-n",
+                "8",
+                "-t",
+                "2",
+                "-c",
+                "2000",
+                *map(str, arguments),
+            ],
+            env=env,
+            cwd=tmp_path,
+            encoding="utf-8",
+            timeout=120,
+            dimensions=(40, 300),
+        )
+        children.append(child)
+        child.expect("lists the commands")
+        child.expect("> ")
+        return child
+
+    yield spawn
+    for child in children:
+        child.close(force=True)
+
+
+def say(child: Any, text: str) -> Any:
+    """Sends a message and waits for the figures after the reply."""
+    child.send(text + "\r")
+    child.expect(FIGURES)
+    match = child.match
+    child.expect("> ")
+    return match
+
+
+def command(child: Any, text: str, answer: str) -> Any:
+    child.send(text + "\r")
+    child.expect(answer)
+    match = child.match
+    child.expect("> ")
+    return match
+
+
+def saved(child: Any, tmp_path: Path) -> list[dict[str, Any]]:
+    command(child, "/save chat.json", "saved chat.json")
+    messages: list[dict[str, Any]] = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    return messages
+
+
+def leave(child: Any, status: int = 0) -> None:
+    child.expect(pexpect.EOF)
+    child.wait()
+    assert child.exitstatus == status, (child.exitstatus, child.signalstatus, child.before)
+
+
+def test_second_turn_is_cached_and_exit(start: Callable[..., Any]) -> None:
+    child = start()
+    first = say(child, "Hello")
+    second = say(child, "And then")
+    assert first[2] is None
+    assert int(second[2]) == int(first[4])  # the context after turn one is cached in turn two
+    child.send("/exit\r")
+    leave(child)
+
+
+def test_every_command(start: Callable[..., Any], tmp_path: Path) -> None:
+    child = start("--system", "Be kind")
+    command(child, "/help", r"/multiline .*Ctrl-C stops a reply")
+    command(child, "/nope", "no command /nope; /help lists them")
+    command(child, "/undo", "nothing to take back")
+    command(child, "/regen", "no reply to make again")
+    say(child, "One")
+    one = saved(child, tmp_path)
+    assert [m["role"] for m in one] == ["system", "user", "assistant"]
+    say(child, "/regen")
+    assert saved(child, tmp_path) == one  # greedy
+    say(child, "Two")
+    command(child, "/undo", "took back: Two")
+    assert saved(child, tmp_path) == one
+    command(child, "/stats", r"in all: prompt \d+ tokens")
+    command(child, "/set", r"temp=0.00  top-k=40 .*max-tokens=8  seed=-1")
+    command(child, "/set max-tokens=3", "max-tokens=3")
+    assert say(child, "Three")[3] == "3"
+    command(child, "/set temp=-1", "temperature")
+    command(child, "/set temp=x", "is no number")
+    command(child, "/set hat=1", "/set knows temp, ")
+    command(child, "/sparsity", r"sparsity K 0\.\d\d V 0\.\d\d")
+    command(child, "/sparsity 0.9", "K 0.90 V 0.90; the conversation is computed anew")
+    command(child, "/sparsity 2", "sparsity")
+    assert say(child, "Four")[2] is None
+    command(child, "/system Be brief", "system message set")
+    assert saved(child, tmp_path)[0] == {"role": "system", "content": "Be brief"}
+    command(child, "/clear", "cleared")
+    assert len(saved(child, tmp_path)) == 1
+    command(child, "/system", "no system message")
+    (tmp_path / "note.txt").write_text("Once upon a time")
+    say(child, "/read note.txt what next?")
+    assert saved(child, tmp_path)[0]["content"] == "Once upon a time\n\nwhat next?"
+    command(child, "/read none.txt", "none.txt")
+    command(child, "/read", "usage: /read FILE")
+    command(child, "/save other.json", "saved other.json")
+    command(child, "/clear", "cleared")
+    command(child, "/load other.json", "loaded 2 messages and their cache")
+    assert say(child, "Go on")[2] is not None
+    command(child, "/load none.json", "none.json")
+    child.sendeof()
+    leave(child)
+
+
+def test_control_c_stops_the_reply_and_then_leaves(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    child = start("-n", 1900, "--ignore-eos")
+    child.send("Tell me a story\r")
+    child.expect(r"[a-z]+ [a-z]+ [a-z]+ [a-z]+ [a-z]+")
+    child.sendintr()
+    child.expect("stopped; Ctrl-C again leaves")
+    child.expect("> ")
+    assert len(saved(child, tmp_path)[1]["content"]) > 10  # what was said stays
+    child.send("More\r")
+    child.expect(r"[a-z]+ [a-z]+ [a-z]+ [a-z]+ [a-z]+")
+    child.sendintr()
+    child.expect("> ")
+    child.sendintr()
+    leave(child, 130)
+
+
+def test_control_c_at_the_prompt(start: Callable[..., Any]) -> None:
+    child = start()
+    child.send("half a li")
+    child.sendintr()
+    child.expect("Ctrl-C again leaves")
+    child.expect("> ")
+    say(child, "whole")
+    child.sendintr()
+    child.expect("Ctrl-C again leaves")
+    child.expect("> ")
+    child.sendintr()
+    leave(child, 130)
+
+
+def test_several_lines(start: Callable[..., Any], tmp_path: Path) -> None:
+    child = start()
+    child.send("one\\\r")
+    child.expect(r"\. ")
+    say(child, "two")
+    say(child, "three\rfour\rfive")  # one paste
+    command(child, "/multiline", "a line with a single . ends")
+    child.send("six\r")
+    child.expect(r"\. ")
+    child.send("\r")
+    child.expect(r"\. ")
+    child.send("seven\r")
+    child.expect(r"\. ")
+    say(child, ".")
+    command(child, "/multiline", "single lines")
+    users = [m["content"] for m in saved(child, tmp_path) if m["role"] == "user"]
+    assert users == ["one\ntwo", "three\nfour\nfive", "six\n\nseven"]
+
+
+def test_history_editing_and_utf8(start: Callable[..., Any], tmp_path: Path) -> None:
+    child = start()
+    say(child, "Grüße 日本 x\x7f😀")  # with a backspace
+    say(child, ARROW_UP + "!")
+    users = [m["content"] for m in saved(child, tmp_path) if m["role"] == "user"]
+    assert users == ["Grüße 日本 😀", "Grüße 日本 😀!"]
+    child.send("/exit\r")
+    leave(child)
+    history = tmp_path / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    child = start()
+    say(child, ARROW_UP * 4)
+    assert saved(child, tmp_path)[0]["content"] == "Grüße 日本 😀"
+
+
+def test_completion(start: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "apple pie.txt").write_text("x")
+    (tmp_path / "banana.txt").write_text("Once")
+    child = start()
+    child.send("/he\t\r")
+    child.expect("this list")
+    child.expect("> ")
+    child.send("/s\t")
+    child.expect("/system  /save  /set  /stats  /sparsity")
+    child.send("et te\t0.5\r")
+    child.expect("temp=0.50")
+    child.expect("> ")
+    child.send("/read ba\t\r")
+    child.expect("read banana.txt")
+    child.expect(FIGURES)
+
+
+def test_colours_only_where_wanted(start: Callable[..., Any]) -> None:
+    child = start()
+    say(child, "Hello")
+    child.send("/stats\r")
+    child.expect("\x1b\\[2mmessages 2")
+    child = start(NO_COLOR="1")
+    child.send("/stats\r")
+    child.expect("messages 0")
+    assert "\x1b[2m" not in child.before
+    assert "\x1b[1;32m" not in child.before
+
+
+def test_long_file_shows_progress_and_can_be_interrupted(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("Once upon a time there was a little dog. " * 7500)
+    child = start("-c", 400_000)
+    say(child, "Hello")
+    child.send("/read long.txt\r")
+    child.expect("read long.txt, 300.29 KiB")
+    child.expect(r"reading \[[#.]+\] +\d+%")
+    child.sendintr()
+    child.expect("interrupted: the message was not sent")
+    child.expect("> ")
+    assert len(saved(child, tmp_path)) == 2
+    assert say(child, "Still here?")[2] is not None
+
+
+def test_full_context(start: Callable[..., Any]) -> None:
+    child = start("-c", 60)
+    child.send("word " * 100 + "\r")
+    child.expect(
+        r"max_tokens = 60.*/undo takes the last turn back.*--context-shift.*-c sets a larger context"
+    )
+    child.expect("> ")
+    say(child, "Hi")
+    child = start("-c", 80, "--context-shift", "-n", 16)
+    for i in range(6):
+        child.send(f"Tell me of number {i}\r")
+        if child.expect([r"the oldest 1 turn\(s\) are dropped", FIGURES]) == 0:
+            break
+        child.expect("> ")
+    else:
+        pytest.fail("nothing was dropped")
+    child.expect(FIGURES)
+
+
+def piped(
+    folder: Path, tmp_path: Path, text: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(COMMAND), "chat", "-m", str(folder), "--temp", "0", "-n", "8", *map(str, arguments)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        check=False,
+        env={**os.environ, "MUSTAFAR_HISTORY": ""},
+    )
+
+
+def test_pipe(folder: Path, tmp_path: Path) -> None:
+    result = piped(folder, tmp_path, "Hello\nAnd\\\nthen\n/save chat.json")
+    assert result.returncode == 0, result.stderr
+    messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["Hello", "And\nthen"]
+    replies = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert result.stdout == "".join(reply + "\n" for reply in replies)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert result.stderr.count("| sparsity") == 2
+    quiet = piped(folder, tmp_path, "Hello\n", "-q", "-p", "First")
+    assert quiet.stderr == ""
+    assert len(quiet.stdout.splitlines()) >= 2
+
+
+def test_pipe_interrupted(folder: Path, tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [str(COMMAND), "chat", "-m", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert child.stdin is not None
+    child.stdin.write("Hello\n")
+    child.stdin.flush()
+    assert child.stdout is not None
+    child.stdout.read(1)
+    assert child.stderr is not None
+    while "sparsity" not in child.stderr.readline():
+        pass
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 130
+
+
+def test_model_without_template_names_the_option(tmp_path: Path) -> None:
+    result = piped(STORY, tmp_path, "Hello\n")
+    assert result.returncode == 1
+    assert "--chat-template" in result.stderr
+    assert "chatml" in result.stderr
+    result = piped(STORY, tmp_path, "Hello\n", "--chat-template", "vicuna")
+    assert result.returncode == 0, result.stderr
+    result = piped(STORY, tmp_path, "Hello\n", "--chat-template", "none such")
+    assert result.returncode == 1
+    assert "none such" in result.stderr
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('planted') }}")
+    result = piped(STORY, tmp_path, "Hello\n", "--chat-template", "t.jinja")
+    assert result.returncode == 1
+    assert "planted" in result.stderr

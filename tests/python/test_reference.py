@@ -1,0 +1,165 @@
+"""The native packer against the numpy reference, byte for byte, and the reference against itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import mustafar
+from mustafar import reference
+
+HEAD_DIMS = (8, 16, 32, 64, 80, 96, 128, 256)
+
+
+def rows_of(kind: str, head_dim: int, tokens: int = 128) -> np.ndarray:
+    random = np.random.default_rng(head_dim)
+    x = random.standard_normal((tokens, head_dim)).astype(np.float32)
+    if kind == "tied":
+        x = np.round(x).astype(np.float32)
+    elif kind == "zero":
+        x[:] = 0
+        x[1::2, ::3] = -0.0
+    elif kind == "outlier":
+        x[::3, 5] *= 1e4
+        x[1::3] *= 1e-30
+        x[2, :] = 65519.0
+        x[4, 3] = 1e-45
+    elif kind == "nan":
+        x[random.random(x.shape) < 0.2] = np.nan
+        x[random.random(x.shape) < 0.2] = np.inf
+        x[random.random(x.shape) < 0.2] = -np.inf
+    return x
+
+
+def expected_bytes(slot: reference.Slot, x: np.ndarray, weight=None) -> np.ndarray:
+    blocks = x.reshape(-1, 64, x.shape[-1])
+    return np.stack([reference.pack_block(slot, b, slot.masks(b, weight)) for b in blocks])
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("value_dtype", reference.VALUE_DTYPES)
+@pytest.mark.parametrize("kind", ["random", "tied", "zero", "outlier", "nan"])
+def test_packing_equals_the_reference(kind: str, value_dtype: str, head_dim: int) -> None:
+    x = rows_of(kind, head_dim)
+    for pattern in ("group", "row"):
+        for is_key in (True, False):
+            for sparsity in (0.0, 0.3, 0.625, 0.75, 0.98):
+                slot = reference.Slot(head_dim, value_dtype, sparsity, pattern, is_key)
+                options = {"sparsity": sparsity, "pattern": pattern, "is_key": is_key}
+                if kind == "nan" and value_dtype.startswith("int"):
+                    with pytest.raises(ValueError, match="not finite"):
+                        mustafar.compress(x, value_dtype=value_dtype, **options)
+                    with pytest.raises(ValueError, match="not finite"):
+                        expected_bytes(slot, x)
+                    continue
+                blocks = mustafar.compress(x, value_dtype=value_dtype, **options)
+                expected = expected_bytes(slot, x)
+                np.testing.assert_array_equal(blocks.data, expected)
+                assert blocks.nbytes == expected.size
+                unpacked = [reference.unpack_block(slot, b) for b in expected]
+                np.testing.assert_array_equal(
+                    blocks.decompress(), np.concatenate([rows for rows, _ in unpacked])
+                )
+                np.testing.assert_array_equal(
+                    blocks.masks, np.concatenate([masks for _, masks in unpacked])
+                )
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_ranking_weights(head_dim: int) -> None:
+    x = rows_of("random", head_dim)
+    weight = np.abs(rows_of("random", head_dim)[3])
+    weight[0] = 0
+    x[7, 0] = np.inf
+    slot = reference.Slot(head_dim, "f16", 0.5)
+    data = mustafar.compress(x, value_dtype="f16", weight=weight).data
+    np.testing.assert_array_equal(data, expected_bytes(slot, x, weight))
+    assert not np.array_equal(data, expected_bytes(slot, x))
+
+
+@pytest.mark.parametrize("value_dtype", reference.VALUE_DTYPES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_ragged_masks(head_dim: int, value_dtype: str) -> None:
+    x = rows_of("random", head_dim, 64)
+    slot = reference.Slot(head_dim, value_dtype, 0.6, ragged=True)
+    order = np.argsort(-np.abs(x), axis=0, kind="stable")
+    mask = np.zeros(x.shape, dtype=bool)
+    np.put_along_axis(mask, order[: slot.keep], True, axis=0)
+    blocks = mustafar.compress(x, sparsity=0.6, value_dtype=value_dtype, mask=mask)
+    np.testing.assert_array_equal(blocks.data[0], reference.pack_block(slot, x, mask))
+    np.testing.assert_array_equal(blocks.masks, mask)
+    np.testing.assert_array_equal(
+        blocks.decompress(), reference.unpack_block(slot, blocks.data[0])[0]
+    )
+    if head_dim == 8 and value_dtype == "int4":
+        return  # rounded up to whole words, the slot has room for everything
+    with pytest.raises(ValueError, match="holds"):
+        mustafar.compress(x, sparsity=0.9, value_dtype=value_dtype, mask=np.ones(x.shape, bool))
+
+
+def test_compress_keeps_shapes_and_names_errors() -> None:
+    x = np.random.default_rng(1).standard_normal((2, 3, 128, 64)).astype(np.float16)
+    blocks = mustafar.compress(x, sparsity=0.5)
+    assert blocks.layout.value_dtype == "f16"
+    assert blocks.data.shape == (2, 3, 2, blocks.layout.slot_bytes)
+    assert blocks.sparsity == 0.5
+    back = mustafar.decompress(blocks)
+    assert back.shape == x.shape
+    np.testing.assert_array_equal(back, np.where(blocks.masks, x, 0))
+    for bad in (x[..., :100, :], x[0, 0, 0], x.astype(np.int32)):
+        with pytest.raises(ValueError, match="array"):
+            mustafar.compress(bad)
+    for options in (
+        {"sparsity": 1.0},
+        {"sparsity": -0.1},
+        {"pattern": "column"},
+        {"value_dtype": "int2"},
+        {"weight": np.ones(3, np.float32)},
+        {"mask": np.ones(3, bool)},
+    ):
+        with pytest.raises(ValueError):
+            mustafar.compress(x, **options)
+
+
+def test_bf16_rounds_half_to_even() -> None:
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(2).standard_normal(10000).astype(np.float32)
+    x[:4] = [np.inf, -np.inf, 1 + 2**-8, 1 + 3 * 2**-8]
+    expected = torch.tensor(x).to(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(reference.round_to(x, "bf16"), expected)
+
+
+def test_schedule_and_exact_first_prefill() -> None:
+    random = np.random.default_rng(3)
+    slot = reference.Slot(32, "f32", 0.5)
+    cache = reference.HeadCache(slot, slot, window=32, sink_tokens=4)
+    q = random.standard_normal((180, 2, 32)).astype(np.float32)
+    k, v = random.standard_normal((2, 180, 32)).astype(np.float32)
+    out = cache.call(q[:150], k[:150], v[:150])
+    for i in (0, 77, 149):
+        np.testing.assert_allclose(out[i], reference.attend(q[i], k[: i + 1], v[: i + 1]))
+    assert len(cache.blocks) == 1 and len(cache.k_dense) == 150 - 64
+    for i in range(150, 180):
+        keys, values = cache.rows()
+        out = cache.call(q[i : i + 1], k[i : i + 1], v[i : i + 1])
+        expected = reference.attend(
+            q[i], np.concatenate([keys, k[i : i + 1]]), np.concatenate([values, v[i : i + 1]])
+        )
+        np.testing.assert_allclose(out[0], expected)
+        assert len(cache.blocks) * 64 == reference.compressed_tokens(i + 1, 4, 32)
+    keys, _ = cache.rows()
+    np.testing.assert_array_equal(keys[:4], k[:4])
+    np.testing.assert_array_equal(keys[4:132], np.where(slot.masks(k[4:132]), k[4:132], 0))
+    np.testing.assert_array_equal(keys[132:], k[132:180])
+
+
+def test_pages_tile() -> None:
+    k, v = reference.Slot(64, "f16", 0.5), reference.Slot(64, "int8", 0.75, is_key=False)
+    offsets = [
+        reference.slot_offset(k, v, 2, layer, head, is_key)
+        for layer in range(3)
+        for head in range(2)
+        for is_key in (True, False)
+    ]
+    sizes = np.diff([*offsets, reference.page_bytes(k, v, 3, 2)])
+    np.testing.assert_array_equal(sizes, [k.slot_bytes, v.slot_bytes] * 6)

@@ -1,0 +1,185 @@
+// The decode kernels against attention in double precision over the dequantised masked values.
+#include <gtest/gtest.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention_fixture.h"
+
+namespace mustafar::cuda {
+namespace {
+
+using testing::CacheShape;
+using testing::nmse;
+using testing::RandomCache;
+
+struct Setting {
+  const char* name;
+  double k_sparsity, v_sparsity;
+  bool group_pattern;
+};
+
+struct Types {
+  DType tail, values;
+};
+
+constexpr Setting kFirstClass{"first", 0.625, 0.75, true};
+constexpr Setting kHalf{"half", 0.5, 0.5, true};
+constexpr Setting kDense{"dense", 0.0, 0.0, true};
+constexpr Setting kMixed{"mixed", 0.0, 0.3, true};
+constexpr Setting kRow{"row", 0.7, 0.7, false};
+
+CacheShape shape_of(const Types& types, int32_t head_dim, int32_t n_queries, const Setting& s) {
+  CacheShape shape;
+  shape.n_queries = n_queries;
+  shape.head_dim = head_dim;
+  shape.tail = types.tail;
+  shape.values = types.values;
+  shape.k_sparsity = s.k_sparsity;
+  shape.v_sparsity = s.v_sparsity;
+  shape.group_pattern = s.group_pattern;
+  return shape;
+}
+
+// A ragged batch: lengths around the edges of tiles and splits. Every row within its bound, and the
+// bound refuses a dropped token.
+void check_batch(const CacheShape& shape, bool fast) {
+  RandomCache a(shape, 5, 17, 1), b(shape, 0, 0, 2), c(shape, 1, 63, 3), d(shape, 3, 64, 4);
+  const std::vector<RandomCache*> caches = {&a, &b, &c, &d};
+  const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
+  const std::vector<float> q = random_queries(row * 4, 7);
+  simt::set_seed(3);
+  const std::vector<float> out = decode_attend(caches, 0, q, fast);
+  const double bound = std::max(testing::nmse_bound(shape.tail, shape.values),
+                                shape.tail == DType::kF32 ? 1e-10 : 0.0);
+  for (size_t i = 0; i < caches.size(); i++) {
+    EXPECT_LE(nmse(caches[i]->attend(0, q.data() + i * row), out.data() + i * row), bound)
+        << "sequence " << i;
+  }
+  for (const int32_t dropped : {0, 100, a.kv_len() - 1}) {
+    EXPECT_GT(nmse(a.attend(0, q.data(), dropped), out.data()), bound) << "token " << dropped;
+  }
+}
+
+using Case = std::tuple<Types, Setting, int32_t>;  // head_dim
+class FastDecodeTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(FastDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [types, setting, head_dim] = GetParam();
+  check_batch(shape_of(types, head_dim, 4, setting), true);
+}
+
+std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
+  const auto& [types, setting, head_dim] = info.param;
+  return std::string(dtype_name(types.tail)) + "_" + dtype_name(types.values) + "_" + setting.name +
+         "_" + std::to_string(head_dim);
+}
+
+constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
+constexpr DType kInt8 = DType::kInt8, kInt4 = DType::kInt4;
+INSTANTIATE_TEST_SUITE_P(
+    HeadDim128, FastDecodeTest,
+    ::testing::Combine(::testing::Values(Types{kF16, kF16}, Types{kBF16, kBF16},
+                                         Types{kBF16, kInt8}, Types{kF16, kInt4}),
+                       ::testing::Values(kFirstClass, kHalf, kDense, kMixed, kRow),
+                       ::testing::Values(128)),
+    name_of_case);
+INSTANTIATE_TEST_SUITE_P(HeadDim64, FastDecodeTest,
+                         ::testing::Combine(::testing::Values(Types{kF16, kF16},
+                                                              Types{kBF16, kInt8},
+                                                              Types{kBF16, kInt4}),
+                                            ::testing::Values(kHalf, kDense, kRow),
+                                            ::testing::Values(64)),
+                         name_of_case);
+INSTANTIATE_TEST_SUITE_P(OtherTails, FastDecodeTest,
+                         ::testing::Combine(::testing::Values(Types{kF16, kInt8},
+                                                              Types{kBF16, kInt4}),
+                                            ::testing::Values(kFirstClass), ::testing::Values(128)),
+                         name_of_case);
+
+// Any number of query heads per KV head.
+TEST(FastDecode, QueryHeads) {
+  for (const int32_t n_queries : {1, 3, 7}) {
+    SCOPED_TRACE(n_queries);
+    check_batch(shape_of({kBF16, kBF16}, 64, n_queries, kHalf), true);
+  }
+}
+
+TEST(FastDecode, ResultsDoNotDependOnTheScheduleOrTheBatch) {
+  const CacheShape shape = shape_of({kBF16, kInt8}, 64, 2, kHalf);
+  RandomCache a(shape, 9, 30, 1), b(shape, 2, 5, 2);
+  const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
+  const std::vector<float> q = random_queries(row * 2, 7);
+  simt::set_seed(0);
+  const std::vector<float> alone = decode_attend({&a}, 0, {q.begin(), q.begin() + row}, true);
+  for (uint32_t seed = 1; seed < 4; seed++) {
+    simt::set_seed(seed);
+    const std::vector<float> both = decode_attend({&a, &b}, 0, q, true);
+    EXPECT_TRUE(std::equal(alone.begin(), alone.end(), both.begin())) << "seed " << seed;
+  }
+}
+
+TEST(FastDecode, RowsOfZerosAndLargeScores) {
+  CacheShape shape = shape_of({kBF16, kInt8}, 128, 4, kFirstClass);
+  RandomCache cache(shape, 2, 3, 5, /*key_scale=*/8.0f);
+  // A K row and a V row whose scale is 0.
+  const SlotLayout& v = cache.layout().v;
+  uint8_t* slot = cache.page(1) + v_slot_offset(cache.layout(), 0, 0);
+  std::memset(slot + v.values_offset + 3 * v.row_bytes, 0, v.row_bytes);
+  std::memset(slot + v.scales_offset + 3 * 2, 0, 2);
+  const SlotLayout& k = cache.layout().k;
+  slot = cache.page(0) + k_slot_offset(cache.layout(), 0, 0);
+  std::memset(slot + k.values_offset + 9 * k.row_bytes, 0, k.row_bytes);
+  std::memset(slot + k.scales_offset + 9 * 2, 0, 2);
+  const std::vector<float> q = random_queries(2 * 4 * 128, 8);
+  EXPECT_LE(nmse(cache.attend(0, q.data()), decode_attend({&cache}, 0, q, true).data()), 1e-5);
+}
+
+class PlainAttentionTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(PlainAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [types, setting, head_dim] = GetParam();
+  CacheShape shape = shape_of(types, head_dim, head_dim == 8 ? 9 : 2, setting);
+  check_batch(shape, false);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, PlainAttentionTest,
+                         ::testing::Combine(::testing::Values(Types{kF32, kF32}, Types{kBF16, kF16},
+                                                              Types{kBF16, kInt4}),
+                                            ::testing::Values(kHalf, kRow),
+                                            ::testing::Values(8, 80)),
+                         name_of_case);
+INSTANTIATE_TEST_SUITE_P(Wide, PlainAttentionTest,
+                         ::testing::Combine(::testing::Values(Types{kF16, kInt8}),
+                                            ::testing::Values(kDense), ::testing::Values(256)),
+                         name_of_case);
+
+TEST(PlainAttention, RaggedSlots) {
+  CacheShape shape = shape_of({kBF16, kInt8}, 64, 2, kHalf);
+  shape.ragged = true;
+  check_batch(shape, false);
+}
+
+TEST(PlainAttention, UndoesTheValueTransform) {
+  const CacheShape shape = shape_of({kF32, kF32}, 8, 2, kHalf);
+  RandomCache cache(shape, 1, 3, 5);
+  const std::vector<float> q = random_queries(2 * 2 * 8, 8);
+  std::vector<float> matrix = random_queries(2 * 8 * 8, 9);
+  KVTransform transform;
+  transform.v_backward = matrix.data();
+  const std::vector<double> plain = cache.attend(0, q.data());
+  std::vector<double> expected(plain.size());
+  for (int head = 0; head < 4; head++) {
+    for (int d = 0; d < 8; d++) {
+      for (int j = 0; j < 8; j++) {
+        expected[head * 8 + d] += plain[head * 8 + j] * matrix[head / 2 * 64 + j * 8 + d];
+      }
+    }
+  }
+  const std::vector<float> out = decode_attend({&cache}, 0, q, false, &transform);
+  EXPECT_LE(nmse(expected, out.data()), 1e-10);
+}
+
+}  // namespace
+}  // namespace mustafar::cuda

@@ -1,0 +1,184 @@
+// Whole models on the CUDA backend against the CPU backend: under the host harness, and in a CUDA
+// build on the device, where there is one.
+#include "mustafar/session.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "mustafar/error.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+ModelConfig small_config(int32_t head_dim) {
+  ModelConfig c;
+  c.model_type = "llama";
+  c.hidden_size = 64;
+  c.intermediate_size = 72;
+  c.n_layers = 2;
+  c.n_heads = 4;
+  c.n_kv_heads = 2;
+  c.head_dim = head_dim;
+  c.vocab_size = 97;
+  c.max_position_embeddings = 600;
+  c.eos_token_ids = {2};
+  return c;
+}
+
+Model random_model(const char* device, int32_t head_dim, DType dtype) {
+  const ModelConfig config = small_config(head_dim);
+  ModelOptions options;
+  options.device = device;
+  options.threads = 1;
+  return make_model(config, random_tensors(config, dtype, 7), options);
+}
+
+std::vector<int32_t> ids_of(int64_t n, uint32_t seed = 1) {
+  std::mt19937 random(seed);
+  std::vector<int32_t> ids(n);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 97);
+  return ids;
+}
+
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); i++) largest = std::max(largest, std::fabs(double{a[i]} - b[i]));
+  return a.size() == b.size() ? largest : std::numeric_limits<double>::infinity();
+}
+
+// A prompt, then enough tokens that two blocks leave the window, on both devices.
+void compare(int32_t head_dim, DType dtype, const KVConfig& kv, double tolerance) {
+  const Model cpu = random_model("cpu", head_dim, dtype);
+  const Model gpu = random_model("cuda", head_dim, dtype);
+  Session a(cpu, kv), b(gpu, kv);
+  const std::vector<int32_t> prompt = ids_of(101);
+  EXPECT_LE(largest_difference(a.prefill(prompt), b.prefill(prompt)), tolerance);
+  const std::vector<int32_t> rest = ids_of(70, 2);
+  for (size_t i = 0; i < rest.size(); i++) {
+    ASSERT_LE(largest_difference(a.decode(rest[i]), b.decode(rest[i])), tolerance) << "step " << i;
+  }
+  const std::vector<int32_t> more = ids_of(30, 3);
+  EXPECT_LE(largest_difference(a.prefill(more), b.prefill(more)), tolerance);
+  EXPECT_EQ(a.memory().compressed_tokens, b.memory().compressed_tokens);
+  EXPECT_GT(a.memory().compressed_tokens, 0);
+}
+
+class CudaSession : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    try {
+      random_model("cuda", 16, DType::kF32);
+    } catch (const Error& error) {
+      GTEST_SKIP() << error.what();
+    }
+  }
+};
+
+KVConfig config_of(double sparsity, int32_t sinks = 0, ValueType type = ValueType::kAuto,
+                   Pattern pattern = Pattern::kGroup) {
+  KVConfig kv;
+  kv.sparsity = sparsity;
+  kv.sink_tokens = sinks;
+  kv.value_dtype = type;
+  kv.pattern = pattern;
+  return kv;
+}
+
+TEST_F(CudaSession, EqualsTheCpu) {
+  compare(16, DType::kF32, config_of(0.5), 1e-4);
+  compare(24, DType::kF32, config_of(0.7, 5, ValueType::kAuto, Pattern::kRow), 1e-4);
+  // Rounding to 2 bytes can tip a value over a rank's or a code's edge, differently on each side.
+  compare(64, DType::kBF16, config_of(0.5, 2), 2e-2);
+  compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 1e-2);
+}
+
+TEST_F(CudaSession, OutputAwareKeys) {
+  KVConfig kv = config_of(0.6);
+  kv.k_policy = PrunePolicy::kOutputAware;
+  compare(16, DType::kF32, kv, 1e-4);
+}
+
+TEST_F(CudaSession, ForkRewindAndBatch) {
+  const Model model = random_model("cuda", 16, DType::kF32);
+  Session session(model, config_of(0.5));
+  session.prefill(ids_of(120));
+  Session fork = session.fork();
+  const auto once = session.decode(5);
+  const std::vector<float> first(once.begin(), once.end());
+  EXPECT_EQ(largest_difference(fork.decode(5), first), 0);
+
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_new_tokens = 6;
+  const std::vector<Prompt> prompts = {Prompt{ids_of(9, 4)}, Prompt{ids_of(70, 5)}};
+  const auto together = model.generate(prompts, params, config_of(0.5));
+  for (size_t i = 0; i < prompts.size(); i++) {
+    const auto alone = model.generate({&prompts[i], 1}, params, config_of(0.5));
+    EXPECT_EQ(alone[0].token_ids, together[i].token_ids);
+  }
+}
+
+TEST_F(CudaSession, AnInfiniteKeyCannotBeQuantised) {
+  const ModelConfig config = small_config(16);
+  // Weights whose keys overflow: the largest float squared.
+  class Overflowing final : public TensorSource {
+   public:
+    explicit Overflowing(std::shared_ptr<const TensorSource> base, int64_t kv_values)
+        : base_(std::move(base)), huge_(kv_values, 3e38f) {}
+    bool has(const std::string& name) const override { return base_->has(name); }
+    StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
+      if (name == "model.layers.1.self_attn.k_proj.weight") return {huge_.data(), DType::kF32};
+      return base_->tensor(name, shape);
+    }
+
+   private:
+    std::shared_ptr<const TensorSource> base_;
+    std::vector<float> huge_;
+  };
+  ModelOptions options;
+  options.device = "cuda";
+  const Model model =
+      make_model(config,
+                 std::make_shared<Overflowing>(
+                     std::shared_ptr<const TensorSource>(random_tensors(config, DType::kF32, 7)),
+                     int64_t{config.n_kv_heads} * config.head_dim * config.hidden_size),
+                 options);
+  Session session(model, config_of(0.5, 0, ValueType::kInt8));
+  try {
+    session.prefill(ids_of(100));
+    FAIL() << "an infinite key was quantised";
+  } catch (const StateError& error) {
+    EXPECT_NE(std::string(error.what()).find("key of layer 1 at position 0"), std::string::npos)
+        << error.what();
+  }
+  EXPECT_EQ(session.position(), 0);
+}
+
+TEST_F(CudaSession, StoriesModelAgreesWithTheCpu) {
+  const std::filesystem::path folder =
+      std::filesystem::path(MUSTAFAR_SOURCE_DIR) / "../shared/data/models/stories260K";
+  if (!std::filesystem::exists(folder)) GTEST_SKIP() << folder << " is absent";
+  ModelOptions options;
+  options.threads = 1;
+  options.device = "cpu";
+  const Model cpu = Model::load(folder, options);
+  options.device = "cuda";
+  const Model gpu = Model::load(folder, options);
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_new_tokens = 128;
+  Session a(cpu, config_of(0.5)), b(gpu, config_of(0.5));
+  EXPECT_EQ(a.generate("Once upon a time", params).token_ids,
+            b.generate("Once upon a time", params).token_ids);
+  EXPECT_LE(largest_difference(a.logits(), b.logits()), 1e-3);
+}
+
+}  // namespace
+}  // namespace mustafar

@@ -1,0 +1,254 @@
+// Decode attention on the GPU: time per layer and share of the copy bandwidth, for dense and
+// compressed caches, each checked against the plain kernel first. Prints JSON lines.
+//
+//   mustafar_cuda_bench [seconds per measurement] [shape ...]     shape:
+//   batch,context,heads,kv_heads
+//
+// A step is a graph of one attend per layer over layers whose pages exceed the L2 many times, so
+// that every layer is read cold.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/attention.h"
+#include "cuda/buffer.h"
+#include "cuda/compress.h"
+#include "cuda/device.h"
+#include "format/block_format.h"
+
+namespace {
+
+using namespace mustafar;
+using namespace mustafar::cuda;
+
+constexpr int32_t kHeadDim = 128;
+constexpr int32_t kWindow = 32;
+constexpr int32_t kCapacity = kWindow + kBlockTokens;
+constexpr int64_t kColdBytes = int64_t{1} << 30;  // of pages read per step, at least
+constexpr int32_t kDistinctPages = 8;             // the rest of a sequence repeats them
+
+struct Shape {
+  int32_t batch, context, n_heads, n_kv_heads;
+};
+
+struct Setting {
+  const char* name;
+  double k_sparsity, v_sparsity;
+  DType values;
+};
+
+double seconds_of(Stream stream, Graph graph, double budget) {
+  using Clock = std::chrono::steady_clock;
+  const auto timed = [&](int n) {
+    const auto start = Clock::now();
+    for (int i = 0; i < n; i++) run_graph(graph, stream);
+    synchronize(stream);
+    return std::chrono::duration<double>(Clock::now() - start).count() / n;
+  };
+  timed(2);
+  const double once = timed(3);
+  const int n = std::clamp(static_cast<int>(budget / 7 / once), 1, 1000);
+  std::vector<double> samples;
+  for (int i = 0; i < 7; i++) samples.push_back(timed(n));
+  std::nth_element(samples.begin(), samples.begin() + 3, samples.end());
+  return samples[3];
+}
+
+// Bytes per second of a device-to-device copy, counting both directions.
+double copy_bandwidth(Stream stream, double budget) {
+  const int64_t bytes = int64_t{4} << 30;
+  DeviceBuffer from, to;
+  from.ensure<uint8_t>(bytes);
+  to.ensure<uint8_t>(bytes);
+  const Graph graph =
+      record_graph(stream, [&] { copy_on_device(to.data(), from.data(), bytes, stream); });
+  const double seconds = seconds_of(stream, graph, budget);
+  destroy_graph(graph);
+  return 2.0 * static_cast<double>(bytes) / seconds;
+}
+
+void run(const Shape& shape, const Setting& setting, double bandwidth, double budget,
+         Stream stream) {
+  const auto slot = [&](bool is_key, double sparsity) {
+    return make_slot_layout(kHeadDim, is_key, sparsity, true, setting.values);
+  };
+  const SlotLayout k = slot(true, setting.k_sparsity), v = slot(false, setting.v_sparsity);
+  const int32_t n_blocks = (shape.context - kWindow) / kBlockTokens;
+  const int32_t dense_tokens = shape.context - n_blocks * kBlockTokens - 1;
+  const int64_t layer_bytes =
+      int64_t{shape.n_kv_heads} * (k.slot_bytes + v.slot_bytes) * n_blocks * shape.batch;
+  const int32_t n_layers =
+      static_cast<int32_t>(std::clamp<int64_t>(kColdBytes / layer_bytes + 1, 2, 32));
+  const StoreLayout layout = make_store_layout(n_layers, shape.n_kv_heads, k, v);
+
+  // Random tokens, compressed into a few pages, copied to all.
+  const int64_t plane = int64_t{2} * shape.n_kv_heads * kCapacity * kHeadDim;
+  std::vector<uint16_t> random_values(plane * n_layers);
+  std::mt19937 random(shape.context);
+  std::normal_distribution<float> normal;
+  std::vector<float> table(1 << 16);
+  for (float& x : table) x = normal(random);
+  for (uint16_t& x : random_values) x = f32_to_f16(table[random() & 0xffff]);
+  const int64_t dense_bytes = static_cast<int64_t>(random_values.size()) * 2;
+  DeviceBuffer dense, pages, page_table, bad_row, views, commits, q, out, check, partials;
+  dense.ensure<uint8_t>(dense_bytes * shape.batch);
+  for (int32_t i = 0; i < shape.batch; i++) {
+    copy_to_device(static_cast<uint8_t*>(dense.data()) + i * dense_bytes, random_values.data(),
+                   dense_bytes, stream);
+  }
+  const int64_t n_pages = int64_t{n_blocks} * shape.batch;
+  pages.ensure<uint8_t>(n_pages * layout.page_bytes + kSlabSlack);
+  std::vector<uint8_t*> addresses(n_pages);
+  for (int64_t i = 0; i < n_pages; i++) {
+    addresses[i] = static_cast<uint8_t*>(pages.data()) + i * layout.page_bytes;
+  }
+  page_table.ensure<uint8_t*>(n_pages);
+  copy_to_device(page_table.data(), addresses.data(), n_pages * 8, stream);
+
+  const int64_t q_values = int64_t{shape.batch} * shape.n_heads * kHeadDim;
+  std::vector<SequenceView> sequences(shape.batch);
+  for (int32_t i = 0; i < shape.batch; i++) {
+    SequenceView& s = sequences[i];
+    s.row0 = i;
+    s.n_rows = 1;
+    s.pos0 = shape.context - 1;
+    s.pages = static_cast<const uint8_t* const*>(page_table.data()) + int64_t{i} * n_blocks;
+    s.n_blocks = n_blocks;
+    s.dense = static_cast<uint8_t*>(dense.data()) + i * dense_bytes;
+    s.dense_capacity = kCapacity;
+    s.dense_tokens = dense_tokens;
+  }
+  views.ensure<SequenceView>(shape.batch);
+  copy_to_device(views.data(), sequences.data(), shape.batch * sizeof(SequenceView), stream);
+
+  const int32_t distinct = std::min<int64_t>(kDistinctPages, n_pages);
+  CompressArgs compress_args;
+  compress_args.layout = layout;
+  compress_args.n_layers = n_layers;
+  compress_args.tail_dtype = DType::kF16;
+  compress_args.n_steps = 1;
+  compress_args.max_new_blocks = 1;
+  compress_args.bad_row = bad_row.ensure<int32_t>(1);
+  for (int32_t i = 0; i < distinct; i++) {
+    CommitView step;
+    step.sequence = sequences[0];
+    step.sequence.n_sinks = i * 3;  // another 64 of the random tokens each time
+    step.new_pages = static_cast<uint8_t* const*>(page_table.data()) + i;
+    step.dense_tokens = kCapacity;
+    step.n_new_blocks = 1;
+    step.end_pos = shape.context;
+    compress_args.steps = commits.ensure<CommitView>(1);
+    copy_to_device(commits.data(), &step, sizeof step, stream);
+    compress(compress_args, stream);
+    synchronize(stream);
+  }
+  for (int64_t i = distinct; i < n_pages; i++) {
+    copy_on_device(addresses[i], addresses[i % distinct], layout.page_bytes, stream);
+  }
+
+  std::vector<float> queries(q_values);
+  for (float& x : queries) x = table[random() & 0xffff];
+  AttentionArgs args;
+  args.sequences = static_cast<const SequenceView*>(views.data());
+  args.n_sequences = args.n_rows = shape.batch;
+  args.max_splits = n_decode_splits(n_blocks, dense_tokens);
+  args.layout = layout;
+  args.tail_dtype = DType::kF16;
+  args.n_heads = shape.n_heads;
+  args.n_kv_heads = shape.n_kv_heads;
+  args.head_dim = kHeadDim;
+  args.q = q.ensure<float>(q_values);
+  args.partials = partials.ensure<float>(int64_t{shape.batch} * shape.n_heads * args.max_splits *
+                                         (kHeadDim + 2));
+  copy_to_device(q.data(), queries.data(), q_values * 4, stream);
+
+  // Against the plain kernel, outputs poisoned.
+  std::vector<float> fast(q_values), plain(q_values);
+  for (const bool use_fast : {true, false}) {
+    args.out = (use_fast ? out : check).ensure<float>(q_values);
+    fill_bytes(args.out, 0xff, q_values * 4, stream);
+    if (use_fast) {
+      if (!decode_attention_fast(args, stream)) std::abort();
+    } else {
+      attention_plain(args, stream);
+    }
+    combine_attention(args, stream);
+    copy_to_host((use_fast ? fast : plain).data(), args.out, q_values * 4, stream);
+    synchronize(stream);
+  }
+  double error = 0, power = 0;
+  for (int64_t i = 0; i < q_values; i++) {
+    error += (fast[i] - plain[i]) * (fast[i] - plain[i]);
+    power += plain[i] * plain[i];
+  }
+  const double nmse = error / power;
+
+  args.out = static_cast<float*>(out.data());
+  const Graph graph = record_graph(stream, [&] {
+    for (args.layer = 0; args.layer < n_layers; args.layer++) {
+      decode_attention_fast(args, stream);
+      combine_attention(args, stream);
+    }
+  });
+  const double seconds = seconds_of(stream, graph, budget) / n_layers;
+  destroy_graph(graph);
+  const double bytes = static_cast<double>(layer_bytes) + static_cast<double>(shape.batch) * 2 *
+                                                              shape.n_kv_heads *
+                                                              (dense_tokens + 1) * kHeadDim * 2;
+  std::printf(
+      "{\"kernel\": \"decode_attention\", \"setting\": \"%s\", \"batch\": %d, \"context\": %d, "
+      "\"heads\": %d, \"kv_heads\": %d, \"layers\": %d, \"us_per_layer\": %.3f, \"bytes\": %.0f, "
+      "\"bandwidth\": %.4g, \"of_copy\": %.3f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
+      setting.name, shape.batch, shape.context, shape.n_heads, shape.n_kv_heads, n_layers,
+      seconds * 1e6, bytes, bytes / seconds, bytes / seconds / bandwidth, nmse,
+      nmse <= (setting.values == DType::kF16 ? 1e-6 : 1e-5) ? "true" : "false");
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    const double budget = argc > 1 ? std::atof(argv[1]) : 0.3;
+    std::vector<Shape> shapes;
+    for (int i = 2; i < argc; i++) {
+      Shape s{};
+      if (std::sscanf(argv[i], "%d,%d,%d,%d", &s.batch, &s.context, &s.n_heads, &s.n_kv_heads) !=
+          4) {
+        std::fprintf(stderr, "expected batch,context,heads,kv_heads, got %s\n", argv[i]);
+        return 2;
+      }
+      shapes.push_back(s);
+    }
+    // The shapes of the goals, then the rest.
+    if (shapes.empty()) {
+      shapes = {{8, 32768, 32, 8}, {1, 32768, 32, 8},  {1, 131072, 32, 8}, {8, 4096, 32, 8},
+                {32, 4096, 32, 8}, {8, 32768, 32, 32}, {1, 32768, 32, 32}, {32, 32768, 32, 8}};
+    }
+    const DeviceProperties device = open_device();
+    const Stream stream = make_stream();
+    const double bandwidth = copy_bandwidth(stream, budget);
+    std::printf("{\"device\": \"%s\", \"sm\": %d, \"copy_bandwidth\": %.4g}\n", device.name.c_str(),
+                device.compute_capability, bandwidth);
+    for (const Shape& shape : shapes) {
+      for (const Setting& setting :
+           {Setting{"dense f16", 0, 0, DType::kF16}, Setting{"f16 56 %", 0.5, 0.5, DType::kF16},
+            Setting{"f16 37.5 %", 0.625, 0.75, DType::kF16},
+            Setting{"int8 22.7 %", 0.625, 0.75, DType::kInt8},
+            Setting{"int4 19.5 %", 0.5, 0.5, DType::kInt4}}) {
+        run(shape, setting, bandwidth, budget, stream);
+      }
+    }
+    destroy_stream(stream);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}
