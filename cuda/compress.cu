@@ -25,13 +25,11 @@ __device__ void compress_row(const CompressArgs& args, const SlotLayout& slot, c
   const int lane = lane_id();
   float values[kWords];
   uint32_t keys[kWords];
-  bool finite = true;
 #pragma unroll
   for (int w = 0; w < kWords; w++) {
     const int d = 32 * w + lane;
     values[w] = d < slot.head_dim ? load_element(x, args.tail_dtype, d) : 0.0f;
     keys[w] = d < slot.head_dim ? rank_key(values[w], weight != nullptr ? weight[d] : 1.0f) : 0;
-    finite = finite && (float_bits(values[w]) & 0x7f800000u) != 0x7f800000u;
   }
   uint32_t mask[kWords];
   if (slot.dense) {
@@ -50,34 +48,12 @@ __device__ void compress_row(const CompressArgs& args, const SlotLayout& slot, c
     }
   }
 
-  float scale = 0.0f;
-  if (has_scales(slot.dtype)) {
-    if (ballot(!finite) != 0) {
-      if (lane == 0) atomic_minimum(args.bad_row, bad_code);
-    }
-    float absmax = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWords; w++) {
-      if (mask[w] >> lane & 1) absmax = fmaxf(absmax, fabsf(values[w]));
-    }
-    const uint16_t bits = quant_scale(warp_max(absmax), slot.dtype);
-    if (lane == 0) reinterpret_cast<uint16_t*>(out + slot.scales_offset)[row] = bits;
-    scale = bf16_float(bits);
-  }
-
-  int before = 0;
-#pragma unroll
-  for (int w = 0; w < kWords; w++) {
-    if (mask[w] >> lane & 1) {
-      staged[before + popcount(mask[w] & bits_below(lane))] =
-          element_bits(values[w], scale, slot.dtype);
-    }
-    before += popcount(mask[w]);
-  }
+  const float scale = store_scale<kWords>(args, slot, values, mask, out, row, bad_code);
+  const int n = stage_kept<kWords>(values, mask, scale, slot.dtype, staged);
   sync_warp();
   uint32_t* words = reinterpret_cast<uint32_t*>(out + slot.values_offset + row * slot.row_bytes);
   for (int i = lane; i < slot.row_bytes / 4; i += kWarpSize) {
-    words[i] = pack_word(staged, before, i, slot.dtype);
+    words[i] = pack_word(staged, n, i, slot.dtype);
   }
   sync_warp();  // the next row stages over these
 }
@@ -89,6 +65,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) compress_rows_kernel(Compre
   if (block >= step.n_new_blocks) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
   const SlotLayout& slot = at.kind == 0 ? args.layout.k : args.layout.v;
+  if (slot.ragged) return;
   float* weight = reinterpret_cast<float*>(shared_memory());
   const bool weighted = load_weights(args, step, at, weight);
   sync_block();
@@ -175,6 +152,7 @@ void compress(const CompressArgs& args, Stream stream) {
   } else {
     run(compress_rows_kernel<8>);
   }
+  if (args.layout.k.ragged || args.layout.v.ragged) compress_ragged(args, stream);
 }
 
 void move_rest(const CompressArgs& args, Stream stream) {

@@ -28,6 +28,9 @@ struct CompressArgs {
 // Fills the new pages' slots. Byte-equal to format/pack.h under format/prune.h's masks.
 void compress(const CompressArgs& args, Stream stream);
 
+// The part of compress() that fills ragged slots.
+void compress_ragged(const CompressArgs& args, Stream stream);
+
 // Then moves what stays dense (sinks, and the tokens after the new blocks) to dense_out.
 void move_rest(const CompressArgs& args, Stream stream);
 

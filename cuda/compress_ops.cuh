@@ -99,6 +99,48 @@ __device__ __forceinline__ uint32_t pack_word(const uint32_t* elements, int32_t 
   return word;
 }
 
+// Stores the scale of a row that is quantised, of its kept values, and names the row in bad_row
+// where one of all its values is not finite. Returns the scale; 0 where the slot has none. values:
+// lane i holds dims i, 32 + i, ..., zero from head_dim on.
+template <int kWords>
+__device__ __forceinline__ float store_scale(const CompressArgs& args, const SlotLayout& slot,
+                                             const float (&values)[kWords],
+                                             const uint32_t (&mask)[kWords], uint8_t* out,
+                                             int32_t row, int32_t bad_code) {
+  if (!has_scales(slot.dtype)) return 0.0f;
+  const int lane = lane_id();
+  bool finite = true;
+  float absmax = 0.0f;
+#pragma unroll
+  for (int w = 0; w < kWords; w++) {
+    finite = finite && (float_bits(values[w]) & 0x7f800000u) != 0x7f800000u;
+    if (mask[w] >> lane & 1) absmax = fmaxf(absmax, fabsf(values[w]));
+  }
+  if (ballot(!finite) != 0) {
+    if (lane == 0) atomic_minimum(args.bad_row, bad_code);
+  }
+  const uint16_t bits = quant_scale(warp_max(absmax), slot.dtype);
+  if (lane == 0) reinterpret_cast<uint16_t*>(out + slot.scales_offset)[row] = bits;
+  return bf16_float(bits);
+}
+
+// The elements of a row's kept values, in order, to staged. Returns their number.
+template <int kWords>
+__device__ __forceinline__ int stage_kept(const float (&values)[kWords],
+                                          const uint32_t (&mask)[kWords], float scale, DType dtype,
+                                          uint32_t* staged) {
+  const int lane = lane_id();
+  int before = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; w++) {
+    if (mask[w] >> lane & 1) {
+      staged[before + popcount(mask[w] & bits_below(lane))] = element_bits(values[w], scale, dtype);
+    }
+    before += popcount(mask[w]);
+  }
+  return before;
+}
+
 struct SlotPlace {
   int32_t layer, head, kind;  // kind 0: K, 1: V
   uint8_t* slot;

@@ -4,6 +4,7 @@
 
 #include "cuda/compress.h"
 #include "cuda/elementwise.h"
+#include "cuda/step_views.h"
 #include "mustafar/error.h"
 
 namespace mustafar::cuda {
@@ -26,47 +27,6 @@ class CudaMemory final : public DeviceMemory {
 };
 
 CudaWorkspace& on_cuda(Workspace& workspace) { return static_cast<CudaWorkspace&>(workspace); }
-
-SequenceView view_of(const SequenceStep& step) {
-  SequenceView view;
-  view.row0 = step.row0;
-  view.n_rows = step.n_rows;
-  view.pos0 = step.pos0;
-  view.pages = step.pages;
-  view.dense = static_cast<uint8_t*>(step.dense);
-  view.fresh = static_cast<uint8_t*>(step.fresh);
-  view.n_blocks = step.n_blocks;
-  view.dense_capacity = step.dense_capacity;
-  view.dense_tokens = step.dense_tokens;
-  view.n_sinks = step.n_sinks;
-  view.fresh_capacity = step.fresh_capacity;
-  view.fresh_pos0 = step.fresh_pos0;
-  if (step.transform != nullptr) {
-    view.k_forward = step.transform->k_forward;
-    view.k_backward = step.transform->k_backward;
-    view.v_forward = step.transform->v_forward;
-    view.v_backward = step.transform->v_backward;
-    view.k_weight = step.transform->k_weight;
-    view.v_weight = step.transform->v_weight;
-  }
-  view.query_magnitude = step.query_magnitude;
-  view.query_window = step.query_window;
-  return view;
-}
-
-CommitView view_of(const CommitStep& step) {
-  CommitView view;
-  view.sequence = view_of(*step.sequence);
-  view.new_pages = step.new_pages;
-  view.dense_out = static_cast<uint8_t*>(step.dense_out);
-  view.dense_tokens = step.dense_tokens;
-  view.fresh_tokens = step.fresh_tokens;
-  view.n_new_blocks = step.n_new_blocks;
-  view.end_pos = step.end_pos;
-  view.k_policy = step.k_policy;
-  view.v_policy = step.v_policy;
-  return view;
-}
 
 // Splits of the longest sequence, rounded up so that a recorded step stays good as contexts grow.
 int32_t split_bound(std::span<const SequenceStep> sequences) {
@@ -378,9 +338,6 @@ void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer,
     args.max_new_blocks = 0;
     for (int32_t i = first; i < first + count; i++) {
       args.max_new_blocks = std::max(args.max_new_blocks, steps[i].n_new_blocks);
-      if ((args.layout.k.ragged || args.layout.v.ragged) && steps[i].n_new_blocks > 0) {
-        throw Error("device \"cuda\" does not compress by channel; use a per-token policy");
-      }
     }
     if (args.max_new_blocks > 0) compress(args, stream_);
     move_rest(args, stream_);

@@ -6,30 +6,11 @@
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/step_views.h"
 #include "kv_test_util.h"
 #include "simt.h"
 
 namespace mustafar::cuda {
-
-inline SequenceView view_of(const SequenceStep& step) {
-  SequenceView view;
-  view.row0 = step.row0;
-  view.n_rows = step.n_rows;
-  view.pos0 = step.pos0;
-  view.pages = step.pages;
-  view.dense = static_cast<uint8_t*>(step.dense);
-  view.fresh = static_cast<uint8_t*>(step.fresh);
-  view.n_blocks = step.n_blocks;
-  view.dense_capacity = step.dense_capacity;
-  view.dense_tokens = step.dense_tokens;
-  view.n_sinks = step.n_sinks;
-  view.fresh_capacity = step.fresh_capacity;
-  view.fresh_pos0 = step.fresh_pos0;
-  view.query_magnitude = step.query_magnitude;
-  view.query_window = step.query_window;
-  if (step.transform != nullptr) view.v_backward = step.transform->v_backward;
-  return view;
-}
 
 inline std::vector<float> random_queries(int64_t n, uint32_t seed) {
   std::mt19937 random(seed);

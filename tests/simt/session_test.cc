@@ -91,17 +91,35 @@ KVConfig config_of(double sparsity, int32_t sinks = 0, ValueType type = ValueTyp
   return kv;
 }
 
-TEST_F(CudaSession, EqualsTheCpu) {
-  compare(16, DType::kF32, config_of(0.5), 1e-4);
+TEST_F(CudaSession, EqualsTheCpu) { compare(16, DType::kF32, config_of(0.5), 1e-4); }
+
+TEST_F(CudaSession, EqualsTheCpuByRow) {
   compare(24, DType::kF32, config_of(0.7, 5, ValueType::kAuto, Pattern::kRow), 1e-4);
-  // Rounding to 2 bytes can tip a value over a rank's or a code's edge, differently on each side.
-  compare(64, DType::kBF16, config_of(0.5, 2), 2e-2);
+}
+
+// Rounding to 2 bytes can tip a value over a rank's or a code's edge, differently on each side.
+TEST_F(CudaSession, EqualsTheCpuInBf16) { compare(64, DType::kBF16, config_of(0.5, 2), 2e-2); }
+
+TEST_F(CudaSession, EqualsTheCpuInF16WithInt8) {
   compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 1e-2);
 }
 
-TEST_F(CudaSession, OutputAwareKeys) {
+TEST_F(CudaSession, PruningPolicies) {
   KVConfig kv = config_of(0.6);
   kv.k_policy = PrunePolicy::kOutputAware;
+  compare(16, DType::kF32, kv, 1e-4);
+}
+
+TEST_F(CudaSession, PruningByChannel) {
+  KVConfig kv = config_of(0.6);
+  kv.k_policy = kv.v_policy = PrunePolicy::kChannelOutputAware;
+  compare(16, DType::kF32, kv, 1e-4);
+}
+
+TEST_F(CudaSession, PruningOfWholeChannels) {
+  KVConfig kv = config_of(0.6);
+  kv.k_policy = PrunePolicy::kChannelStructured;
+  kv.v_policy = PrunePolicy::kChannelMagnitude;
   compare(16, DType::kF32, kv, 1e-4);
 }
 

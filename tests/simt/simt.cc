@@ -108,6 +108,8 @@ struct Run {
 Run* g_run = nullptr;
 uint32_t g_seed = 0;
 
+struct Failed {};  // unwinds the fiber of a thread that failed
+
 void to_scheduler(bool ends) {
   Fiber& f = *g_run->current;
 #if SIMT_ASAN
@@ -145,7 +147,10 @@ void fiber_main() {
 #if SIMT_ASAN
   __sanitizer_finish_switch_fiber(nullptr, &g_run->scheduler_stack, &g_run->scheduler_stack_bytes);
 #endif
-  (*g_run->body)();
+  try {
+    (*g_run->body)();
+  } catch (const Failed&) {  // error says why
+  }
   Fiber& f = *g_run->current;
   if (g_run->error.empty() && !(f.open_copies.empty() && f.copy_groups.empty())) {
     g_run->error = "a thread ended with cp.async copies that it never waited for";
@@ -351,7 +356,7 @@ unsigned char* dynamic_shared() { return g_run->shared; }
 
 void fail(const std::string& what) {
   g_run->error = what + " (" + name_of_thread(*g_run->current) + ")";
-  for (;;) to_scheduler(false);
+  throw Failed();
 }
 
 void sync_block() {

@@ -1,0 +1,199 @@
+// Compression under the policies that fix a block's counts, byte for byte what the CPU backend
+// writes.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/cpu/commit.h"
+#include "cuda/compress.h"
+#include "cuda/step_views.h"
+#include "kv_test_util.h"
+#include "mustafar/error.h"
+#include "mustafar/kv_config.h"
+#include "simt.h"
+
+namespace mustafar::cuda {
+namespace {
+
+using testing::random_normal;
+
+struct Case {
+  const char* name;
+  int32_t head_dim;
+  DType tail, values;
+  double sparsity;
+  PrunePolicy k, v;
+};
+
+bool per_channel(PrunePolicy policy) {
+  return policy != PrunePolicy::kMagnitude && policy != PrunePolicy::kOutputAware;
+}
+
+constexpr int32_t kLayers = 2, kHeads = 2, kSinks = 3, kQueryWindow = 8;
+constexpr int32_t kDenseCapacity = 80, kDenseTokens = 40, kFreshTokens = 100, kNewBlocks = 1,
+                  kEndPos = 1001;
+
+// A commit of one block whose rows straddle dense and fresh.
+class Commit {
+ public:
+  explicit Commit(const Case& c) : case_(c), random_(static_cast<uint32_t>(c.head_dim)) {
+    const auto slot = [&](bool is_key, PrunePolicy policy) {
+      return make_slot_layout(c.head_dim, is_key, c.sparsity, !per_channel(policy), c.values,
+                              per_channel(policy));
+    };
+    layout_ = make_store_layout(kLayers, kHeads, slot(true, c.k), slot(false, c.v));
+    dense_ = rows(kLayers * 2 * kHeads * kDenseCapacity);
+    fresh_ = rows(2 * kHeads * kFreshTokens);
+    magnitude_.resize(size_t{kLayers} * kHeads * kQueryWindow * c.head_dim);
+    weights_.resize(size_t{kLayers} * kHeads * c.head_dim);
+    for (float& x : magnitude_) x = std::fabs(random_normal(random_));
+    for (float& x : weights_) x = std::fabs(random_normal(random_));
+    transform_.k_weight = transform_.v_weight = weights_.data();
+    sequence_.layout = &layout_;
+    sequence_.dense = dense_->data();
+    sequence_.dense_capacity = kDenseCapacity;
+    sequence_.dense_tokens = kDenseTokens;
+    sequence_.n_sinks = kSinks;
+    sequence_.fresh = fresh_->data();
+    sequence_.fresh_capacity = kFreshTokens;
+    sequence_.query_magnitude = magnitude_.data();
+    sequence_.query_window = kQueryWindow;
+    step_.sequence = &sequence_;
+    step_.dense_tokens = kDenseTokens;
+    step_.fresh_tokens = kFreshTokens;
+    step_.n_new_blocks = kNewBlocks;
+    step_.end_pos = kEndPos;
+    step_.k_policy = static_cast<int32_t>(c.k);
+    step_.v_policy = static_cast<int32_t>(c.v);
+  }
+
+  void use_profile_weights() { sequence_.transform = &transform_; }
+
+  // Value d of row `index` of the run, head 0 of layer 1.
+  void set(int kind, int32_t index, int32_t d, float x) {
+    ASSERT_GE(index, kDenseTokens);
+    store_float(fresh_->data(), case_.tail,
+                (int64_t{kind} * kHeads * kFreshTokens + index - kDenseTokens) * case_.head_dim + d,
+                x);
+  }
+
+  // The page as the CPU backend fills it. Throws StateError as that does.
+  std::vector<uint8_t> on_cpu() {
+    ThreadPool pool(1);
+    HostBuffer scratch;
+    return page([&] {
+      commit_blocks(pool, detect_isa(), case_.tail, 0, {&step_, 1}, 0, kLayers, scratch);
+    });
+  }
+
+  std::vector<uint8_t> on_device() {
+    return page([&] {
+      const CommitView view = view_of(step_);
+      CompressArgs args;
+      args.steps = &view;
+      args.n_steps = 1;
+      args.max_new_blocks = kNewBlocks;
+      args.layout = layout_;
+      args.n_layers = kLayers;
+      args.tail_dtype = case_.tail;
+      args.bad_row = &bad_row;
+      compress(args, nullptr);
+    });
+  }
+
+  const StoreLayout& layout() const { return layout_; }
+  int32_t bad_row = kAllFinite;
+
+ private:
+  std::unique_ptr<simt::GuardedMemory> rows(int64_t n) {
+    const int64_t values = n * case_.head_dim;
+    auto memory = std::make_unique<simt::GuardedMemory>(dtype_bytes(case_.tail, values));
+    for (int64_t i = 0; i < values; i++) {  // ties and zeros are common
+      const float x = random_normal(random_);
+      store_float(memory->data(), case_.tail, i, random_() % 4 == 0 ? std::round(x) : x);
+    }
+    return memory;
+  }
+
+  template <typename Fill>
+  std::vector<uint8_t> page(Fill&& fill) {
+    simt::GuardedMemory memory(layout_.page_bytes);
+    std::memset(memory.data(), 0xff, memory.bytes());
+    simt::GuardedMemory dense_out(dense_->bytes());
+    uint8_t* const address = memory.data();
+    step_.new_pages = &address;
+    step_.dense_out = dense_out.data();
+    fill();
+    memory.check("the page");
+    return {memory.data(), memory.data() + memory.bytes()};
+  }
+
+  Case case_;
+  std::mt19937 random_;
+  StoreLayout layout_;
+  std::unique_ptr<simt::GuardedMemory> dense_, fresh_;
+  std::vector<float> magnitude_, weights_;
+  KVTransform transform_;
+  SequenceStep sequence_;
+  CommitStep step_;
+};
+
+class CompressRaggedTest : public ::testing::TestWithParam<Case> {};
+
+TEST_P(CompressRaggedTest, EqualsTheCpuBackendByteForByte) {
+  for (const bool profile : {false, true}) {
+    Commit commit(GetParam());
+    if (profile) commit.use_profile_weights();
+    if (is_float(GetParam().values)) {
+      commit.set(0, 50, 1, NAN);
+      commit.set(0, 50, 2, -INFINITY);
+      commit.set(1, 51, 3, -NAN);
+    }
+    const std::vector<uint8_t> expected = commit.on_cpu();
+    simt::set_seed(profile ? 2 : 1);
+    const std::vector<uint8_t> page = commit.on_device();
+    ASSERT_EQ(page.size(), expected.size());
+    const auto differs = std::mismatch(page.begin(), page.end(), expected.begin());
+    EXPECT_TRUE(differs.first == page.end())
+        << "byte " << differs.first - page.begin() << " of " << page.size() << ", profile "
+        << profile << ", K slots of " << commit.layout().k.slot_bytes << " bytes";
+    EXPECT_EQ(commit.bad_row, kAllFinite);
+  }
+}
+
+constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
+constexpr DType kInt8 = DType::kInt8, kInt4 = DType::kInt4;
+constexpr PrunePolicy kByToken = PrunePolicy::kMagnitude, kPlain = PrunePolicy::kChannelMagnitude;
+constexpr PrunePolicy kAware = PrunePolicy::kChannelOutputAware;
+constexpr PrunePolicy kWhole = PrunePolicy::kChannelStructured;
+INSTANTIATE_TEST_SUITE_P(Policies, CompressRaggedTest,
+                         ::testing::Values(Case{"magnitude", 128, kBF16, kBF16, 0.7, kPlain,
+                                                kPlain},
+                                           Case{"aware", 64, kBF16, kInt8, 0.5, kAware, kAware},
+                                           Case{"whole", 128, kF16, kF16, 0.6, kWhole, kByToken},
+                                           Case{"mixed", 80, kF16, kInt4, 0.7, kAware, kPlain},
+                                           Case{"values", 8, kF32, kF32, 0.5, kByToken, kAware},
+                                           Case{"narrow", 24, kF32, kInt4, 0.3, kWhole, kAware},
+                                           Case{"wide", 256, kBF16, kInt8, 0.9, kPlain, kByToken}),
+                         [](const ::testing::TestParamInfo<Case>& info) {
+                           return std::string(info.param.name) + "_" +
+                                  dtype_name(info.param.values) + "_" +
+                                  std::to_string(info.param.head_dim);
+                         });
+
+TEST(CompressRagged, NonFiniteRowsAreNamed) {
+  Commit commit({"", 64, kBF16, kInt8, 0.5, kPlain, kPlain});
+  commit.set(1, 60, 9, INFINITY);
+  commit.set(1, 55, 9, NAN);
+  EXPECT_THROW(commit.on_cpu(), StateError);
+  // 140 tokens end at position 1001; the fresh buffer serves both layers: row 55 is position 916.
+  commit.on_device();
+  EXPECT_EQ(commit.bad_row, 1 * kBadRowPositions + 916);
+}
+
+}  // namespace
+}  // namespace mustafar::cuda
