@@ -60,8 +60,8 @@ CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim) {
   if (head_dim_ > kMaxHeadDim) {
-    throw Error("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
-                ", this model has " + std::to_string(head_dim_));
+    throw DeviceError("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
+                      ", this model has " + std::to_string(head_dim_));
   }
   stream_ = make_stream();
   cublaslt_ = CublasLt::open();

@@ -541,8 +541,9 @@ __device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_he
   }
 }
 
+// Blocks per multiprocessor are stated: left to choose, ptxas aims higher on sm_100 and spills.
 template <typename Shape>
-__global__ void __launch_bounds__(kDecodeWarps* kWarpSize)
+__global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kDim == 64 ? 6 : 4)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);

@@ -24,31 +24,36 @@ std::string version_text(int version) {
 
 DeviceProperties open_device() {
   int driver = 0, runtime = 0, count = 0;
-  cudaRuntimeGetVersion(&runtime);
+  check_call(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
-    throw Error(
-        "device \"cuda\": the NVIDIA driver (libcuda.so.1) is missing on this machine; this build "
-        "needs one for CUDA " +
+    throw DeviceError(
+        "device \"cuda\": the NVIDIA driver (libcuda.so.1) was not found; this build needs one for "
+        "CUDA " +
         version_text(runtime) + " or newer");
   }
-  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorInsufficientDriver) {
-    throw Error("device \"cuda\": the NVIDIA driver supports CUDA " + version_text(driver) +
-                ", this build needs " + version_text(runtime));
+    throw DeviceError("device \"cuda\": the NVIDIA driver (libcuda.so.1) supports CUDA " +
+                      version_text(driver) + ", this build needs " + version_text(runtime) +
+                      " or newer");
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
-    throw Error(
+    throw DeviceError(
         "device \"cuda\": the driver finds no NVIDIA GPU (is one installed, and not hidden by "
         "CUDA_VISIBLE_DEVICES?)");
   }
-  check_call(status, "cudaGetDeviceCount");
-  check_call(cudaSetDevice(0), "cudaSetDevice");
+  // Makes the context: the first call that needs the device itself.
+  if (status == cudaSuccess) status = cudaSetDevice(0);
+  if (status != cudaSuccess) {
+    throw DeviceError(std::string("device \"cuda\": the GPU can't be used: ") +
+                      cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+  }
   cudaDeviceProp p{};
   check_call(cudaGetDeviceProperties(&p, 0), "cudaGetDeviceProperties");
   if (!has_code_for_device()) {
-    throw Error("device \"cuda\": this build has no code for " + std::string(p.name) + " (sm_" +
-                std::to_string(p.major) + std::to_string(p.minor) + "); it was built for " +
-                MUSTAFAR_CUDA_ARCHITECTURES);
+    throw DeviceError("device \"cuda\": this build has no code for " + std::string(p.name) +
+                      " (sm_" + std::to_string(p.major) + std::to_string(p.minor) +
+                      "); it was built for " + MUSTAFAR_CUDA_ARCHITECTURES);
   }
   DeviceProperties properties;
   properties.name = p.name;

@@ -24,8 +24,8 @@ struct DeviceProperties {
   int64_t memory_bytes = 0;
 };
 
-// Makes the first device the calling process's. Throws Error saying what is missing: a driver, a
-// device, or code for the device's architecture in this build.
+// Makes the first device the calling process's. Throws DeviceError saying what is missing: a driver,
+// a device, or code for the device's architecture in this build.
 DeviceProperties open_device();
 
 // Every function throws Error naming what was called and CUDA's own words; device_allocate throws

@@ -210,6 +210,16 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// Cosine and sine of pi x.
+__device__ __forceinline__ void cos_sin_pi(float x, float& cosine, float& sine) {
+#if defined(MUSTAFAR_SIMT)
+  cosine = static_cast<float>(std::cos(3.14159265358979323846 * x));
+  sine = static_cast<float>(std::sin(3.14159265358979323846 * x));
+#else
+  sincospif(x, &sine, &cosine);
+#endif
+}
+
 __device__ __forceinline__ float log2_approx(float x) {
 #if defined(MUSTAFAR_SIMT)
   return std::log2(x);

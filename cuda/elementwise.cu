@@ -50,6 +50,15 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kRopeThreads = 64;
 
+// To about 2e-7 for angles up to 1e6. The angle is reduced in half turns, its product with 1 / pi
+// in two floats: cosf and sinf would bring a table in local memory for angles beyond 1e5.
+__device__ void cos_sin(float angle, float& cosine, float& sine) {
+  constexpr float kInversePi = 0.318309873f, kInversePiRest = 1.28412766e-8f;
+  const float turns = multiply_rounded(angle, kInversePi);
+  const float rest = fmaf(angle, kInversePiRest, fmaf(angle, kInversePi, -turns));
+  cos_sin_pi(turns - 2.0f * rintf(0.5f * turns) + rest, cosine, sine);
+}
+
 // Grid: x head (queries, then keys, then values), y row. Shared: the head's vector [head_dim].
 __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args) {
   const int32_t row = static_cast<int32_t>(blockIdx.y);
@@ -71,7 +80,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args
   } else {
     for (int i = thread(); i < half; i += kRopeThreads) {
       const float angle = multiply_rounded(static_cast<float>(position), args.frequencies[i]);
-      const float cosine = cosf(angle), sine = sinf(angle);
+      float cosine, sine;
+      cos_sin(angle, cosine, sine);
       const float a = from[i], b = from[i + half];
       x[i] = a * cosine - b * sine;
       x[i + half] = b * cosine + a * sine;
@@ -153,9 +163,14 @@ bool has_code_for_device() {
   return true;
 #else
   cudaFuncAttributes attributes{};
-  const bool found = cudaFuncGetAttributes(&attributes, embed_kernel) == cudaSuccess;
-  cudaGetLastError();
-  return found;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, embed_kernel);
+  if (status == cudaErrorInvalidDeviceFunction || status == cudaErrorNoKernelImageForDevice ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "cudaFuncGetAttributes");
+  return true;
 #endif
 }
 

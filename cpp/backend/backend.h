@@ -208,7 +208,8 @@ struct BackendOptions {
   int32_t threads = 0;          // 0: one per core
 };
 
-// Throws Error naming what is missing where the device can't be had.
+// "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws
+// DeviceError saying what is missing where a device asked for by name can't be had.
 std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options);
 
 }  // namespace mustafar

@@ -9,6 +9,21 @@
 #endif
 
 namespace mustafar {
+namespace {
+
+// Throws DeviceError saying what is missing.
+std::unique_ptr<Backend> make_gpu_backend(const ModelConfig& config,
+                                          const BackendOptions& options) {
+#if defined(MUSTAFAR_WITH_CUDA)
+  return cuda::make_cuda_backend(config, options.dtype);
+#else
+  (void)config, (void)options;
+  throw DeviceError(
+      "device \"cuda\": this build has no CUDA; rebuild with MUSTAFAR_CUDA=ON and nvcc on PATH");
+#endif
+}
+
+}  // namespace
 
 std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options) {
   if (!is_float(options.dtype)) {
@@ -19,19 +34,18 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
     throw std::invalid_argument("threads: expected 0 (one per core) or more, got " +
                                 std::to_string(options.threads));
   }
-  if (options.device == "auto" || options.device == "cpu") {
-    return std::make_unique<CpuBackend>(config, options.dtype, options.threads, detect_isa());
+  if (options.device == "cuda") return make_gpu_backend(config, options);
+  if (options.device != "auto" && options.device != "cpu") {
+    throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device +
+                                "\"");
   }
-  if (options.device == "cuda") {
-#if defined(MUSTAFAR_WITH_CUDA)
-    return cuda::make_cuda_backend(config, options.dtype);
-#else
-    throw Error(
-        "device \"cuda\": this build has no CUDA backend; build with MUSTAFAR_CUDA=ON and nvcc on "
-        "PATH");
-#endif
+  if (options.device == "auto") {
+    try {
+      return make_gpu_backend(config, options);
+    } catch (const DeviceError&) {  // then the CPU
+    }
   }
-  throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device + "\"");
+  return std::make_unique<CpuBackend>(config, options.dtype, options.threads, detect_isa());
 }
 
 }  // namespace mustafar

@@ -58,6 +58,8 @@ class Checkpoint {
   // Brings all weights into memory, so that the first tokens do not wait for the disk. progress is
   // called with bytes done and bytes in all (of the files), and may throw to stop.
   void load_all(const std::function<void(int64_t done, int64_t total)>& progress = {}) const;
+  // Brings bytes of a tensor into memory; throws ModelError where the file lost them.
+  void prefault(const void* data, int64_t bytes) const;
   // Throws ModelError if a file's size changed since it was opened.
   void verify() const;
 

@@ -4,27 +4,39 @@
 #include <utility>
 
 #include "core/hash.h"
+#include "mustafar/error.h"
 
 namespace mustafar {
 namespace {
 
+// Tensors of one source by name, on their way to the table. Without a backend nothing moves: what
+// they will take is counted.
 class Loader {
  public:
-  Loader(const TensorSource& source, Backend& backend, LoadedWeights& out)
-      : source_(source), backend_(backend), out_(out) {}
+  using Progress = std::function<void(int64_t, int64_t)>;
+
+  explicit Loader(const TensorSource& source) : source_(source) {}
+  Loader(const TensorSource& source, Backend& backend, const Progress& progress, int64_t total)
+      : source_(source), backend_(&backend), progress_(progress), total_(total) {}
 
   Matrix matrix(const std::string& name, int64_t rows, int64_t cols) {
     const StoredTensor stored = source_.tensor(name, {rows, cols});
     const int64_t bytes = dtype_bytes(stored.dtype, rows * cols);
-    out_.bytes += bytes;
-    sample(name, stored, bytes);
+    bytes_ += bytes;
     Matrix matrix{stored.data, stored.dtype, rows, cols};
-    if (!backend_.host_memory()) matrix.data = to_device(stored.data, bytes);
+    if (backend_ == nullptr) return matrix;
+    if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes);
+    sample(name, stored, bytes);
     return matrix;
   }
 
   const float* vector(const std::string& name, int64_t n) {
     const StoredTensor stored = source_.tensor(name, {n});
+    if (backend_ == nullptr) {
+      bytes_ += n * 4;
+      return nullptr;
+    }
+    source_.prepare(stored.data, dtype_bytes(stored.dtype, n));
     sample(name, stored, dtype_bytes(stored.dtype, n));
     std::vector<float> values(n);
     for (int64_t i = 0; i < n; i++) values[i] = load_float(stored.data, stored.dtype, i);
@@ -37,11 +49,18 @@ class Loader {
 
   const float* floats(const std::vector<float>& values) {
     const int64_t bytes = static_cast<int64_t>(values.size()) * 4;
-    out_.bytes += bytes;
-    return static_cast<const float*>(to_device(values.data(), bytes));
+    bytes_ += bytes;
+    if (backend_ == nullptr) return nullptr;
+    owned_.push_back(backend_->allocate(bytes));
+    backend_->upload(owned_.back()->data(), values.data(), bytes);
+    report(bytes);
+    return static_cast<const float*>(owned_.back()->data());
   }
 
+  bool has(const std::string& name) const { return source_.has(name); }
+  int64_t bytes() const { return bytes_; }  // of matrices and vectors so far
   std::string fingerprint() const { return hash_.hex(); }
+  std::vector<std::unique_ptr<DeviceMemory>> take_owned() { return std::move(owned_); }
 
  private:
   // Up to 16 pieces of 64 bytes, spread over the tensor: reads little of a large file.
@@ -56,32 +75,42 @@ class Loader {
     }
   }
 
+  // In parts, so that progress shows and can stop the upload of a large matrix.
   const void* to_device(const void* host, int64_t bytes) {
-    out_.owned.push_back(backend_.allocate(bytes));
-    void* device = out_.owned.back()->data();
-    backend_.upload(device, host, bytes);
+    constexpr int64_t kPartBytes = int64_t{64} << 20;
+    owned_.push_back(backend_->allocate(bytes));
+    uint8_t* const device = static_cast<uint8_t*>(owned_.back()->data());
+    const uint8_t* const from = static_cast<const uint8_t*>(host);
+    for (int64_t at = 0; at < bytes; at += kPartBytes) {
+      const int64_t part = std::min(kPartBytes, bytes - at);
+      source_.prepare(from + at, part);
+      backend_->upload(device + at, from + at, part);
+      report(part);
+    }
     return device;
   }
 
+  void report(int64_t bytes) {
+    uploaded_ += bytes;
+    if (progress_ && !backend_->host_memory()) progress_(uploaded_, total_);
+  }
+
   const TensorSource& source_;
-  Backend& backend_;
-  LoadedWeights& out_;
+  Backend* const backend_ = nullptr;
+  const Progress progress_;
+  const int64_t total_ = 0;
+  int64_t bytes_ = 0;
+  int64_t uploaded_ = 0;
+  std::vector<std::unique_ptr<DeviceMemory>> owned_;
   Hash64 hash_;
 };
 
-}  // namespace
-
-LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Backend& backend,
-                           const std::function<void(int64_t, int64_t)>& progress) {
-  LoadedWeights loaded;
-  Loader load(source, backend, loaded);
-  Weights& w = loaded.table;
-  const int64_t steps = c.n_layers + 1;
-
+Weights load_table(const ModelConfig& c, Loader& load) {
+  Weights w;
   // Tied weights may be stored under either name alone.
   const char* kEmbedding = "model.embed_tokens.weight";
   const char* kHead = "lm_head.weight";
-  const bool has_embedding = source.has(kEmbedding), has_head = source.has(kHead);
+  const bool has_embedding = load.has(kEmbedding), has_head = load.has(kHead);
   w.embedding =
       load.matrix(has_embedding || !has_head ? kEmbedding : kHead, c.vocab_size, c.hidden_size);
   w.lm_head = has_embedding && has_head && !c.tie_word_embeddings
@@ -93,7 +122,6 @@ LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Bac
   const int64_t q_rows = int64_t{c.n_heads} * c.head_dim;
   const int64_t kv_rows = int64_t{c.n_kv_heads} * c.head_dim;
   for (int32_t i = 0; i < c.n_layers; i++) {
-    if (progress) progress(i + 1, steps);
     const std::string layer = "model.layers." + std::to_string(i) + ".";
     const std::string attention = layer + "self_attn.", mlp = layer + "mlp.";
     LayerWeights l;
@@ -115,8 +143,31 @@ LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Bac
     l.down_bias = load.optional_vector(c.mlp_bias, mlp + "down_proj.bias", c.hidden_size);
     w.layers.push_back(l);
   }
-  if (progress) progress(steps, steps);
+  return w;
+}
+
+}  // namespace
+
+LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Backend& backend,
+                           const std::function<void(int64_t, int64_t)>& progress) {
+  int64_t total = 0;
+  if (!backend.host_memory()) {
+    Loader count(source);
+    load_table(c, count);
+    total = count.bytes();
+    const int64_t available = backend.available_bytes();
+    if (total > available) {
+      throw OutOfMemory("the weights take " + std::to_string(total) + " bytes, device \"" +
+                        backend.device() + "\" has " + std::to_string(available) +
+                        " free; device \"cpu\" reads them from the file");
+    }
+  }
+  Loader load(source, backend, progress, total);
+  LoadedWeights loaded;
+  loaded.table = load_table(c, load);
+  loaded.bytes = load.bytes();
   loaded.fingerprint = load.fingerprint();
+  loaded.owned = load.take_owned();
   return loaded;
 }
 

@@ -25,6 +25,13 @@ class TensorSource {
   virtual ~TensorSource() = default;
   virtual bool has(const std::string& name) const = 0;
   virtual StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const = 0;
+  // Makes sure that bytes of a tensor can be read, as those of a file that shrank can't be. Throws
+  // ModelError.
+  virtual void prepare(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
+  // Reads everything, where it isn't in memory yet. progress: bytes done, bytes in all.
+  virtual void read_all(const std::function<void(int64_t, int64_t)>& progress) const {
+    (void)progress;
+  }
 };
 
 // The table plus what it owns. Matrices stay where they are when the backend reads host memory;
@@ -36,7 +43,8 @@ struct LoadedWeights {
   std::vector<std::unique_ptr<DeviceMemory>> owned;
 };
 
-// progress: bytes done and in all, while weights are copied to a device.
+// progress: bytes done and in all, while weights are copied to a device. Throws OutOfMemory, before
+// anything is copied, where they are larger than what the device has free.
 LoadedWeights load_weights(const ModelConfig& config, const TensorSource& source, Backend& backend,
                            const std::function<void(int64_t, int64_t)>& progress);
 

@@ -26,6 +26,13 @@ class CheckpointTensors : public TensorSource {
     return {view->data, view->dtype};
   }
 
+  void prepare(const void* data, int64_t bytes) const override {
+    checkpoint_.prefault(data, bytes);
+  }
+  void read_all(const std::function<void(int64_t, int64_t)>& progress) const override {
+    checkpoint_.load_all(progress);
+  }
+
   const Checkpoint& checkpoint() const { return checkpoint_; }
 
  private:
@@ -74,9 +81,9 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   const DType stored = impl->source->tensor(first, {config.vocab_size, config.hidden_size}).dtype;
   impl->dtype = parse_dtype(options.dtype, stored);
   impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
-  impl->weights = load_weights(
-      config, *impl->source, *impl->backend,
-      impl->backend->host_memory() ? std::function<void(int64_t, int64_t)>() : options.progress);
+  // A device's copy is the reading; the CPU's weights stay where they are.
+  if (impl->backend->host_memory() && options.progress) impl->source->read_all(options.progress);
+  impl->weights = load_weights(config, *impl->source, *impl->backend, options.progress);
   impl->budget = std::make_shared<KVBudget>(options.kv_budget);
   impl->llama = std::make_unique<Llama>(impl->config, impl->weights.table, *impl->backend);
   impl->fingerprint = fingerprint_of(config, impl->weights.fingerprint);
@@ -85,9 +92,7 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
 
 Model Model::load(const std::filesystem::path& folder, const ModelOptions& options) {
   auto tensors = std::make_shared<CheckpointTensors>(Checkpoint::open(folder));
-  const Checkpoint& checkpoint = tensors->checkpoint();
-  if (options.progress) checkpoint.load_all(options.progress);
-  Model model = make_model(checkpoint.config(), tensors, options, folder);
+  Model model = make_model(tensors->checkpoint().config(), tensors, options, folder);
   Impl& impl = *model.impl_;
   const std::filesystem::path file = folder / "tokenizer.json";
   if (!std::filesystem::exists(file)) {

@@ -40,6 +40,7 @@ void register_errors(py::module_& m) {
   register_error<TemplateError>(m, "TemplateError", base);
   register_error<OutOfMemory>(m, "OutOfMemory", base);
   register_error<ContextOverflow>(m, "ContextOverflow", base);
+  register_error<DeviceError>(m, "DeviceError", base);
   register_error<StateError>(m, "StateError", base);
   register_error<Cancelled>(m, "Cancelled", base);
 }

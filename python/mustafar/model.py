@@ -44,15 +44,19 @@ class Model:
     Args:
         path: A folder with config.json and safetensors; None takes the small demo model that
             ships with the package.
-        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: the GPU where there is one that this build
+            has code for, else the CPU.
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
             or ``"bf16"``. Weights stay as they are stored.
         threads: 0 takes one per core.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
-        progress: Called with (bytes done, bytes in all) while weights are read.
+        progress: Called with (bytes done, bytes in all) while weights are read, or
+            uploaded to the GPU.
 
     Raises:
         ModelError: A file or field that can't be used, named.
+        DeviceError: ``device="cuda"`` where it can't be had; the message says what is missing.
+        OutOfMemory: Weights that do not fit the GPU; found before anything is uploaded.
         TokenizerError: A tokenizer.json that can't be used.
         ValueError: An argument out of range.
     """

@@ -75,7 +75,7 @@ class CudaSession : public ::testing::Test {
   void SetUp() override {
     try {
       random_model("cuda", 16, DType::kF32);
-    } catch (const Error& error) {
+    } catch (const DeviceError& error) {
       GTEST_SKIP() << error.what();
     }
   }

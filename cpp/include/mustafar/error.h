@@ -43,6 +43,13 @@ class ContextOverflow : public Error {
   using Error::Error;
 };
 
+// A device that was asked for by name can't be used; the message says what is missing: support in
+// this build, a driver, a GPU, or code for that GPU.
+class DeviceError : public Error {
+ public:
+  using Error::Error;
+};
+
 // A session used after close, by two threads at once, or a state file that does not match.
 class StateError : public Error {
  public:

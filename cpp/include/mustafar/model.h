@@ -20,11 +20,14 @@
 namespace mustafar {
 
 struct ModelOptions {
-  std::string device = "auto";  // "auto", "cpu", "cuda"
-  std::string dtype = "auto";   // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
-  int32_t threads = 0;          // 0: one per core
-  int64_t kv_budget = 0;        // bytes that all sessions' caches together may take; 0: no limit
-  // Called while weights are read: bytes done, bytes in all.
+  // "cpu", "cuda" (DeviceError where it can't be had), or "auto": the GPU where there is one that
+  // this build has code for, else the CPU.
+  std::string device = "auto";
+  std::string dtype = "auto";  // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
+  int32_t threads = 0;         // 0: one per core
+  int64_t kv_budget = 0;       // bytes that all sessions' caches together may take; 0: no limit
+  // Called while weights are read (or uploaded, on a GPU): bytes done, bytes in all. What it throws
+  // ends the loading.
   std::function<void(int64_t done, int64_t total)> progress;
 };
 
@@ -48,7 +51,7 @@ struct BatchOptions {
 
 class Model {
  public:
-  // Throws ModelError, TokenizerError, OutOfMemory or std::invalid_argument.
+  // Throws ModelError, TokenizerError, DeviceError, OutOfMemory or std::invalid_argument.
   static Model load(const std::filesystem::path& folder, const ModelOptions& options = {});
 
   const ModelConfig& config() const;

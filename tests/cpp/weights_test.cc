@@ -1,0 +1,162 @@
+// Weights on their way to a device with memory of its own, here one that lends host memory.
+#include "model/weights.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "mustafar/error.h"
+
+namespace mustafar {
+namespace {
+
+class HostMemory final : public DeviceMemory {
+ public:
+  explicit HostMemory(int64_t bytes) : values_(bytes) {
+    data_ = values_.data();
+    bytes_ = bytes;
+  }
+
+ private:
+  std::vector<uint8_t> values_;
+};
+
+// Takes weights and does nothing else.
+class StoreBackend final : public Backend {
+ public:
+  int64_t free_bytes = int64_t{1} << 30;
+  int64_t uploaded = 0;
+  int64_t largest_upload = 0;
+
+  std::string device() const override { return "store"; }
+  std::string description() const override { return "a store"; }
+  bool host_memory() const override { return false; }
+  std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override {
+    free_bytes -= bytes;
+    return std::make_unique<HostMemory>(bytes);
+  }
+  void upload(void* device, const void* host, int64_t bytes) override {
+    uploaded += bytes;
+    largest_upload = std::max(largest_upload, bytes);
+    std::memcpy(device, host, static_cast<size_t>(bytes));
+  }
+  void download(void*, const void*, int64_t) override { unused(); }
+  void copy(void*, const void*, int64_t) override { unused(); }
+  int64_t available_bytes() const override { return free_bytes; }
+  std::unique_ptr<Workspace> make_workspace() override { return nullptr; }
+  void embed(const Weights&, std::span<const int32_t>, float*) override { unused(); }
+  void project_qkv(const Weights&, int32_t, const Batch&, const float*, float*,
+                   Workspace&) override {
+    unused();
+  }
+  void attend(int32_t, const Batch&, const float*, float*, Workspace&) override { unused(); }
+  void project_output(const Weights&, int32_t, const Batch&, const float*, float*,
+                      Workspace&) override {
+    unused();
+  }
+  void mlp(const Weights&, int32_t, const Batch&, float*, Workspace&) override { unused(); }
+  void logits(const Weights&, const Batch&, std::span<const int32_t>, const float*, float*,
+              Workspace&) override {
+    unused();
+  }
+  void commit(std::span<const CommitStep>, int32_t, int32_t, Workspace&) override { unused(); }
+  void synchronize() override {}
+
+ private:
+  static void unused() { throw std::logic_error("loading weights calls no operation"); }
+};
+
+// A vocabulary large enough that its matrix (80 MiB in f32) goes up in parts.
+ModelConfig config_of(int32_t vocab_size) {
+  ModelConfig c;
+  c.model_type = "llama";
+  c.hidden_size = 64;
+  c.intermediate_size = 72;
+  c.n_layers = 2;
+  c.n_heads = 4;
+  c.n_kv_heads = 2;
+  c.head_dim = 16;
+  c.vocab_size = vocab_size;
+  c.max_position_embeddings = 64;
+  c.tie_word_embeddings = true;
+  return c;
+}
+
+constexpr int32_t kLargeVocab = 320 << 10;
+
+TEST(UploadedWeights, ProgressCountsTheBytesInOrderToTheEnd) {
+  const ModelConfig config = config_of(kLargeVocab);
+  const auto source = random_tensors(config, DType::kF32, 3);
+  StoreBackend backend;
+  std::vector<std::pair<int64_t, int64_t>> calls;
+  const LoadedWeights loaded =
+      load_weights(config, *source, backend,
+                   [&](int64_t done, int64_t total) { calls.emplace_back(done, total); });
+  EXPECT_EQ(loaded.bytes, backend.uploaded);
+  ASSERT_GT(calls.size(), 20u);
+  int64_t last = 0;
+  for (const auto& [done, total] : calls) {
+    EXPECT_GT(done, last);
+    EXPECT_EQ(total, loaded.bytes);
+    last = done;
+  }
+  EXPECT_EQ(last, loaded.bytes);
+  EXPECT_LE(backend.largest_upload, int64_t{64} << 20);
+}
+
+TEST(UploadedWeights, TheDeviceHoldsWhatTheSourceHas) {
+  const ModelConfig config = config_of(kLargeVocab);
+  const auto source = random_tensors(config, DType::kF32, 3);
+  StoreBackend backend;
+  const LoadedWeights loaded = load_weights(config, *source, backend, {});
+  const Matrix& table = loaded.table.embedding;
+  const StoredTensor stored =
+      source->tensor("model.embed_tokens.weight", {config.vocab_size, config.hidden_size});
+  ASSERT_NE(table.data, stored.data);
+  EXPECT_EQ(std::memcmp(table.data, stored.data, dtype_bytes(table.dtype, table.rows * table.cols)),
+            0);
+  EXPECT_EQ(loaded.table.lm_head.data, table.data) << "tied weights go up once";
+}
+
+TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
+  const ModelConfig config = config_of(97);
+  const auto source = random_tensors(config, DType::kBF16, 3);
+  StoreBackend roomy;
+  const int64_t needed = load_weights(config, *source, roomy, {}).bytes;
+
+  StoreBackend exact;
+  exact.free_bytes = needed;
+  EXPECT_EQ(load_weights(config, *source, exact, {}).bytes, needed);
+  EXPECT_EQ(exact.free_bytes, 0) << "the count is what is allocated";
+
+  StoreBackend small;
+  small.free_bytes = needed - 1;
+  try {
+    load_weights(config, *source, small, {});
+    FAIL() << "weights of " << needed << " bytes went where one is missing";
+  } catch (const OutOfMemory& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("take " + std::to_string(needed) + " bytes"), std::string::npos)
+        << message;
+    EXPECT_NE(message.find("has " + std::to_string(needed - 1) + " free"), std::string::npos)
+        << message;
+  }
+  EXPECT_EQ(small.uploaded, 0);
+}
+
+TEST(UploadedWeights, ProgressThatThrowsStopsTheUpload) {
+  const ModelConfig config = config_of(kLargeVocab);
+  const auto source = random_tensors(config, DType::kF32, 3);
+  StoreBackend backend;
+  EXPECT_THROW(
+      load_weights(config, *source, backend, [](int64_t, int64_t) { throw Cancelled("stop"); }),
+      Cancelled);
+  EXPECT_LE(backend.uploaded, int64_t{64} << 20);
+}
+
+}  // namespace
+}  // namespace mustafar
