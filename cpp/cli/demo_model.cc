@@ -17,11 +17,15 @@ std::vector<fs::path> candidates(const fs::path& program_folder) {
   std::vector<fs::path> folders;
   folders.push_back(program_folder.parent_path() / "models" / "demo");  // mustafar/bin/ in a wheel
   folders.push_back(program_folder.parent_path() / "share" / in_package);
-  std::error_code ignored;  // a folder that can't be read has no candidates
-  const fs::path lib = program_folder.parent_path() / "lib";  // a wheel's script folder
-  for (const fs::directory_entry& entry : fs::directory_iterator(lib, ignored)) {
-    if (entry.path().filename().string().rfind("python", 0) == 0) {
-      folders.push_back(entry.path() / "site-packages" / in_package);
+  folders.push_back(program_folder.parent_path() / in_package);  // pip install --target
+  std::error_code ignored;                    // a folder that can't be read has no candidates
+  for (const char* lib : {"lib", "lib64"}) {  // beside a wheel's script folder
+    for (const fs::directory_entry& entry :
+         fs::directory_iterator(program_folder.parent_path() / lib, ignored)) {
+      if (entry.path().filename().string().rfind("python", 0) != 0) continue;
+      for (const char* packages : {"site-packages", "dist-packages"}) {  // the latter is Debian's
+        folders.push_back(entry.path() / packages / in_package);
+      }
     }
   }
   fs::path parent = program_folder;  // build/<preset>/cpp/ in the source tree
