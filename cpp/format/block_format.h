@@ -5,11 +5,11 @@
 // A block is 64 tokens of one KV head, K or V, in one slot of fixed size (128-byte aligned):
 //
 //     masks   [64][mask_words]   uint32, bit i of word w is dim 32 * w + i; absent in dense slots
-//     offsets [65] uint16        ragged slots only: index of each row's first value, then their
-//     number values  [64][row_bytes]    kept values in ascending dim order, rows padded with zeros
-//     to whole
-//                                words (ragged: one run of values, rows end to end)
-//     scales  [64]  bf16         int8 and int4 only
+//     offsets [65] uint16        ragged slots only: index of each row's first value, then the
+//                                number of values
+//     values  [64][row_bytes]    kept values in ascending dim order, rows padded to whole words
+//                                (ragged: one run of values, rows end to end)
+//     scales  [64] bf16          int8 and int4 only
 //
 // int4 packs two values to a byte, low nibble first, as two's complement. All fields little-endian.
 // A page holds one block of one sequence for all layers and KV heads, K slot before V slot.
