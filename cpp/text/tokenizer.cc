@@ -2,6 +2,8 @@
 // the decoder for the way back.
 #include "mustafar/tokenizer.h"
 
+#include <filesystem>
+#include <mutex>
 #include <utility>
 
 #include "mustafar/error.h"
@@ -132,10 +134,18 @@ struct Tokenizer::Impl {
   text::BpeModel model;
   text::Decoder decoder;
   text::PostProcessor post_processor;
+
+  std::filesystem::path folder;  // of tokenizer.json
+  mutable std::mutex chat_template_mutex;
+  mutable std::optional<ChatTemplate> chat_template;  // the folder's, once asked for
 };
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {
-  return Tokenizer(std::make_shared<const Impl>(text::read_tokenizer_json(path)));
+  auto impl = std::make_shared<Impl>(text::read_tokenizer_json(path));
+  std::error_code ignored;
+  impl->folder = std::filesystem::is_directory(path, ignored) ? path : path.parent_path();
+  if (impl->folder.empty()) impl->folder = ".";
+  return Tokenizer(std::move(impl));
 }
 
 namespace {
@@ -165,6 +175,24 @@ std::vector<int32_t> Tokenizer::encode_chat(std::string_view text,
     }
   }
   return ids;
+}
+
+std::vector<int32_t> Tokenizer::apply_chat_template(
+    std::string_view messages, const ChatTemplateOptions& options,
+    const std::optional<ChatTemplate>& chat_template) const {
+  const ChatTemplate chosen = chat_template ? *chat_template : this->chat_template();
+  const RenderedChat rendered = chosen.render_marked(messages, options);
+  return encode_chat(rendered.text, rendered.outside);
+}
+
+ChatTemplate Tokenizer::chat_template() const {
+  const std::lock_guard lock(impl_->chat_template_mutex);
+  if (!impl_->chat_template) impl_->chat_template = ChatTemplate::from_folder(impl_->folder);
+  return *impl_->chat_template;
+}
+
+ChatTemplate Tokenizer::chat_template(const std::string& name_or_file) const {
+  return ChatTemplate::from_argument(name_or_file, impl_->folder);
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,

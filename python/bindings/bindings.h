@@ -6,9 +6,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
+#include "mustafar/chat_template.h"
 #include "mustafar/kv_config.h"
 #include "mustafar/model.h"
 #include "mustafar/sampling.h"
@@ -24,6 +27,12 @@ void register_profile(pybind11::module_& m);
 void register_session(pybind11::module_& m);
 void register_chat(pybind11::module_& m);
 void register_format(pybind11::module_& m);
+
+// A conversation as ChatTemplate.render takes it, rendered without the GIL.
+RenderedChat render_chat(const ChatTemplate& chat_template, const pybind11::object& messages,
+                         bool add_generation_prompt, const std::optional<std::string>& bos_token,
+                         const std::optional<std::string>& eos_token, const pybind11::object& tools,
+                         const pybind11::object& date, const pybind11::kwargs& variables);
 
 // Token ids from a list, tuple or integer array of any stride; throws ValueError or TypeError.
 std::vector<int32_t> token_ids_from(const pybind11::handle& ids);

@@ -67,10 +67,12 @@ std::optional<std::string> date_from(const py::object& date) {
   throw py::type_error("date: expected None, a str, a date or a datetime");
 }
 
-RenderedChat render(const ChatTemplate& chat_template, const py::object& messages,
-                    bool add_generation_prompt, const std::optional<std::string>& bos_token,
-                    const std::optional<std::string>& eos_token, const py::object& tools,
-                    const py::object& date, const py::kwargs& variables) {
+}  // namespace
+
+RenderedChat render_chat(const ChatTemplate& chat_template, const py::object& messages,
+                         bool add_generation_prompt, const std::optional<std::string>& bos_token,
+                         const std::optional<std::string>& eos_token, const py::object& tools,
+                         const py::object& date, const py::kwargs& variables) {
   ChatTemplateOptions options;
   options.add_generation_prompt = add_generation_prompt;
   options.bos_token = bos_token;
@@ -84,8 +86,6 @@ RenderedChat render(const ChatTemplate& chat_template, const py::object& message
   const py::gil_scoped_release release;
   return render_values(chat_template.impl(), message_values, tool_values, values, options);
 }
-
-}  // namespace
 
 void register_chat_template(py::module_& m) {
   py::class_<ChatTemplate>(m, "ChatTemplate", R"(A chat template, run by a native Jinja engine.
@@ -110,8 +110,8 @@ Raises TemplateError naming the line for a template that does not parse or fails
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& tools,
              const py::object& date, const py::kwargs& variables) {
-            return render(self, messages, add_generation_prompt, bos_token, eos_token, tools, date,
-                          variables)
+            return render_chat(self, messages, add_generation_prompt, bos_token, eos_token, tools,
+                               date, variables)
                 .text;
           },
           py::arg("messages"), py::arg("add_generation_prompt") = false,
@@ -129,8 +129,8 @@ for values that JSON does not have.)")
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& tools,
              const py::object& date, const py::kwargs& variables) {
-            const RenderedChat rendered = render(self, messages, add_generation_prompt, bos_token,
-                                                 eos_token, tools, date, variables);
+            const RenderedChat rendered = render_chat(self, messages, add_generation_prompt,
+                                                      bos_token, eos_token, tools, date, variables);
             py::list ranges;
             for (const TextRange& range : rendered.outside) {
               ranges.append(py::make_tuple(range.begin, range.end));

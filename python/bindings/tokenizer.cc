@@ -24,6 +24,14 @@ std::string_view utf8_of(const py::str& text) {
   return {bytes, static_cast<size_t>(size)};
 }
 
+// None: the tokenizer's own; a name or a file; or a ChatTemplate.
+ChatTemplate chat_template_from(const Tokenizer& tokenizer, const py::object& given) {
+  if (given.is_none()) return tokenizer.chat_template();
+  if (py::isinstance<ChatTemplate>(given)) return given.cast<ChatTemplate>();
+  return tokenizer.chat_template(
+      py::module_::import("os").attr("fsdecode")(given).cast<std::string>());
+}
+
 }  // namespace
 
 void register_tokenizer(py::module_& m) {
@@ -70,6 +78,38 @@ str with lone surrogates.)")
           py::arg("token_ids"), py::arg("skip_special") = false, R"(
 Text of token ids, a sequence or an integer array. Raises TokenizerError for an id that is no
 token.)")
+      .def(
+          "apply_chat_template",
+          [](const Tokenizer& self, const py::object& messages, bool add_generation_prompt,
+             bool tokenize, const py::object& tools, const py::object& chat_template,
+             const std::optional<std::string>& bos_token,
+             const std::optional<std::string>& eos_token, const py::object& date,
+             const py::kwargs& variables) -> py::object {
+            const ChatTemplate chosen = chat_template_from(self, chat_template);
+            const RenderedChat rendered = render_chat(chosen, messages, add_generation_prompt,
+                                                      bos_token, eos_token, tools, date, variables);
+            if (!tokenize) return py::str(rendered.text);
+            std::vector<int32_t> ids;
+            {
+              py::gil_scoped_release release;
+              ids = self.encode_chat(rendered.text, rendered.outside);
+            }
+            return py::cast(ids);
+          },
+          py::arg("messages"), py::arg("add_generation_prompt") = true, py::kw_only(),
+          py::arg("tokenize") = true, py::arg("tools") = py::none(),
+          py::arg("chat_template") = py::none(), py::arg("bos_token") = py::none(),
+          py::arg("eos_token") = py::none(), py::arg("date") = py::none(), R"(
+Token ids of a conversation as the model expects it: the chat template rendered, its special tokens
+as their ids. A special token that a message spells stays text.
+
+messages: dicts with "role" and "content". add_generation_prompt: end with what starts the
+assistant's turn. tokenize: False gives the text instead. tools: a list of tool definitions.
+chat_template: a ChatTemplate, or the name of a built-in one or a file; None is the one beside
+tokenizer.json. bos_token, eos_token: None for those of the template's folder. date: what
+strftime_now prints, a str (ISO), date or datetime; None for now. Further keyword arguments are
+variables of the template. Raises TemplateError where there is no template or it refuses the
+conversation, and TypeError or ValueError for values that JSON does not have.)")
       .def(
           "stream",
           [](const Tokenizer& self, bool skip_special) {

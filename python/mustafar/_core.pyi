@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -31,6 +31,34 @@ class Tokenizer:
         self, text: str, add_special: bool = True, parse_special: bool = False
     ) -> list[int]: ...
     def decode(self, token_ids: ArrayLike, skip_special: bool = False) -> str: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[True] = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: ChatTemplate | str | PathLike[str] | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        date: str | datetime.date | None = None,
+        **variables: Any,
+    ) -> list[int]: ...
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tokenize: Literal[False],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: ChatTemplate | str | PathLike[str] | None = None,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        date: str | datetime.date | None = None,
+        **variables: Any,
+    ) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str: ...
     def is_special(self, token_id: int) -> bool: ...

@@ -25,6 +25,12 @@ struct ChatTemplateOptions {
   // Bounds on a template gone wild. A step is about one operation or 16 bytes of text made.
   int64_t max_steps = 20'000'000;
   int64_t max_output_bytes = int64_t{64} << 20;
+
+  static ChatTemplateOptions before_reply() {  // with add_generation_prompt
+    ChatTemplateOptions options;
+    options.add_generation_prompt = true;
+    return options;
+  }
 };
 
 struct RenderedChat {

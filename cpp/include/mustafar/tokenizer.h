@@ -10,6 +10,7 @@
 #include <string_view>
 #include <vector>
 
+#include "mustafar/chat_template.h"
 #include "mustafar/text_range.h"
 
 namespace mustafar {
@@ -26,11 +27,24 @@ class Tokenizer {
   std::vector<int32_t> encode(std::string_view text, bool add_special = true,
                               bool parse_special = false) const;
 
-  // Ids of a rendered chat, nothing added: every special token that the template spelled becomes its
-  // id; where it overlaps one of the ascending ranges `outside`, which came from users and tools, it
-  // is text. Other added tokens are matched as in encode().
+  // Ids of a rendered chat, nothing added: every special token that the template spelled becomes
+  // its id; where it overlaps one of the ascending ranges `outside`, which came from users and
+  // tools, it is text. Other added tokens are matched as in encode().
   std::vector<int32_t> encode_chat(std::string_view text,
                                    std::span<const TextRange> outside = {}) const;
+
+  // Ids of a conversation as the model expects it, by default up to where its reply begins: the
+  // folder's chat template rendered, then encode_chat(). A special token that a message spells
+  // stays text. messages: a JSON array of objects with role and content. chat_template: instead of
+  // the folder's. Throws as chat_template() and ChatTemplate::render do.
+  std::vector<int32_t> apply_chat_template(
+      std::string_view messages,
+      const ChatTemplateOptions& options = ChatTemplateOptions::before_reply(),
+      const std::optional<ChatTemplate>& chat_template = std::nullopt) const;
+  // The chat template beside tokenizer.json, read when first asked for; or a built-in one or a
+  // file, as --chat-template names it, with that folder's special tokens. Throws TemplateError.
+  ChatTemplate chat_template() const;
+  ChatTemplate chat_template(const std::string& name_or_file) const;
 
   // Text of ids; always valid UTF-8. Throws TokenizerError for an id outside the vocabulary.
   std::string decode(std::span<const int32_t> token_ids, bool skip_special = false) const;
@@ -41,8 +55,8 @@ class Tokenizer {
   bool is_special(int32_t token_id) const;
   std::vector<int32_t> special_prefix() const;  // what add_special puts before a text, e.g. BOS
 
-  // Decodes ids one by one, holding back bytes until they are whole UTF-8 characters. The pieces and
-  // the flush together equal decode() of all the ids.
+  // Decodes ids one by one, holding back bytes until they are whole UTF-8 characters. The pieces
+  // and the flush together equal decode() of all the ids.
   class Stream {
    public:
     explicit Stream(const Tokenizer& tokenizer, bool skip_special = true);
