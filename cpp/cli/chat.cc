@@ -1,6 +1,7 @@
 // `mustafar chat`: a conversation in the terminal.
 #include "mustafar/chat.h"
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -166,14 +167,14 @@ class ChatProgram {
       if (message.starts_with('/')) {
         run_command(message);
       } else if (message.find_first_not_of(" \t\n") != std::string::npos) {
-        reply([&] { return chat_.start(message, params_); });
+        send(message);
       }
     } catch (const Cancelled&) {
       clear_interrupt();
       note("interrupted: the message was not sent; Ctrl-C again leaves");
       leave_on_interrupt_ = true;
     } catch (const ContextOverflow& error) {
-      note(std::string(error.what()) + ". " + context_advice());
+      note(std::string(error.what()) + ". " + overflow_advice());
     } catch (const OutOfMemory& error) {
       note(error.what());
     } catch (const std::bad_alloc&) {
@@ -192,6 +193,25 @@ class ChatProgram {
       advice += ", -c sets a larger context (this model's is " + std::to_string(most) + ")";
     }
     return advice + ".";
+  }
+
+  // As context_advice, unless the last message alone is too long: then only less text helps.
+  std::string overflow_advice() const {
+    const auto tokens =
+        static_cast<int64_t>(model_.tokenizer().encode(last_sent_, /*add_special=*/false).size());
+    if (tokens < session_.max_tokens()) return context_advice();
+    const int64_t most = model_.config().max_position_embeddings;
+    std::string advice =
+        "The message alone is " + std::to_string(tokens) + " tokens: send a part of it";
+    if (session_.max_tokens() < most) {
+      advice += ", or set a larger context with -c (this model's is " + std::to_string(most) + ")";
+    }
+    return advice + "; the conversation is as it was.";
+  }
+
+  void send(const std::string& text) {
+    last_sent_ = text;
+    reply([&] { return chat_.start(text, params_); });
   }
 
   // Starts the work on the prompt, with a bar; Ctrl-C throws Cancelled.
@@ -278,12 +298,15 @@ class ChatProgram {
       read_file(argument);
     } else if (name == "/system") {
       chat_.set_system(argument.empty() ? std::nullopt : std::optional<std::string>(argument));
-      note(argument.empty() ? "no system message" : "system message set");
+      note(std::string(argument.empty() ? "no system message" : "system message set") +
+           (chat_.messages().size() > (argument.empty() ? 0 : 1)
+                ? "; the conversation is computed anew with the next message"
+                : ""));
     } else if (name == "/save") {
-      chat_.save(needed(argument, "/save FILE"));
+      chat_.save(expand_home(needed(argument, "/save FILE")));
       note("saved " + argument);
     } else if (name == "/load") {
-      const bool cached = chat_.load(needed(argument, "/load FILE"));
+      const bool cached = chat_.load(expand_home(needed(argument, "/load FILE")));
       note("loaded " + std::to_string(chat_.messages().size()) + " messages" +
            (cached ? " and their cache" : "; their cache does not fit and is computed anew"));
     } else if (name == "/set") {
@@ -308,28 +331,57 @@ class ChatProgram {
   }
 
   void read_file(const std::string& argument) {
-    const size_t space = argument.find(' ');
-    const std::string file = argument.substr(0, space);
-    std::string text = read_text(needed(file, "/read FILE [TEXT]"));
-    if (space != std::string::npos) text += "\n\n" + argument.substr(space + 1);
+    const auto [file, question] = split_file(needed(argument, "/read FILE [TEXT]"));
+    std::string text = read_text(file);
+    if (!question.empty()) text += "\n\n" + question;
     note("read " + file + ", " + bytes(static_cast<int64_t>(text.size())));
-    reply([&] { return chat_.start(text, params_); });
+    send(text);
   }
 
+  std::string sparsity_text() const {
+    const KVConfig& kv = session_.kv_config();
+    return "sparsity K " + format_number(kv.effective_k_sparsity(), 2) + " V " +
+           format_number(kv.effective_v_sparsity(), 2);
+  }
+
+  // The conversation moves to a cache of another sparsity, computed here and now; until that is
+  // done, and where it fails, the cache stays as it was.
   void set_sparsity(const std::string& argument) {
+    if (argument.empty()) return note(sparsity_text());
     KVConfig kv = session_.kv_config();
-    if (!argument.empty()) {
-      char* end = nullptr;
-      kv.sparsity = std::strtod(argument.c_str(), &end);
-      if (*end != '\0') throw std::invalid_argument("/sparsity: '" + argument + "' is no number");
-      kv.k_sparsity.reset();
-      kv.v_sparsity.reset();
-      kv.validate();
-      session_ = Session(model_, kv, static_cast<int32_t>(session_.max_tokens()));
+    char* end = nullptr;
+    kv.sparsity = std::strtod(argument.c_str(), &end);
+    if (*end != '\0') throw std::invalid_argument("/sparsity: '" + argument + "' is no number");
+    kv.k_sparsity.reset();
+    kv.v_sparsity.reset();
+    kv.validate();
+    Session changed(model_, kv, static_cast<int32_t>(session_.max_tokens()));
+    const int64_t tokens = session_.position();
+    const auto start = std::chrono::steady_clock::now();
+    try {
+      if (tokens > 0) recompute(&changed);
+    } catch (const Cancelled&) {
+      clear_interrupt();
+      leave_on_interrupt_ = true;
+      return note("interrupted: the cache stays as it was, " + sparsity_text() +
+                  "; Ctrl-C again leaves");
+    } catch (const std::exception& error) {
+      return note(std::string(error.what()) + "; the cache stays as it was, " + sparsity_text());
     }
-    note("sparsity K " + format_number(kv.effective_k_sparsity(), 2) + " V " +
-         format_number(kv.effective_v_sparsity(), 2) +
-         (argument.empty() ? "" : "; the conversation is computed anew with the next message"));
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    session_ = std::move(changed);
+    note(sparsity_text() +
+         (tokens > 0 ? "; computed again: " + speed(tokens, seconds.count()) : ""));
+  }
+
+  // Computes the conversation so far in another session, with a bar; Ctrl-C throws Cancelled.
+  void recompute(Session* session) const {
+    note("computing the conversation's " + std::to_string(session_.position()) + " tokens again");
+    Progress bar("reading");
+    session->set_interrupt_check(throw_if_interrupted);
+    session->prefill(session_.tokens(),
+                     [&bar](int64_t done, int64_t total) { bar.update(done, total); });
+    session->set_interrupt_check({});
   }
 
   void show_stats() const {
@@ -353,6 +405,7 @@ class ChatProgram {
   LineEditor editor_;
   Style style_;
   GenerateStats total_;
+  std::string last_sent_;
   bool multiline_ = false;
   bool done_ = false;
   bool leave_on_interrupt_ = false;  // the last Ctrl-C stopped something

@@ -70,7 +70,8 @@ std::vector<std::string> complete_file(const std::string& typed) {
   const std::string start = slash == std::string::npos ? typed : typed.substr(slash + 1);
   std::vector<std::string> found;
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(folder.empty() ? "." : folder, error)) {
+  const std::string place = folder.empty() ? "." : expand_home(folder);
+  for (const auto& entry : fs::directory_iterator(place, error)) {
     const std::string name = entry.path().filename().string();
     if (!name.starts_with(start) || (start.empty() && name[0] == '.')) continue;
     std::error_code ignored;
@@ -78,6 +79,8 @@ std::vector<std::string> complete_file(const std::string& typed) {
     if (found.size() >= kMostShown) break;
   }
   std::sort(found.begin(), found.end());
+  const size_t last_word = typed.find_last_of(' ') + 1;  // names may have spaces
+  for (std::string& path : found) path.erase(0, last_word);
   return found;
 }
 
@@ -114,6 +117,27 @@ std::string chat_help() {
          "Ctrl-C stops a reply, a second one leaves.\n";
 }
 
+std::string expand_home(const std::string& path) {
+  const char* home = std::getenv("HOME");
+  return home && path.starts_with("~/") ? home + path.substr(1) : path;
+}
+
+FileAndText split_file(const std::string& argument) {
+  size_t end = argument.size();
+  while (end != std::string::npos && end > 0) {
+    const std::string file = expand_home(argument.substr(0, end));
+    const size_t text = argument.find_first_not_of(' ', end);
+    std::error_code error;
+    if (fs::is_regular_file(file, error)) {
+      return {file, text == std::string::npos ? "" : argument.substr(text)};
+    }
+    end = argument.find_last_of(' ', end - 1);
+  }
+  const size_t space = argument.find(' ');
+  return {expand_home(argument.substr(0, space)),
+          space == std::string::npos ? "" : argument.substr(space + 1)};
+}
+
 std::vector<std::string> complete_chat_line(const std::string& line) {
   if (!line.starts_with('/')) return {};
   std::vector<std::string> found;
@@ -124,10 +148,9 @@ std::vector<std::string> complete_chat_line(const std::string& line) {
     }
     return found;
   }
-  if (line.find_last_of(' ') != space) return {};  // only the first argument is completed
   const std::string command = line.substr(0, space), typed = line.substr(space + 1);
   if (command == "/read" || command == "/save" || command == "/load") return complete_file(typed);
-  if (command != "/set") return {};
+  if (command != "/set" || typed.find(' ') != std::string::npos) return {};
   for (const Parameter& p : parameters()) {
     if (std::string(p.name).starts_with(typed)) found.push_back(std::string(p.name) + "=");
   }

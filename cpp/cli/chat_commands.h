@@ -18,6 +18,14 @@ struct ChatCommand {
 const std::vector<ChatCommand>& chat_commands();
 std::string chat_help();  // one line per command
 
+// The file and the text of "FILE [TEXT]": the file is the longest beginning that names one, so that
+// names may have spaces; else the first word.
+struct FileAndText {
+  std::string file, text;
+};
+FileAndText split_file(const std::string& argument);
+std::string expand_home(const std::string& path);  // "~/x" under $HOME
+
 // Completions for the line up to the cursor: commands, files, sampling parameters.
 std::vector<std::string> complete_chat_line(const std::string& line);
 

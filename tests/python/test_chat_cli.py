@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from chat_terminal import ARROW_UP, FIGURES, command, leave, saved, say, terminals
 from test_cli import COMMAND, STORY
 
 pexpect = pytest.importorskip("pexpect")
@@ -26,8 +27,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
 )
-FIGURES = r"prompt (\d+) tokens [\d.]+ t/s(?: \((\d+) cached\))? \| reply (\d+) tokens [\d.]+ t/s \| context (\d+)/(\d+) \| KV [\d.]+ \w+ of [\d.]+ \w+ dense \| sparsity 0\.\d\d"
-ARROW_UP = "\x1b[A"
 
 
 @pytest.fixture(scope="session")
@@ -47,76 +46,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(folder: Path, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    children = []
+    """Starts a chat with the story model, 2000 tokens of context."""
+    with terminals(tmp_path) as spawn:
 
-    def spawn(*arguments: object, **environment: str) -> Any:
-        env = {
-            **os.environ,
-            "TERM": "xterm",
-            "MUSTAFAR_HISTORY": str(tmp_path / "history"),
-            **environment,
-        }
-        if "NO_COLOR" not in environment:
-            env.pop("NO_COLOR", None)
-        child = pexpect.spawn(
-            COMMAND,
-            [
-                "chat",
-                "-m",
-                str(folder),
-                "--temp",
-                "0",
-                "-n",
-                "8",
-                "-t",
-                "2",
-                "-c",
-                "2000",
-                *map(str, arguments),
-            ],
-            env=env,
-            cwd=tmp_path,
-            encoding="utf-8",
-            timeout=120,
-            dimensions=(40, 300),
-        )
-        children.append(child)
-        child.expect("lists the commands")
-        child.expect("> ")
-        return child
+        def start(*arguments: object, **environment: str) -> Any:
+            return spawn("-m", folder, "-c", 2000, *arguments, **environment)
 
-    yield spawn
-    for child in children:
-        child.close(force=True)
-
-
-def say(child: Any, text: str) -> Any:
-    """Sends a message and waits for the figures after the reply."""
-    child.send(text + "\r")
-    child.expect(FIGURES)
-    match = child.match
-    child.expect("> ")
-    return match
-
-
-def command(child: Any, text: str, answer: str) -> Any:
-    child.send(text + "\r")
-    child.expect(answer)
-    match = child.match
-    child.expect("> ")
-    return match
-
-
-def saved(child: Any, tmp_path: Path) -> list[dict[str, Any]]:
-    command(child, "/save chat.json", "saved chat.json")
-    messages: list[dict[str, Any]] = json.loads((tmp_path / "chat.json").read_text())["messages"]
-    return messages
-
-
-def leave(child: Any, status: int = 0) -> None:
-    child.expect(pexpect.EOF)
-    child.wait()
-    assert child.exitstatus == status, (child.exitstatus, child.signalstatus, child.before)
+        yield start
 
 
 def test_second_turn_is_cached_and_exit(start: Callable[..., Any]) -> None:
@@ -151,10 +87,11 @@ def test_every_command(start: Callable[..., Any], tmp_path: Path) -> None:
     command(child, "/set temp=x", "is no number")
     command(child, "/set hat=1", "/set knows temp, ")
     command(child, "/sparsity", r"sparsity K 0\.\d\d V 0\.\d\d")
-    command(child, "/sparsity 0.9", "K 0.90 V 0.90; the conversation is computed anew")
+    command(child, "/sparsity 0.9", r"K 0\.90 V 0\.90; computed again: \d+ tokens")
     command(child, "/sparsity 2", "sparsity")
-    assert say(child, "Four")[2] is None
-    command(child, "/system Be brief", "system message set")
+    command(child, "/sparsity x", "'x' is no number")
+    assert say(child, "Four")[2] is not None  # the new cache holds the conversation
+    command(child, "/system Be brief", "system message set; the conversation is computed anew")
     assert saved(child, tmp_path)[0] == {"role": "system", "content": "Be brief"}
     command(child, "/clear", "cleared")
     assert len(saved(child, tmp_path)) == 1
@@ -254,6 +191,26 @@ def test_completion(start: Callable[..., Any], tmp_path: Path) -> None:
     child.send("/read ba\t\r")
     child.expect("read banana.txt")
     child.expect(FIGURES)
+    child.expect("> ")
+    child.send("/read ap\tand a \x7f\x7f\x7f\x7f\x7f\x7fwhat is it?\r")
+    child.expect("read apple pie.txt, 14 B")
+    child.expect(FIGURES)
+    child.expect("> ")
+    assert saved(child, tmp_path)[-2]["content"] == "x\n\nwhat is it?"
+    child.send("/read apple p\t\r")
+    child.expect("read apple pie.txt, 1 B")
+    child.expect(FIGURES)
+
+
+def test_files_under_home(start: Callable[..., Any], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "note.txt").write_text("Once")
+    child = start(HOME=str(home))
+    say(child, "/read ~/no\t")
+    command(child, "/save ~/chat.json", "saved ~/chat.json")
+    assert json.loads((home / "chat.json").read_text())["messages"][0]["content"] == "Once"
+    command(child, "/load ~/chat.json", "loaded 2 messages and their cache")
 
 
 def test_colours_only_where_wanted(start: Callable[..., Any]) -> None:
@@ -286,11 +243,13 @@ def test_long_file_shows_progress_and_can_be_interrupted(
 
 def test_full_context(start: Callable[..., Any]) -> None:
     child = start("-c", 60)
-    child.send("word " * 100 + "\r")
-    child.expect(
-        r"max_tokens = 60.*/undo takes the last turn back.*--context-shift.*-c sets a larger context"
+    command(child, "word " * 100, r"max_tokens = 60\. The message alone is \d+ tokens")
+    say(child, "Hi")
+    command(
+        child,
+        "word " * 20,
+        r"max_tokens = 60.*/undo takes the last turn back.*--context-shift.*-c sets a larger context",
     )
-    child.expect("> ")
     say(child, "Hi")
     child = start("-c", 80, "--context-shift", "-n", 16)
     for i in range(6):
