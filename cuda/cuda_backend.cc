@@ -1,6 +1,7 @@
 #include "cuda/cuda_backend.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cuda/compress.h"
 #include "cuda/elementwise.h"
@@ -302,6 +303,40 @@ void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<c
   args.x = normed;
   args.n = n;
   linear(args, batch.decode || rows.size() <= batch.sequences.size(), ws);
+}
+
+void CudaBackend::top_logits(const float* logits, int64_t vocab, int32_t k,
+                             std::span<TopLogits> out, Workspace& workspace) {
+  if (k < 1 || k > kMaxTopLogits) {
+    throw Error("top_logits takes 1 to " + std::to_string(kMaxTopLogits) + " logits, not " +
+                std::to_string(k));
+  }
+  const Lock lock(mutex_);
+  CudaWorkspace& ws = on_cuda(workspace);
+  const int64_t n = static_cast<int64_t>(out.size());
+  k = static_cast<int32_t>(std::min<int64_t>(k, vocab));
+  const int64_t row_bytes = top_logits_row_bytes(k);
+  uint8_t* scratch = ws.top_scratch.ensure<uint8_t>(top_logits_scratch_bytes(n, vocab, k));
+  uint8_t* device = ws.top.ensure<uint8_t>(n * row_bytes);
+  cuda::top_logits(logits, n, vocab, k, scratch, device, stream_);
+  std::vector<uint8_t> rows(n * row_bytes);
+  copy_to_host(rows.data(), device, n * row_bytes, stream_);
+  cuda::synchronize(stream_);
+  for (int64_t i = 0; i < n; i++) {
+    const uint8_t* from = rows.data() + i * row_bytes;
+    TopSummary summary;
+    std::memcpy(&summary, from, sizeof summary);
+    out[i].exp_sum = summary.exp_sum;
+    out[i].regular = summary.regular != 0;
+    out[i].values.resize(k);
+    out[i].ids.resize(k);
+    for (int32_t j = 0; j < k; j++) {
+      TopPair pair;
+      std::memcpy(&pair, from + sizeof summary + j * sizeof pair, sizeof pair);
+      out[i].values[j] = pair.value;
+      out[i].ids[j] = pair.id;
+    }
+  }
 }
 
 void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,

@@ -19,6 +19,7 @@
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
 #include "cuda/linear.h"
+#include "cuda/top_logits.h"
 #include "cuda/workspace.h"
 
 namespace mustafar::cuda {
@@ -52,6 +53,9 @@ class CudaBackend final : public Backend {
            Workspace& workspace) override;
   void logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
               const float* x, float* logits, Workspace& workspace) override;
+  int32_t max_top_logits() const override { return kMaxTopLogits; }
+  void top_logits(const float* logits, int64_t vocab, int32_t k, std::span<TopLogits> out,
+                  Workspace& workspace) override;
   void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
               Workspace& workspace) override;
   void synchronize() override;

@@ -1,5 +1,5 @@
 // The small operations between the matrix products: embedding rows, RMSNorm, SiLU, rotary embedding
-// with append, argmax. One row, or one head of a row, a block; all memory-bound.
+// with append. One row, or one head of a row, a block; all memory-bound.
 #include "cuda/architectures.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/elementwise.h"
@@ -120,42 +120,6 @@ __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args
   }
 }
 
-// Grid: x row. Shared: the best of every warp, value and index.
-__global__ void __launch_bounds__(kThreads)
-    argmax_kernel(const float* logits, int64_t vocab, int32_t* token) {
-  const float* row = logits + int64_t{blockIdx.x} * vocab;
-  float best = -INFINITY;
-  int32_t at = 0x7fffffff;
-  const auto take = [&](float value, int32_t index) {
-    if (value > best || (value == best && index < at)) {
-      best = value;
-      at = index;
-    }
-  };
-  for (int64_t i = thread(); i < vocab; i += kThreads) take(row[i], static_cast<int32_t>(i));
-  const auto reduce = [&] {
-    for (int m = 16; m > 0; m >>= 1) {
-      const float value = shuffle_xor(best, m);
-      const int32_t index = shuffle_xor(at, m);
-      take(value, index);
-    }
-  };
-  reduce();
-  float* values = reinterpret_cast<float*>(shared_memory());
-  int32_t* indices = reinterpret_cast<int32_t*>(values + kWarps);
-  if (lane_id() == 0) {
-    values[thread() / kWarpSize] = best;
-    indices[thread() / kWarpSize] = at;
-  }
-  sync_block();
-  if (thread() >= kWarpSize) return;
-  best = -INFINITY;
-  at = 0x7fffffff;
-  if (lane_id() < kWarps) take(values[lane_id()], indices[lane_id()]);
-  reduce();
-  if (lane_id() == 0) token[blockIdx.x] = at == 0x7fffffff ? 0 : at;
-}
-
 }  // namespace
 
 bool has_code_for_device() {
@@ -193,10 +157,6 @@ void silu_multiply(float* gate, const float* up, int64_t count, Stream stream) {
 void rope_append(const RopeArgs& args, Stream stream) {
   launch("rope_append", rope_append_kernel, {args.n_heads + 2 * args.n_kv_heads, args.n_rows},
          kRopeThreads, args.head_dim * 4, stream, args);
-}
-
-void argmax(const float* logits, int32_t n, int64_t vocab, int32_t* token, Stream stream) {
-  launch("argmax", argmax_kernel, {n}, kThreads, kWarps * 8, stream, logits, vocab, token);
 }
 
 }  // namespace mustafar::cuda

@@ -36,7 +36,4 @@ struct RopeArgs {
 // type, to the sequence's fresh buffer or its dense slot dense_tokens.
 void rope_append(const RopeArgs& args, Stream stream);
 
-// token [n] (device) = index of the largest of logits [n][vocab]; the lowest among equals.
-void argmax(const float* logits, int32_t n, int64_t vocab, int32_t* token, Stream stream);
-
 }  // namespace mustafar::cuda

@@ -55,6 +55,7 @@ class CudaWorkspace final : public Workspace {
  public:
   int64_t bytes() const override {
     int64_t total = sequences.bytes() + commits.bytes() + rows.bytes() + bad_row.bytes();
+    total += top_scratch.bytes() + top.bytes();
     for (const DeviceBuffer* buffer : buffers()) total += buffer->bytes();
     return total;
   }
@@ -68,6 +69,7 @@ class CudaWorkspace final : public Workspace {
   DeviceBuffer packed;                          // activations in the weights' type
   DeviceBuffer partials;                        // of attention
   DeviceBuffer product;                         // cuBLASLt's
+  DeviceBuffer top_scratch, top;                // of top_logits
   MirroredArray<SequenceView> sequences;
   MirroredArray<CommitView> commits;
   MirroredArray<int32_t> rows;

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -117,6 +118,14 @@ struct CommitStep {
   int32_t v_policy = 0;
 };
 
+// What greedy and top-k sampling need of a row of logits.
+struct TopLogits {
+  std::vector<float> values;  // the largest, descending
+  std::vector<int32_t> ids;   // theirs; ties by the lower id
+  double exp_sum = 0;         // of e^(logit - values[0]) over the row, relative error below 1e-5
+  bool regular = false;       // no NaN, no +Inf, not all -Inf; else nothing else here says anything
+};
+
 // Scratch of one call in flight: grows to what the largest call so far needed.
 class Workspace {
  public:
@@ -180,6 +189,16 @@ class Backend {
   // logits [rows.size()][vocab] of chosen rows of x (final norm, lm_head). rows: host memory.
   virtual void logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
                       const float* x, float* logits, Workspace& workspace) = 0;
+
+  // What a host that can't read device memory may have instead of whole rows: of each of out.size()
+  // rows of logits [.][vocab] the k largest (all, where there are fewer). out: host; synchronous.
+  // 1 <= k <= max_top_logits().
+  virtual int32_t max_top_logits() const { return 0; }
+  virtual void top_logits(const float* logits, int64_t vocab, int32_t k, std::span<TopLogits> out,
+                          Workspace& workspace) {
+    (void)logits, (void)vocab, (void)k, (void)out, (void)workspace;
+    throw std::logic_error(device() + " hands out whole rows of logits");
+  }
 
   // Prunes and compresses layers [first_layer, first_layer + n_layers) of every step. Throws
   // StateError naming layer and position where a row that must be quantised is not finite (then

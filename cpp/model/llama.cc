@@ -45,31 +45,30 @@ void Llama::run_layer(int32_t layer, const Batch& batch, float* x, ForwardBuffer
   backend_.mlp(weights_, layer, batch, x, workspace);
 }
 
-void Llama::decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
-                   float* logits, ForwardBuffers& buffers) const {
+void Llama::run_decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                       float* rows, const std::function<void()>& fetch,
+                       ForwardBuffers& buffers) const {
   const int32_t n = static_cast<int32_t>(caches.size());
   std::vector<PendingAppend> pending(n);
   std::vector<SequenceStep> steps(n);
-  std::vector<int32_t> rows(n);
+  std::vector<int32_t> row_list(n);
   for (int32_t i = 0; i < n; i++) {
     pending[i] = caches[i]->prepare(1, /*in_place=*/true);
     steps[i] = caches[i]->view(pending[i]);
-    steps[i].row0 = rows[i] = i;
+    steps[i].row0 = row_list[i] = i;
   }
   const Batch batch{steps, n, /*decode=*/true};
 
-  const int64_t n_logits = int64_t{n} * config_.vocab_size;
   const int64_t width = int64_t{config_.n_heads} * config_.head_dim;
   float* x = buffers.x(int64_t{n} * config_.hidden_size);
-  float* out = backend_.host_memory() ? logits : buffers.logits(n_logits);
-  const void* const used[] = {&weights_, x, out, buffers.q(n * width),
+  const void* const used[] = {&weights_, x, rows, buffers.q(n * width),
                               buffers.attention(n * width)};
   backend_.decode_step(batch, tokens, used, buffers.workspace(), [&] {
     backend_.embed(weights_, tokens, x);
     for (int32_t layer = 0; layer < config_.n_layers; layer++) run_layer(layer, batch, x, buffers);
-    backend_.logits(weights_, batch, rows, x, out, buffers.workspace());
+    backend_.logits(weights_, batch, row_list, x, rows, buffers.workspace());
   });
-  if (out != logits) backend_.download(logits, out, n_logits * 4);
+  fetch();
 
   std::vector<CommitStep> commits;
   for (int32_t i = 0; i < n; i++) {
@@ -80,6 +79,24 @@ void Llama::decode(std::span<SequenceCache* const> caches, std::span<const int32
   if (!commits.empty()) backend_.commit(commits, 0, config_.n_layers, buffers.workspace());
   backend_.synchronize();
   for (int32_t i = 0; i < n; i++) caches[i]->apply(std::move(pending[i]));
+}
+
+void Llama::decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                   float* logits, ForwardBuffers& buffers) const {
+  const int64_t n_logits = static_cast<int64_t>(caches.size()) * config_.vocab_size;
+  float* const rows = backend_.host_memory() ? logits : buffers.logits(n_logits);
+  const auto fetch = [&] {
+    if (rows != logits) backend_.download(logits, rows, n_logits * 4);
+  };
+  run_decode(caches, tokens, rows, fetch, buffers);
+}
+
+void Llama::decode_top(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                       int32_t top_k, std::span<TopLogits> top, ForwardBuffers& buffers) const {
+  const int64_t vocab = config_.vocab_size;
+  float* const rows = buffers.logits(static_cast<int64_t>(caches.size()) * vocab);
+  const auto fetch = [&] { backend_.top_logits(rows, vocab, top_k, top, buffers.workspace()); };
+  run_decode(caches, tokens, rows, fetch, buffers);
 }
 
 Prefill::Prefill(const Llama& llama, SequenceCache& cache, std::vector<int32_t> tokens,
@@ -119,16 +136,29 @@ bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
   return layer_ < config.n_layers;
 }
 
-void Prefill::logits(int64_t first, int64_t n, float* out) {
-  const ModelConfig& config = llama_.config_;
+void Prefill::device_logits(int64_t first, int64_t n, float* out) {
   std::vector<int32_t> rows(n);
   for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(i);
   const Batch batch{{}, static_cast<int32_t>(n), /*decode=*/false};
+  llama_.backend_.logits(llama_.weights_, batch, rows, x_ + first * llama_.config_.hidden_size, out,
+                         buffers_.workspace());
+}
+
+void Prefill::logits(int64_t first, int64_t n, float* out) {
+  const int64_t vocab = llama_.config_.vocab_size;
   Backend& backend = llama_.backend_;
-  float* device = backend.host_memory() ? out : buffers_.logits(n * config.vocab_size);
-  backend.logits(llama_.weights_, batch, rows, x_ + first * config.hidden_size, device,
-                 buffers_.workspace());
-  if (device != out) backend.download(out, device, n * config.vocab_size * 4);
+  float* device = backend.host_memory() ? out : buffers_.logits(n * vocab);
+  device_logits(first, n, device);
+  if (device != out) backend.download(out, device, n * vocab * 4);
+}
+
+TopLogits Prefill::top_logits(int64_t row, int32_t top_k) {
+  const int64_t vocab = llama_.config_.vocab_size;
+  float* const device = buffers_.logits(vocab);
+  device_logits(row, 1, device);
+  TopLogits top;
+  llama_.backend_.top_logits(device, vocab, top_k, {&top, 1}, buffers_.workspace());
+  return top;
 }
 
 void Prefill::finish() {

@@ -48,10 +48,19 @@ class Llama {
   void decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
               float* logits, ForwardBuffers& buffers) const;
 
+  // The same, but only the top_k largest logits of each row come to the host: to top
+  // [caches.size()]. The rows stay in buffers.logits() until its next use. 1 <= top_k <=
+  // backend().max_top_logits().
+  void decode_top(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                  int32_t top_k, std::span<TopLogits> top, ForwardBuffers& buffers) const;
+
  private:
   friend class Prefill;
   // Sees the rotated queries [rows][heads * D] of a layer, and through batch its keys and values.
   using Observer = std::function<void(int32_t layer, const Batch& batch, const float* q)>;
+  // rows: where logits go, on the device; fetch: brings to the host what is wanted of them.
+  void run_decode(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
+                  float* rows, const std::function<void()>& fetch, ForwardBuffers& buffers) const;
   void run_layer(int32_t layer, const Batch& batch, float* x, ForwardBuffers& buffers,
                  const Observer& observer = {}) const;
 
@@ -80,10 +89,15 @@ class Prefill {
 
   // Logits of rows [first, first + n) of the call, host, [n][vocab]. After the last step.
   void logits(int64_t first, int64_t n, float* out);
+  // The top_k largest of row `row`; the row stays in buffers.logits(), see Llama::decode_top.
+  TopLogits top_logits(int64_t row, int32_t top_k);
   // Takes the call into the cache. After the last step.
   void finish();
 
  private:
+  // Logits of rows [first, first + n) to out, on the device.
+  void device_logits(int64_t first, int64_t n, float* out);
+
   const Llama& llama_;
   SequenceCache& cache_;
   const std::vector<int32_t> tokens_;

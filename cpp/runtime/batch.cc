@@ -23,7 +23,11 @@ struct Sequence {
   int64_t reserved_bytes = 0;  // of cache, at its longest
   std::optional<SequenceCache> cache;
   std::unique_ptr<Prefill> prefill;
+  // After the last token: the largest where they are enough, else all.
+  TopLogits top;
   std::vector<float> logits;
+
+  int32_t choose() { return top.regular ? loop->choose(top) : loop->choose(logits, tokens); }
 };
 
 class Scheduler {
@@ -109,9 +113,13 @@ class Scheduler {
       if (options_.interrupt_check) options_.interrupt_check();
     };
     if (prefilling_->prefill->step(between)) return;
-    prefilling_->logits.resize(engine_.config.vocab_size);
-    prefilling_->prefill->logits(static_cast<int64_t>(prefilling_->tokens.size()) - 1, 1,
-                                 prefilling_->logits.data());
+    const int64_t last = static_cast<int64_t>(prefilling_->tokens.size()) - 1;
+    const int32_t needed = prefilling_->loop->top_needed();
+    if (on_device(needed)) prefilling_->top = prefilling_->prefill->top_logits(last, needed);
+    if (!prefilling_->top.regular) {
+      prefilling_->logits.resize(engine_.config.vocab_size);
+      prefilling_->prefill->logits(last, 1, prefilling_->logits.data());
+    }
     prefilling_->prefill->finish();
     prefilling_->prefill.reset();
     active_.push_back(std::move(prefilling_));
@@ -129,19 +137,42 @@ class Scheduler {
     const size_t n = active_.size(), vocab = engine_.config.vocab_size;
     std::vector<SequenceCache*> caches;
     std::vector<int32_t> ids;
+    int32_t needed = 1;  // of the largest logits by any; 0: all
     for (auto& sequence : active_) {
       caches.push_back(&*sequence->cache);
-      ids.push_back(sequence->loop->choose(sequence->logits, sequence->tokens));
+      ids.push_back(sequence->choose());
+      const int32_t next = sequence->loop->top_needed(/*ahead=*/1);
+      needed = needed == 0 || next == 0 ? 0 : std::max(needed, next);
     }
-    logits_.resize(n * vocab);
-    engine_.llama->decode(caches, ids, logits_.data(), decode_buffers_);
+    std::vector<TopLogits> top(n);
+    bool whole = !on_device(needed);
+    if (whole) {
+      logits_.resize(n * vocab);
+      engine_.llama->decode(caches, ids, logits_.data(), decode_buffers_);
+    } else {
+      engine_.llama->decode_top(caches, ids, needed, top, decode_buffers_);
+      whole = std::any_of(top.begin(), top.end(), [](const TopLogits& t) { return !t.regular; });
+      if (whole) {  // the sampler says what is wrong with them
+        logits_.resize(n * vocab);
+        engine_.backend->download(logits_.data(), decode_buffers_.logits(n * vocab),
+                                  static_cast<int64_t>(n * vocab) * 4);
+      }
+    }
     for (size_t i = 0; i < n; i++) {
       Sequence& sequence = *active_[i];
       sequence.tokens.push_back(ids[i]);
-      sequence.logits.assign(logits_.begin() + i * vocab, logits_.begin() + (i + 1) * vocab);
+      sequence.top = std::move(top[i]);
+      if (whole) {
+        sequence.logits.assign(logits_.begin() + i * vocab, logits_.begin() + (i + 1) * vocab);
+      }
       sequence.loop->accept(ids[i]);
     }
     retire_done();
+  }
+
+  // Whether `needed` of the largest logits (0: all) come from the device by themselves.
+  bool on_device(int32_t needed) const {
+    return needed > 0 && needed <= engine_.backend->max_top_logits();
   }
 
   void retire_done() {

@@ -43,9 +43,14 @@ bool Generation::Impl::step(std::string& piece) {
     return !piece.empty();
   }
   const auto start = Clock::now();
-  session->ensure_logits();
-  const int32_t token = loop.choose(session->logits, session->tokens);
-  session->append_decode(token);
+  int32_t token;
+  if (session->has_top(loop.top_needed())) {
+    token = loop.choose(session->top);
+  } else {
+    session->ensure_logits();
+    token = loop.choose(session->logits, session->tokens);
+  }
+  session->append_decode(token, loop.top_needed(/*ahead=*/1));
   piece = loop.accept(token);
   expected_position++;
   if (const int64_t cut = loop.made_tokens() - loop.kept_tokens(); cut > 0) {
@@ -84,7 +89,9 @@ Generation Session::start(const Prompt& prompt, const SamplingParams& params) {
   impl_->check_room(static_cast<int64_t>(ids.size()));
   impl_->cancelled = false;
   const auto start = Clock::now();
-  if (!ids.empty()) impl_->append(ids, impl_->prefill_progress);
+  if (!ids.empty()) {
+    impl_->append(ids, impl_->prefill_progress, generation->loop.top_needed());
+  }
   generation->expected_position = position();
   generation->loop.result.stats.prompt_tokens = static_cast<int64_t>(ids.size());
   generation->loop.result.stats.prefill_seconds = seconds_since(start);
@@ -116,6 +123,7 @@ GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& par
     }
     impl_->cache = std::move(before->cache);
     impl_->tokens = std::move(before->tokens);
+    impl_->drop_logits();
     impl_->logits = std::move(before->logits);
     impl_->has_logits = before->has_logits;
     throw;

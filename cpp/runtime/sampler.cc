@@ -102,6 +102,11 @@ double exp_sum(std::span<const float> logits, float top) {
   return total;
 }
 
+bool penalises(const SamplingParams& params) {
+  return params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 ||
+         params.frequency_penalty != 0.0;
+}
+
 }  // namespace
 
 Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids)
@@ -144,21 +149,50 @@ TokenLogprob Sampler::sample(std::span<const float> logits, std::span<const int3
   return out;
 }
 
+bool Sampler::adjusts(int64_t n_generated) const {
+  return params_.logits_processor || !params_.logit_bias.empty() || penalises(params_) ||
+         (n_generated < params_.min_new_tokens && !end_ids_.empty());
+}
+
+int32_t Sampler::top_needed(int64_t n_generated) const {
+  if (adjusts(n_generated)) return 0;
+  const bool greedy = params_.temperature == 0.0;
+  if (!greedy && (params_.top_k <= 0 || params_.top_k >= vocab_size_)) return 0;
+  const int32_t needed = std::max({greedy ? 1 : params_.top_k, params_.logprobs, 1});
+  return static_cast<int32_t>(std::min<int64_t>(needed, vocab_size_));
+}
+
+TokenLogprob Sampler::sample(const TopLogits& top) {
+  TokenLogprob out;
+  if (params_.temperature == 0.0) {
+    out.token_id = top.ids[0];
+  } else {
+    const size_t k = std::min<size_t>(params_.top_k, top.ids.size());
+    out.token_id = *draw_sorted({top.values.data(), k}, {top.ids.data(), k}, 0, /*complete=*/true);
+  }
+  if (params_.logprobs >= 0) {
+    const double log_sum = top.values[0] + std::log(top.exp_sum);
+    const size_t at = std::find(top.ids.begin(), top.ids.end(), out.token_id) - top.ids.begin();
+    out.logprob = static_cast<float>(top.values[at] - log_sum);
+    const size_t n = std::min<size_t>(params_.logprobs, top.ids.size());
+    for (size_t i = 0; i < n; i++) {
+      out.top.emplace_back(top.ids[i], static_cast<float>(top.values[i] - log_sum));
+    }
+  }
+  draws_++;
+  return out;
+}
+
 // The logits with everything applied that comes before the temperature: the model's own where
 // nothing is asked for, else a changed copy.
 std::span<const float> Sampler::adjust(std::span<const float> logits,
                                        std::span<const int32_t> history, int64_t n_generated) {
-  const bool penalised = params_.repetition_penalty != 1.0 || params_.presence_penalty != 0.0 ||
-                         params_.frequency_penalty != 0.0;
-  const bool too_early = n_generated < params_.min_new_tokens && !end_ids_.empty();
-  if (!params_.logits_processor && params_.logit_bias.empty() && !penalised && !too_early) {
-    return logits;
-  }
+  if (!adjusts(n_generated)) return logits;
   adjusted_.assign(logits.begin(), logits.end());
   if (params_.logits_processor) params_.logits_processor(history, adjusted_);
   for (const auto& [id, bias] : params_.logit_bias) adjusted_[id] += bias;
-  if (penalised) penalise(history, n_generated);
-  if (too_early) {
+  if (penalises(params_)) penalise(history, n_generated);
+  if (n_generated < params_.min_new_tokens) {
     for (const int32_t id : end_ids_) adjusted_[id] = kMasked;
   }
   return adjusted_;
@@ -224,27 +258,38 @@ int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
   int64_t count = cut_k ? most : std::min<int64_t>(most, 256);
   for (;;) {
     top_select(logits, count, order_);
-    weights_.resize(std::max<size_t>(weights_.size(), count));
-    const double total = fill_weights(
-        count, top, temperature, [&](int64_t i) { return logits[order_[i]]; }, weights_.data());
-    if (cut_k || !cut_p) all = total;
-    int64_t kept = 0;
-    double sum = 0;
-    bool complete = count == most;
-    while (kept < count) {
-      if (cut_min && weights_[kept] < params_.min_p) {  // the best token's weight is 1
-        complete = true;
-        break;
-      }
-      sum += weights_[kept++];
-      if (cut_p && sum >= params_.top_p * all) {
-        complete = true;
-        break;
-      }
-    }
-    if (complete) return draw_from({weights_.data(), static_cast<size_t>(kept)}, sum, order_);
+    sorted_.resize(order_.size());
+    for (size_t i = 0; i < order_.size(); i++) sorted_[i] = logits[order_[i]];
+    const auto token = draw_sorted(sorted_, order_, all, count == most);
+    if (token) return *token;
     count = std::min(most, 8 * count);
   }
+}
+
+std::optional<int32_t> Sampler::draw_sorted(std::span<const float> values,
+                                            std::span<const int32_t> ids, double all,
+                                            bool complete) {
+  const size_t count = values.size();
+  weights_.resize(std::max(weights_.size(), count));
+  const double total = fill_weights(
+      static_cast<int64_t>(count), values[0], params_.temperature,
+      [&](int64_t i) { return values[i]; }, weights_.data());
+  if (all == 0) all = total;
+  size_t kept = 0;
+  double sum = 0;
+  while (kept < count) {
+    if (params_.min_p > 0.0 && weights_[kept] < params_.min_p) {  // the best token's weight is 1
+      complete = true;
+      break;
+    }
+    sum += weights_[kept++];
+    if (params_.top_p < 1.0 && sum >= params_.top_p * all) {
+      complete = true;
+      break;
+    }
+  }
+  if (!complete) return std::nullopt;
+  return draw_from({weights_.data(), kept}, sum, ids);
 }
 
 // ids empty: the index itself.

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "backend/backend.h"
 #include "mustafar/sampling.h"
 
 namespace mustafar {
@@ -25,13 +27,24 @@ class Sampler {
   TokenLogprob sample(std::span<const float> logits, std::span<const int32_t> history,
                       int64_t n_generated);
 
+  // How many of the largest logits are enough for the next token; 0: all are needed.
+  int32_t top_needed(int64_t n_generated) const;
+  // The same token as from the whole row. top: regular, with at least top_needed() logits.
+  TokenLogprob sample(const TopLogits& top);
+
   uint64_t seed() const { return seed_; }
 
  private:
+  // Changes the model's logits before the temperature.
+  bool adjusts(int64_t n_generated) const;
   std::span<const float> adjust(std::span<const float> logits, std::span<const int32_t> history,
                                 int64_t n_generated);
   void penalise(std::span<const int32_t> history, int64_t n_generated);
   int32_t draw(std::span<const float> logits, int32_t best);
+  // A token of `ids`, whose logits `values` descend, cut by top-p (a share of `all`; 0: of these)
+  // and min-p; none where the cut lies beyond them, unless they are all there is.
+  std::optional<int32_t> draw_sorted(std::span<const float> values, std::span<const int32_t> ids,
+                                     double all, bool complete);
   int32_t draw_from(std::span<const double> weights, double total, std::span<const int32_t> ids);
   void report(std::span<const float> logits, float top, TokenLogprob& out);
 
@@ -45,6 +58,7 @@ class Sampler {
   std::vector<float> adjusted_;
   std::vector<double> weights_;
   std::vector<int32_t> order_;
+  std::vector<float> sorted_;    // logits of order_
   std::vector<int32_t> counts_;  // of every token in the part of history that is looked at
 };
 

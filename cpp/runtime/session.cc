@@ -74,9 +74,12 @@ void Session::Impl::check_room(int64_t n) const {
 }
 
 void Session::Impl::append(std::span<const int32_t> token_ids,
-                           const std::function<void(int64_t, int64_t)>& progress) {
+                           const std::function<void(int64_t, int64_t)>& progress,
+                           int32_t top_needed) {
   tokens.reserve(tokens.size() + token_ids.size());
-  std::vector<float> next(engine->config.vocab_size);
+  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
+  std::vector<float> next(on_device ? 0 : engine->config.vocab_size);
+  TopLogits next_top;
   Prefill prefill(*engine->llama, *cache, {token_ids.begin(), token_ids.end()}, *buffers);
   const auto between = [&](int64_t done, int64_t total) {
     check_interrupt();
@@ -84,28 +87,63 @@ void Session::Impl::append(std::span<const int32_t> token_ids,
   };
   while (prefill.step(between)) {
   }
-  prefill.logits(static_cast<int64_t>(token_ids.size()) - 1, 1, next.data());
+  logits_on_device = false;  // their place is written over
+  const int64_t last = static_cast<int64_t>(token_ids.size()) - 1;
+  if (on_device) {
+    next_top = prefill.top_logits(last, top_needed);
+  } else {
+    prefill.logits(last, 1, next.data());
+  }
   count_workspace();
   prefill.finish();
   tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
-  logits = std::move(next);
-  has_logits = true;
+  if (!on_device) logits = std::move(next);
+  has_logits = !on_device;
+  logits_on_device = on_device;
+  top = std::move(next_top);
 }
 
-void Session::Impl::append_decode(int32_t token_id) {
+void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
   check_interrupt();
   tokens.reserve(tokens.size() + 1);
-  spare_logits.resize(engine->config.vocab_size);
   SequenceCache* const caches[] = {&*cache};
   const int32_t ids[] = {token_id};
-  engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
+  logits_on_device = false;  // their place is written over
+  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
+  TopLogits next_top;
+  if (on_device) {
+    engine->llama->decode_top(caches, ids, top_needed, {&next_top, 1}, *buffers);
+  } else {
+    spare_logits.resize(engine->config.vocab_size);
+    engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
+  }
   count_workspace();
   tokens.push_back(token_id);
-  std::swap(logits, spare_logits);
+  if (!on_device) std::swap(logits, spare_logits);
+  has_logits = !on_device;
+  logits_on_device = on_device;
+  top = std::move(next_top);
+}
+
+bool Session::Impl::has_top(int32_t needed) const {
+  return needed > 0 && top.regular && static_cast<int64_t>(top.ids.size()) >= needed;
+}
+
+void Session::Impl::drop_logits() {
+  has_logits = logits_on_device = false;
+  top = {};
+}
+
+void Session::Impl::fetch_logits() {
+  if (has_logits || !logits_on_device) return;
+  const int64_t vocab = engine->config.vocab_size;
+  logits.resize(vocab);
+  engine->backend->download(logits.data(), buffers->logits(vocab), vocab * 4);
   has_logits = true;
 }
 
 void Session::Impl::ensure_logits() {
+  fetch_logits();
   if (has_logits || tokens.empty()) return;
   const int32_t last = tokens.back();
   rewind(static_cast<int64_t>(tokens.size()) - 1);
@@ -128,7 +166,7 @@ void Session::Impl::rewind(int64_t position) {
   if (spec->compressed(position) == cache->compressed() && spec->query_window == 0) {
     cache->cut_tail(position);
     tokens.resize(position);
-    has_logits = false;
+    drop_logits();
     return;
   }
   SequenceCache kept = cache->cut_store(position);
@@ -139,12 +177,14 @@ void Session::Impl::rewind(int64_t position) {
                     *buffers);
     while (prefill.step([&](int64_t, int64_t) { check_interrupt(); })) {
     }
+    logits_on_device = false;  // their place is written over
     prefill.logits(position - first - 1, 1, next.data());
     prefill.finish();
     count_workspace();
   }
   cache = std::move(kept);
   tokens.resize(position);
+  drop_logits();
   has_logits = first < position;
   if (has_logits) logits = std::move(next);
 }
@@ -153,8 +193,13 @@ std::unique_ptr<Session::Impl> Session::Impl::fork() const {
   auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
   other->cache = cache->fork();
   other->tokens = tokens;
-  other->logits = logits;
-  other->has_logits = has_logits;
+  other->has_logits = has_logits || logits_on_device;
+  if (has_logits) other->logits = logits;
+  if (other->has_logits && !has_logits) {
+    const int64_t vocab = engine->config.vocab_size;
+    other->logits.resize(vocab);
+    engine->backend->download(other->logits.data(), buffers->logits(vocab), vocab * 4);
+  }
   other->interrupt_check = interrupt_check;
   return other;
 }
@@ -162,7 +207,7 @@ std::unique_ptr<Session::Impl> Session::Impl::fork() const {
 void Session::Impl::reset() {
   cache.emplace(engine->new_cache(spec));
   tokens.clear();
-  has_logits = false;
+  drop_logits();
 }
 
 Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
@@ -217,6 +262,8 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
   }
   const size_t vocab = first.engine->config.vocab_size;
   std::vector<float> logits(n * vocab);
+  first.fetch_logits();
+  first.logits_on_device = false;  // their place is written over
   first.engine->llama->decode(caches, token_ids, logits.data(), *first.buffers);
   first.count_workspace();
   for (size_t i = 0; i < n; i++) {
@@ -225,6 +272,7 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
     std::copy_n(logits.begin() + static_cast<int64_t>(i * vocab), vocab,
                 session.spare_logits.begin());
     std::swap(session.logits, session.spare_logits);
+    session.drop_logits();
     session.has_logits = true;
   }
   return logits;
@@ -323,7 +371,7 @@ void Session::close() {
   impl_->tokens = {};
   impl_->logits = {};
   impl_->spare_logits = {};
-  impl_->has_logits = false;
+  impl_->drop_logits();
 }
 
 void Session::cancel() { impl_->cancelled = true; }

@@ -26,8 +26,12 @@ struct Session::Impl {
   std::unique_ptr<ForwardBuffers> buffers;
   int64_t counted_workspace = 0;  // of buffers, as reported to the engine
   std::vector<int32_t> tokens;
-  std::vector<float> logits;  // after the last token
+  // After the last token: on the host, or still on the device (buffers), of which then the largest
+  // may be here; neither where a rewind or a failed call dropped them.
+  std::vector<float> logits;
   bool has_logits = false;
+  bool logits_on_device = false;
+  TopLogits top;
   std::vector<float> spare_logits;  // of the step in progress
 
   std::atomic<bool> busy{false};
@@ -54,11 +58,16 @@ struct Session::Impl {
   void check_interrupt();
   void check_tokens(std::span<const int32_t> token_ids) const;
   void check_room(int64_t n) const;  // throws ContextOverflow
-  // Appends in one forward call; the caller has checked tokens and room.
+  // Appends in one forward call; the caller has checked tokens and room. top_needed: how many of
+  // the largest logits the next token needs; 0: all.
   void append(std::span<const int32_t> token_ids,
-              const std::function<void(int64_t, int64_t)>& progress = {});
-  void append_decode(int32_t token_id);
-  void ensure_logits();  // recomputes those of the last token where a rewind dropped them
+              const std::function<void(int64_t, int64_t)>& progress = {}, int32_t top_needed = 0);
+  void append_decode(int32_t token_id, int32_t top_needed = 0);
+  void fetch_logits();   // brings those of the last token to the host if the device has them
+  void ensure_logits();  // as well, or recomputes them where they were dropped
+  // Whether `needed` of the largest logits after the last token are here.
+  bool has_top(int32_t needed) const;
+  void drop_logits();
   void rewind(int64_t position);
   std::unique_ptr<Impl> fork() const;
   void count_workspace();

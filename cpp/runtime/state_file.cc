@@ -245,6 +245,7 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const Model
 void Session::save(const std::filesystem::path& path) const {
   Impl::Use use(*impl_);
   Impl& session = *impl_;
+  session.fetch_logits();
   const std::vector<Section> sections = sections_of(session);
   SectionReader reader(*session.engine->backend);
 

@@ -41,6 +41,11 @@ int32_t TokenLoop::choose(std::span<const float> logits, std::span<const int32_t
   return chosen_->token_id;
 }
 
+int32_t TokenLoop::choose(const TopLogits& top) {
+  chosen_ = sampler_.sample(top);
+  return chosen_->token_id;
+}
+
 std::string TokenLoop::accept(int32_t token) {
   made_++;
   result.token_ids.push_back(token);

@@ -24,6 +24,10 @@ class TokenLoop {
 
   // Chooses the next token. history: the whole sequence so far.
   int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
+  // The same from the largest logits alone, where top_needed() says how many are enough.
+  int32_t choose(const TopLogits& top);
+  // For the token that `ahead` more tokens come before; 0: the whole row is needed.
+  int32_t top_needed(int64_t ahead = 0) const { return sampler_.top_needed(made_ + ahead); }
   // Takes the chosen token once it is in the cache; returns text that became certain. Ends the
   // generation where the token, the text or the count says so.
   std::string accept(int32_t token);
