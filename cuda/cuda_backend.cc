@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 
 #include "cuda/compress.h"
 #include "cuda/elementwise.h"
@@ -49,6 +50,21 @@ void for_layouts(std::span<const Item> items, LayoutOf&& layout_of, Body&& body)
     body(static_cast<int32_t>(first), static_cast<int32_t>(end - first));
     first = end;
   }
+}
+
+// y = W x + bias for n rows of x, or y += that.
+LinearPart part_of(const Matrix& w, const float* bias, float* y, bool add = false) {
+  return {w.data, w.dtype, w.rows, bias, y, w.rows, add};
+}
+
+LinearArgs product_of(std::initializer_list<LinearPart> parts, int64_t cols, const float* x,
+                      int32_t n) {
+  LinearArgs args;
+  for (const LinearPart& part : parts) args.parts[args.n_parts++] = part;
+  args.cols = cols;
+  args.x = x;
+  args.n = n;
+  return args;
 }
 
 }  // namespace
@@ -143,10 +159,11 @@ void CudaBackend::linear(const LinearArgs& args, bool decode, CudaWorkspace& wor
   }
 }
 
-void CudaBackend::normalise(const float* x, const float* weight, int32_t n, int64_t hidden,
-                            CudaWorkspace& workspace) {
-  rms_norm(x, nullptr, weight, eps_, n, hidden, workspace.normed.ensure<float>(n * hidden),
-           stream_);
+const float* CudaBackend::normalise(const float* x, const float* weight, const int32_t* rows,
+                                    int32_t n, int64_t hidden, CudaWorkspace& workspace) {
+  float* out = workspace.normed.ensure<float>(n * hidden);
+  rms_norm(x, rows, weight, eps_, n, hidden, out, stream_);
+  return out;
 }
 
 void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
@@ -162,18 +179,13 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
-  normalise(x, w.attention_norm, n, w.q.cols, ws);
+  const float* normed = normalise(x, w.attention_norm, nullptr, n, w.q.cols, ws);
   float* k = ws.keys.ensure<float>(n * w.k.rows);
   float* v = ws.values.ensure<float>(n * w.v.rows);
-  LinearArgs args;
-  args.parts[0] = {w.q.data, w.q.dtype, w.q.rows, w.q_bias, q, w.q.rows, false};
-  args.parts[1] = {w.k.data, w.k.dtype, w.k.rows, w.k_bias, k, w.k.rows, false};
-  args.parts[2] = {w.v.data, w.v.dtype, w.v.rows, w.v_bias, v, w.v.rows, false};
-  args.n_parts = 3;
-  args.cols = w.q.cols;
-  args.x = static_cast<const float*>(ws.normed.data());
-  args.n = n;
-  linear(args, batch.decode, ws);
+  linear(
+      product_of({part_of(w.q, w.q_bias, q), part_of(w.k, w.k_bias, k), part_of(w.v, w.v_bias, v)},
+                 w.q.cols, normed, n),
+      batch.decode, ws);
 
   RopeArgs rope;
   rope.sequences = send_sequences(batch, ws);
@@ -246,13 +258,8 @@ void CudaBackend::project_output(const Weights& weights, int32_t layer, const Ba
                                  const float* attention, float* x, Workspace& workspace) {
   const Lock lock(mutex_);
   const LayerWeights& w = weights.layers[layer];
-  LinearArgs args;
-  args.parts[0] = {w.o.data, w.o.dtype, w.o.rows, w.o_bias, x, w.o.rows, true};
-  args.n_parts = 1;
-  args.cols = w.o.cols;
-  args.x = attention;
-  args.n = batch.n_rows;
-  linear(args, batch.decode, on_cuda(workspace));
+  linear(product_of({part_of(w.o, w.o_bias, x, /*add=*/true)}, w.o.cols, attention, batch.n_rows),
+         batch.decode, on_cuda(workspace));
 }
 
 void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
@@ -261,25 +268,15 @@ void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch,
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
-  normalise(x, w.mlp_norm, n, w.gate.cols, ws);
+  const float* normed = normalise(x, w.mlp_norm, nullptr, n, w.gate.cols, ws);
   float* gate = ws.gate.ensure<float>(n * w.gate.rows);
   float* up = ws.up.ensure<float>(n * w.up.rows);
-  LinearArgs args;
-  args.parts[0] = {w.gate.data, w.gate.dtype, w.gate.rows, w.gate_bias, gate, w.gate.rows, false};
-  args.parts[1] = {w.up.data, w.up.dtype, w.up.rows, w.up_bias, up, w.up.rows, false};
-  args.n_parts = 2;
-  args.cols = w.gate.cols;
-  args.x = static_cast<const float*>(ws.normed.data());
-  args.n = n;
-  linear(args, batch.decode, ws);
+  linear(product_of({part_of(w.gate, w.gate_bias, gate), part_of(w.up, w.up_bias, up)}, w.gate.cols,
+                    normed, n),
+         batch.decode, ws);
   silu_multiply(gate, up, n * w.gate.rows, stream_);
-  LinearArgs down;
-  down.parts[0] = {w.down.data, w.down.dtype, w.down.rows, w.down_bias, x, w.down.rows, true};
-  down.n_parts = 1;
-  down.cols = w.down.cols;
-  down.x = gate;
-  down.n = n;
-  linear(down, batch.decode, ws);
+  linear(product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n),
+         batch.decode, ws);
 }
 
 void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
@@ -294,15 +291,9 @@ void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<c
     if (rows[i] != i) list = ws.rows.send(rows, stream_);
     if (list != nullptr) break;
   }
-  float* normed = ws.normed.ensure<float>(n * head.cols);
-  rms_norm(x, list, weights.final_norm, eps_, n, head.cols, normed, stream_);
-  LinearArgs args;
-  args.parts[0] = {head.data, head.dtype, head.rows, nullptr, logits, head.rows, false};
-  args.n_parts = 1;
-  args.cols = head.cols;
-  args.x = normed;
-  args.n = n;
-  linear(args, batch.decode || rows.size() <= batch.sequences.size(), ws);
+  const float* normed = normalise(x, weights.final_norm, list, n, head.cols, ws);
+  linear(product_of({part_of(head, nullptr, logits)}, head.cols, normed, n),
+         batch.decode || rows.size() <= batch.sequences.size(), ws);
 }
 
 void CudaBackend::top_logits(const float* logits, int64_t vocab, int32_t k,

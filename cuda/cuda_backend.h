@@ -81,8 +81,9 @@ class CudaBackend final : public Backend {
   };
 
   void linear(const LinearArgs& args, bool decode, CudaWorkspace& workspace);
-  void normalise(const float* x, const float* weight, int32_t n, int64_t hidden,
-                 CudaWorkspace& workspace);
+  // RMSNorm of rows (device; null: the first n) of x, in the workspace.
+  const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
+                         int64_t hidden, CudaWorkspace& workspace);
   const SequenceView* send_sequences(const Batch& batch, CudaWorkspace& workspace);
   const int32_t* send_tokens(std::span<const int32_t> token_ids);
 

@@ -7,9 +7,9 @@ namespace {
 template <DType kTail>
 void run(const AttentionArgs& args, Stream stream) {
   if (args.head_dim == 64) {
-    launch_decode<DecodeShape<kTail, 4, 64, 0, 0>>(args, stream);
+    launch_decode<kTail, 4, 64, 0, 0>(args, stream);
   } else {
-    launch_decode<DecodeShape<kTail, 4, 128, 0, 0>>(args, stream);
+    launch_decode<kTail, 4, 128, 0, 0>(args, stream);
   }
 }
 

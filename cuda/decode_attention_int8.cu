@@ -9,11 +9,11 @@ void run(const AttentionArgs& args, Stream stream) {
   const SlotLayout& k = args.layout.k;
   const SlotLayout& v = args.layout.v;
   if (args.head_dim == 64) {
-    launch_decode<DecodeShape<kTail, 8, 64, 0, 0>>(args, stream);
+    launch_decode<kTail, 8, 64, 0, 0>(args, stream);
   } else if (k.group == 32 && v.group == 16 && k.keep == 12 && v.keep == 4) {
-    launch_decode<DecodeShape<kTail, 8, 128, 12, 4>>(args, stream);
+    launch_decode<kTail, 8, 128, 12, 4>(args, stream);
   } else {
-    launch_decode<DecodeShape<kTail, 8, 128, 0, 0>>(args, stream);
+    launch_decode<kTail, 8, 128, 0, 0>(args, stream);
   }
 }
 

@@ -139,16 +139,17 @@ def parse(sass: str) -> list[Function]:
 def kernel_label(mangled: str) -> str | None:
     """Readable name of a decode kernel's instance; None for other kernels."""
     match = re.search(
-        r"decode_attention_kernelINS0_11DecodeShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)",
+        r"decode_attention_kernelINS0_11DecodeShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)"
+        r"ELi(\d+)",
         mangled,
     )
     if match is None:
         return None
-    tail, bits, dim, keep_k, keep_v = (int(x) for x in match.groups())
+    tail, bits, dim, keep_k, keep_v, sets = (int(x) for x in match.groups())
     tail_name = {1: "f16", 2: "bf16"}[tail]
     values = tail_name if bits == 16 else f"int{bits}"
     keep = f"K {keep_k}/32 V {keep_v}/16" if keep_k else "any keep"
-    return f"{values} ({tail_name} tail) x {dim}, {keep}"
+    return f"{values} ({tail_name} tail) x {dim}, {keep}, {4 * sets} heads"
 
 
 def tile_loop(function: Function) -> tuple[int, int] | None:

@@ -98,11 +98,39 @@ INSTANTIATE_TEST_SUITE_P(OtherTails, FastDecodeTest,
                                             ::testing::Values(kFirstClass), ::testing::Values(128)),
                          name_of_case);
 
-// Any number of query heads per KV head.
-TEST(FastDecode, QueryHeads) {
-  for (const int32_t n_queries : {1, 3, 7}) {
-    SCOPED_TRACE(n_queries);
-    check_batch(shape_of({kBF16, kBF16}, 64, n_queries, kHalf), true);
+// Any number of query heads per KV head, of which up to 8 share a block.
+class QueryHeadsTest : public ::testing::TestWithParam<int32_t> {};
+
+TEST_P(QueryHeadsTest, EqualDenseAttentionOverTheDequantisedRows) {
+  check_batch(shape_of({kBF16, kBF16}, 64, GetParam(), kHalf), true);
+  check_batch(shape_of({kF16, kInt8}, 128, GetParam(), kFirstClass), true);
+  check_batch(shape_of({kBF16, kInt4}, 64, GetParam(), kDense), true);
+}
+
+INSTANTIATE_TEST_SUITE_P(PerKVHead, QueryHeadsTest, ::testing::Values(1, 2, 3, 4, 5, 7, 8, 9, 16),
+                         ::testing::PrintToStringParamName());
+
+// A head's result is the same however many others share its rows.
+TEST(FastDecode, AHeadDoesNotDependOnItsGroup) {
+  const CacheShape four = shape_of({kBF16, kBF16}, 64, 4, kHalf);
+  CacheShape eight = four;
+  eight.n_queries = 8;
+  RandomCache a(four, 3, 9, 1), b(eight, 3, 9, 1);
+  const int64_t set = int64_t{4} * four.head_dim;
+  const std::vector<float> q = random_queries(2 * set * four.n_kv_heads, 7);
+  const std::vector<float> both = decode_attend({&b}, 0, q, true);
+  for (int64_t part = 0; part < 2; part++) {
+    std::vector<float> mine;
+    for (int64_t head = 0; head < four.n_kv_heads; head++) {
+      const auto first = q.begin() + (2 * head + part) * set;
+      mine.insert(mine.end(), first, first + set);
+    }
+    const std::vector<float> alone = decode_attend({&a}, 0, mine, true);
+    for (int64_t head = 0; head < four.n_kv_heads; head++) {
+      EXPECT_TRUE(std::equal(alone.begin() + head * set, alone.begin() + (head + 1) * set,
+                             both.begin() + (2 * head + part) * set))
+          << "set " << part << " of KV head " << head;
+    }
   }
 }
 

@@ -47,7 +47,7 @@ class WholeModel : public ::testing::TestWithParam<Trained> {
     const auto load = [&]() -> std::optional<Model> {
       try {
         return Model::load(trained.folder, options);
-      } catch (const Error& error) {
+      } catch (const DeviceError& error) {
         reason_ = error.what();
         return std::nullopt;
       }

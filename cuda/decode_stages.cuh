@@ -1,0 +1,140 @@
+// The memory side of the decode kernel: 16 rows of K and 16 of V per warp and tile, copied to a
+// stage of shared memory as they are stored, and expanded from there into fragments.
+#pragma once
+
+#include "cuda/device_ops.cuh"
+#include "cuda/expand.cuh"
+
+namespace mustafar::cuda {
+
+constexpr int kDecodeTokens = 16;  // of a tile, per warp
+constexpr int kStages = 3;
+constexpr int kStageSlack = 16;  // bytes that a run of any length may read past its row
+
+// Where a warp's 16 rows of a slot lie in a stage.
+struct Piece {
+  int32_t mask_bytes, value_bytes, scale_bytes;
+
+  __device__ __forceinline__ int32_t bytes() const {
+    return mask_bytes + value_bytes + scale_bytes;
+  }
+};
+
+MUSTAFAR_HOST_DEVICE inline Piece piece_of(const SlotLayout& slot) {
+  return {kDecodeTokens * slot.mask_words * 4, kDecodeTokens * slot.row_bytes,
+          has_scales(slot.dtype) ? kDecodeTokens * 2 : 0};
+}
+
+// The same of a layout that is compiled in.
+template <typename Shape>
+__device__ __forceinline__ Piece fixed_piece(int32_t row_bytes) {
+  return {kDecodeTokens * Shape::kDim / 8, kDecodeTokens * row_bytes,
+          Shape::kBits == 16 ? 0 : kDecodeTokens * 2};
+}
+
+// Which 16 bytes a lane copies: a stage holds a warp's K masks, values and scales, then V's, end to
+// end, and chunk n of it goes to lane n % 32.
+struct CopyPlan {
+  Piece k, v;
+  int32_t k_values, k_scales, v_slot, v_values, v_scales;  // bytes from the K slot
+  int warp;
+
+  // Bytes from the K slot to what belongs at byte `at` of the stage.
+  __device__ __forceinline__ int32_t source(int32_t at) const {
+    if (at < k.mask_bytes) return warp * k.mask_bytes + at;
+    at -= k.mask_bytes;
+    if (at < k.value_bytes) return k_values + warp * k.value_bytes + at;
+    at -= k.value_bytes;
+    if (at < k.scale_bytes) return k_scales + warp * k.scale_bytes + at;
+    at -= k.scale_bytes;
+    if (at < v.mask_bytes) return v_slot + warp * v.mask_bytes + at;
+    at -= v.mask_bytes;
+    if (at < v.value_bytes) return v_slot + v_values + warp * v.value_bytes + at;
+    return v_slot + v_scales + warp * v.scale_bytes + at - v.value_bytes;
+  }
+};
+
+// Copies stage after stage. Where the layout is compiled in, a lane works out its chunks once.
+template <typename Shape>
+class StageCopier {
+ public:
+  __device__ __forceinline__ explicit StageCopier(const CopyPlan& plan) : plan_(plan) {
+    if constexpr (Shape::kFixed) {
+#pragma unroll
+      for (int i = 0; i < kChunks; i++) source_[i] = plan.source((i * kWarpSize + lane_id()) * 16);
+    }
+  }
+
+  __device__ __forceinline__ void start(const uint8_t* k_slot, uint8_t* stage) const {
+    const int32_t at = lane_id() * 16;
+    if constexpr (Shape::kFixed) {
+#pragma unroll
+      for (int i = 0; i < kChunks; i++) {
+        if ((i + 1) * kWarpSize * 16 <= Shape::kStageBytes || at < kLastBytes) {
+          cp_async16(stage + at + i * kWarpSize * 16, k_slot + source_[i]);
+        }
+      }
+    } else {
+      const int32_t bytes = plan_.k.bytes() + plan_.v.bytes();
+#pragma unroll 1
+      for (int32_t to = at; to < bytes; to += kWarpSize * 16) {
+        cp_async16(stage + to, k_slot + plan_.source(to));
+      }
+    }
+  }
+
+ private:
+  static constexpr int kChunks =
+      Shape::kFixed ? (Shape::kStageBytes + kWarpSize * 16 - 1) / (kWarpSize * 16) : 1;
+  static constexpr int kLastBytes = Shape::kStageBytes - (kChunks - 1) * kWarpSize * 16;
+  CopyPlan plan_;
+  int32_t source_[kChunks];
+};
+
+// A lane's dims of one staged row. kDims from first_dim on; run: its index among the row's runs.
+template <int kBits, int kDims, int kRunWords>
+__device__ __forceinline__ void expand_row(const SlotLayout& slot, const Piece& piece,
+                                           const uint8_t* stage, int token, int run,
+                                           const uint8_t* lane_table, uint32_t bias,
+                                           uint32_t (&out)[kExpandedWords<kBits, kDims>]) {
+  const uint8_t* values = stage + piece.mask_bytes + token * slot.row_bytes;
+  const int first_dim = run * kDims;
+  if constexpr (kRunWords > 0) {
+    uint32_t mask;
+    if constexpr (kDims == 32) {
+      mask = reinterpret_cast<const uint32_t*>(stage)[token * 4 + run];
+    } else {
+      mask = reinterpret_cast<const uint16_t*>(stage)[token * 8 + run];
+    }
+    constexpr int kRowWords = 128 / kDims * kRunWords;  // a constant row lets offsets fold
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(stage + piece.mask_bytes) +
+                            token * kRowWords + run * kRunWords;
+    uint32_t held[kRunWords];
+    if constexpr (kRunWords % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < kRunWords; i += 2) {
+        const uint2 two = *reinterpret_cast<const uint2*>(words + i);
+        held[i] = two.x;
+        held[i + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRunWords; i++) held[i] = words[i];
+    }
+    RegisterRun<kBits, kDims, kRunWords>::expand(held, mask, lane_table, bias, out);
+  } else if (slot.dense) {
+    load_dense<kBits, kDims>(values, first_dim, bias, out);
+  } else {
+    const uint32_t* masks = reinterpret_cast<const uint32_t*>(stage) + token * slot.mask_words;
+    const uint32_t mask = masks[first_dim / 32] >> (first_dim % 32);
+    MemoryRun<kBits, kDims>::expand(reinterpret_cast<const uint32_t*>(values),
+                                    kept_before(masks, first_dim), mask, lane_table, bias, out);
+  }
+}
+
+__device__ __forceinline__ float row_scale(const Piece& piece, const uint8_t* stage, int token) {
+  return bf16_float(
+      reinterpret_cast<const uint16_t*>(stage + piece.mask_bytes + piece.value_bytes)[token]);
+}
+
+}  // namespace mustafar::cuda
