@@ -22,9 +22,14 @@ endif()
 set(MUSTAFAR_CMAKE_DIR ${CMAKE_INSTALL_LIBDIR}/cmake/mustafar)
 set(MUSTAFAR_ARCHIVE_DIR ${CMAKE_INSTALL_LIBDIR}/mustafar)
 
-# PCRE2 is installed beside the library: what links mustafar needs nothing from the system.
+# PCRE2 and the CUDA runtime are installed beside the library: what links mustafar needs nothing from
+# the system, and no toolkit.
 target_link_libraries(mustafar PRIVATE $<INSTALL_INTERFACE:mustafar::pcre2>)
 install(FILES ${PCRE2_LIBRARY} DESTINATION ${MUSTAFAR_ARCHIVE_DIR})
+if(MUSTAFAR_WITH_CUDA)
+  target_link_libraries(mustafar PRIVATE $<INSTALL_INTERFACE:mustafar::cudart>)
+  install(FILES ${CUDA_cudart_static_LIBRARY} DESTINATION ${MUSTAFAR_ARCHIVE_DIR})
+endif()
 
 install(TARGETS mustafar EXPORT mustafar-targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(DIRECTORY cpp/include/mustafar DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

@@ -1,4 +1,4 @@
-// Continues a text with a model: continue_text MODEL_FOLDER TEXT
+// Continues a text with a model: continue_text MODEL_FOLDER TEXT [auto|cpu|cuda]
 #include <mustafar/model.h>
 #include <mustafar/session.h>
 
@@ -7,11 +7,13 @@
 #include <string_view>
 
 int main(int argc, char** argv) try {
-  if (argc != 3) {
-    std::cerr << "usage: continue_text MODEL_FOLDER TEXT\n";
+  if (argc != 3 && argc != 4) {
+    std::cerr << "usage: continue_text MODEL_FOLDER TEXT [auto|cpu|cuda]\n";
     return 2;
   }
-  const mustafar::Model model = mustafar::Model::load(argv[1]);
+  mustafar::ModelOptions options;
+  if (argc == 4) options.device = argv[3];
+  const mustafar::Model model = mustafar::Model::load(argv[1], options);
 
   mustafar::KVConfig kv;
   kv.sparsity = 0.5;  // half of every key and value is pruned once it leaves the window
@@ -27,7 +29,8 @@ int main(int argc, char** argv) try {
   });
 
   const mustafar::MemoryUsage memory = session.memory();
-  std::cout << "\n" << session.position() << " tokens, KV cache " << memory.allocated
+  std::cout << "\n"
+            << session.position() << " tokens, KV cache " << memory.allocated
             << " bytes, dense it would be " << memory.dense_equivalent << "\n";
   return 0;
 } catch (const std::exception& error) {

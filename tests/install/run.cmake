@@ -1,5 +1,5 @@
 # Installs the build into an empty prefix, builds the example program against it out of the source
-# tree, and runs that on a model. Variables: BUILD, SOURCE, WORK, GENERATOR, COMPILER.
+# tree, and runs that on a model. Variables: BUILD, SOURCE, WORK, GENERATOR, COMPILER, WITH_CUDA.
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE result OUTPUT_VARIABLE output
     ERROR_VARIABLE output)
@@ -30,6 +30,20 @@ foreach(model ${SOURCE}/python/mustafar/models/demo ${SOURCE}/../shared/data/mod
   endif()
   set(ran TRUE)
 endforeach()
+
+# Whether the installed library is the one with CUDA shows in what it says where no GPU is visible.
+execute_process(
+  COMMAND ${CMAKE_COMMAND} -E env CUDA_VISIBLE_DEVICES=-1 ${WORK}/build/continue_text
+    ${SOURCE}/python/mustafar/models/demo "x" cuda
+  RESULT_VARIABLE result ERROR_VARIABLE refusal OUTPUT_QUIET)
+if(WITH_CUDA)
+  set(expected "libcuda.so.1|finds no NVIDIA GPU")
+else()
+  set(expected "this build has no CUDA")
+endif()
+if(NOT result EQUAL 1 OR NOT refusal MATCHES "^error: device \"cuda\": .*(${expected})")
+  message(FATAL_ERROR "with device cuda the example ended with ${result} and said:\n${refusal}")
+endif()
 if(NOT ran)
   message(STATUS "SKIPPED: no model folder to run the example on; it was built")
 endif()
