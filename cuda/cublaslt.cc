@@ -169,13 +169,25 @@ class LoadedCublasLt final : public CublasLt {
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };
 
-// Files to try, the likeliest first. PyPI's packages are found through the folders of Python's
-// path.
-std::vector<std::string> candidates() {
-  if (const char* chosen = std::getenv("MUSTAFAR_CUBLASLT")) {
-    if (std::string(chosen) == "off") return {};
-    return {chosen};
+// Where Python's packages have it, below a site-packages folder: PyPI's nvidia-cublas, and what
+// PyTorch brings along.
+void append_packages(const std::filesystem::path& packages, std::vector<std::string>& files) {
+  files.push_back(packages / "nvidia" / "cu13" / "lib" / "libcublasLt.so.13");
+  files.push_back(packages / "nvidia" / "cublas" / "lib" / "libcublasLt.so.12");
+}
+
+// The same for every Python of an environment.
+void append_environment(const std::filesystem::path& environment, std::vector<std::string>& files) {
+  std::error_code error;
+  for (const auto& python : std::filesystem::directory_iterator(environment / "lib", error)) {
+    if (python.path().filename().string().rfind("python", 0) != 0) continue;
+    append_packages(python.path() / "site-packages", files);
   }
+}
+
+// Files to try, the likeliest first. A name without a folder is also found where the process has
+// it loaded already, as it has once PyTorch is imported.
+std::vector<std::string> candidates() {
   std::vector<std::string> files = {"libcublasLt.so.13", "libcublasLt.so.12"};
   for (const char* name : {"CUDA_HOME", "CUDA_PATH"}) {
     if (const char* home = std::getenv(name)) {
@@ -183,27 +195,46 @@ std::vector<std::string> candidates() {
     }
   }
   files.push_back("/usr/local/cuda/lib64/libcublasLt.so");
-  if (const char* environment = std::getenv("VIRTUAL_ENV")) {
+  // What this code was loaded from: site-packages/mustafar/_core.so, or a command in bin/.
+  Dl_info here{};
+  if (dladdr(reinterpret_cast<const void*>(&append_packages), &here) != 0) {
     std::error_code error;
-    const std::filesystem::path lib = std::filesystem::path(environment) / "lib";
-    for (const auto& python : std::filesystem::directory_iterator(lib, error)) {
-      const auto nvidia = python.path() / "site-packages" / "nvidia";
-      files.push_back(nvidia / "cu13" / "lib" / "libcublasLt.so.13");
-      files.push_back(nvidia / "cublas" / "lib" / "libcublasLt.so.12");
+    std::filesystem::path file = std::filesystem::canonical(here.dli_fname, error);
+    // Of a command it is the name that it was called by, which may be without its folder.
+    if (error) file = std::filesystem::canonical("/proc/self/exe", error);
+    if (!error) {
+      append_packages(file.parent_path().parent_path(), files);
+      append_environment(file.parent_path().parent_path(), files);
     }
   }
+  if (const char* environment = std::getenv("VIRTUAL_ENV")) append_environment(environment, files);
   return files;
+}
+
+// Throws Error saying why the file can't be used.
+std::unique_ptr<CublasLt> open_file(const std::string& file) {
+  void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) throw Error(std::string("cuBLASLt: ") + dlerror());
+  Functions functions{};
+  if (!find_all(library, functions)) {
+    dlclose(library);
+    throw Error("cuBLASLt: " + file + " lacks a function that is needed");
+  }
+  return std::make_unique<LoadedCublasLt>(functions);
 }
 
 }  // namespace
 
 std::unique_ptr<CublasLt> CublasLt::open() {
+  if (const char* chosen = std::getenv("MUSTAFAR_CUBLASLT")) {
+    if (std::string(chosen) == "off") return nullptr;
+    return open_file(chosen);
+  }
   for (const std::string& file : candidates()) {
-    void* library = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr) continue;
-    Functions functions{};
-    if (find_all(library, functions)) return std::make_unique<LoadedCublasLt>(functions);
-    dlclose(library);
+    try {
+      return open_file(file);
+    } catch (const Error&) {  // the next one may do
+    }
   }
   return nullptr;
 }

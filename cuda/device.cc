@@ -1,4 +1,7 @@
 // cuda/device.h on the CUDA runtime. Compiled by the host compiler.
+//
+// Every call is checked but those that release: nothing could be done about their failing, and an
+// error that stays comes back from the next call.
 #include "cuda/device.h"
 
 #include <cuda_runtime.h>
@@ -83,7 +86,13 @@ void device_free(void* pointer) noexcept {
 
 void* pinned_allocate(int64_t bytes) {
   void* pointer = nullptr;
-  check_call(cudaMallocHost(&pointer, static_cast<size_t>(bytes)), "cudaMallocHost");
+  const cudaError_t status = cudaMallocHost(&pointer, static_cast<size_t>(bytes));
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw OutOfMemory("CUDA: can't allocate " + std::to_string(bytes) +
+                      " bytes of pinned host memory");
+  }
+  check_call(status, "cudaMallocHost");
   return pointer;
 }
 

@@ -28,8 +28,8 @@ struct DeviceProperties {
 // a device, or code for the device's architecture in this build.
 DeviceProperties open_device();
 
-// Every function throws Error naming what was called and CUDA's own words; device_allocate throws
-// OutOfMemory with the need and what is free.
+// Every function throws Error naming what was called and CUDA's own words; the allocating ones throw
+// OutOfMemory with the need and, on the device, what is free.
 void* device_allocate(int64_t bytes);
 void device_free(void* pointer) noexcept;
 void* pinned_allocate(int64_t bytes);  // host memory that copies run from without staging

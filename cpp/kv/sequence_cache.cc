@@ -115,7 +115,7 @@ SequenceCache SequenceCache::cut_store(int64_t length) const {
 
 void SequenceCache::cut_tail(int64_t length) { length_ = length; }
 
-PendingAppend SequenceCache::prepare(int64_t n, bool in_place) const {
+PendingAppend SequenceCache::prepare(int64_t n, bool in_place) {
   PendingAppend pending;
   pending.n_tokens = n;
   const int64_t new_blocks = (spec_->compressed(length_ + n) - compressed()) / kBlockTokens;
@@ -130,13 +130,27 @@ PendingAppend SequenceCache::prepare(int64_t n, bool in_place) const {
   if (new_blocks > 0) {
     pending.new_pages = pool_->allocate(new_blocks);
     for (const PageRef& page : pending.new_pages) pending.new_page_addresses.push_back(page.data());
-    if (!backend_->host_memory()) {
-      const int64_t bytes = new_blocks * static_cast<int64_t>(sizeof(uint8_t*));
-      pending.new_page_table = KVMemory(*backend_, budget_, bytes);
-      backend_->upload(pending.new_page_table.data(), pending.new_page_addresses.data(), bytes);
-    }
+    prepare_page_table(pending);
+    pages_.reserve(pages_.size() + new_blocks);
+    page_addresses_.reserve(pages_.size() + new_blocks);
   }
   return pending;
+}
+
+// The new pages' addresses follow the old ones', where nothing looks for them until apply().
+void SequenceCache::prepare_page_table(PendingAppend& pending) const {
+  if (backend_->host_memory()) return;
+  constexpr int64_t kAddress = sizeof(uint8_t*);
+  const int64_t old_bytes = kAddress * static_cast<int64_t>(pages_.size());
+  const int64_t new_bytes = kAddress * static_cast<int64_t>(pending.new_pages.size());
+  void* table = page_table_.data();
+  if (page_table_.bytes() < old_bytes + new_bytes) {
+    pending.page_table = KVMemory(*backend_, budget_, 2 * (old_bytes + new_bytes));
+    table = pending.page_table.data();
+    if (old_bytes > 0) backend_->upload(table, page_addresses_.data(), old_bytes);
+  }
+  backend_->upload(static_cast<uint8_t*>(table) + old_bytes, pending.new_page_addresses.data(),
+                   new_bytes);
 }
 
 SequenceStep SequenceCache::view(const PendingAppend& pending) const {
@@ -167,7 +181,11 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
   const int32_t n = static_cast<int32_t>(pending.n_tokens);
   commit.dense_tokens = step.fresh != nullptr ? step.dense_tokens : step.dense_tokens + n;
   commit.fresh_tokens = step.fresh != nullptr ? n : 0;
-  commit.new_pages = pending.page_table();
+  commit.new_pages = pending.new_page_addresses.data();
+  if (!backend_->host_memory() && !pending.new_pages.empty()) {
+    const KVMemory& table = pending.page_table.data() != nullptr ? pending.page_table : page_table_;
+    commit.new_pages = static_cast<uint8_t* const*>(table.data()) + pages_.size();
+  }
   commit.n_new_blocks = static_cast<int32_t>(pending.new_pages.size());
   commit.end_pos = static_cast<int32_t>(length_) + n;
   commit.dense_out = pending.dense.data();
@@ -181,7 +199,7 @@ void SequenceCache::apply(PendingAppend&& pending) noexcept {
     page_addresses_.push_back(page.data());
     pages_.push_back(std::move(page));
   }
-  if (!pending.new_pages.empty()) refresh_page_table();
+  if (pending.page_table.data() != nullptr) page_table_ = std::move(pending.page_table);
   if (pending.dense.data() != nullptr) dense_ = std::move(pending.dense);
   if (pending.query_magnitude.data() != nullptr) {
     query_magnitude_ = std::move(pending.query_magnitude);

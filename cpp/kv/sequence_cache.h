@@ -48,14 +48,9 @@ struct PendingAppend {
   int64_t n_tokens = 0;
   std::vector<PageRef> new_pages;
   std::vector<uint8_t*> new_page_addresses;
-  KVMemory new_page_table;   // where the device can't read host memory
+  KVMemory page_table;       // what the cache's becomes; empty where that has room, or has none
   KVMemory dense;            // what the dense buffer becomes; empty when it is appended to in place
   KVMemory query_magnitude;  // likewise
-
-  uint8_t* const* page_table() const {
-    return new_page_table.data() != nullptr ? static_cast<uint8_t* const*>(new_page_table.data())
-                                            : new_page_addresses.data();
-  }
 };
 
 class SequenceCache {
@@ -79,7 +74,7 @@ class SequenceCache {
 
   // Everything that appending n tokens needs. in_place: the call writes its rows into the dense
   // buffer (decode), so that without a commit nothing is copied. Throws OutOfMemory, unchanged.
-  PendingAppend prepare(int64_t n, bool in_place) const;
+  PendingAppend prepare(int64_t n, bool in_place);
   // Keys and values of one layer of a call of n tokens (SequenceStep::fresh), within the budget.
   KVMemory fresh(int64_t n) const { return KVMemory(*backend_, budget_, spec_->fresh_bytes(n)); }
   // The parts of a call's views that depend on the cache alone.
@@ -100,6 +95,7 @@ class SequenceCache {
 
  private:
   void refresh_page_table();
+  void prepare_page_table(PendingAppend& pending) const;
 
   Backend* backend_;
   std::shared_ptr<BlockPool> pool_;
@@ -107,7 +103,7 @@ class SequenceCache {
   std::shared_ptr<const CacheSpec> spec_;
   std::vector<PageRef> pages_;
   std::vector<const uint8_t*> page_addresses_;  // host
-  KVMemory page_table_;                         // the same on the device, where it needs its own
+  KVMemory page_table_;  // the same on the device, where it needs its own; with room for more
   KVMemory dense_;
   KVMemory query_magnitude_;
   int64_t length_ = 0;

@@ -1,0 +1,199 @@
+// The CUDA backend's host code over the fake runtime: messages, checks, releases and graphs.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fake_runtime.h"
+#include "mustafar/error.h"
+#include "mustafar/session.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+using fake_cuda::runtime;
+
+class CudaHost : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    setenv("MUSTAFAR_CUBLASLT", "off", 1);
+    fake_cuda::reset();
+  }
+  void TearDown() override { EXPECT_TRUE(runtime().nothing_is_left()); }
+};
+
+ModelConfig small_config() {
+  ModelConfig c;
+  c.model_type = "llama";
+  c.hidden_size = 64;
+  c.intermediate_size = 72;
+  c.n_layers = 2;
+  c.n_heads = 4;
+  c.n_kv_heads = 2;
+  c.head_dim = 64;
+  c.vocab_size = 97;
+  c.max_position_embeddings = 600;
+  return c;
+}
+
+Model open_model(const char* device) {
+  ModelOptions options;
+  options.device = device;
+  options.threads = 1;
+  return make_model(small_config(), random_tensors(small_config(), DType::kF16, 7), options);
+}
+
+// Why the GPU is refused; empty where it isn't. In that case auto must be the CPU.
+std::string refusal() {
+  EXPECT_EQ(open_model("cpu").device(), "cpu");
+  try {
+    open_model("cuda");
+  } catch (const DeviceError& error) {
+    EXPECT_EQ(open_model("auto").device(), "cpu");
+    return error.what();
+  }
+  EXPECT_EQ(open_model("auto").device(), "cuda");
+  return "";
+}
+
+TEST_F(CudaHost, AHealthyDeviceIsTaken) { EXPECT_EQ(refusal(), ""); }
+
+TEST_F(CudaHost, NoDriver) {
+  runtime().driver_version = 0;
+  EXPECT_EQ(refusal(),
+            "device \"cuda\": the NVIDIA driver (libcuda.so.1) was not found; this build needs one "
+            "for CUDA " +
+                std::to_string(CUDART_VERSION / 1000) + "." +
+                std::to_string(CUDART_VERSION % 1000 / 10) + " or newer");
+}
+
+TEST_F(CudaHost, AnOldDriver) {
+  runtime().driver_version = 12040;
+  runtime().device_count_status = cudaErrorInsufficientDriver;
+  EXPECT_NE(refusal().find("the NVIDIA driver (libcuda.so.1) supports CUDA 12.4, this build needs"),
+            std::string::npos)
+      << refusal();
+}
+
+TEST_F(CudaHost, NoDevice) {
+  runtime().device_count_status = cudaErrorNoDevice;
+  EXPECT_NE(refusal().find("finds no NVIDIA GPU"), std::string::npos) << refusal();
+  runtime().device_count_status = cudaSuccess;
+  runtime().n_devices = 0;
+  EXPECT_NE(refusal().find("finds no NVIDIA GPU"), std::string::npos) << refusal();
+}
+
+TEST_F(CudaHost, ADeviceThatCannotBeUsed) {
+  const std::string expected = "the GPU can't be used: cudaErrorOfTheTest, made to fail";
+  runtime().device_count_status = cudaErrorSystemNotReady;
+  EXPECT_NE(refusal().find(expected), std::string::npos) << refusal();
+  runtime().device_count_status = cudaSuccess;
+  runtime().set_device_status = cudaErrorDevicesUnavailable;
+  EXPECT_NE(refusal().find(expected), std::string::npos) << refusal();
+}
+
+TEST_F(CudaHost, NoCodeForTheDevice) {
+  for (const cudaError_t status : {cudaErrorInvalidDeviceFunction, cudaErrorNoKernelImageForDevice,
+                                   cudaErrorUnsupportedPtxVersion}) {
+    runtime().kernel_status = status;
+    EXPECT_NE(refusal().find("no code for Fake GPU (sm_75); it was built for sm_"),
+              std::string::npos)
+        << refusal();
+  }
+}
+
+TEST_F(CudaHost, WeightsThatDoNotFitAreNotUploaded) {
+  const int64_t needed = open_model("cuda").memory().weights_bytes;
+  fake_cuda::reset();
+  runtime().memory_bytes = needed - 1;
+  try {
+    open_model("cuda");
+    FAIL() << "the weights went where they do not fit";
+  } catch (const OutOfMemory& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("take " + std::to_string(needed) + " bytes"), std::string::npos)
+        << message;
+    EXPECT_NE(message.find("has " + std::to_string(needed - 1) + " free"), std::string::npos)
+        << message;
+  }
+  EXPECT_EQ(runtime().count("cudaMemcpyAsync"), 0);
+}
+
+// A prompt, then decode steps until two blocks are compressed; one step is recorded, others replay.
+void use_model(int n_steps) {
+  const Model model = open_model("cuda");
+  KVConfig kv;
+  kv.sparsity = 0.5;
+  kv.value_dtype = ValueType::kInt8;
+  Session session(model, kv);
+  session.prefill(std::vector<int32_t>(130, 5));
+  for (int i = 0; i < n_steps; i++) session.decode(7);
+}
+
+TEST_F(CudaHost, DecodeStepsAreReplayed) {
+  use_model(12);
+  const int64_t replayed = runtime().count("cudaGraphLaunch");
+  EXPECT_GE(replayed, 8) << "of 12 steps";
+  EXPECT_EQ(runtime().count("cudaGraphInstantiate"), runtime().count("cudaStreamBeginCapture"));
+}
+
+#if defined(MUSTAFAR_CUDA_DEBUG)
+TEST_F(CudaHost, DebugBuildsWaitForEveryKernel) {
+  use_model(1);  // without a graph
+  const std::vector<std::string>& log = runtime().log;
+  for (size_t i = 0; i < log.size(); i++) {
+    if (log[i] != "launch") continue;
+    ASSERT_LT(i + 2, log.size());
+    EXPECT_EQ(log[i + 1], "cudaStreamIsCapturing");
+    EXPECT_EQ(log[i + 2], "cudaStreamSynchronize");
+  }
+}
+#endif
+
+// No call may fail unseen: each in turn, while a model is used.
+TEST_F(CudaHost, EveryFailingCallIsReportedAndNothingLeaks) {
+  use_model(4);
+  const int64_t n_calls = runtime().n_calls;
+  ASSERT_GT(n_calls, 100);
+  for (int64_t i = 0; i < n_calls; i++) {
+    fake_cuda::reset();
+    runtime().fail_at = i;
+    std::string message;
+    try {
+      use_model(4);
+    } catch (const Error& error) {
+      message = error.what();
+    }
+    EXPECT_NE(message.find("made to fail"), std::string::npos)
+        << "call " << i << ", " << runtime().failed_call << ": " << message;
+    EXPECT_TRUE(runtime().nothing_is_left()) << "after call " << i << ", " << runtime().failed_call;
+  }
+}
+
+TEST_F(CudaHost, EveryFailingAllocationIsReportedWithTheNumbers) {
+  runtime().fail_allocations_only = true;
+  use_model(4);
+  const int64_t n_allocations = runtime().n_calls;
+  ASSERT_GT(n_allocations, 20);
+  for (int64_t i = 0; i < n_allocations; i++) {
+    fake_cuda::reset();
+    runtime().fail_allocations_only = true;
+    runtime().fail_at = i;
+    runtime().fail_with = cudaErrorMemoryAllocation;
+    std::string message;
+    try {
+      use_model(4);
+    } catch (const OutOfMemory& error) {
+      message = error.what();
+    }
+    EXPECT_NE(message.find("can't allocate "), std::string::npos)
+        << "allocation " << i << ", " << runtime().failed_call << ": " << message;
+    EXPECT_TRUE(runtime().nothing_is_left()) << "after allocation " << i;
+  }
+}
+
+}  // namespace
+}  // namespace mustafar
