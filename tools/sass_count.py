@@ -7,8 +7,9 @@ each. Also checks that no kernel spills or touches local memory.
 
     nvcc ... -Xptxas -v -c cuda/decode_attention_int8.cu -o int8.o 2> int8.ptxas
     tools/sass_count.py int8.o [bf16.o ...] [--ptxas int8.ptxas ...] [--markdown docs/...]
+    tools/sass_count.py --ptxas build.log    # no objects: the report of ptxas alone
 
-Needs cuobjdump (toolkit, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) on PATH.
+Objects need cuobjdump (toolkit, or PyPI's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm) on PATH.
 """
 
 from __future__ import annotations
@@ -200,20 +201,35 @@ def local_memory(functions: list[Function]) -> list[str]:
 
 def spills(ptxas: str) -> list[str]:
     """Kernels that ptxas -v reports a stack frame or spills for."""
-    found, name = [], "?"
+    found, name, arch = [], "?", "?"
     for line in ptxas.splitlines():
-        if match := re.search(r"Function properties for (\S+)", line):
-            name = match[1]
+        if match := re.search(r"Compiling entry function '\S+' for '(\w+)'", line):
+            arch = match[1]
+        elif match := re.search(r"Function properties for (\S+)", line):
+            name = f"{match[1]} ({arch})"
         elif match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line):
             if any(int(x) for x in match.groups()):
                 found.append(f"{name}: {line.strip()}")
     return found
 
 
+def compiled(logs: list[str]) -> Counter[str]:
+    """Kernels per architecture in logs of ptxas -v."""
+    return Counter(
+        arch
+        for log in logs
+        for arch in re.findall(r"Compiling entry function '\S+' for '(\w+)'", log)
+    )
+
+
+def verdict(faults: list[str], what: str) -> str:
+    return "FAULTS: " + "; ".join(faults) if faults else f"none {what}."
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("objects", nargs="+", type=Path)
-    parser.add_argument("--ptxas", nargs="*", type=Path, default=[])
+    parser.add_argument("objects", nargs="*", type=Path)
+    parser.add_argument("--ptxas", nargs="*", type=Path, default=[], help="logs of ptxas -v")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     parser.add_argument("--cuobjdump", default="cuobjdump")
     options = parser.parse_args()
@@ -224,8 +240,14 @@ def main() -> int:
         ).stdout
         functions += parse(listing)
     faults = [f"local memory: {name}" for name in local_memory(functions)]
-    for path in options.ptxas:
-        faults += [f"spill: {fault}" for fault in spills(path.read_text())]
+    logs = [path.read_text() for path in options.ptxas]
+    for log in logs:
+        faults += [f"spill: {fault}" for fault in spills(log)]
+    if logs and not options.objects:
+        counts = compiled(logs)
+        kernels = ", ".join(f"{n} for {arch}" for arch, n in sorted(counts.items()))
+        print(f"kernels compiled: {kernels or 'NONE'}; " + verdict(faults, "spills"))
+        return 1 if faults or not counts else 0
     budget = ", ".join(f"{b} B rows: {n} ({n / 0.75:.1f} at 75 %)" for b, n in BUDGET_H200.items())
     lines = [
         *report(functions),
@@ -233,11 +255,7 @@ def main() -> int:
         f"ALU budget per row on an H200 at full bandwidth by mean row bytes: {budget}.",
         "",
         f"{len(functions)} kernels in {len(options.objects)} objects; "
-        + (
-            "none uses local memory" + (" or spills." if options.ptxas else ".")
-            if not faults
-            else "FAULTS: " + "; ".join(faults)
-        ),
+        + verdict(faults, "uses local memory" + (" or spills" if logs else "")),
     ]
     text = "\n".join(lines) + "\n"
     if options.markdown:
