@@ -152,5 +152,17 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{kF32, kF32, 64, 2}, Case{kF32, kF32, 8, 2}, Case{kBF16, kBF16, 80, 3}),
     name_of_case);
 
+TEST(Prefill, RaggedSlots) {
+  CacheShape shape;
+  shape.ragged = true;
+  shape.tail = kBF16;
+  shape.values = DType::kInt4;
+  shape.head_dim = 64;
+  check_prefill(shape, true);
+  shape.tail = shape.values = kF32;
+  shape.head_dim = 24;
+  check_prefill(shape, false);
+}
+
 }  // namespace
 }  // namespace mustafar::cuda
