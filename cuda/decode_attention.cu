@@ -97,13 +97,17 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
   if (!has_fast_layout(args)) return false;
   switch (args.layout.k.dtype) {
     case DType::kF16:
-      return decode_attention_f16(args, stream);
+      decode_attention_f16(args, stream);
+      return true;
     case DType::kBF16:
-      return decode_attention_bf16(args, stream);
+      decode_attention_bf16(args, stream);
+      return true;
     case DType::kInt8:
-      return decode_attention_int8(args, stream);
+      decode_attention_int8(args, stream);
+      return true;
     case DType::kInt4:
-      return decode_attention_int4(args, stream);
+      decode_attention_int4(args, stream);
+      return true;
     default:
       return false;
   }

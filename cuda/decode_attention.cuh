@@ -353,10 +353,44 @@ void launch_decode(const AttentionArgs& args, Stream stream) {
   }
 }
 
-// The instances of one kind of values, one per source file; false where there is none.
-bool decode_attention_f16(const AttentionArgs& args, Stream stream);
-bool decode_attention_bf16(const AttentionArgs& args, Stream stream);
-bool decode_attention_int8(const AttentionArgs& args, Stream stream);
-bool decode_attention_int4(const AttentionArgs& args, Stream stream);
+// Whether the layout is the one of a kernel that has kKeepK of 32 and kKeepV of 16 compiled in.
+inline bool keeps(const AttentionArgs& args, int32_t keep_k, int32_t keep_v) {
+  const SlotLayout& k = args.layout.k;
+  const SlotLayout& v = args.layout.v;
+  return args.head_dim == 128 && k.group == 32 && v.group == 16 && k.keep == keep_k &&
+         v.keep == keep_v;
+}
+
+// kBits-wide values under a tail of kTail: the settings that are compiled in, then any other.
+template <DType kTail, int kBits>
+void launch_values(const AttentionArgs& args, Stream stream) {
+  if constexpr (kBits != 4) {
+    if (keeps(args, 12, 4)) return launch_decode<kTail, kBits, 128, 12, 4>(args, stream);
+  }
+  if constexpr (kBits == 16) {
+    if (keeps(args, 16, 8)) return launch_decode<kTail, kBits, 128, 16, 8>(args, stream);
+  }
+  if (args.head_dim == 128) {
+    launch_decode<kTail, kBits, 128, 0, 0>(args, stream);
+  } else {
+    launch_decode<kTail, kBits, 64, 0, 0>(args, stream);
+  }
+}
+
+// Integer values under either tail.
+template <int kBits>
+void launch_codes(const AttentionArgs& args, Stream stream) {
+  if (args.tail_dtype == DType::kF16) {
+    launch_values<DType::kF16, kBits>(args, stream);
+  } else {
+    launch_values<DType::kBF16, kBits>(args, stream);
+  }
+}
+
+// The instances of one kind of values, one per source file: head_dim 64 or 128.
+void decode_attention_f16(const AttentionArgs& args, Stream stream);
+void decode_attention_bf16(const AttentionArgs& args, Stream stream);
+void decode_attention_int8(const AttentionArgs& args, Stream stream);
+void decode_attention_int4(const AttentionArgs& args, Stream stream);
 
 }  // namespace mustafar::cuda
