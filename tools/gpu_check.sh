@@ -1,99 +1,174 @@
 #!/usr/bin/env bash
-# Builds for the GPU at hand, tests, checks and measures on it; one results folder, each stage writing
-# its part as it ends. About 9 minutes in all on a 16-core machine with an H200; no network needed.
+# Builds for the GPU at hand, tests, measures and checks on it; one results folder, written anew after
+# every stage. Fits into 9 minutes on a 16-core machine with an H200; no network needed.
 #
-#   tools/gpu_check.sh [-o results] [-a 90a] [stage ...]
+#   tools/gpu_check.sh [-n] [-o folder] [-a 90a] [-t seconds] [-d folder] [stage ...]
 #
-# Stages: build test sanitize bench torch sass report. Without a list: all of them. A stage that
-# fails or outlives its limit does not stop the next one; the exit status is 1 if any failed.
+# Stages, all by default: build test bench torch sanitize sass. -n prints what would run. -t: seconds in
+# all. -d: where libraries that the machine lacks were unpacked (headers and archives of PCRE2,
+# nlohmann-json and GoogleTest, e.g. by dpkg -x), searched first.
+#
+# A stage that fails, outlives its limit or finds no tool does not stop the next one. Exit status: 0
+# all passed, 1 one failed, 3 none failed but one could not run.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 
-out=${OUT:+$OUT/gpu_check}
-out=${out:-results/gpu_check}
-arch=90a
-while getopts "o:a:" option; do
+out=${OUT:-results}/gpu_check
+arch=90a total=540 libraries='' dry=''
+while getopts "no:a:t:d:" option; do
   case $option in
+    n) dry=yes ;;
     o) out=$OPTARG ;;
     a) arch=$OPTARG ;;
+    t) total=$OPTARG ;;
+    d) libraries=$OPTARG ;;
     *) exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
 stages=("$@")
-[ ${#stages[@]} -eq 0 ] && stages=(build test sanitize bench torch sass report)
-mkdir -p "$out"
+[ ${#stages[@]} -eq 0 ] && stages=(build test bench torch sanitize sass)
 build=build/gpu-check
-failed=0
+raw=$build/raw  # what the stages print; packed into one file of the results
+python=$(command -v python3 || true)
+failed=0 missing=0
 
-# run NAME SECONDS COMMAND...: one stage's step, its output in NAME.log, its end in stages.txt.
-run() {
-  local name=$1 limit=$2 start=$SECONDS status=0
-  shift 2
-  timeout "$limit" "$@" > "$out/$name.log" 2>&1 || status=$?
-  local result=passed
-  [ $status -eq 124 ] && result="stopped after $limit s"
-  [ $status -ne 0 ] && [ $status -ne 124 ] && result="failed with status $status"
-  [ $status -ne 0 ] && failed=1
-  echo "$name: $result in $((SECONDS - start)) s" | tee -a "$out/stages.txt"
-  [ $status -ne 0 ] && tail -5 "$out/$name.log"
-  return 0
+# note STAGE TEXT: how a stage ended.
+note() { echo "$1: $2" | tee -a "$raw/stages.txt"; }
+unavailable() {
+  note "$1" "not available: $2"
+  missing=1
 }
 
-missing() { echo "$1: skipped, $2 is not available" | tee -a "$out/stages.txt"; }
+# step NAME SECONDS COMMAND...: a part of a stage, its output in NAME.log.
+step() {
+  local name=$1 limit=$2 start=$SECONDS status=0 left=$((total - SECONDS))
+  shift 2
+  if [ -n "$dry" ]; then
+    echo "$name ($limit s): $*"
+    return 0
+  fi
+  if [ $left -lt 5 ]; then
+    note "$name" "not run: the $total s are over"
+    missing=1
+    return 1
+  fi
+  [ "$limit" -gt $left ] && limit=$left
+  timeout "$limit" "$@" > "$raw/$name.log" 2>&1 || status=$?
+  local took=$((SECONDS - start)) tests='' skipped
+  case $status in
+    0)
+      skipped=$(sed -n 's/^\[  SKIPPED \] \([0-9]*\) test.*/\1/p' "$raw/$name.log" | head -1)
+      if [ -n "$skipped" ]; then
+        tests=", $skipped tests SKIPPED"
+        if ! grep -q '^\[  PASSED  \] [1-9]' "$raw/$name.log"; then
+          unavailable "$name" "every test was skipped"
+          return 1
+        fi
+      fi
+      note "$name" "passed in $took s$tests"
+      ;;
+    124) note "$name" "failed: stopped after $limit s" ;;
+    *) note "$name" "failed with status $status in $took s" ;;
+  esac
+  [ $status -eq 0 ] && return 0
+  failed=1
+  tail -5 "$raw/$name.log"
+  return 1
+}
+
+# needs STAGE WHAT CONDITION...: whether a stage can run; says so where it can't.
+needs() {
+  local stage=$1 what=$2
+  shift 2
+  "$@" > /dev/null 2>&1 && return 0
+  if [ -n "$dry" ]; then echo "$stage: not available: $what"; else unavailable "$stage" "$what"; fi
+  return 1
+}
+has_gpu() { nvidia-smi -L; }
+has_torch() {
+  [ -n "$python" ] && "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'
+}
+built() { [ -n "$dry" ] || [ -x "$1" ]; }
 
 stage_build() {
-  local generator=()
-  command -v ninja > /dev/null && generator=(-G Ninja)
-  run configure 60 cmake -S . -B $build "${generator[@]}" -DCMAKE_BUILD_TYPE=Release \
-    -DMUSTAFAR_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch" -DMUSTAFAR_BUILD_TESTS=ON \
-    -DMUSTAFAR_BUILD_PYTHON=OFF -DMUSTAFAR_BUILD_CLI=OFF
-  run build 240 cmake --build $build -j "$(nproc)" --target mustafar_tests mustafar_cuda_bench
+  needs build nvcc command -v nvcc || return
+  needs build cmake command -v cmake || return
+  local options=(-DCMAKE_BUILD_TYPE=Release -DMUSTAFAR_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch"
+    -DMUSTAFAR_BUILD_TESTS=ON -DMUSTAFAR_BUILD_PYTHON=OFF -DMUSTAFAR_BUILD_CLI=OFF)
+  command -v ninja > /dev/null && options+=(-G Ninja)
+  [ -n "$libraries" ] && options+=("-DCMAKE_PREFIX_PATH=$(realpath "$libraries")/usr")
+  step configure 60 cmake -S . -B $build/tree "${options[@]}" || return
+  step build 240 cmake --build $build/tree -j "$(nproc)" \
+    --target mustafar_tests mustafar_cuda_bench
 }
 
-stage_test() { run test 60 $build/tests/mustafar_tests --gtest_filter='Cuda*'; }
-
-stage_sanitize() {
-  command -v compute-sanitizer > /dev/null || { missing sanitize compute-sanitizer; return; }
-  local small='CudaSession.EqualsTheCpu'
-  run memcheck 45 compute-sanitizer --error-exitcode 9 $build/tests/mustafar_tests \
-    --gtest_filter="$small"
-  run racecheck 45 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    $build/tests/mustafar_tests --gtest_filter="$small"
+stage_test() {
+  needs test "an NVIDIA GPU" has_gpu || return
+  needs test "the test program" built $build/tree/tests/mustafar_tests || return
+  step test 90 $build/tree/tests/mustafar_tests --gtest_filter='Cuda*'
 }
 
 stage_bench() {
-  run bench 120 $build/tools/mustafar_cuda_bench 0.2
-  grep '^{' "$out/bench.log" > "$out/bench.jsonl"
+  needs bench "an NVIDIA GPU" has_gpu || return
+  needs bench "the benchmark" built $build/tree/tools/mustafar_cuda_bench || return
+  step bench 120 $build/tree/tools/mustafar_cuda_bench 0.2
 }
 
 stage_torch() {
-  python3 -c 'import torch' 2> /dev/null || { missing torch PyTorch; return; }
-  run torch 60 python3 tools/bench_torch_attention.py
-  grep '^{' "$out/torch.log" > "$out/torch.jsonl"
+  needs torch "PyTorch with CUDA" has_torch || return
+  step torch 60 "$python" tools/bench_torch_attention.py
+}
+
+stage_sanitize() {
+  needs sanitize compute-sanitizer command -v compute-sanitizer || return
+  needs sanitize "an NVIDIA GPU" has_gpu || return
+  needs sanitize "the test program" built $build/tree/tests/mustafar_tests || return
+  local tool
+  for tool in memcheck racecheck synccheck; do
+    step $tool 40 compute-sanitizer --tool $tool --error-exitcode 9 \
+      $build/tree/tests/mustafar_tests --gtest_filter='CudaSession.EqualsTheCpu*'
+  done
 }
 
 stage_sass() {
-  command -v cuobjdump > /dev/null || { missing sass cuobjdump; return; }
-  local objects
-  objects=$(find $build -name 'decode_attention_*.o')
-  # shellcheck disable=SC2086
-  run sass 60 python3 tools/sass_count.py $objects --markdown "$out/sass.md"
+  needs sass Python command -v python3 || return
+  needs sass cuobjdump command -v cuobjdump || return
+  needs sass "the kernels" built $build/tree/tests/mustafar_tests || return
+  local objects=()
+  mapfile -t objects < <(find $build/tree/cuda -name 'decode_attention_*.o' 2> /dev/null)
+  step sass 60 "$python" tools/sass_count.py "${objects[@]}" --ptxas "$raw/build.log" \
+    --markdown "$raw/sass.md"
 }
 
-stage_report() { run report 20 python3 tools/gpu_report.py "$out"; }
+for stage in "${stages[@]}"; do
+  declare -F "stage_$stage" > /dev/null || { echo "no stage $stage" >&2; exit 2; }
+done
+if [ -n "$dry" ]; then
+  for stage in "${stages[@]}"; do "stage_$stage"; done
+  exit 0
+fi
 
-: > "$out/stages.txt"
+rm -rf $raw && mkdir -p $raw "$out" || exit 2
+: > $raw/stages.txt
+version=$(nvcc --version 2> /dev/null | sed -n 's/^Cuda compilation tools, //p')
+gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -1)
 {
   echo "commit $(git rev-parse HEAD 2> /dev/null || echo unknown)"
   echo "cuda_hash $(cat cuda/*.cu cuda/*.cuh cuda/*.cc cuda/*.h | sha256sum | cut -c1-16)"
-  echo "gpu $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null ||
-    echo 'none: nvidia-smi is missing or fails')"
-  echo "nvcc $(nvcc --version 2> /dev/null | tail -2 | head -1 || echo none)"
-} > "$out/machine.txt"
+  echo "gpu ${gpu:-not available}"
+  echo "nvcc ${version:-not available}"
+  echo "architecture sm_$arch"
+} > $raw/machine.txt
 for stage in "${stages[@]}"; do
-  declare -F "stage_$stage" > /dev/null || { echo "no stage $stage"; exit 2; }
   "stage_$stage"
+  tar -czf "$out/raw.tar.gz" -C $build raw
+  if [ -n "$python" ]; then
+    "$python" tools/gpu_report.py $raw "$out" > /dev/null || failed=1
+  fi
 done
+[ -n "$python" ] || unavailable report Python
 echo "results in $out"
-exit $failed
+[ $failed -ne 0 ] && exit 1
+[ $missing -ne 0 ] && exit 3
+exit 0

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Turn a folder of tools/gpu_check.sh into results.json and results.md."""
+"""Turn what the stages of tools/gpu_check.sh printed into results.json and results.md.
+
+gpu_report.py RAW_FOLDER RESULTS_FOLDER
+"""
 
 from __future__ import annotations
 
@@ -8,64 +11,162 @@ import sys
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+Shape = tuple[int, ...]
+
+SHAPE = ("batch", "context", "heads", "kv_heads")
+DENSE = "dense f16"
 # (setting, shape): least and hoped-for ratio to the best dense fp16 decode of the same run.
-GOALS = {
+GOALS: dict[tuple[str, Shape], tuple[float, float]] = {
     ("f16 37.5 %", (8, 32768, 32, 8)): (1.9, 2.3),
     ("int8 22.7 %", (8, 32768, 32, 8)): (2.7, 3.4),
 }
-SHAPE = ("batch", "context", "heads", "kv_heads")
+LEAST_DENSE_SHARE = 0.85  # of the copy bandwidth, for our own dense kernel at the goals' shapes
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
+def rows_of(log: Path) -> list[Row]:
+    """JSON lines among a stage's output; one that was cut off by the time limit is left out."""
+    rows = []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def shape_of(row: Row) -> Shape:
+    return tuple(row[key] for key in SHAPE)
+
+
+def is_valid(row: Row) -> bool:
+    """A time counts where the result was right; PyTorch's is not checked by us."""
+    return "us_per_layer" in row and row.get("nmse_ok", True) is True
+
+
+def best_dense(rows: list[Row]) -> dict[Shape, Row]:
+    """The fastest right dense decode per shape."""
+    best: dict[Shape, Row] = {}
+    for row in rows:
+        if row.get("setting") == DENSE and is_valid(row):
+            known = best.get(shape_of(row))
+            if known is None or row["us_per_layer"] < known["us_per_layer"]:
+                best[shape_of(row)] = row
+    return best
+
+
+def goal_lines(rows: list[Row], best: dict[Shape, Row]) -> list[str]:
+    """How every goal fared; one without a measurement is "not measured", never met."""
+    lines = []
+    for (setting, shape), (least, hoped) in GOALS.items():
+        name = f"{setting}, {shape[2]}/{shape[3]} heads, batch {shape[0]}, context {shape[1]}"
+        mine = [r for r in rows if r.get("setting") == setting and shape_of(r) == shape]
+        valid = [r for r in mine if is_valid(r)]
+        # PyTorch's kernels are the peer: our own dense kernel alone is no proof.
+        peer = any(
+            r.get("setting") == DENSE
+            and shape_of(r) == shape
+            and is_valid(r)
+            and str(r.get("kernel", "")).startswith("torch")
+            for r in rows
+        )
+        if mine and not valid:
+            verdict = "WRONG RESULT"
+        elif not valid or shape not in best:
+            verdict = "not measured"
+        else:
+            ratio = best[shape]["us_per_layer"] / min(r["us_per_layer"] for r in valid)
+            met = "met" if ratio >= least else "MISSED"
+            if met == "met" and not peer:
+                met = "not shown: PyTorch's attention was not measured"
+            verdict = f"{ratio:.2f}x, {met}"
+        lines.append(f"- {name}: {verdict} (least {least}, hoped for {hoped})")
+    for shape in sorted({shape for _, shape in GOALS}):
+        shares = [
+            r["of_copy"]
+            for r in rows
+            if r.get("setting") == DENSE and shape_of(r) == shape and is_valid(r) and "of_copy" in r
+        ]
+        verdict = "not measured"
+        if shares:
+            verdict = (
+                f"{max(shares):.0%}, {'met' if max(shares) >= LEAST_DENSE_SHARE else 'MISSED'}"
+            )
+        lines.append(
+            f"- own dense kernel's share of the copy bandwidth, batch {shape[0]}, context "
+            f"{shape[1]}: {verdict} (least {LEAST_DENSE_SHARE:.0%})"
+        )
+    return lines
+
+
+def table_lines(rows: list[Row], best: dict[Shape, Row]) -> list[str]:
+    lines = [
+        "| batch | context | heads | kernel | setting | us / layer | of copy | ratio to the best "
+        "dense | NMSE |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        shape = shape_of(row)
+        cells = [row["batch"], row["context"], f"{row['heads']}/{row['kv_heads']}"]
+        cells += [row["kernel"], row["setting"]]
+        if "us_per_layer" not in row:
+            cells += ["not available: " + str(row.get("error", "no time")), "", "", ""]
+        else:
+            ratio = ""
+            if is_valid(row) and shape in best:
+                ratio = f"{best[shape]['us_per_layer'] / row['us_per_layer']:.2f}"
+            copy = f"{row['of_copy']:.0%}" if "of_copy" in row else ""
+            nmse = f"{row['nmse']:.2g}" if isinstance(row.get("nmse"), float) else ""
+            if row.get("nmse_ok", True) is not True:
+                nmse += " WRONG"
+            cells += [f"{row['us_per_layer']:.1f}", copy, ratio, nmse]
+        lines.append("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |")
+    return lines
+
+
+def report(raw: Path) -> tuple[str, dict[str, Any]]:
+    """Markdown and JSON of a folder of raw outputs; parts that are not there are said to be."""
+    machine = dict(line.split(" ", 1) for line in (raw / "machine.txt").read_text().splitlines())
+    stages = dict(
+        line.split(": ", 1) for line in (raw / "stages.txt").read_text().splitlines() if line
+    )
+    printed = rows_of(raw / "bench.log") + rows_of(raw / "torch.log")
+    rows = [r for r in printed if all(key in r for key in (*SHAPE, "kernel", "setting"))]
+    devices = [r for r in printed if "copy_bandwidth" in r]
+    best = best_dense(rows)
+    goals = goal_lines(rows, best)
+    lines = ["# GPU check", "", *(f"- {key}: {value}" for key, value in machine.items())]
+    for device in devices:
+        lines.append(f"- copy bandwidth: {device['copy_bandwidth'] / 1e12:.2f} TB/s")
+    lines += ["", "## Stages", "", *(f"- {name}: {end}" for name, end in stages.items())]
+    lines += ["", "## Goals", "", *goals]
+    lines += ["", "## Decode attention", ""]
+    lines += table_lines(rows, best) if rows else ["not measured"]
+    sass = raw / "sass.md"
+    if sass.exists():
+        lines += ["", "## Instructions", "", sass.read_text().rstrip()]
+    results = {
+        "machine": machine,
+        "devices": devices,
+        "stages": stages,
+        "goals": [goal.removeprefix("- ") for goal in goals],
+        "rows": rows,
+    }
+    return "\n".join(lines) + "\n", results
 
 
 def main() -> int:
-    folder = Path(sys.argv[1])
-    machine = dict(line.split(" ", 1) for line in (folder / "machine.txt").read_text().splitlines())
-    stages = (folder / "stages.txt").read_text().splitlines()
-    rows = rows_of(folder / "bench.jsonl") + rows_of(folder / "torch.jsonl")
-    measured = [r for r in rows if "us_per_layer" in r]
-    best: dict[tuple[int, ...], float] = {}
-    for r in measured:
-        if r["setting"] == "dense f16":
-            shape = tuple(r[key] for key in SHAPE)
-            best[shape] = min(best.get(shape, float("inf")), r["us_per_layer"])
-    lines = [
-        "# GPU check",
-        "",
-        *(f"- {key}: {value}" for key, value in machine.items()),
-        "",
-        *(f"- {line}" for line in stages),
-        "",
-    ]
-    if measured:
-        lines += [
-            "| batch | context | heads | kernel | setting | us / layer | of copy | against the "
-            "best dense | goal | NMSE |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-        ]
-    for r in measured:
-        shape = tuple(r[key] for key in SHAPE)
-        r["ratio"] = round(best[shape] / r["us_per_layer"], 3) if shape in best else None
-        least, hoped = GOALS.get((r["setting"], shape), (None, None))
-        goal = f"{least} ({hoped})" if least else ""
-        copy = f"{r['of_copy']:.0%}" if "of_copy" in r else ""
-        lines.append(
-            f"| {r['batch']} | {r['context']} | {r['heads']}/{r['kv_heads']} | {r['kernel']} "
-            f"| {r['setting']} | {r['us_per_layer']:.1f} | {copy} | {r['ratio']} | {goal} | "
-            f"{r.get('nmse', '')} |"
-        )
-    sass = folder / "sass.md"
-    if sass.exists():
-        lines += ["", "## Instructions", "", sass.read_text()]
-    (folder / "results.json").write_text(
-        json.dumps({"machine": machine, "stages": stages, "rows": rows}, indent=1) + "\n"
-    )
-    (folder / "results.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    if len(sys.argv) != 3:
+        print("usage: gpu_report.py RAW_FOLDER RESULTS_FOLDER", file=sys.stderr)
+        return 2
+    raw, out = Path(sys.argv[1]), Path(sys.argv[2])
+    out.mkdir(parents=True, exist_ok=True)
+    markdown, results = report(raw)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "results.md").write_text(markdown)
+    print(markdown, end="")
     return 0
 
 
