@@ -48,12 +48,13 @@ void AtomicFile::write(const void* data, size_t bytes) {
 }
 
 void AtomicFile::commit() {
+  // Named before the rename: nothing may fail once the target has changed.
+  const std::filesystem::path folder =
+      target_.has_parent_path() ? target_.parent_path() : std::filesystem::path(".");
   if (::fsync(fd_) != 0) fail("cannot flush");
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail("cannot rename to");
   ::close(std::exchange(fd_, -1));
   // The rename itself lasts once the folder is flushed; not every file system lets one ask for it.
-  const std::filesystem::path folder =
-      target_.has_parent_path() ? target_.parent_path() : std::filesystem::path(".");
   const int directory = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (directory >= 0) {
     ::fsync(directory);

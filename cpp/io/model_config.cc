@@ -147,7 +147,10 @@ const Architecture& read_architecture(const Fields& fields) {
                 "expected \"llama\", \"mistral\" or \"qwen2\", found " + describe(json(type)));
   }
   if (const json* names = fields.find("architectures")) {
-    const json* name = names->is_array() && names->size() == 1 ? &(*names)[0] : nullptr;
+    // As texts: nlohmann's comparison with a literal allocates, and is noexcept.
+    const std::string* name = names->is_array() && names->size() == 1
+                                  ? (*names)[0].get_ptr<const std::string*>()
+                                  : nullptr;
     for (const Architecture& known : kArchitectures) {
       if (name != nullptr && *name == known.name) by_name = &known;
     }

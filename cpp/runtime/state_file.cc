@@ -89,17 +89,23 @@ class SectionReader {
   std::vector<char> staging_;
 };
 
+// To be filled field by field. (Where memory runs out while nlohmann 3.11.2 makes an object of a
+// null value, it can't destroy that value.)
+nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object(); }
+
 nlohmann::ordered_json kv_json(const KVConfig& kv) {
-  return {{"k_sparsity", kv.effective_k_sparsity()},
-          {"v_sparsity", kv.effective_v_sparsity()},
-          {"pattern", name_of(kv.pattern)},
-          {"window", kv.window},
-          {"sink_tokens", kv.sink_tokens},
-          {"value_dtype", name_of(kv.value_dtype)},
-          {"k_policy", name_of(kv.k_policy)},
-          {"v_policy", name_of(kv.v_policy)},
-          {"profile_kind", kv.profile ? kv.profile->kind : ""},
-          {"profile_hash", kv.profile ? kv.profile->hash() : ""}};
+  nlohmann::ordered_json json = empty_object();
+  json["k_sparsity"] = kv.effective_k_sparsity();
+  json["v_sparsity"] = kv.effective_v_sparsity();
+  json["pattern"] = name_of(kv.pattern);
+  json["window"] = kv.window;
+  json["sink_tokens"] = kv.sink_tokens;
+  json["value_dtype"] = name_of(kv.value_dtype);
+  json["k_policy"] = name_of(kv.k_policy);
+  json["v_policy"] = name_of(kv.v_policy);
+  json["profile_kind"] = kv.profile ? kv.profile->kind : "";
+  json["profile_hash"] = kv.profile ? kv.profile->hash() : "";
+  return json;
 }
 
 KVConfig kv_from(const nlohmann::json& json) {
@@ -249,7 +255,7 @@ void Session::save(const std::filesystem::path& path) const {
   const std::vector<Section> sections = sections_of(session);
   SectionReader reader(*session.engine->backend);
 
-  nlohmann::ordered_json header;
+  nlohmann::ordered_json header = empty_object();
   header["model_fingerprint"] = session.engine->fingerprint;
   header["tail_dtype"] = dtype_name(session.spec->tail_dtype);
   header["n_tokens"] = session.tokens.size();
@@ -260,8 +266,11 @@ void Session::save(const std::filesystem::path& path) const {
   for (const Section& section : sections) {
     Hash64 hash;
     reader.visit(section, [&](const void* data, int64_t bytes) { hash.add_words(data, bytes); });
-    header["sections"].push_back(
-        {{"name", section.name}, {"bytes", section.bytes()}, {"hash", hash.hex()}});
+    nlohmann::ordered_json entry = empty_object();
+    entry["name"] = section.name;
+    entry["bytes"] = section.bytes();
+    entry["hash"] = hash.hex();
+    header["sections"].push_back(std::move(entry));
   }
 
   std::string text = header.dump();

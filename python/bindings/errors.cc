@@ -1,4 +1,5 @@
 #include <exception>
+#include <new>
 #include <string_view>
 
 #include "bindings.h"
@@ -38,7 +39,15 @@ void register_errors(py::module_& m) {
   register_error<ModelError>(m, "ModelError", base);
   register_error<TokenizerError>(m, "TokenizerError", base);
   register_error<TemplateError>(m, "TemplateError", base);
-  register_error<OutOfMemory>(m, "OutOfMemory", base);
+  static py::handle out_of_memory;
+  out_of_memory = register_error<OutOfMemory>(m, "OutOfMemory", base);
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(out_of_memory.ptr(), "the host has no memory left");
+    }
+  });
   register_error<ContextOverflow>(m, "ContextOverflow", base);
   register_error<DeviceError>(m, "DeviceError", base);
   register_error<StateError>(m, "StateError", base);
