@@ -1,5 +1,6 @@
 #include "core/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
@@ -12,6 +13,16 @@ namespace {
 // Long enough to bridge the gaps between the regions of one decode step, short enough not to burn a
 // core that somebody else could use.
 constexpr auto kSpin = std::chrono::microseconds(50);
+
+// How often this process came out of a fork(): a child has none of its parent's threads.
+std::atomic<int> forks{0};
+
+int forks_so_far() {
+  static const int kRegistered =
+      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  (void)kRegistered;
+  return forks.load(std::memory_order_relaxed);
+}
 
 int available_cores() {
   cpu_set_t set;
@@ -42,19 +53,29 @@ bool spin_until(Condition&& condition) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads)
+    : forks_(forks_so_far()), wake_(std::make_unique<std::condition_variable>()) {
   if (threads <= 0) threads = available_cores();
   for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
+  if (workers_are_elsewhere()) {  // nothing to wait for, and no waiter that would ever leave
+    for (std::thread& worker : workers_) worker.detach();
+    wake_.release();
+    return;
+  }
   {
     std::lock_guard lock(sleep_mutex_);
     stop_ = true;
     generation_++;
   }
-  wake_.notify_all();
+  wake_->notify_all();
   for (std::thread& worker : workers_) worker.join();
+}
+
+bool ThreadPool::workers_are_elsewhere() const {
+  return forks_ != forks.load(std::memory_order_relaxed);
 }
 
 void ThreadPool::drain(int worker) {
@@ -74,7 +95,7 @@ void ThreadPool::drain(int worker) {
 void ThreadPool::run(int64_t n, Function function, void* context) {
   if (n <= 0) return;
   std::lock_guard region(region_mutex_);
-  if (workers_.empty() || n == 1) {
+  if (workers_.empty() || n == 1 || workers_are_elsewhere()) {
     for (int64_t i = 0; i < n; i++) function(context, i, 0);
     return;
   }
@@ -87,7 +108,7 @@ void ThreadPool::run(int64_t n, Function function, void* context) {
   generation_.fetch_add(1);
   if (sleepers_.load() > 0) {
     { std::lock_guard lock(sleep_mutex_); }
-    wake_.notify_all();
+    wake_->notify_all();
   }
   drain(0);
   while (!spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; })) {
@@ -103,7 +124,7 @@ void ThreadPool::work(int worker) {
     if (!spin_until(changed)) {
       std::unique_lock lock(sleep_mutex_);
       sleepers_++;
-      wake_.wait(lock, changed);
+      wake_->wait(lock, changed);
       sleepers_--;
     }
     seen = generation_.load(std::memory_order_acquire);

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -40,6 +41,10 @@ class ThreadPool {
   void run(int64_t n, Function function, void* context);
   void work(int worker);
   void drain(int worker);
+  // In a child process after fork(): regions then run on the calling thread alone.
+  bool workers_are_elsewhere() const;
+
+  const int forks_;  // of this process, when the workers were started
 
   std::vector<std::thread> workers_;
   std::mutex region_mutex_;  // one region at a time
@@ -58,7 +63,7 @@ class ThreadPool {
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex sleep_mutex_;
-  std::condition_variable wake_;
+  std::unique_ptr<std::condition_variable> wake_;
 };
 
 }  // namespace mustafar
