@@ -32,7 +32,9 @@ Json parse(std::string_view text, const char* what) {
 }
 
 Json to_json(const ChatMessage& message) {
-  Json json = {{"role", message.role}, {"content", message.content}};
+  Json json = Json::object();
+  json["role"] = message.role;
+  json["content"] = message.content;
   if (!message.fields.empty()) {
     const Json fields = parse(message.fields, "message fields");
     if (!fields.is_object()) throw std::invalid_argument("message fields: expected an object");
@@ -88,6 +90,13 @@ size_t common_prefix(std::span<const int32_t> a, std::span<const int32_t> b) {
   return static_cast<size_t>(
       std::mismatch(a.begin(), a.begin() + std::min(a.size(), b.size()), b.begin()).first -
       a.begin());
+}
+
+Json pair(size_t first, size_t second) {
+  Json json = Json::array();
+  json.push_back(first);
+  json.push_back(second);
+  return json;
 }
 
 // With U+FFFD for what is not UTF-8.
@@ -417,19 +426,24 @@ void Chat::save(const std::filesystem::path& file) const {
   const std::vector<int32_t>& tokens = impl_->session->tokens();
   Json anchors = Json::array();
   for (const auto& anchor : impl_->cached.anchors) {
-    if (anchor.tokens <= tokens.size()) anchors.push_back({anchor.bytes, anchor.tokens});
+    if (anchor.tokens <= tokens.size()) anchors.push_back(pair(anchor.bytes, anchor.tokens));
   }
   Json outside = Json::array();
-  for (const TextRange& range : impl_->cached.outside) outside.push_back({range.begin, range.end});
-  const Json json = {{"format", "mustafar chat 1"},
-                     {"messages", Json::parse(impl_->messages_json())},
-                     {"date", *impl_->options.date},
-                     {"cache",
-                      {{"tokens", tokens.size()},
-                       {"hash", hash_of(tokens)},
-                       {"text", impl_->cached.text},
-                       {"outside", outside},
-                       {"anchors", anchors}}}};
+  for (const TextRange& range : impl_->cached.outside) {
+    outside.push_back(pair(range.begin, range.end));
+  }
+  // Field by field: lists in braces leak where memory runs out half-way through them.
+  Json saved = Json::object();
+  saved["tokens"] = tokens.size();
+  saved["hash"] = hash_of(tokens);
+  saved["text"] = impl_->cached.text;
+  saved["outside"] = std::move(outside);
+  saved["anchors"] = std::move(anchors);
+  Json json = Json::object();
+  json["format"] = "mustafar chat 1";
+  json["messages"] = Json::parse(impl_->messages_json());
+  json["date"] = *impl_->options.date;
+  json["cache"] = std::move(saved);
   const std::filesystem::path cache = file.string() + ".cache";
   impl_->session->save(cache);
   const std::string text = dump(json, 1) + "\n";

@@ -15,8 +15,8 @@ std::atomic<mustafar::testing::Reached> reached{mustafar::testing::Reached::kNo}
 
 // Whether a JSON value is being destroyed, by the names of the callers (the program exports them).
 bool in_json_destructor() {
-  void* frames[16];
-  const int n = backtrace(frames, 16);
+  void* frames[64];
+  const int n = backtrace(frames, 64);
   for (int i = 0; i < n; i++) {
     Dl_info info;
     if (dladdr(frames[i], &info) == 0 || info.dli_sname == nullptr) continue;
