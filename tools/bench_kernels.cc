@@ -64,6 +64,22 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16(int64_t n) {
   g_sink = _mm512_cvtss_f32(s[0]);
   return n * 12.0 * 64;
 }
+__attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t n) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  _tile_loadconfig(&config);  // and makes the tiles zero
+  for (int64_t i = 0; i < n; i++) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return n * 4.0 * 16 * 16 * 64;
+}
 __attribute__((target("avx2,fma"))) double fma_avx2(int64_t n) {
   __m256 s[12];
   for (int i = 0; i < 12; i++) s[i] = _mm256_set1_ps(0.5f + i);
@@ -154,6 +170,7 @@ struct Bench {
       peak("peak f32", fma_avx2);
     }
     if (isa == Isa::kAvx512Bf16) peak("peak bf16", dot_avx512bf16);
+    if (isa == Isa::kAmx) peak("peak bf16", dot_amx);
 #endif
   }
 

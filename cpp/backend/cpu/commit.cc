@@ -112,7 +112,7 @@ int32_t compress_block(const CommitStep& step, Isa isa, DType tail_dtype, int32_
   if (profile != nullptr) weight = profile + (int64_t{layer} * layout.n_kv_heads + head) * head_dim;
 #if defined(__x86_64__)
   if (policy == PrunePolicy::kMagnitude && (weight == nullptr || slot_layout.dense) &&
-      (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) && packs_fast(slot_layout, tail_dtype)) {
+      isa >= Isa::kAvx512 && packs_fast(slot_layout, tail_dtype)) {
     const uint8_t* rows[kBlockTokens];
     for (int32_t t = 0; t < kBlockTokens; t++) rows[t] = run.row(first + t);
     return pack_rows_avx512(slot_layout, tail_dtype, rows, slot);

@@ -23,6 +23,7 @@ DecodeRunFunction run_function(Isa isa) {
     case Isa::kAvx512:
       return decode_run_avx512;
     case Isa::kAvx512Bf16:
+    case Isa::kAmx:
       return decode_run_avx512bf16;
 #elif defined(__aarch64__)
     case Isa::kNeon:

@@ -1,7 +1,7 @@
 // GEMM micro-kernels and the flash-attention panel built of them, over Simd and a Step, which says
-// what one 32-bit word of a packed operand is. A result tile is Simd::kGemmRows rows by two
-// vectors; inputs are broadcast, weights are vectors of outputs. Included by kernels_*.cc after
-// simd_math_impl.h.
+// what one 32-bit word of a packed operand is, how many rows a result tile has and how it is
+// computed. A tile is two vectors wide; here inputs are broadcast and weights are vectors of
+// outputs. Included by kernels_*.cc after simd_math_impl.h.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,18 @@
 namespace mustafar {
 namespace {
 
-constexpr int kTileRows = Simd::kGemmRows;
 constexpr int kTileCols = 2 * Simd::kWidth;
 
+// What kernels that multiply in vector registers have in common.
+struct StepInRegisters {
+  static constexpr int kRows = Simd::kGemmRows;
+  static constexpr int kDepth = 1;  // attention pads its inner dimensions to a multiple of it
+  static constexpr void (*kEnter)() = nullptr;
+  static constexpr void (*kLeave)() = nullptr;
+};
+
 // A word is one f32.
-struct StepF32 {
+struct StepF32 : StepInRegisters {
   static constexpr int kUnit = 1;
   static Simd::F multiply_add(Simd::F input, Simd::F weight, Simd::F sum) {
     return Simd::fma(input, weight, sum);
@@ -43,7 +50,7 @@ void tile_rows(int32_t steps, const float* input, const float* weights, float* c
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; r++) s[r][0] = s[r][1] = Simd::zero();
   // The next input panel, a line per step: it may have to come from a shared cache.
-  const char* ahead = reinterpret_cast<const char*>(input + kTileRows * kGemmStride);
+  const char* ahead = reinterpret_cast<const char*>(input + Step::kRows * kGemmStride);
   for (int32_t i = 0; i < steps; i++) {
     __builtin_prefetch(ahead + int64_t{i} * 64);
     const Simd::F w0 = Simd::load(weights), w1 = Simd::load(weights + Simd::kWidth);
@@ -68,17 +75,27 @@ void tile_rows(int32_t steps, const float* input, const float* weights, float* c
 }
 
 // The smallest even height that holds n_rows.
-template <class Step, int kRows = kTileRows>
-void tile(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
-          int64_t c_stride, bool add) {
+template <class Step, int kRows = Simd::kGemmRows>
+void tile_in_registers(int32_t steps, const float* input, const float* weights, int32_t n_rows,
+                       float* c, int64_t c_stride, bool add) {
   if constexpr (kRows > 2) {
     if (n_rows <= kRows - 2) {
-      return tile<Step, kRows - 2>(steps, input, weights, n_rows, c, c_stride, add);
+      return tile_in_registers<Step, kRows - 2>(steps, input, weights, n_rows, c, c_stride, add);
     }
   } else {
     if (n_rows == 1) return tile_rows<Step, 1>(steps, input, weights, c, c_stride, add);
   }
   tile_rows<Step, kRows>(steps, input, weights, c, c_stride, add);
+}
+
+template <class Step>
+void tile(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
+          int64_t c_stride, bool add) {
+  if constexpr (requires { Step::tile(steps, input, weights, n_rows, c, c_stride, add); }) {
+    Step::tile(steps, input, weights, n_rows, c, c_stride, add);
+  } else {
+    tile_in_registers<Step>(steps, input, weights, n_rows, c, c_stride, add);
+  }
 }
 
 template <class Step>
@@ -151,7 +168,8 @@ void pack_weights(const void* w, DType dtype, int64_t stride, int32_t n_rows, in
 template <class Step, class Load>
 void pack_values_as(const typename Load::Element* w, int64_t stride, int32_t n_rows, int32_t n_cols,
                     float* out) {
-  for (int32_t i = 0; i < n_rows; i += Step::kUnit) {
+  int32_t i = 0;
+  for (; i < n_rows; i += Step::kUnit) {
     const typename Load::Element* p = w + i * stride;
     const bool pair = i + 1 < n_rows;
     for (int half = 0; half < 2; half++) {
@@ -162,6 +180,11 @@ void pack_values_as(const typename Load::Element* w, int64_t stride, int32_t n_r
       Simd::store(out, v);
       out += Simd::kWidth;
     }
+  }
+  for (int32_t step = i / Step::kUnit; step % Step::kDepth != 0; step++) {
+    Simd::store(out, Simd::zero());
+    Simd::store(out + Simd::kWidth, Simd::zero());
+    out += kTileCols;
   }
 }
 
@@ -231,7 +254,7 @@ template <class Step>
 void attend(const AttendPanel& panel) {
   constexpr int32_t kScoreStride = kKeyTile + 16;
   float* scores = panel.scratch;
-  float* words = scores + kTileRows * kScoreStride;
+  float* words = scores + Step::kRows * kScoreStride;
   int32_t n_keys = 0;
   for (int32_t r = 0; r < panel.n_rows; r++) {
     if (panel.visible[r] > n_keys) n_keys = panel.visible[r];
@@ -245,12 +268,13 @@ void attend(const AttendPanel& panel) {
     for (int32_t at = 0; at < depth; at += kGemmSteps) {
       const int32_t steps = depth - at < kGemmSteps ? depth - at : kGemmSteps;
       tile<Step>(steps, q, k, panel.n_rows, scores + key, kScoreStride, at > 0);
-      q += kTileRows * kGemmStride;
+      q += Step::kRows * kGemmStride;
       k += steps * kTileCols;
     }
   }
 
-  const int32_t steps = (n_keys + Step::kUnit - 1) / Step::kUnit;
+  constexpr int32_t kPadded = Step::kUnit * Step::kDepth;
+  const int32_t steps = (n_keys + kPadded - 1) / kPadded * Step::kDepth;
   const int32_t out_stride = (panel.head_dim + kTileCols - 1) / kTileCols * kTileCols;
   for (int32_t r = 0; r < panel.n_rows; r++) {
     const float before = softmax_row<Step>(scores + r * kScoreStride, panel.visible[r], steps,
@@ -270,7 +294,7 @@ void attend(const AttendPanel& panel) {
 template <class Step>
 GemmKernels make_gemm_kernels() {
   GemmKernels g;
-  g.rows = kTileRows;
+  g.rows = Step::kRows;
   g.cols = kTileCols;
   g.unit = Step::kUnit;
   g.pack_input = pack_input<Step>;
@@ -278,6 +302,8 @@ GemmKernels make_gemm_kernels() {
   g.pack_values = pack_values<Step>;
   g.tile = tile<Step>;
   g.attend = attend<Step>;
+  g.enter = Step::kEnter;
+  g.leave = Step::kLeave;
   return g;
 }
 

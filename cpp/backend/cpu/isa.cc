@@ -9,6 +9,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mustafar {
 namespace {
 
@@ -16,6 +22,21 @@ namespace {
 bool has_f16c() {  // clang's __builtin_cpu_supports does not know it
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+// AMX-TILE and AMX-BF16 in the processor, and the operating system's leave for the tile registers.
+bool ask_for_amx() {
+#if defined(__linux__)
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // CPUID leaf 7, EDX
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -35,7 +56,11 @@ std::vector<Isa> available_isas() {
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
   if (avx2) isas.push_back(Isa::kAvx2);
   if (avx512) isas.push_back(Isa::kAvx512);
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::kAvx512Bf16);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    isas.push_back(Isa::kAvx512Bf16);
+    static const bool amx = ask_for_amx();
+    if (amx) isas.push_back(Isa::kAmx);
+  }
 #elif defined(__aarch64__)
   isas.push_back(Isa::kNeon);
 #endif
@@ -47,14 +72,15 @@ Isa detect_isa() {
   const char* wanted = std::getenv("MUSTAFAR_ISA");
   if (wanted == nullptr || *wanted == '\0') return available.back();
   const std::string name = wanted;
-  for (Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kNeon}) {
+  for (Isa isa :
+       {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx, Isa::kNeon}) {
     if (name != isa_name(isa)) continue;
     if (std::find(available.begin(), available.end(), isa) != available.end()) return isa;
     throw std::invalid_argument("MUSTAFAR_ISA=" + name + ": this processor runs " +
                                 isa_name(available.back()) + " at best");
   }
   throw std::invalid_argument("MUSTAFAR_ISA=" + name +
-                              ": expected scalar, avx2, avx512, avx512bf16 or neon");
+                              ": expected scalar, avx2, avx512, avx512bf16, amx or neon");
 }
 
 const char* isa_name(Isa isa) {
@@ -67,6 +93,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kAvx512Bf16:
       return "avx512bf16";
+    case Isa::kAmx:
+      return "amx";
     case Isa::kNeon:
       return "neon";
   }
@@ -83,6 +111,8 @@ const char* isa_description(Isa isa) {
       return "AVX-512";
     case Isa::kAvx512Bf16:
       return "AVX-512 BF16";
+    case Isa::kAmx:
+      return "AVX-512 BF16 and AMX";
     case Isa::kNeon:
       return "NEON";
   }

@@ -11,15 +11,17 @@ enum class Isa {
   kAvx2,        // AVX2, FMA, F16C, BMI2
   kAvx512,      // AVX-512 F, BW, VL, DQ, VNNI, VBMI, VBMI2
   kAvx512Bf16,  // the same and AVX512_BF16
+  kAmx,         // the same and AMX-TILE, AMX-BF16
   kNeon,        // AArch64 Advanced SIMD
 };
 
-// Every instruction set that this processor and operating system run, the plain one first.
+// Every instruction set that this processor and operating system run, the plain one first. On Linux
+// asks once for the leave to use AMX's tile registers, which a process starts without.
 std::vector<Isa> available_isas();
 
 // The best available one, or the one that the environment variable MUSTAFAR_ISA names (scalar,
-// avx2, avx512, avx512bf16, neon). Throws std::invalid_argument for an unknown name or one that
-// can't run.
+// avx2, avx512, avx512bf16, amx, neon). Throws std::invalid_argument for an unknown name or one
+// that can't run.
 Isa detect_isa();
 
 // As MUSTAFAR_ISA spells it.

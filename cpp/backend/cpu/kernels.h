@@ -65,7 +65,8 @@ struct GemmKernels {
   // Weight panel [steps][cols] of n_rows <= cols rows (outputs) of n elements; the rest is zero.
   void (*pack_weights)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n,
                        float* out) = nullptr;
-  // Weight panel of the transpose: n_rows rows become the steps, n_cols <= cols the outputs.
+  // Weight panel of the transpose: n_rows <= kKeyTile rows become the steps, n_cols <= cols the
+  // outputs. Steps up to the next that attend takes at a time are zero.
   void (*pack_values)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n_cols,
                       float* out) = nullptr;
   // c [n_rows rounded up to at most rows][cols], c_stride apart, = or += input panel x weight
@@ -73,6 +74,26 @@ struct GemmKernels {
   void (*tile)(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
                int64_t c_stride, bool add) = nullptr;
   void (*attend)(const AttendPanel& panel) = nullptr;
+
+  // Readies the calling thread for tile and attend, and undoes it; null where nothing is needed.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
+};
+
+// Between its construction and its end this thread may call tile and attend of `gemm`.
+class GemmScope {
+ public:
+  explicit GemmScope(const GemmKernels& gemm) : leave_(gemm.leave) {
+    if (gemm.enter != nullptr) gemm.enter();
+  }
+  ~GemmScope() {
+    if (leave_ != nullptr) leave_();
+  }
+  GemmScope(const GemmScope&) = delete;
+  GemmScope& operator=(const GemmScope&) = delete;
+
+ private:
+  void (*leave_)();
 };
 
 struct Kernels {
@@ -105,6 +126,7 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const GemmKernels& avx512bf16_gemm_kernels();
+const GemmKernels& amx_gemm_kernels();
 void gemv_bf16_avx512bf16(const GemvArgs& args);  // bf16 weights only
 const Kernels& neon_kernels();
 

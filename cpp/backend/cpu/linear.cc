@@ -7,13 +7,16 @@ namespace mustafar {
 namespace {
 
 constexpr int64_t kGemvTaskBytes = 256 * 1024;  // of weights: some ten microseconds
-constexpr int64_t kGemmTaskCols = 128;         // outputs per task while there are enough tasks
+constexpr int64_t kGemmTaskCols = 128;          // outputs per task while there are enough tasks
+constexpr int64_t kGemmTaskRows = 512;  // inputs per task: a depth block and its results stay in L2
 
-// Rows [row0, row1) of one of several layers.
+// Rows [row0, row1) of one of several layers; of a GEMM, by input panels [panel0, panel1).
 struct Task {
   int32_t layer = 0;
   int64_t row0 = 0;
   int64_t row1 = 0;
+  int64_t panel0 = 0;
+  int64_t panel1 = 0;
 };
 
 void split(int32_t layer, int64_t rows, int64_t step, std::vector<Task>& tasks) {
@@ -37,10 +40,35 @@ int64_t gemm_task_cols(const GemmKernels& gemm, int64_t outputs, int threads) {
   return std::max<int64_t>(gemm.cols, cols);
 }
 
+// Input panels per GEMM task.
+int64_t gemm_task_panels(const GemmKernels& gemm, const PackedInput& x) {
+  return std::min(x.n_panels(), std::max<int64_t>(1, kGemmTaskRows / gemm.rows));
+}
+
+// For each block of input panels all outputs of all layers: threads share the inputs while caches
+// hold them.
+std::vector<Task> gemm_tasks(const GemmKernels& gemm, const PackedInput& x, int64_t step,
+                             std::span<const int64_t> outputs) {
+  std::vector<Task> tasks;
+  const int64_t panels = gemm_task_panels(gemm, x);
+  for (int64_t panel = 0; panel < x.n_panels(); panel += panels) {
+    const size_t first = tasks.size();
+    for (size_t i = 0; i < outputs.size(); i++) {
+      split(static_cast<int32_t>(i), outputs[i], step, tasks);
+    }
+    for (size_t t = first; t < tasks.size(); t++) {
+      tasks[t].panel0 = panel;
+      tasks[t].panel1 = std::min(x.n_panels(), panel + panels);
+    }
+  }
+  return tasks;
+}
+
 // Room in every worker's scratch for a weight panel and `results` results of `cols` outputs.
 void grow_gemm_scratch(ThreadPool& pool, const GemmKernels& gemm, const PackedInput& x,
                        int64_t cols, int results, CpuWorkspace& workspace) {
-  const int64_t words = int64_t{kGemmSteps} * gemm.cols + results * x.n_panels() * gemm.rows * cols;
+  const int64_t words =
+      int64_t{kGemmSteps} * gemm.cols + results * gemm_task_panels(gemm, x) * gemm.rows * cols;
   workspace.workers.resize(pool.size());
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, words);
 }
@@ -54,35 +82,39 @@ void prefetch_part(const uint8_t* rows, int64_t n_rows, int64_t bytes, int64_t s
   }
 }
 
-// result [output panel][rows, whole panels][gemm.cols] = x W^T for rows [row0, row1) of w.
-void multiply(const GemmKernels& gemm, const PackedInput& x, const Matrix& w, int64_t row0,
-              int64_t row1, float* panel, float* result) {
-  const int64_t result_rows = x.n_panels() * gemm.rows;
+// result [output panel][rows of the task's input panels][gemm.cols] = x W^T for the task's rows of
+// w.
+void multiply(const GemmKernels& gemm, const PackedInput& x, const Matrix& w, const Task& task,
+              float* panel, float* result) {
+  const GemmScope scope(gemm);
+  const int64_t n_panels = task.panel1 - task.panel0;
+  const int64_t result_rows = n_panels * gemm.rows;
   const int64_t stride_bytes = dtype_bytes(w.dtype, w.cols);
   int64_t col = 0;
   for (int64_t block = 0; block < x.n_blocks(); block++) {
     const int32_t n = x.block_cols(block);
     const int32_t steps = (n + gemm.unit - 1) / gemm.unit;
     const int64_t block_bytes = dtype_bytes(w.dtype, n);
-    for (int64_t row = row0; row < row1; row += gemm.cols) {
-      const int32_t n_outputs = static_cast<int32_t>(std::min<int64_t>(gemm.cols, row1 - row));
+    for (int64_t row = task.row0; row < task.row1; row += gemm.cols) {
+      const int32_t n_outputs = static_cast<int32_t>(std::min<int64_t>(gemm.cols, task.row1 - row));
       const uint8_t* weights =
           static_cast<const uint8_t*>(w.data) + row * stride_bytes + dtype_bytes(w.dtype, col);
       gemm.pack_weights(weights, w.dtype, w.cols, n_outputs, n, panel);
 
       // While this panel is multiplied, memory delivers the next one: more rows, else more columns.
-      const bool last = row + gemm.cols >= row1;
-      const int64_t next_row = last ? row0 : row + gemm.cols;
+      const bool last = row + gemm.cols >= task.row1;
+      const int64_t next_row = last ? task.row0 : row + gemm.cols;
       const uint8_t* next = static_cast<const uint8_t*>(w.data) + next_row * stride_bytes +
                             dtype_bytes(w.dtype, last ? col + n : col);
-      const int64_t next_rows =
-          last && block + 1 == x.n_blocks() ? 0 : std::min<int64_t>(gemm.cols, row1 - next_row);
+      const int64_t next_rows = last && block + 1 == x.n_blocks()
+                                    ? 0
+                                    : std::min<int64_t>(gemm.cols, task.row1 - next_row);
 
-      float* c = result + (row - row0) * result_rows;
-      for (int64_t p = 0; p < x.n_panels(); p++) {
-        prefetch_part(next, next_rows, block_bytes, stride_bytes, p, x.n_panels());
-        gemm.tile(steps, x.panel(block, p), panel, x.panel_rows(p), c + p * gemm.rows * gemm.cols,
-                  gemm.cols, block > 0);
+      float* c = result + (row - task.row0) * result_rows;
+      for (int64_t p = 0; p < n_panels; p++) {
+        prefetch_part(next, next_rows, block_bytes, stride_bytes, p, n_panels);
+        gemm.tile(steps, x.panel(block, task.panel0 + p), panel, x.panel_rows(task.panel0 + p),
+                  c + p * gemm.rows * gemm.cols, gemm.cols, block > 0);
       }
     }
     col += n;
@@ -189,27 +221,27 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
 void prefill_linear(ThreadPool& pool, const Kernels& kernels, const GemmKernels& gemm,
                     std::span<const LinearLayer> layers, const PackedInput& x,
                     CpuWorkspace& workspace) {
-  int64_t outputs = 0;
-  for (const LinearLayer& layer : layers) outputs += layer.weights->rows;
-  const int64_t step = gemm_task_cols(gemm, outputs, pool.size());
-  std::vector<Task> tasks;
-  for (size_t i = 0; i < layers.size(); i++) {
-    split(static_cast<int32_t>(i), layers[i].weights->rows, step, tasks);
-  }
+  std::vector<int64_t> outputs;
+  int64_t all = 0;
+  for (const LinearLayer& layer : layers) all += outputs.emplace_back(layer.weights->rows);
+  const int64_t step = gemm_task_cols(gemm, all, pool.size());
+  const std::vector<Task> tasks = gemm_tasks(gemm, x, step, outputs);
   grow_gemm_scratch(pool, gemm, x, step, 1, workspace);
-  const int64_t result_rows = x.n_panels() * gemm.rows;
   pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
     const Task& task = tasks[i];
     const LinearLayer& layer = layers[task.layer];
     float* panel = workspace.workers[worker].as<float>();
     float* result = panel + int64_t{kGemmSteps} * gemm.cols;
-    multiply(gemm, x, *layer.weights, task.row0, task.row1, panel, result);
-    for (int64_t r = 0; r < x.n_rows(); r++) {
+    multiply(gemm, x, *layer.weights, task, panel, result);
+    const int64_t result_rows = (task.panel1 - task.panel0) * gemm.rows;
+    const int64_t first = task.panel0 * gemm.rows;
+    const int64_t n_rows = std::min(result_rows, x.n_rows() - first);
+    for (int64_t r = 0; r < n_rows; r++) {
       for (int64_t row = task.row0; row < task.row1; row += gemm.cols) {
         kernels.store(result + (row - task.row0) * result_rows + r * gemm.cols,
                       layer.bias != nullptr ? layer.bias + row : nullptr,
                       std::min<int64_t>(gemm.cols, task.row1 - row), layer.add,
-                      layer.out + r * layer.out_stride + row);
+                      layer.out + (first + r) * layer.out_stride + row);
       }
     }
   });
@@ -220,22 +252,25 @@ void prefill_gate_up(ThreadPool& pool, const Kernels& kernels, const GemmKernels
                      CpuWorkspace& workspace) {
   const int64_t n = layer.gate.rows;
   const int64_t step = gemm_task_cols(gemm, n, pool.size());
+  const std::vector<Task> tasks = gemm_tasks(gemm, x, step, {&n, 1});
   grow_gemm_scratch(pool, gemm, x, step, 2, workspace);
-  const int64_t result_rows = x.n_panels() * gemm.rows;
-  pool.parallel_for((n + step - 1) / step, [&](int64_t i, int worker) {
-    const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
+  pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int worker) {
+    const Task& task = tasks[i];
+    const int64_t result_rows = (task.panel1 - task.panel0) * gemm.rows;
+    const int64_t first = task.panel0 * gemm.rows;
+    const int64_t n_rows = std::min(result_rows, x.n_rows() - first);
     float* panel = workspace.workers[worker].as<float>();
     float* gate = panel + int64_t{kGemmSteps} * gemm.cols;
     float* up = gate + result_rows * step;
-    multiply(gemm, x, layer.gate, row0, row1, panel, gate);
-    multiply(gemm, x, layer.up, row0, row1, panel, up);
-    for (int64_t r = 0; r < x.n_rows(); r++) {
-      for (int64_t row = row0; row < row1; row += gemm.cols) {
-        const int64_t at = (row - row0) * result_rows + r * gemm.cols;
-        kernels.silu_mul(gate + at, up + at,
-                         layer.gate_bias != nullptr ? layer.gate_bias + row : nullptr,
-                         layer.up_bias != nullptr ? layer.up_bias + row : nullptr,
-                         std::min<int64_t>(gemm.cols, row1 - row), out + r * n + row);
+    multiply(gemm, x, layer.gate, task, panel, gate);
+    multiply(gemm, x, layer.up, task, panel, up);
+    for (int64_t r = 0; r < n_rows; r++) {
+      for (int64_t row = task.row0; row < task.row1; row += gemm.cols) {
+        const int64_t at = (row - task.row0) * result_rows + r * gemm.cols;
+        kernels.silu_mul(
+            gate + at, up + at, layer.gate_bias != nullptr ? layer.gate_bias + row : nullptr,
+            layer.up_bias != nullptr ? layer.up_bias + row : nullptr,
+            std::min<int64_t>(gemm.cols, task.row1 - row), out + (first + r) * n + row);
       }
     }
   });

@@ -66,6 +66,7 @@ class TaskRunner {
         n_panels_((n_rows_ + gemm.rows - 1) / gemm.rows) {}
 
   void run() {
+    const GemmScope scope(gemm_);
     pack_queries();
     std::fill_n(scratch_ + layout_.max, n_rows_, -std::numeric_limits<float>::infinity());
     std::fill_n(scratch_ + layout_.sum, n_rows_, 0.0f);
