@@ -65,12 +65,13 @@ __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16(int64_t n) {
   return n * 12.0 * 64;
 }
 __attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t n) {
-  struct alignas(64) {
+  struct alignas(64) Config {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
-  _tile_loadconfig(&config);  // and makes the tiles zero
+  };
+  static const Config kConfig;
+  _tile_loadconfig(&kConfig);  // and makes the tiles zero
   for (int64_t i = 0; i < n; i++) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);

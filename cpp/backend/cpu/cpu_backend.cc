@@ -30,6 +30,10 @@ class CpuMemory final : public DeviceMemory {
 
 CpuWorkspace& on_cpu(Workspace& workspace) { return static_cast<CpuWorkspace&>(workspace); }
 
+// Rows of a prompt that pass the MLP together: their inner activations, the widest there are, take
+// tens of megabytes whatever the prompt's length, and weights are read seldom enough.
+constexpr int64_t kMlpRows = 2048;
+
 // Few rows are cheaper on the calling thread than the start of a region.
 template <typename Body>
 void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
@@ -290,16 +294,23 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
   CpuWorkspace& ws = on_cpu(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int64_t n = batch.n_rows, hidden = w.gate.cols, inner = w.gate.rows;
-  const float* normed = norm_rows(x, w.mlp_norm, n, hidden, ws);
-  float* gated = grow<float>(ws.gated, n * inner);
-  const LinearLayer layers[] = {{&w.down, w.down_bias, x, hidden, true}};
   if (batch.decode) {
+    const LinearLayer down[] = {{&w.down, w.down_bias, x, hidden, true}};
+    const float* normed = norm_rows(x, w.mlp_norm, n, hidden, ws);
+    float* gated = grow<float>(ws.gated, n * inner);
     decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, ws);
-    decode_linear(pool_, kernels_, layers, gated, inner, batch.n_rows);
+    decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows);
     return;
   }
-  prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, n, hidden, ws), gated, ws);
-  prefill_linear(pool_, kernels_, gemm_, layers, pack(gated, n, inner, ws), ws);
+  for (int64_t row = 0; row < n; row += kMlpRows) {
+    const int64_t rows = std::min(kMlpRows, n - row);
+    float* some = x + row * hidden;
+    const float* normed = norm_rows(some, w.mlp_norm, rows, hidden, ws);
+    float* gated = grow<float>(ws.gated, rows * inner);
+    const LinearLayer down[] = {{&w.down, w.down_bias, some, hidden, true}};
+    prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, rows, hidden, ws), gated, ws);
+    prefill_linear(pool_, kernels_, gemm_, down, pack(gated, rows, inner, ws), ws);
+  }
 }
 
 void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,

@@ -21,9 +21,9 @@ DecodeRunFunction run_function(Isa isa) {
     case Isa::kAvx2:
       return decode_run_avx2;
     case Isa::kAvx512:
+    case Isa::kAmx:
       return decode_run_avx512;
     case Isa::kAvx512Bf16:
-    case Isa::kAmx:
       return decode_run_avx512bf16;
 #elif defined(__aarch64__)
     case Isa::kNeon:

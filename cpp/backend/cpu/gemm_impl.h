@@ -16,6 +16,8 @@ constexpr int kTileCols = 2 * Simd::kWidth;
 // What kernels that multiply in vector registers have in common.
 struct StepInRegisters {
   static constexpr int kRows = Simd::kGemmRows;
+  static constexpr int kBestSteps = kGemmSteps;
+  static constexpr int kTaskCols = 128;
   static constexpr int kDepth = 1;  // attention pads its inner dimensions to a multiple of it
   static constexpr void (*kEnter)() = nullptr;
   static constexpr void (*kLeave)() = nullptr;
@@ -297,6 +299,8 @@ GemmKernels make_gemm_kernels() {
   g.rows = Step::kRows;
   g.cols = kTileCols;
   g.unit = Step::kUnit;
+  g.depth = Step::kBestSteps;
+  g.task_cols = Step::kTaskCols / kTileCols * kTileCols;
   g.pack_input = pack_input<Step>;
   g.pack_weights = pack_weights<Step>;
   g.pack_values = pack_values<Step>;

@@ -112,7 +112,7 @@ const char* isa_description(Isa isa) {
     case Isa::kAvx512Bf16:
       return "AVX-512 BF16";
     case Isa::kAmx:
-      return "AVX-512 BF16 and AMX";
+      return "AVX-512 and AMX";
     case Isa::kNeon:
       return "NEON";
   }

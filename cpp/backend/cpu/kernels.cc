@@ -19,11 +19,15 @@ Kernels select_kernels(Isa isa) {
       return avx2_kernels();
     case Isa::kAvx512:
       return avx512_kernels();
-    case Isa::kAvx512Bf16:
+    case Isa::kAvx512Bf16: {
+      Kernels kernels = avx512_kernels();
+      kernels.bf16 = avx512bf16_gemm_kernels();
+      kernels.gemv = gemv_avx512bf16;
+      return kernels;
+    }
     case Isa::kAmx: {
       Kernels kernels = avx512_kernels();
-      kernels.bf16 = isa == Isa::kAmx ? amx_gemm_kernels() : avx512bf16_gemm_kernels();
-      kernels.gemv = gemv_avx512bf16;
+      kernels.bf16 = amx_gemm_kernels();
       return kernels;
     }
 #elif defined(__aarch64__)

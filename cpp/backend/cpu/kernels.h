@@ -54,9 +54,11 @@ struct AttendPanel {
 };
 
 struct GemmKernels {
-  int32_t rows = 0;  // of an input panel and a result tile
-  int32_t cols = 0;  // of a weight panel (outputs) and a result tile
-  int32_t unit = 0;  // inner elements per step: 1 (f32) or 2 (bf16)
+  int32_t rows = 0;            // of an input panel and a result tile
+  int32_t cols = 0;            // of a weight panel (outputs) and a result tile
+  int32_t unit = 0;            // inner elements per step: 1 (f32) or 2 (bf16)
+  int32_t depth = kGemmSteps;  // steps at which tile runs best, a divisor of kGemmSteps
+  int32_t task_cols = 0;       // outputs per task while there are enough tasks, a multiple of cols
 
   // Input panel [rows][kGemmStride] of n_rows <= rows rows of n <= kGemmSteps * unit elements, each
   // multiplied by scale. Rows above n_rows are left as they are.

@@ -24,6 +24,7 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// Static: some compilers let the intrinsic read 8 bytes only, and drop the rest of a local.
 void configure_tiles() {
   static constexpr TileConfig kConfig;
   _tile_loadconfig(&kConfig);
@@ -92,6 +93,8 @@ void tile_halves(int32_t steps, const float* input, const float* weights, float*
 
 struct StepAmx : StepBF16 {
   static constexpr int kRows = 32;
+  static constexpr int kBestSteps = 128;  // a panel of inputs and one of weights fit L1
+  static constexpr int kTaskCols = 256;   // inputs then come from L2 seldom enough
   static constexpr int kDepth = kTileSteps;
   static constexpr void (*kEnter)() = configure_tiles;
   static constexpr void (*kLeave)() = release_tiles;

@@ -7,7 +7,6 @@ namespace mustafar {
 namespace {
 
 constexpr int64_t kGemvTaskBytes = 256 * 1024;  // of weights: some ten microseconds
-constexpr int64_t kGemmTaskCols = 128;          // outputs per task while there are enough tasks
 constexpr int64_t kGemmTaskRows = 512;  // inputs per task: a depth block and its results stay in L2
 
 // Rows [row0, row1) of one of several layers; of a GEMM, by input panels [panel0, panel1).
@@ -35,7 +34,7 @@ int64_t gemv_task_rows(const Matrix& w, int threads) {
 
 // Outputs per GEMM task: a multiple of the panel, smaller where threads would be left without.
 int64_t gemm_task_cols(const GemmKernels& gemm, int64_t outputs, int threads) {
-  int64_t cols = kGemmTaskCols / gemm.cols * gemm.cols;
+  int64_t cols = gemm.task_cols;
   while (cols > gemm.cols && outputs / cols < 4 * threads) cols -= gemm.cols;
   return std::max<int64_t>(gemm.cols, cols);
 }
@@ -111,10 +110,14 @@ void multiply(const GemmKernels& gemm, const PackedInput& x, const Matrix& w, co
                                     : std::min<int64_t>(gemm.cols, task.row1 - next_row);
 
       float* c = result + (row - task.row0) * result_rows;
-      for (int64_t p = 0; p < n_panels; p++) {
-        prefetch_part(next, next_rows, block_bytes, stride_bytes, p, n_panels);
-        gemm.tile(steps, x.panel(block, task.panel0 + p), panel, x.panel_rows(task.panel0 + p),
-                  c + p * gemm.rows * gemm.cols, gemm.cols, block > 0);
+      for (int32_t step = 0; step < steps; step += gemm.depth) {
+        const int32_t depth = std::min(gemm.depth, steps - step);
+        for (int64_t p = 0; p < n_panels; p++) {
+          if (step == 0) prefetch_part(next, next_rows, block_bytes, stride_bytes, p, n_panels);
+          gemm.tile(depth, x.panel(block, task.panel0 + p) + step, panel + step * gemm.cols,
+                    x.panel_rows(task.panel0 + p), c + p * gemm.rows * gemm.cols, gemm.cols,
+                    block > 0 || step > 0);
+        }
       }
     }
     col += n;
