@@ -11,6 +11,8 @@
 #include <tuple>
 #include <vector>
 
+#include "backend/cpu/isa.h"
+#include "backend/cpu/kernels.h"
 #include "core/dtype.h"
 #include "format/prune.h"
 
@@ -53,6 +55,11 @@ TEST_P(PackTest, UnpacksToTheRoundedMaskedRows) {
 
   std::vector<float> all(size_t{64} * head_dim, NAN), row(head_dim, NAN);
   unpack_slot(layout, slot.data(), all.data());
+  for (Isa isa : available_isas()) {
+    std::vector<float> fast(all.size(), NAN);
+    select_kernels(isa).unpack_slot(layout, slot.data(), fast.data());
+    EXPECT_EQ(std::memcmp(fast.data(), all.data(), 4 * all.size()), 0) << isa_name(isa);
+  }
   for (int t = 0; t < 64; t++) {
     unpack_row(layout, slot.data(), t, row.data());
     EXPECT_EQ(std::memcmp(row.data(), &all[t * head_dim], 4 * head_dim), 0);

@@ -1,5 +1,7 @@
 #include "backend/cpu/kernels.h"
 
+#include "backend/cpu/unpack.h"
+
 namespace mustafar {
 namespace {
 
@@ -18,16 +20,15 @@ Kernels select_kernels(Isa isa) {
     case Isa::kAvx2:
       return avx2_kernels();
     case Isa::kAvx512:
-      return avx512_kernels();
-    case Isa::kAvx512Bf16: {
-      Kernels kernels = avx512_kernels();
-      kernels.bf16 = avx512bf16_gemm_kernels();
-      kernels.gemv = gemv_avx512bf16;
-      return kernels;
-    }
+    case Isa::kAvx512Bf16:
     case Isa::kAmx: {
       Kernels kernels = avx512_kernels();
-      kernels.bf16 = amx_gemm_kernels();
+      kernels.unpack_slot = unpack_slot_avx512;
+      if (isa == Isa::kAvx512Bf16) {
+        kernels.bf16 = avx512bf16_gemm_kernels();
+        kernels.gemv = gemv_avx512bf16;
+      }
+      if (isa == Isa::kAmx) kernels.bf16 = amx_gemm_kernels();
       return kernels;
     }
 #elif defined(__aarch64__)

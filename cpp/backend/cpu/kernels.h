@@ -7,6 +7,7 @@
 
 #include "backend/cpu/isa.h"
 #include "core/dtype.h"
+#include "format/block_format.h"
 
 namespace mustafar {
 
@@ -114,6 +115,8 @@ struct Kernels {
   void (*to_f32)(const void* x, DType dtype, int64_t n, float* out) = nullptr;
   void (*from_f32)(const float* x, int64_t n, DType dtype, void* out) = nullptr;
   void (*gemv)(const GemvArgs& args) = nullptr;
+  // A slot of the store as f32 rows [64][head_dim], zero where pruned.
+  void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
   GemmKernels f32;
   GemmKernels bf16;  // rows == 0 where the instruction set has no bf16 dot product
 };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backend/cpu/kernels.h"
+#include "format/pack.h"
 
 namespace mustafar {
 namespace {
@@ -17,6 +18,7 @@ Kernels make_kernels() {
   k.to_f32 = to_f32;
   k.from_f32 = from_f32;
   k.gemv = gemv;
+  k.unpack_slot = unpack_slot;
   k.f32 = make_gemm_kernels<StepF32>();
   return k;
 }

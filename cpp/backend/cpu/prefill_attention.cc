@@ -7,8 +7,6 @@
 #include <limits>
 #include <vector>
 
-#include "format/pack.h"
-
 namespace mustafar {
 namespace {
 
@@ -115,8 +113,10 @@ class TaskRunner {
         const uint8_t* page = step_.pages[block + i];
         const StoreLayout& store = *step_.layout;
         const int64_t at = int64_t{i} * kBlockTokens * args_.head_dim;
-        unpack_slot(store.k, page + k_slot_offset(store, args_.layer, task_.kv_head), keys + at);
-        unpack_slot(store.v, page + v_slot_offset(store, args_.layer, task_.kv_head), values + at);
+        const uint8_t* k_slot = page + k_slot_offset(store, args_.layer, task_.kv_head);
+        const uint8_t* v_slot = page + v_slot_offset(store, args_.layer, task_.kv_head);
+        kernels_.unpack_slot(store.k, k_slot, keys + at);
+        kernels_.unpack_slot(store.v, v_slot, values + at);
       }
       attend_tile(keys, values, DType::kF32, n * kBlockTokens, n * kBlockTokens);
     }
