@@ -5,6 +5,7 @@
 //
 //   mustafar_attention_bench [--heads 32] [--kv-heads 8] [--head-dim 128] [--context 16384,65536]
 //       [--threads 0] [--repeats 11] [--isa NAME,...] [--llc-mib 32] [--window 32] [--json FILE]
+//       [--cache PART_OF_A_NAME]
 //
 // Prints Markdown: nanoseconds per token and KV head, GB/s read and its fraction of the measured
 // bandwidth, the ratio to dense bf16, and the share of compression in a decode step.
@@ -39,6 +40,7 @@ struct Options {
   std::vector<Isa> isas = {detect_isa()};
   int64_t llc_bytes = int64_t{32} << 20;
   std::string json;
+  std::string filter;  // part of the names of settings to measure
 };
 
 struct Setting {
@@ -212,6 +214,7 @@ void run_context(const Options& options, int64_t context, std::ostream* json) {
       "bf16 | compression |\n|---|---|---|---|---|---|---|---|\n");
   for (const Setting& setting : kSettings) {
     const Setting& baseline = kSettings[0];
+    if (std::string(setting.name).find(options.filter) == std::string::npos) continue;
     for (const Isa isa : options.isas) {
       Row pair[2];
       for (int i = 0; i < 2; i++) {
@@ -291,6 +294,8 @@ Options parse(int argc, char** argv) {
       options.repeats = std::stoi(value);
     else if (name == "--llc-mib")
       options.llc_bytes = std::stoll(value) << 20;
+    else if (name == "--cache")
+      options.filter = value;
     else if (name == "--json")
       options.json = value;
     else if (name == "--context") {

@@ -7,19 +7,30 @@
 #include <new>
 #include <utility>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mustafar {
 
 class HostBuffer {
  public:
   static constexpr size_t kAlignment = 128;
+  static constexpr size_t kHugePage = size_t{2} << 20;
 
   HostBuffer() = default;
-  // Uninitialised memory, aligned to kAlignment; throws std::bad_alloc.
+  // Uninitialised memory, aligned to kAlignment; throws std::bad_alloc. From two huge pages on it is
+  // aligned to one and asks Linux for them: attention jumps from slot to slot, and walking tables of
+  // small pages then costs more than the bytes.
   explicit HostBuffer(size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
-    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    data_ = rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded);
+    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kAlignment;
+    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+    data_ = rounded < bytes ? nullptr : std::aligned_alloc(alignment, rounded);
     if (data_ == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+    if (alignment == kHugePage) madvise(data_, bytes, MADV_HUGEPAGE);  // a wish: it may be refused
+#endif
   }
   ~HostBuffer() { std::free(data_); }
   HostBuffer(HostBuffer&& other) noexcept

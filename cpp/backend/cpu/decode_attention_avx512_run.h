@@ -246,7 +246,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   const uint8_t* q = state.queries + int64_t{head} * n_chunks * query_bytes(kKind);
   // f32 rows have no constant runs: 16 dims at a time.
   constexpr Source kRuns = kKind == Kind::kF32 ? Source::kChain : Source::kRuns;
-  next_k.lines = (next_k.lines + 64 / (16 / NH) - 1) / (64 / (16 / NH));
+  next_k.spread(kTileTokens / (16 / NH) * n_chunks);
   if constexpr (kKind == Kind::kBF16 && takes_pairs(kKind)) {
     const int32_t block = head / 4 + (head % 4 != 0);  // a remainder has at most two
     const bool remembers = block + 1 < kMaxBlocks;
@@ -262,7 +262,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
                                   state.max[head + h]);
     }
     if (needed && !two_terms) {
-      scores_of<kKind, NH, true>(k, n_rows, n_chunks, q, work.scores, {nullptr, 0, true});
+      scores_of<kKind, NH, true>(k, n_rows, n_chunks, q, work.scores, kNoPrefetch);
     }
     if (remembers) state.two_terms[block] = needed;
   } else {
@@ -276,7 +276,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
                                      state.sum[head + h], unit[h]);
   }
   float* o = state.o + int64_t{head} * run.head_dim;
-  next_v.lines = (next_v.lines + 15) / 16;
+  next_v.spread(kTileTokens / 2 * value_passes<NH>(n_chunks));
   if (v.source == Source::kDense) {
     tile_values<kKind, Source::kDense, NH>(v, n_rows, n_chunks, work.weights, rescale, unit, o,
                                            run.head_dim, next_v);
@@ -293,10 +293,9 @@ template <Kind kKind>
 void tile_queries(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, State& state,
                   Work& work, Prefetch next_k, Prefetch next_v) {
   int32_t head = 0;
-  const Prefetch none = {nullptr, 0, true};
   while (head < run.n_queries) {
     const int32_t left = run.n_queries - head;
-    const Prefetch pk = head == 0 ? next_k : none, pv = head == 0 ? next_v : none;
+    const Prefetch pk = head == 0 ? next_k : kNoPrefetch, pv = head == 0 ? next_v : kNoPrefetch;
     if (left >= 4) {
       tile_heads<kKind, 4>(run, k, v, n, head, state, work, pk, pv);
       head += 4;
@@ -362,23 +361,21 @@ Rows dense_rows(const DecodeRun& run, const uint8_t* values, int32_t n, uint8_t*
   return rows;
 }
 
-// K and V of a tile in memory, to be fetched ahead: lines of the whole tile.
+// K and V of a tile in memory, to be fetched ahead.
 void next_lines(const DecodeRun& run, int32_t tile, Prefetch& k, Prefetch& v) {
-  k = v = {nullptr, 0, true};
+  k = v = kNoPrefetch;
   if (tile >= run.first_tile + run.n_tiles) return;
   if (tile < run.sequence->n_blocks) {
     const uint8_t* page = run.sequence->pages[tile];
-    const int32_t k_lines = run.sequence->layout->k.slot_bytes / 64;
-    const int32_t v_lines = run.sequence->layout->v.slot_bytes / 64;
-    k = {page + run.k_offset, k_lines, k_lines <= kNearLines};
-    v = {page + run.v_offset, v_lines, v_lines <= kNearLines};
+    k = {page + run.k_offset, run.sequence->layout->k.slot_bytes / 64, 0};
+    v = {page + run.v_offset, run.sequence->layout->v.slot_bytes / 64, 0};
     return;
   }
   const DenseTile dense = dense_tile(run, tile);
   const int32_t lines =
       static_cast<int32_t>(dense.n * dtype_bytes(run.tail_dtype, run.head_dim) / 64);
-  k = {dense.k, lines, lines <= kNearLines};
-  v = {dense.v, lines, lines <= kNearLines};
+  k = {dense.k, lines, 0};
+  v = {dense.v, lines, 0};
 }
 
 // Adds a kind's partial softmax to the result, its dims back in their own order.

@@ -7,6 +7,8 @@
 // step where there is a two-term dot product (BF16, ints), with weights of 16 bits.
 #pragma once
 
+#include <algorithm>
+
 #include "backend/cpu/decode_attention_avx512_rows.h"
 
 namespace mustafar {
@@ -88,12 +90,13 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
   const __m512i zero = opaque_zero();
   const int64_t q_head = int64_t{n_chunks} * query_bytes(kKind);
   for (int32_t r = 0; r < n_rows; r += R) {
-    prefetch.step();
     __m512 acc[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
     if constexpr (kKind == Kind::kInt) {
       for (int32_t chunk = 0; chunk < n_chunks; chunk += 2) {
+        prefetch.step();
+        prefetch.step();
         const uint8_t* qc = q + int64_t{chunk} * 64;
         __m512i q0[NH], q1[NH];
 #pragma GCC unroll 4
@@ -114,6 +117,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
       }
     } else {
       for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
+        prefetch.step();
         const uint8_t* qc = q + int64_t{chunk} * 128;
         __m512 q0[NH], q1[NH];
 #pragma GCC unroll 4
@@ -165,7 +169,7 @@ template <Kind kKind, Source kSource, int NH, int NC>
 __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows, int32_t chunk0,
                                             const uint8_t* weights, const float* rescale,
                                             const float* unit, float* o, int64_t o_stride,
-                                            Prefetch prefetch) {
+                                            Prefetch& prefetch) {
   constexpr int kStep = takes_pairs(kKind) ? 2 : 1;
   constexpr int64_t kWeightBytes = kTileTokens * (takes_pairs(kKind) ? 2 : 4);
   const Rows rows = rows_in;
@@ -184,7 +188,7 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
     }
   }
   for (int32_t t = 0; t < n_rows; t += kStep) {
-    if (t % 4 == 0) prefetch.step();
+    if (t % 2 == 0) prefetch.step();
     __m512 w[NH];
 #pragma GCC unroll 4
     for (int h = 0; h < NH; h++) {
@@ -242,23 +246,31 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
   }
 }
 
-// All columns. The next tile is fetched during the first.
+// Columns of 32 dims of a pass of tile_values.
+template <int NH>
+constexpr int32_t kPassChunks = NH == 4 ? 2 : 4;
+
+// Passes over the tile's rows, but for the remainders of unusual head_dims.
+template <int NH>
+constexpr int32_t value_passes(int32_t n_chunks) {
+  return std::max(1, n_chunks / kPassChunks<NH>);
+}
+
+// All columns.
 template <Kind kKind, Source kSource, int NH>
 void tile_values(const Rows& rows, int32_t n_rows, int32_t n_chunks, const uint8_t* weights,
                  const float* rescale, const float* unit, float* o, int64_t o_stride,
                  Prefetch prefetch) {
-  constexpr int NC = NH == 4 ? 2 : 4;
+  constexpr int NC = kPassChunks<NH>;
   constexpr int kRest = kKind == Kind::kInt ? 2 : 1;
   int32_t chunk = 0;
   for (; chunk + NC <= n_chunks; chunk += NC) {
     tile_columns<kKind, kSource, NH, NC>(rows, n_rows, chunk, weights, rescale, unit, o, o_stride,
                                          prefetch);
-    prefetch.lines = 0;
   }
   for (; chunk < n_chunks; chunk += kRest) {
     tile_columns<kKind, kSource, NH, kRest>(rows, n_rows, chunk, weights, rescale, unit, o,
                                             o_stride, prefetch);
-    prefetch.lines = 0;
   }
 }
 

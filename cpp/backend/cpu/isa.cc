@@ -10,7 +10,6 @@
 #include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -24,13 +23,13 @@ bool has_f16c() {  // clang's __builtin_cpu_supports does not know it
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 
-// AMX-TILE and AMX-BF16 in the processor, and the operating system's leave for the tile registers.
+// AMX in the processor, and the operating system's leave for the tile registers.
 bool ask_for_amx() {
 #if defined(__linux__)
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // CPUID leaf 7, EDX
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // CPUID leaf 7, EDX: AMX-BF16, AMX-TILE
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+  if ((edx & kAmx) != kAmx) return false;
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

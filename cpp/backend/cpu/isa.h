@@ -11,9 +11,9 @@ enum class Isa {
   kAvx2,        // AVX2, FMA, F16C, BMI2
   kAvx512,      // AVX-512 F, BW, VL, DQ, VNNI, VBMI, VBMI2
   kAvx512Bf16,  // the same and AVX512_BF16
-  kAmx,         // the same and AMX-TILE, AMX-BF16. Processors that have it take four times as long
-                // for a dot product of AVX512_BF16 as for an FMA, so vectors use the latter
-  kNeon,        // AArch64 Advanced SIMD
+  kAmx,   // the same and AMX-TILE, AMX-BF16, AMX-INT8. Processors that have it take four times
+          // as long for a dot product of AVX512_BF16 as for an FMA, so GEMV uses the latter
+  kNeon,  // AArch64 Advanced SIMD
 };
 
 // Every instruction set that this processor and operating system run, the plain one first. On Linux

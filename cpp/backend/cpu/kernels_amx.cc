@@ -8,29 +8,11 @@
 #include "backend/cpu/simd_math_impl.h"
 #include "backend/cpu/gemm_impl.h"
 #include "backend/cpu/gemm_step_bf16.h"
+#include "backend/cpu/amx.h"
 // clang-format on
 
 namespace mustafar {
 namespace {
-
-constexpr int kTileSteps = 16;  // words of a tile's row
-
-// What the processor reads: all eight tiles are whole.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Static: some compilers let the intrinsic read 8 bytes only, and drop the rest of a local.
-void configure_tiles() {
-  static constexpr TileConfig kConfig;
-  _tile_loadconfig(&kConfig);
-}
-
-void release_tiles() { _tile_release(); }
 
 // Steps that don't fill a tile.
 void add_steps(int32_t steps, const float* input, const float* weights, int32_t n_rows, float* c,
@@ -70,7 +52,7 @@ void tile_halves(int32_t steps, const float* input, const float* weights, float*
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int32_t i = 0; i + kTileSteps <= steps; i += kTileSteps) {
+  for (int32_t i = 0; i + kAmxWords <= steps; i += kAmxWords) {
     const float* w = weights + i * kTileCols;
     _tile_loadd(6, w, kWeightStride);
     _tile_loadd(4, input + i, kInputStride);
@@ -95,9 +77,9 @@ struct StepAmx : StepBF16 {
   static constexpr int kRows = 32;
   static constexpr int kBestSteps = 128;  // a panel of inputs and one of weights fit L1
   static constexpr int kTaskCols = 256;   // inputs then come from L2 seldom enough
-  static constexpr int kDepth = kTileSteps;
-  static constexpr void (*kEnter)() = configure_tiles;
-  static constexpr void (*kLeave)() = release_tiles;
+  static constexpr int kDepth = kAmxWords;
+  static constexpr void (*kEnter)() = configure_amx;
+  static constexpr void (*kLeave)() = release_amx;
 
   static void tile(int32_t steps, const float* input, const float* weights, int32_t n_rows,
                    float* c, int64_t c_stride, bool add) {
@@ -106,7 +88,7 @@ struct StepAmx : StepBF16 {
     } else {
       tile_halves<1>(steps, input, weights, c, c_stride, add);
     }
-    const int32_t whole = steps / kTileSteps * kTileSteps;
+    const int32_t whole = steps / kAmxWords * kAmxWords;
     if (whole < steps) {
       add_steps(steps - whole, input + whole, weights + whole * kTileCols, n_rows, c, c_stride);
     }
