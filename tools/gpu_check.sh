@@ -29,7 +29,9 @@ shift $((OPTIND - 1))
 stages=("$@")
 [ ${#stages[@]} -eq 0 ] && stages=(build test bench torch sanitize sass)
 build=build/gpu-check
-raw=$build/raw  # what the stages print; packed into one file of the results
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+raw=$scratch/raw  # what the stages print; packed into one file of the results
 python=$(command -v python3 || true)
 failed=0 missing=0
 
@@ -149,8 +151,8 @@ if [ -n "$dry" ]; then
   exit 0
 fi
 
-rm -rf $raw && mkdir -p $raw "$out" || exit 2
-: > $raw/stages.txt
+mkdir -p "$raw" "$out" || exit 2
+: > "$raw/stages.txt"
 version=$(nvcc --version 2> /dev/null | sed -n 's/^Cuda compilation tools, //p')
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -1)
 {
@@ -159,12 +161,12 @@ gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/n
   echo "gpu ${gpu:-not available}"
   echo "nvcc ${version:-not available}"
   echo "architecture sm_$arch"
-} > $raw/machine.txt
+} > "$raw/machine.txt"
 for stage in "${stages[@]}"; do
   "stage_$stage"
-  tar -czf "$out/raw.tar.gz" -C $build raw
+  tar -czf "$out/raw.tar.gz" -C "$scratch" raw
   if [ -n "$python" ]; then
-    "$python" tools/gpu_report.py $raw "$out" > /dev/null || failed=1
+    "$python" tools/gpu_report.py "$raw" "$out" > /dev/null || failed=1
   fi
 done
 [ -n "$python" ] || unavailable report Python

@@ -121,7 +121,7 @@ def bare(tmp_path: Path) -> str:
     """A PATH with no CUDA tool, no GPU and no cmake."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    names = "bash cat cut date dirname find git grep gzip head mkdir nproc realpath rm sed"
+    names = "bash cat cut date dirname find git grep gzip head mkdir mktemp nproc realpath rm sed"
     for name in [*names.split(), "sha256sum", "tail", "tar", "tee", "timeout"]:
         found = shutil.which(name)
         if found is None:
