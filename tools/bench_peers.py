@@ -395,7 +395,7 @@ def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dic
         "load_before": args.load,
         "mustafar": mustafar.__version__,
         "llama_cpp_python": llama_cpp.__version__,
-        "device": repr(model),
+        "device": repr(model).partition(" on ")[2].rstrip(">"),
         "shape": args.shape,
         "logits_nmse": same,
         "command": "python tools/bench_peers.py " + " ".join(sys.argv[1:]),
