@@ -161,9 +161,9 @@ void Session::Impl::rewind(int64_t position) {
     reset();
     return;
   }
-  // Query magnitudes of the last window go with the tokens that are cut: they are recomputed as
-  // well.
-  if (spec->compressed(position) == cache->compressed() && spec->query_window == 0) {
+  // Where a policy ranks by the window's queries, tokens that are cut have overwritten older ones'.
+  // The next block to leave the window is ranked by none of those: its window starts later.
+  if (spec->compressed(position) == cache->compressed()) {
     cache->cut_tail(position);
     tokens.resize(position);
     drop_logits();

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import mustafar
 from mustafar import KVConfig, Model, Session, reference
 
 oracle = pytest.importorskip("oracle")
 torch = pytest.importorskip("torch")
+
+from test_sparse_oracle import Schedule
 
 PROMPT, STEPS = 300, 140
 IDS = [int(x) for x in np.random.default_rng(5).integers(3, 300, PROMPT + STEPS)]
@@ -58,12 +59,15 @@ def slots_of(model: Model, kv: KVConfig) -> tuple[reference.Slot, reference.Slot
         reference.Slot(
             model.config["head_dim"],
             "f32",
-            kv.sparsity,
+            kv.sparsity if sparsity is None else sparsity,  # a loaded state has it for each
             kv.pattern,
             is_key,
             policy.startswith("channel"),
         )
-        for is_key, policy in ((True, kv.k_policy), (False, kv.v_policy))
+        for is_key, policy, sparsity in (
+            (True, kv.k_policy, kv.k_sparsity),
+            (False, kv.v_policy, kv.v_sparsity),
+        )
     )
     return k, v
 
@@ -97,7 +101,7 @@ def store_of(session: Session, path: Path) -> tuple[Store, Store]:
     return out[0], out[1]
 
 
-def queries_of(folder: Path, ids: list[int]) -> np.ndarray:
+def queries_of(model: Any, ids: list[int]) -> np.ndarray:
     """Queries after RoPE by transformers, [layers, heads, tokens, head_dim]."""
     from transformers import AttentionInterface
     from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -111,7 +115,6 @@ def queries_of(folder: Path, ids: list[int]) -> np.ndarray:
         return eager_attention_forward(module, query, args[0], args[1], causal, **options)
 
     AttentionInterface.register("recording", attention)
-    model = oracle.load(folder)
     model.set_attn_implementation("recording")
     oracle.logits(model, ids)
     return np.stack([seen[layer] for layer in sorted(seen)])
@@ -122,6 +125,7 @@ class Trained:
     """A model with what the reference needs of IDS."""
 
     model: Model
+    transformers: Any
     queries: np.ndarray  # [layers, kv_heads, tokens, query heads of a KV head, head_dim]
     rows: dict[tuple[int, int], tuple[Store, Store]]  # dense, by window and sinks
 
@@ -132,10 +136,11 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
 
     folder = model_folder(request.param)
     with Model(folder, device="cpu", dtype="f32") as model:
-        q = queries_of(folder, IDS)
+        theirs = oracle.load(folder)
+        q = queries_of(theirs, IDS)
         layers, heads, n, dim = q.shape
         q = q.reshape(layers, model.config["n_kv_heads"], -1, n, dim).swapaxes(2, 3)
-        yield Trained(model, q, {})
+        yield Trained(model, theirs, q, {})
 
 
 def dense_rows(trained: Trained, kv: KVConfig, path: Path) -> tuple[Store, Store]:
@@ -174,44 +179,44 @@ def score_of(
     return x * (np.abs(keys) @ weight)[:, None]
 
 
-def check_blocks(
-    trained: Trained,
+def check_block(
     kv: KVConfig,
-    stored: tuple[Store, Store],
-    dense: tuple[Store, Store],
-    ends: list[int],
-    layers: int | None = None,
+    slot: reference.Slot,
+    block: tuple[np.ndarray, np.ndarray],
+    rows: np.ndarray,
+    keys: np.ndarray,
+    queries: np.ndarray,
+    where: tuple[int, ...],
+    rtol: float = 0.0,
 ) -> None:
-    """Every block against numpy; ends: tokens cached when each block was compressed.
+    """One stored block, rows and masks [64, head_dim], against numpy.
 
-    Near-ties at the cut may fall either way: scores within 1e-4 of it.
+    rows, keys: the block's own and its keys, dense. queries: [tokens, query heads, head_dim], as
+    many tokens as were cached when it was compressed. Near-ties at the cut may fall either way:
+    scores within 1e-4 of it.
     """
-    assert stored[0].masks.shape[2] == len(ends)
-    slots = slots_of(trained.model, kv)
-    for which, policy in enumerate((kv.k_policy, kv.v_policy)):
-        slot, shape = slots[which], stored[which].masks.shape
-        for layer, head, block in np.ndindex(layers or shape[0], shape[1], len(ends)):
-            at = (layer, head, block)
-            rows, keys = dense[which].rows[at], dense[0].rows[at]
-            weight = reference.query_weight(trained.queries[layer, head, : ends[block]], kv.window)
-            expected = reference.policy_masks(policy, slot, rows, weight, keys)
-            actual = stored[which].masks[at]
-            scores = groups_of(policy, slot, score_of(policy, slot, rows, weight, keys))
-            kept = groups_of(policy, slot, expected)
-            where = f"{policy} of {'key' if slot.is_key else 'value'} {at}"
-            assert (groups_of(policy, slot, actual).sum(-1) == kept.sum(-1)).all(), where
-            cut = np.where(kept, scores, np.inf).min(-1, keepdims=True)
-            moved = groups_of(policy, slot, actual ^ expected)
-            assert (np.abs(scores - cut) <= 1e-4 * cut)[moved].all(), where
-            if policy == "channel_structured":
-                assert (actual == actual[0]).all(), where
-            np.testing.assert_array_equal(
-                stored[which].rows[at], np.where(actual, rows, 0), err_msg=where
-            )
+    policy = kv.k_policy if slot.is_key else kv.v_policy
+    weight = reference.query_weight(queries, kv.window)
+    expected = reference.policy_masks(policy, slot, rows, weight, keys)
+    stored, actual = block
+    message = f"{policy} of {'keys' if slot.is_key else 'values'} {where}"
+    scores = groups_of(policy, slot, score_of(policy, slot, rows, weight, keys))
+    kept = groups_of(policy, slot, expected)
+    assert (groups_of(policy, slot, actual).sum(-1) == kept.sum(-1)).all(), message
+    cut = np.where(kept, scores, np.inf).min(-1, keepdims=True)
+    moved = groups_of(policy, slot, actual ^ expected)
+    assert (np.abs(scores - cut) <= 1e-4 * cut)[moved].all(), message
+    if policy == "channel_structured":
+        assert (actual == actual[0]).all(), message
+    np.testing.assert_allclose(
+        stored, np.where(actual, rows, 0), rtol=rtol, atol=rtol, err_msg=message
+    )
 
 
-def prompt_ends(kv: KVConfig) -> list[int]:
-    return [PROMPT] * (reference.compressed_tokens(PROMPT, kv.sink_tokens, kv.window) // 64)
+def ends_of(kv: KVConfig, n: int, prompt: int = PROMPT) -> list[int]:
+    """Tokens cached when each block was compressed: prefill of a prompt, then decode to n."""
+    first = kv.sink_tokens + kv.window + 64
+    return [max(prompt, end) for end in range(first, n + 1, 64)]
 
 
 @pytest.mark.parametrize("kv", CASES, ids=name_of)
@@ -220,4 +225,140 @@ def test_prompt_blocks(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
     session.prefill(IDS[:PROMPT])
     stored = store_of(session, tmp_path / "state")
     dense = dense_rows(trained, kv, tmp_path / "dense")
-    check_blocks(trained, kv, stored, dense, prompt_ends(kv))
+    for kind, slot in enumerate(slots_of(trained.model, kv)):
+        assert stored[kind].masks.shape[2] == len(ends_of(kv, PROMPT)) > 1
+        for at in np.ndindex(stored[kind].masks.shape[:3]):
+            check_block(
+                kv,
+                slot,
+                (stored[kind].rows[at], stored[kind].masks[at]),
+                dense[kind].rows[at],
+                dense[0].rows[at],
+                trained.queries[at[0], at[1], :PROMPT],
+                at,
+            )
+
+
+@dataclass
+class PolicySchedule(Schedule):
+    """The teacher-forced oracle, which checks every layer's blocks as it goes."""
+
+    slots: tuple[reference.Slot, reference.Slot]
+    stored: tuple[Store, Store]
+
+    def check(self, rows: np.ndarray, masks: np.ndarray, is_key: bool) -> None:
+        pass
+
+    def attention(
+        self, module: Any, query: Any, key: Any, value: Any, *args: Any, **options: Any
+    ) -> tuple[Any, None]:
+        heads, n, dim = key[0].shape
+        queries = query[0].numpy().reshape(heads, -1, n, dim).swapaxes(1, 2)
+        layer = module.layer_idx
+        for block, end in enumerate(ends_of(self.kv, n, self.prompt)):
+            first = self.kv.sink_tokens + 64 * block
+            for head in range(heads):
+                k, v = (x[0, head, first : first + 64].numpy() for x in (key, value))
+                at = (layer, head, block)
+                for rows, slot, store in zip((k, v), self.slots, self.stored):
+                    found = (store.rows[at], store.masks[at])
+                    check_block(self.kv, slot, found, rows, k, queries[head, :end], at, 1e-4)
+        return super().attention(module, query, key, value, *args, **options)
+
+
+@pytest.mark.parametrize("kv", CASES, ids=name_of)
+def test_decode_blocks_and_logits(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
+    from transformers import AttentionInterface
+
+    session = Session(trained.model, kv)
+    session.prefill(IDS[:PROMPT])
+    ours = [session.decode(token) for token in IDS[PROMPT:]]
+    stored = store_of(session, tmp_path / "state")
+    layers, heads, blocks, _, dim = stored[0].masks.shape
+    assert blocks == len(ends_of(kv, len(IDS))) > len(ends_of(kv, PROMPT))
+    masks = [store.masks.reshape(layers, heads, blocks * 64, dim) for store in stored]
+    schedule = PolicySchedule(kv, (masks[0], masks[1]), PROMPT, slots_of(trained.model, kv), stored)
+    AttentionInterface.register("pruned_by_policy", schedule.attention)
+    trained.transformers.set_attn_implementation("pruned_by_policy")
+    expected = oracle.logits(trained.transformers, IDS)[PROMPT:]
+    assert np.abs(np.array(ours) - expected).max() <= 1e-4
+
+
+# What a policy keeps of the queries ---------------------------------------------------------------
+
+
+def junk(session: Session, kv: KVConfig) -> None:
+    """Other tokens as far as the block boundary, decoded and prefilled, then taken back."""
+    n = session.position
+    room = 63 - (n - kv.sink_tokens - kv.window) % 64
+    assert room > 3
+    other = [3 + (token + 7) % 290 for token in IDS[:room]]
+    for token in other[: room // 2]:
+        session.decode(token)
+    session.prefill(other[room // 2 :])
+    session.rewind(n)
+
+
+def disturb(how: str, session: Session, kv: KVConfig, path: Path) -> Session:
+    if how == "fork":
+        other = session.fork()
+        junk(session, kv)  # must not reach the fork
+        return other
+    if how == "state file":
+        session.save(path)
+        return Session.load(session.model, path)
+    junk(session, kv)
+    return session
+
+
+@pytest.mark.parametrize("how", ["fork", "state file", "rewind"])
+@pytest.mark.parametrize("kv", CASES, ids=name_of)
+def test_goes_on_as_if_undisturbed(
+    trained: Trained, kv: KVConfig, how: str, tmp_path: Path
+) -> None:
+    plain = Session(trained.model, kv)
+    plain.prefill(IDS[: PROMPT - 3])
+    other = plain.fork()
+    for session in (plain, other):
+        for token in IDS[PROMPT - 3 : PROMPT]:
+            session.decode(token)
+    other = disturb(how, other, kv, tmp_path / "disturbed")
+    for token in IDS[PROMPT:]:
+        np.testing.assert_array_equal(other.decode(token), plain.decode(token))
+    for ours, theirs in zip(store_of(other, tmp_path / "a"), store_of(plain, tmp_path / "b")):
+        assert ours.masks.shape[2] > len(ends_of(kv, PROMPT))
+        np.testing.assert_array_equal(ours.masks, theirs.masks)
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+
+
+@pytest.mark.parametrize("kv", CASES, ids=name_of)
+def test_rewind_into_the_store(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
+    """Blocks go; what is left stays, and layer 0 of those that follow is as numpy has it."""
+    session = Session(trained.model, kv)
+    session.prefill(IDS[:PROMPT])
+    for token in IDS[PROMPT:]:
+        session.decode(token)
+    before = store_of(session, tmp_path / "before")
+    position = ends_of(kv, len(IDS))[-1] - 5
+    for token in IDS[:2]:
+        session.rewind(len(IDS) - 1)
+        session.decode(token)
+    session.rewind(position)
+    left = len(ends_of(kv, position))
+    for token in IDS[position:]:
+        session.decode(token)
+    after = store_of(session, tmp_path / "after")
+    dense = dense_rows(trained, kv, tmp_path / "dense")
+    assert left < after[0].masks.shape[2] == before[0].masks.shape[2]
+    for kind, slot in enumerate(slots_of(trained.model, kv)):
+        for x, y in (
+            (after[kind].rows, before[kind].rows),
+            (after[kind].masks, before[kind].masks),
+        ):
+            np.testing.assert_array_equal(x[:, :, :left], y[:, :, :left])
+        for head, block in np.ndindex(after[kind].masks.shape[1:3]):
+            at = (0, head, block)
+            end = ends_of(kv, len(IDS))[block]
+            found = (after[kind].rows[at], after[kind].masks[at])
+            queries = trained.queries[0, head, :end]
+            check_block(kv, slot, found, dense[kind].rows[at], dense[0].rows[at], queries, at, 1e-4)
