@@ -64,7 +64,7 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   spec.dense_capacity = config.sink_tokens + config.window + kBlockTokens;
   if ((k_sparsity > 0 && needs_queries(config.k_policy)) ||
       (v_sparsity > 0 && needs_queries(config.v_policy))) {
-    // Without a window there are still queries to rank by: those of the block that is leaving.
+    // Without a window there is still a query to rank by: that of the newest token.
     spec.query_window = std::max(config.window, 1);
   }
   spec.dense_bytes = spec.n_layers * spec.fresh_bytes(spec.dense_capacity);

@@ -27,10 +27,17 @@ class KVConfig:
         sink_tokens: First tokens that stay dense.
         value_dtype: ``"auto"`` is the model's type (f32, f16, else bf16); also ``"f32"``,
             ``"f16"``, ``"bf16"``, ``"int8"``, ``"int4"``.
-        k_policy: What ranks keys: ``"magnitude"``, ``"output_aware"``, ``"channel_magnitude"``,
-            ``"channel_output_aware"``, ``"channel_structured"``.
-        v_policy: What ranks values: ``"magnitude"``, ``"channel_magnitude"``,
-            ``"channel_output_aware"``.
+        k_policy: What ranks keys. ``"magnitude"``: ``|k|`` in every token's row.
+            ``"output_aware"``: ``|k| * w`` in every row, where ``w[d]`` is the sum of ``|q[d]|``
+            over the query heads and the newest ``window`` tokens (at least one) of the call that
+            compresses. By blocks of 64 tokens: ``"channel_magnitude"``, ``|k|`` in every channel;
+            ``"channel_output_aware"``, ``|k| * w`` over the whole block; ``"channel_structured"``,
+            whole channels by their l2 norm times ``w`` (ThinK).
+        v_policy: What ranks values. ``"magnitude"``: ``|v|`` in every token's row. By blocks of 64
+            tokens, in every channel: ``"channel_magnitude"``, ``|v|``;
+            ``"channel_output_aware"``, ``|v|`` times the token's ``sum over d of w[d] * |k[d]|``.
+            That bounds the sum of the window's ``|q . k|`` and stands in for the attention
+            probabilities, which are never stored.
         profile: A KV transform: None, ``"hadamard"``, ``"model"`` (kv_profile.safetensors in the
             model's folder), a file, or a :class:`Profile`.
     """

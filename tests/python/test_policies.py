@@ -23,8 +23,7 @@ torch = pytest.importorskip("torch")
 
 from test_sparse_oracle import Schedule
 
-PROMPT, STEPS = 300, 140
-GOES_ON = PROMPT + 80  # past the next block, and on with it
+PROMPT, STEPS = 300, 120
 IDS = [int(x) for x in np.random.default_rng(5).integers(3, 300, PROMPT + STEPS)]
 
 CASES = [
@@ -225,6 +224,11 @@ def ends_of(kv: KVConfig, n: int, prompt: int = PROMPT) -> list[int]:
     return [max(prompt, end) for end in range(first, n + 1, 64)]
 
 
+def next_end(kv: KVConfig) -> int:
+    """Tokens cached when the first block after the prompt's is compressed."""
+    return next(end for end in ends_of(kv, PROMPT + 64) if end > PROMPT)
+
+
 @pytest.mark.parametrize("kv", CASES, ids=name_of)
 def test_prompt_blocks(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
     session = Session(trained.model, kv)
@@ -325,7 +329,7 @@ def test_goes_on_as_if_undisturbed(trained: Trained, kv: KVConfig, tmp_path: Pat
     rewound.save(tmp_path / "state")
     sessions["state file of a rewound one"] = Session.load(trained.model, tmp_path / "state")
     before = len(pages_of(plain, tmp_path / "plain"))
-    for token in IDS[PROMPT:GOES_ON]:
+    for token in IDS[PROMPT : next_end(kv) + 8]:
         expected = plain.decode(token)
         actual = Session.decode_batch(list(sessions.values()), [token] * len(sessions))
         for how, row in zip(sessions, actual):
@@ -338,29 +342,29 @@ def test_goes_on_as_if_undisturbed(trained: Trained, kv: KVConfig, tmp_path: Pat
 
 @pytest.mark.parametrize("kv", CASES, ids=name_of)
 def test_rewind_into_the_store(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
-    """Blocks go; what is left stays, and layer 0 of those that follow is as numpy has it."""
+    """A block goes; the others stay, and layer 0 of the one made anew is as numpy has it."""
+    end = next_end(kv) + 8
     session = Session(trained.model, kv)
     session.prefill(IDS[:PROMPT])
-    for token in IDS[PROMPT:]:
+    for token in IDS[PROMPT:end]:
         session.decode(token)
     before = store_of(session, tmp_path / "before")
-    position = ends_of(kv, len(IDS))[-1] - 5
+    position = next_end(kv) - 3
     session.rewind(position)
-    left = len(ends_of(kv, position))
-    for token in IDS[position:]:
+    left = len(pages_of(session, tmp_path / "rewound"))
+    assert left == len(ends_of(kv, PROMPT)) == before[0].masks.shape[2] - 1
+    for token in IDS[position:end]:
         session.decode(token)
     after = store_of(session, tmp_path / "after")
     dense = dense_rows(trained, kv, tmp_path / "dense")
-    assert left < after[0].masks.shape[2] == before[0].masks.shape[2]
     for kind, slot in enumerate(slots_of(trained.model, kv)):
-        for x, y in (
+        for new, old in (
             (after[kind].rows, before[kind].rows),
             (after[kind].masks, before[kind].masks),
         ):
-            np.testing.assert_array_equal(x[:, :, :left], y[:, :, :left])
-        for head, block in np.ndindex(after[kind].masks.shape[1:3]):
-            at = (0, head, block)
-            end = ends_of(kv, len(IDS))[block]
+            np.testing.assert_array_equal(new[:, :, :left], old[:, :, :left])
+        for head in range(after[kind].masks.shape[1]):
+            at = (0, head, left)
             found = (after[kind].rows[at], after[kind].masks[at])
-            queries = trained.queries[0, head, :end]
+            queries = trained.queries[0, head, : next_end(kv)]
             check_block(kv, slot, found, dense[kind].rows[at], dense[0].rows[at], queries, at, 1e-4)

@@ -21,11 +21,11 @@ namespace mustafar {
 //   K kOutputAware         per token, |k_d| w[d]
 //   kChannelMagnitude      per channel, |x|
 //   K kChannelOutputAware  over the block, |k_d| w[d]: w alone cannot reorder a channel's tokens
-//   V kChannelOutputAware  per channel, |v_t| a[t], a[t] = sum_d w[d] |k_td|: a bound on the
-//   token's
-//                          logit stands in for its probability, which nobody has kept
+//   V kChannelOutputAware  per channel, |v_t| a[t], a[t] = sum_d w[d] |k_td|: it bounds the sum of
+//                          the token's |logits|, in place of probabilities that nobody has kept
 //   K kChannelStructured   whole channels by w[d] ||k_d|| (ThinK)
-// A profile's ranking weights multiply |x| in the per-token policies and w in the others.
+// A profile's ranking weights multiply |x| in the per-token policies and w in those of keys; inside
+// a channel they change nothing.
 void commit_blocks(ThreadPool& pool, Isa isa, DType tail_dtype, int32_t n_heads,
                    std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
                    HostBuffer& scratch);

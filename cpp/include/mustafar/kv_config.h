@@ -25,11 +25,13 @@ enum class ValueType : uint8_t {
 };
 
 enum class PrunePolicy : uint8_t {
-  kMagnitude,           // per token, |x|
-  kOutputAware,         // K only, per token: |x| weighted by the sum of |q| over the last window
-  kChannelMagnitude,    // per channel in blocks of 64 tokens, |x|
-  kChannelOutputAware,  // per channel in blocks of 64 tokens, weighted by |q| (K) or probability (V)
-  kChannelStructured,   // K only: whole channels per block, ranked by |q||k| (ThinK); the baseline
+  kMagnitude,         // per token, |x|
+  kOutputAware,       // K only, per token: |x| weighted by the sum of |q| over the last window
+  kChannelMagnitude,  // per channel in blocks of 64 tokens, |x|
+  // In blocks of 64 tokens, w the |q| above. K: |k| w over the whole block. V: per channel, |v|
+  // times the token's sum of w |k|, which stands in for its attention probability.
+  kChannelOutputAware,
+  kChannelStructured,  // K only: whole channels per block, ranked by |q||k| (ThinK); the baseline
 };
 
 struct KVConfig {
