@@ -368,3 +368,19 @@ def test_rewind_into_the_store(trained: Trained, kv: KVConfig, tmp_path: Path) -
             found = (after[kind].rows[at], after[kind].masks[at])
             queries = trained.queries[0, head, : next_end(kv)]
             check_block(kv, slot, found, dense[kind].rows[at], dense[0].rows[at], queries, at, 1e-4)
+
+
+def test_reference_refuses_what_does_not_fit() -> None:
+    rows = np.ones((64, 16), np.float32)
+    plain = reference.Slot(16, "f32", 0.5, is_key=False)
+    ragged = reference.Slot(16, "f32", 0.5, is_key=False, ragged=True)
+    for policy, slot, match in (
+        ("output_aware", plain, "for values"),
+        ("magnitude", ragged, "ragged"),
+        ("channel_magnitude", plain, "ragged"),
+        ("channel_output_aware", ragged, "query weight"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            reference.policy_masks(policy, slot, rows)
+    with pytest.raises(ValueError, match="keys"):
+        reference.policy_masks("channel_output_aware", ragged, rows, rows[0])
