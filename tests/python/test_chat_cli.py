@@ -229,7 +229,7 @@ def test_long_file_shows_progress_and_can_be_interrupted(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "long.txt").write_text("Once upon a time there was a little dog. " * 7500)
-    child = start("-c", 400_000)
+    child = start("-c", 400_000, MUSTAFAR_ISA="scalar")  # slow enough to be interrupted
     say(child, "Hello")
     child.send("/read long.txt\r")
     child.expect("read long.txt, 300.29 KiB")
