@@ -1,8 +1,8 @@
 // Decode attention for AVX-512 with VNNI, VBMI and VBMI2.
-#include "backend/cpu/decode_attention_avx512_run.h"
+#include "backend/cpu/decode_attention_avx512_heads.h"
 
 namespace mustafar {
 
-void decode_run_avx512(const DecodeRun& run) { run_tiles(run); }
+void decode_runs_avx512(DecodeRuns runs) { run_tiles<FmaProducts>(runs); }
 
 }  // namespace mustafar

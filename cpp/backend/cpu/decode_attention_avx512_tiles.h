@@ -7,26 +7,10 @@
 // step where there is a two-term dot product (BF16, ints), with weights of 16 bits.
 #pragma once
 
-#include <algorithm>
-
 #include "backend/cpu/decode_attention_avx512_rows.h"
 
 namespace mustafar {
 namespace {
-
-#if defined(__AVX512BF16__)
-constexpr bool kHasBf16 = true;
-#else
-constexpr bool kHasBf16 = false;
-#endif
-
-// Whether a step takes two tokens with weights of 16 bits.
-constexpr bool takes_pairs(Kind kind) {
-  return kind == Kind::kInt || (kind == Kind::kBF16 && kHasBf16);
-}
-
-// Prepared queries: bytes for 32 dims of one head.
-constexpr int32_t query_bytes(Kind kind) { return kind == Kind::kInt ? 64 : 128; }
 
 // Two-term dot products into accumulators of 32 bits. As assembly: from the intrinsics GCC 12
 // copies every accumulator twice a step, and spills.
@@ -84,8 +68,10 @@ inline __m512 sums_of_16(__m512* v) {
 // with the second bf16 term of the queries.
 template <Kind kKind, Source kSource, int NH, bool kLow>
 __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, int32_t n_chunks,
-                                           const uint8_t* q, float* scores, Prefetch prefetch) {
+                                           const uint8_t* q, float* scores,
+                                           Prefetch& prefetch_inout) {
   constexpr int R = 16 / NH;
+  Prefetch prefetch = prefetch_inout;
   const Rows rows = rows_in;
   const __m512i zero = opaque_zero();
   const int64_t q_head = int64_t{n_chunks} * query_bytes(kKind);
@@ -95,8 +81,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
     if constexpr (kKind == Kind::kInt) {
       for (int32_t chunk = 0; chunk < n_chunks; chunk += 2) {
-        prefetch.step();
-        prefetch.step();
+        if constexpr (kSource != Source::kDense) prefetch.step();
         const uint8_t* qc = q + int64_t{chunk} * 64;
         __m512i q0[NH], q1[NH];
 #pragma GCC unroll 4
@@ -106,6 +91,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
         }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
+          if constexpr (kSource == Source::kDense) prefetch.step();
           const __m512i k = load_bytes<kSource>(rows, r + i, chunk, zero);
           const __m512i k0 = low_half(k), k1 = high_half(k);
 #pragma GCC unroll 4
@@ -117,7 +103,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
       }
     } else {
       for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
-        prefetch.step();
+        if constexpr (kSource != Source::kDense) prefetch.step();
         const uint8_t* qc = q + int64_t{chunk} * 128;
         __m512 q0[NH], q1[NH];
 #pragma GCC unroll 4
@@ -127,6 +113,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
         }
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
+          if constexpr (kSource == Source::kDense) prefetch.step();
           if constexpr (takes_pairs(kKind)) {
             const __m512i k = load_words<kSource>(rows, r + i, chunk, zero);
 #pragma GCC unroll 4
@@ -160,6 +147,7 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
       _mm_store_ps(scores + 3 * kTileTokens + r, _mm512_extractf32x4_ps(sums, 3));
     }
   }
+  prefetch_inout = prefetch;
 }
 
 // Columns [chunk0, chunk0 + NC) of o = o * rescale + weights V. weights: [NH][64] f32, or 16-bit
@@ -169,7 +157,8 @@ template <Kind kKind, Source kSource, int NH, int NC>
 __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows, int32_t chunk0,
                                             const uint8_t* weights, const float* rescale,
                                             const float* unit, float* o, int64_t o_stride,
-                                            Prefetch& prefetch) {
+                                            Prefetch& prefetch_inout) {
+  Prefetch prefetch = prefetch_inout;
   constexpr int kStep = takes_pairs(kKind) ? 2 : 1;
   constexpr int64_t kWeightBytes = kTileTokens * (takes_pairs(kKind) ? 2 : 4);
   const Rows rows = rows_in;
@@ -188,7 +177,7 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
     }
   }
   for (int32_t t = 0; t < n_rows; t += kStep) {
-    if (t % 2 == 0) prefetch.step();
+    if (kSource != Source::kDense && t % 2 == 0) prefetch.step();
     __m512 w[NH];
 #pragma GCC unroll 4
     for (int h = 0; h < NH; h++) {
@@ -198,6 +187,10 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
     }
 #pragma GCC unroll 4
     for (int c = 0; c < NC; c++) {
+      if (kSource == Source::kDense && (kKind != Kind::kInt || c % 2 == 0)) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kStep; i++) prefetch.step();
+      }
       if constexpr (kKind == Kind::kInt) {
         if (c % 2 != 0) continue;  // two chunks at a time
         const __m512i x = load_bytes<kSource>(rows, t, chunk0 + c, zero);
@@ -244,23 +237,32 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
       _mm512_store_ps(out, acc[h][c]);
     }
   }
+  prefetch_inout = prefetch;
 }
 
 // Columns of 32 dims of a pass of tile_values.
 template <int NH>
 constexpr int32_t kPassChunks = NH == 4 ? 2 : 4;
 
-// Passes over the tile's rows, but for the remainders of unusual head_dims.
-template <int NH>
-constexpr int32_t value_passes(int32_t n_chunks) {
-  return std::max(1, n_chunks / kPassChunks<NH>);
+// Prefetch steps of scores and of values: one for every dense row and the columns that are loaded at
+// a time; of sparse rows, which are fewer lines, one for a few rows.
+template <Kind kKind, int NH>
+constexpr int32_t score_steps(Source source, int32_t n_rows, int32_t n_chunks) {
+  const int32_t loads = kKind == Kind::kInt ? n_chunks / 2 : n_chunks;
+  return source == Source::kDense ? n_rows * loads : n_rows / (16 / NH) * loads;
+}
+template <Kind kKind, int NH>
+constexpr int32_t value_steps(Source source, int32_t n_rows, int32_t n_chunks) {
+  const int32_t loads = kKind == Kind::kInt ? n_chunks / 2 : n_chunks;
+  if (source == Source::kDense) return n_rows * loads;
+  return n_rows / 2 * std::max(1, n_chunks / kPassChunks<NH>);
 }
 
 // All columns.
 template <Kind kKind, Source kSource, int NH>
 void tile_values(const Rows& rows, int32_t n_rows, int32_t n_chunks, const uint8_t* weights,
                  const float* rescale, const float* unit, float* o, int64_t o_stride,
-                 Prefetch prefetch) {
+                 Prefetch& prefetch) {
   constexpr int NC = kPassChunks<NH>;
   constexpr int kRest = kKind == Kind::kInt ? 2 : 1;
   int32_t chunk = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "backend/backend.h"
 #include "core/dtype.h"
@@ -23,7 +24,7 @@ struct DecodeRun {
   int64_t k_offset = 0, v_offset = 0;  // of the slots in a page, bytes
   const float* q = nullptr;            // [n_queries][head_dim]
   float q_scale = 0.0f;                // log2(e) / sqrt(head_dim): scores are in units of log2
-  uint8_t* scratch = nullptr;          // decode_scratch_bytes(), aligned to 128
+  uint8_t* scratch = nullptr;          // decode_scratch_bytes(), aligned to 128; shared by a span
 
   // Out: the partial softmax. max [n_queries] in log2 units, sum [n_queries] of 2^(score - max),
   // o [n_queries][head_dim] of the values weighted so.
@@ -32,14 +33,20 @@ struct DecodeRun {
   float* o = nullptr;
 };
 
-using DecodeRunFunction = void (*)(const DecodeRun& run);
+// Runs of the same tiles of one sequence, of neighbouring KV heads: their slots of a tile lie one
+// after another in its page, and memory is fastest when it is read in that order.
+using DecodeRuns = std::span<const DecodeRun>;
+inline constexpr int32_t kMaxSpanHeads = 16;
 
-// Bytes of scratch that any of the functions below needs: two tiles in f32, the queries in up to
-// four forms and as many partial softmaxes, scores and weights.
-[[maybe_unused]] static inline int64_t decode_scratch_bytes(int32_t n_queries, int32_t head_dim) {
+// Bytes of scratch that any of the functions below needs for a span of KV heads: two tiles in f32
+// and an expanded one, scores and weights; for each head the queries in up to four forms and as
+// many partial softmaxes, in blocks of eight queries.
+[[maybe_unused]] static inline int64_t decode_scratch_bytes(int32_t n_queries, int32_t head_dim,
+                                                            int32_t span_heads) {
   const int64_t tile = int64_t{kTileTokens} * head_dim * 4 + 128;
-  return 2 * tile + int64_t{kTileTokens} * head_dim + int64_t{n_queries} * (32 * head_dim + 64) +
-         32 * kTileTokens + 4096;
+  const int64_t queries = (int64_t{n_queries} + 7) / 8 * 8;
+  return 3 * tile + int64_t{kTileTokens} * head_dim + span_heads * queries * (32 * head_dim + 64) +
+         64 * kTileTokens + 16384;
 }
 
 // Dense rows of a tile: [n][head_dim] of the tail type, keys and values.
@@ -75,8 +82,9 @@ void decode_run_plain(const DecodeRun& run);
 
 // Serve what decode_serves says.
 void decode_run_avx2(const DecodeRun& run);
-void decode_run_avx512(const DecodeRun& run);
-void decode_run_avx512bf16(const DecodeRun& run);
 void decode_run_neon(const DecodeRun& run);
+void decode_runs_avx512(DecodeRuns runs);
+void decode_runs_avx512bf16(DecodeRuns runs);
+void decode_runs_amx(DecodeRuns runs);
 
 }  // namespace mustafar
