@@ -19,12 +19,12 @@ class HostBuffer {
   static constexpr size_t kHugePage = size_t{2} << 20;
 
   HostBuffer() = default;
-  // Uninitialised memory, aligned to kAlignment; throws std::bad_alloc. From two huge pages on it is
-  // aligned to one and asks Linux for them: attention jumps from slot to slot, and walking tables of
-  // small pages then costs more than the bytes.
+  // Uninitialised memory, aligned to kAlignment; throws std::bad_alloc. From one huge page on it is
+  // aligned to one and asks Linux for them: attention jumps from slot to slot, and walking tables
+  // of small pages then costs more than the bytes.
   explicit HostBuffer(size_t bytes) : bytes_(bytes) {
     if (bytes == 0) return;
-    const size_t alignment = bytes >= 2 * kHugePage ? kHugePage : kAlignment;
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
     const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
     data_ = rounded < bytes ? nullptr : std::aligned_alloc(alignment, rounded);
     if (data_ == nullptr) throw std::bad_alloc();

@@ -4,14 +4,15 @@
 #include <limits>
 #include <utility>
 
+#include "kv/slab_size.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
 namespace {
 
 // Small slabs on the host keep what is held close to what is used; device allocations are dear.
-constexpr int64_t kHostSlabBytes = 256 << 10;
-constexpr int64_t kDeviceSlabBytes = 32 << 20;
+constexpr int64_t kSmallHostSlab = 256 << 10;
+constexpr int64_t kSmallDeviceSlab = 32 << 20;
 
 }  // namespace
 
@@ -31,13 +32,22 @@ int64_t KVBudget::available() const {
   return limit_ - used_;
 }
 
-void KVBudget::take(int64_t bytes) {
-  std::lock_guard lock(mutex_);
+void KVBudget::check_locked(int64_t bytes) const {
   if (limit_ != 0 && bytes > limit_ - used_) {
     throw OutOfMemory("the KV cache needs " + std::to_string(bytes) + " more bytes, but " +
                       std::to_string(used_) + " of kv_budget = " + std::to_string(limit_) +
                       " bytes are in use: raise kv_budget, raise sparsity or shorten the context");
   }
+}
+
+void KVBudget::check(int64_t bytes) const {
+  std::lock_guard lock(mutex_);
+  check_locked(bytes);
+}
+
+void KVBudget::take(int64_t bytes) {
+  std::lock_guard lock(mutex_);
+  check_locked(bytes);
   used_ += bytes;
   peak_ = std::max(peak_, used_);
 }
@@ -74,7 +84,9 @@ KVMemory& KVMemory::operator=(KVMemory&& other) noexcept {
 struct PageRef::Slab {
   KVMemory memory;
   std::vector<int32_t> references;  // of every page; 0: free
-  int32_t used = 0;
+  int32_t used = 0;                 // pages
+
+  int32_t n_pages() const { return static_cast<int32_t>(references.size()); }
 };
 
 PageRef::PageRef(const PageRef& other)
@@ -101,11 +113,10 @@ PageRef::~PageRef() {
 }
 
 BlockPool::BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, const StoreLayout& layout)
-    : backend_(backend), budget_(std::move(budget)), layout_(layout) {
-  const int64_t slab_bytes = backend.host_memory() ? kHostSlabBytes : kDeviceSlabBytes;
-  pages_per_slab_ =
-      static_cast<int32_t>(std::clamp<int64_t>(slab_bytes / layout_.page_bytes, 1, 64));
-}
+    : backend_(backend),
+      budget_(std::move(budget)),
+      layout_(layout),
+      small_slab_bytes_(backend.host_memory() ? kSmallHostSlab : kSmallDeviceSlab) {}
 
 BlockPool::~BlockPool() = default;
 
@@ -113,11 +124,10 @@ std::vector<PageRef> BlockPool::allocate(int64_t n) {
   std::vector<PageRef> pages;
   pages.reserve(n);
   const std::shared_ptr<BlockPool> self = shared_from_this();
-  // References are made under the lock; were one slab refused, dropping `pages` outside returns
-  // all.
+  // References are made under the lock; were a slab refused, dropping `pages` outside returns all.
   std::unique_lock lock(mutex_);
   const auto take_from = [&](PageRef::Slab* slab) {
-    for (int32_t i = 0; i < pages_per_slab_ && static_cast<int64_t>(pages.size()) < n; i++) {
+    for (int32_t i = 0; i < slab->n_pages() && static_cast<int64_t>(pages.size()) < n; i++) {
       if (slab->references[i] != 0) continue;
       slab->references[i] = 1;
       slab->used++;
@@ -130,34 +140,58 @@ std::vector<PageRef> BlockPool::allocate(int64_t n) {
       pages.push_back(std::move(page));
     }
   };
-  if (free_pages_ > 0) {
-    for (auto& slab : slabs_) {
-      if (slab->used < pages_per_slab_) take_from(slab.get());
-      if (static_cast<int64_t>(pages.size()) == n || free_pages_ == 0) break;
+  try {
+    if (n > free_pages_) budget_->check(slab_bytes(layout_.page_bytes, n - free_pages_));
+    while (static_cast<int64_t>(pages.size()) < n) {
+      const int64_t missing = n - static_cast<int64_t>(pages.size());
+      take_from(free_pages_ > 0 ? fullest_slab() : add_slab(missing));
     }
-  }
-  while (static_cast<int64_t>(pages.size()) < n) {
-    auto slab = std::make_unique<PageRef::Slab>();
-    try {
-      slab->references.assign(pages_per_slab_, 0);
-      slab->memory = KVMemory(backend_, budget_, pages_per_slab_ * layout_.page_bytes + kSlabSlack);
-    } catch (...) {
-      lock.unlock();  // releasing the pages takes the lock
-      pages.clear();
-      throw;
-    }
-    free_pages_ += pages_per_slab_;
-    slabs_.push_back(std::move(slab));
-    take_from(slabs_.back().get());
+  } catch (...) {
+    lock.unlock();  // releasing the pages takes the lock
+    pages.clear();
+    throw;
   }
   return pages;
 }
 
+PageRef::Slab* BlockPool::fullest_slab() {
+  PageRef::Slab* fullest = nullptr;
+  for (const auto& slab : slabs_) {
+    if (slab->used == slab->n_pages()) continue;
+    if (fullest == nullptr ||
+        int64_t{slab->used} * fullest->n_pages() > int64_t{fullest->used} * slab->n_pages()) {
+      fullest = slab.get();
+    }
+  }
+  return fullest;
+}
+
+PageRef::Slab* BlockPool::add_slab(int64_t missing) {
+  const auto bytes = [&](int64_t n_pages) { return slab_bytes(layout_.page_bytes, n_pages); };
+  int64_t n_pages = next_slab_pages(layout_.page_bytes, small_slab_bytes_, held_bytes_, missing);
+  // What is held ahead of its need must not be what somebody lacks: not of a budget's last eighth.
+  if (budget_->available() - bytes(n_pages) < budget_->limit() / 8) {
+    n_pages = std::min(n_pages, missing);
+  }
+  auto slab = std::make_unique<PageRef::Slab>();
+  while (slab->memory.data() == nullptr) {
+    try {
+      slab->memory = KVMemory(backend_, budget_, bytes(n_pages));
+    } catch (const OutOfMemory&) {
+      if (n_pages == 1) throw;
+      n_pages = n_pages > missing ? missing : n_pages / 2;  // what is left may lie in pieces
+    }
+  }
+  slab->references.assign(n_pages, 0);
+  slabs_.push_back(std::move(slab));
+  held_bytes_ += bytes(n_pages);
+  free_pages_ += n_pages;
+  return slabs_.back().get();
+}
+
 int64_t BlockPool::allocated_bytes() const {
   std::lock_guard lock(mutex_);
-  int64_t bytes = 0;
-  for (const auto& slab : slabs_) bytes += slab->memory.bytes();
-  return bytes;
+  return held_bytes_;
 }
 
 int64_t BlockPool::free_pages() const {
@@ -175,7 +209,8 @@ void BlockPool::release(PageRef::Slab* slab, int32_t index) {
   if (--slab->references[index] > 0) return;
   free_pages_++;
   if (--slab->used > 0) return;
-  free_pages_ -= pages_per_slab_;
+  free_pages_ -= slab->n_pages();
+  held_bytes_ -= slab->memory.bytes();
   slabs_.remove_if([&](const auto& held) { return held.get() == slab; });
 }
 

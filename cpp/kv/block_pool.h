@@ -20,11 +20,14 @@ class KVBudget {
   int64_t used() const;
   int64_t peak() const;       // the most that was ever in use
   int64_t available() const;  // INT64_MAX without a limit
-  // Throws OutOfMemory naming the option, the need and the budget.
+  // Both throw OutOfMemory naming the option, the need and the budget.
+  void check(int64_t bytes) const;  // that they could be taken now
   void take(int64_t bytes);
   void give(int64_t bytes);
 
  private:
+  void check_locked(int64_t bytes) const;
+
   const int64_t limit_;  // 0: none
   mutable std::mutex mutex_;
   int64_t used_ = 0;
@@ -69,30 +72,36 @@ class PageRef {
   uint8_t* data_ = nullptr;
 };
 
-// Thread-safe. Slabs are taken from the backend as pages are needed and returned once none of their
-// pages is in use, so that what is held follows the contexts.
+// Thread-safe. Slabs are taken from the backend as pages are needed, of a size that grows with what
+// the pool holds (slab_size.h), and returned once none of their pages is in use, so that what is
+// held follows the contexts. A page comes from the fullest slab that has one: the emptier ones
+// drain.
 class BlockPool : public std::enable_shared_from_this<BlockPool> {
  public:
   BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, const StoreLayout& layout);
   ~BlockPool();
 
   const StoreLayout& layout() const { return layout_; }
-  // Takes n pages or none: throws OutOfMemory with the pool unchanged.
+  // Takes n pages or none: throws OutOfMemory with the pool unchanged. Where memory is short, no
+  // page is held ahead of its need.
   std::vector<PageRef> allocate(int64_t n);
   int64_t allocated_bytes() const;  // held from the backend
   int64_t free_pages() const;       // of those, not in use
 
  private:
   friend class PageRef;
+  PageRef::Slab* fullest_slab();             // of those with a free page
+  PageRef::Slab* add_slab(int64_t missing);  // for the first of so many pages
   void retain(PageRef::Slab* slab, int32_t index);
   void release(PageRef::Slab* slab, int32_t index);
 
   Backend& backend_;
   std::shared_ptr<KVBudget> budget_;
   const StoreLayout layout_;
-  int32_t pages_per_slab_ = 1;
+  const int64_t small_slab_bytes_;
   mutable std::mutex mutex_;
   std::list<std::unique_ptr<PageRef::Slab>> slabs_;
+  int64_t held_bytes_ = 0;
   int64_t free_pages_ = 0;
 };
 

@@ -10,7 +10,8 @@
 
 namespace {
 
-std::atomic<int64_t> left{0};  // until the one that fails; 0: none does
+std::atomic<int64_t> left{0};        // until the one that fails; 0: none does
+std::atomic<bool> exhausted{false};  // one has failed
 std::atomic<mustafar::testing::Reached> reached{mustafar::testing::Reached::kNo};
 
 // Whether a JSON value is being destroyed, by the names of the callers (the program exports them).
@@ -31,6 +32,7 @@ bool must_fail() {
   const bool spared = in_json_destructor();
   using mustafar::testing::Reached;
   reached = spared ? Reached::kSpared : Reached::kFailed;
+  exhausted = !spared;
   return !spared;
 }
 
@@ -51,6 +53,7 @@ void fail_allocation(int64_t n) {
 
 Reached stop_failing() {
   left = 0;
+  exhausted = false;
   return reached;
 }
 
@@ -75,6 +78,6 @@ void operator delete[](void* memory, const std::nothrow_t&) noexcept { std::free
 extern "C" {
 void* __real_aligned_alloc(std::size_t alignment, std::size_t bytes);
 void* __wrap_aligned_alloc(std::size_t alignment, std::size_t bytes) {
-  return must_fail() ? nullptr : __real_aligned_alloc(alignment, bytes);
+  return must_fail() || exhausted ? nullptr : __real_aligned_alloc(alignment, bytes);
 }
 }

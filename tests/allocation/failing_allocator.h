@@ -1,4 +1,5 @@
-// Memory that runs out on command: the n-th allocation from now on fails, once.
+// Memory that runs out on command: the n-th allocation from now on fails, and with it every later
+// HostBuffer (who is refused one may ask for a smaller), but no later operator new.
 #pragma once
 
 #include <cstdint>

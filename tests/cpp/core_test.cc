@@ -2,11 +2,15 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdio>
+#include <fstream>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "core/buffer.h"
 #include "core/dtype.h"
 #include "core/thread_pool.h"
 
@@ -39,6 +43,41 @@ TEST(DTypeTest, RoundsToNearestEven) {
   EXPECT_EQ(f32_to_f16(65520.0f), 0x7c00);
   EXPECT_TRUE(std::isnan(f16_to_f32(f32_to_f16(std::numeric_limits<float>::quiet_NaN()))));
   EXPECT_TRUE(std::isnan(bf16_to_f32(f32_to_bf16(std::numeric_limits<float>::quiet_NaN()))));
+}
+
+TEST(HostBufferTest, IsAlignedAndLargeOnesToHugePages) {
+  constexpr size_t kHuge = HostBuffer::kHugePage;
+  for (const size_t bytes :
+       {size_t{1}, size_t{4097}, kHuge - 1, kHuge, kHuge + 64, 5 * kHuge + 1}) {
+    HostBuffer buffer(bytes);
+    const size_t alignment = bytes < kHuge ? HostBuffer::kAlignment : kHuge;
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % alignment, 0u) << bytes;
+    EXPECT_EQ(buffer.bytes(), bytes);
+    buffer.as<uint8_t>()[0] = buffer.as<uint8_t>()[bytes - 1] = 1;
+  }
+  EXPECT_EQ(HostBuffer().data(), nullptr);
+}
+
+// Linux marks what huge pages were asked for with "hg".
+TEST(HostBufferTest, AsksForHugePages) {
+  std::ifstream smaps("/proc/self/smaps");
+  if (!smaps || !std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled")) {
+    GTEST_SKIP() << "no transparent huge pages here";
+  }
+  HostBuffer buffer(HostBuffer::kHugePage + 64);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
+  smaps = std::ifstream("/proc/self/smaps");
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    uintptr_t begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%zx-%zx ", &begin, &end) == 2) {
+      inside = begin <= address && address < end;
+    } else if (inside && line.starts_with("VmFlags:")) {
+      EXPECT_NE(line.find(" hg"), std::string::npos) << line;
+      return;
+    }
+  }
+  FAIL() << "no mapping holds the buffer";
 }
 
 TEST(ThreadPoolTest, RunsEveryIterationOnce) {

@@ -95,7 +95,8 @@ def test_bytes_at_16k(folder: Path, name: str, kv: KVConfig, row_bytes: int) -> 
         peak = model.memory().kv_peak_bytes
         assert usage.allocated <= peak <= 1.1 * (usage.allocated + one_dense_layer)
         held = model.memory().kv_bytes
-        assert usage.allocated <= held <= usage.allocated + (512 << 10)
+        # Pages held ahead of their need: an eighth at most, and of a small store 256 KB.
+        assert usage.allocated <= held <= usage.allocated * 9 / 8 + (256 << 10)
         session.close()
         assert model.memory().kv_bytes == 0
 
