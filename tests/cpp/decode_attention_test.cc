@@ -123,7 +123,7 @@ INSTANTIATE_TEST_SUITE_P(GroupSizes, DecodeAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),
                                             ::testing::ValuesIn(kTypes, kTypes + 5),
                                             ::testing::Values(128),
-                                            ::testing::Values(2, 3, 5, 7, 8)),
+                                            ::testing::Values(2, 3, 5, 7, 8, 12)),
                          name_of_config);
 INSTANTIATE_TEST_SUITE_P(OtherShapes, DecodeAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),
@@ -157,6 +157,32 @@ TEST_P(DecodeAttentionIsaTest, ResultsDoNotDependOnBatchOrThreads) {
     const std::vector<float> own(q.begin() + i * row, q.begin() + (i + 1) * row);
     const std::vector<float> alone = attend(GetParam(), {caches[i]}, 0, own, 1);
     EXPECT_EQ(std::memcmp(alone.data(), together.data() + i * row, row * 4), 0) << i;
+  }
+}
+
+// More KV heads than one thread takes at a time; threads cut them into spans in different ways.
+TEST_P(DecodeAttentionIsaTest, EveryKVHeadIsAttendedWhateverTheThreads) {
+  for (const DType values : {DType::kBF16, DType::kInt8}) {
+    CacheShape shape = headline();
+    shape.n_kv_heads = 18;
+    shape.n_queries = 2;
+    shape.head_dim = 64;
+    shape.values = values;
+    RandomCache cache(shape, 18, 40, 14);
+    const std::vector<float> q = random_queries(int64_t{36} * 64, 15);
+    const std::vector<float> out = attend(GetParam(), {&cache}, 0, q, 1);
+    const std::vector<double> expected = cache.attend(0, q.data());
+    for (int head = 0; head < 18; head++) {  // each alone: one head's fault is not diluted
+      const std::vector<double> part(expected.begin() + head * 128,
+                                     expected.begin() + head * 128 + 128);
+      EXPECT_LE(testing::nmse(part, out.data() + head * 128), 1e-5) << head;
+    }
+    for (const int threads : {2, 3, 7}) {
+      EXPECT_EQ(std::memcmp(attend(GetParam(), {&cache}, 0, q, threads).data(), out.data(),
+                            out.size() * 4),
+                0)
+          << threads << " threads";
+    }
   }
 }
 

@@ -32,12 +32,16 @@ inline void release_amx() { _tile_release(); }
 // say that a load reads memory, and stores before it may then come after.
 template <int kTile>
 inline void amx_load(const void* base, int64_t stride_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(base), "r"(stride_bytes), "i"(kTile)
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(base), "r"(stride_bytes), "i"(kTile)
                : "memory");
 }
 template <int kTile>
 inline void amx_store(void* base, int64_t stride_bytes) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(base), "r"(stride_bytes), "i"(kTile)
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)"
+               :
+               : "r"(base), "r"(stride_bytes), "i"(kTile)
                : "memory");
 }
 template <int kTile>
@@ -47,8 +51,7 @@ inline void amx_zero() {
 // sums += rows x columns, of bf16 pairs or of signed bytes in fours.
 template <int kSums, int kRows, int kColumns>
 inline void amx_dot_bf16() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0"
-               : : "i"(kSums), "i"(kRows), "i"(kColumns));
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kColumns));
 }
 template <int kSums, int kRows, int kColumns>
 inline void amx_dot_int8() {

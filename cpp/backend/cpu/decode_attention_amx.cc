@@ -58,7 +58,7 @@ class AmxProducts {
  private:
   static constexpr bool takes(Kind kind) { return kind == Kind::kBF16 || kind == Kind::kInt; }
 
-  // Queries [first, first + kHeads), fewer at the end, as columns of tiles (decode_attention_amx_tiles.h).
+  // Queries [first, first + kHeads), fewer at the end, as columns of tiles.
   static void prepare_block(const DecodeRun& run, Kind kind, int32_t first, State& state) {
     const int64_t block_bytes = amx_query_bytes<kHeads>(kind, run.head_dim);
     uint8_t* out = state.queries + first / kHeads * block_bytes;
@@ -76,8 +76,7 @@ class AmxProducts {
 
   // 16 dwords into the rows of a tile, at columns h (high) or kHeads + h (low).
   static void store_column(__m512i dwords, int32_t column, uint8_t* tile) {
-    const __m512i row =
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i row = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     _mm512_i32scatter_epi32(tile + 4 * column, _mm512_mullo_epi32(row, _mm512_set1_epi32(kHeads)),
                             dwords, 8);
   }
@@ -172,8 +171,7 @@ class AmxProducts {
   }
 
   static void pairs_in_order(const float* o, int32_t head_dim, float* out) {
-    const __m512i first =
-        _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
     for (int32_t d = 0; d < head_dim; d += 32) {
       const __m512 even = _mm512_load_ps(o + d), odd = _mm512_load_ps(o + d + 16);

@@ -1,5 +1,5 @@
-// Decode attention, AMX: the two products of a tile of 64 tokens on tile registers, for up to kHeads
-// (4 or 8) query heads of a KV head. Included by the AMX path alone.
+// Decode attention, AMX: the two products of a tile of 64 tokens on tile registers, for up to
+// kHeads (4 or 8) query heads of a KV head. Included by the AMX path alone.
 //
 // A tile product takes 16 rows of 64 bytes by as many columns of dwords, so that the heads of a
 // group cost what one costs, and a query in two terms what it costs in one.
@@ -54,12 +54,12 @@ constexpr int64_t amx_query_bytes(Kind kind, int32_t head_dim) {
 // scores [kHeads][64], 16 of each, from terms [16 tokens][2 kHeads].
 template <Kind kKind, int kHeads>
 inline void scores_of_16(const uint8_t* terms, float* scores) {
-  const __m512i token =
-      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i token = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512 sums[kHeads];  // of the terms: [4 tokens][4 heads], or [2 tokens][8 heads]
 #pragma GCC unroll 8
   for (int i = 0; i < kHeads; i++) {
-    const __m512i a = _mm512_load_si512(terms + 128 * i), b = _mm512_load_si512(terms + 128 * i + 64);
+    const __m512i a = _mm512_load_si512(terms + 128 * i),
+                  b = _mm512_load_si512(terms + 128 * i + 64);
     __m512i high, low;
     if constexpr (kHeads == 4) {
       high = _mm512_shuffle_i32x4(a, b, 0x88);
@@ -138,8 +138,8 @@ __attribute__((noinline)) void amx_scores(const Rows& rows_in, int32_t head_dim,
   constexpr int64_t kQueryRow = 8 * kHeads;
   const int64_t stride = kSource == Source::kDense ? rows.row_bytes : 64 * n_chunks;
   const auto multiply = [&](int32_t block) {
-    const uint8_t* a = kSource == Source::kDense ? rows.values + block * 16 * stride
-                                                 : scratch + block % 2 * piece;
+    const uint8_t* a =
+        kSource == Source::kDense ? rows.values + block * 16 * stride : scratch + block % 2 * piece;
     amx_zero<kScores>();
     for (int32_t c = 0; c < n_chunks; c++) {
       amx_load<kQueries>(q + c * 16 * kQueryRow, kQueryRow);
@@ -263,8 +263,8 @@ inline void add_values_int(const uint8_t* values, const uint8_t* weights, int32_
 template <Kind kKind, Source kSource, int kHeads>
 __attribute__((noinline)) void amx_values(const Rows& rows_in, int32_t head_dim,
                                           const uint8_t* weights, int32_t n_heads,
-                                          const float* rescale, const float* unit,
-                                          uint8_t* scratch, float* o, Prefetch& prefetch_inout) {
+                                          const float* rescale, const float* unit, uint8_t* scratch,
+                                          float* o, Prefetch& prefetch_inout) {
   const Rows rows = rows_in;
   Prefetch prefetch = prefetch_inout;
   const __m512i zero = opaque_zero();

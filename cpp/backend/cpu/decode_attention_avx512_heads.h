@@ -42,8 +42,7 @@ inline IntScale int_scale(const float* q, int32_t head_dim) {
 }
 
 void prepare_queries(const DecodeRun& run, Kind kind, State& state) {
-  const __m512i even =
-      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
   for (int32_t h = 0; h < run.n_queries; h++) {
     const float* q = run.q + int64_t{h} * run.head_dim;
@@ -161,9 +160,9 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
                                                 : Codes::kFloats;
   float rescale[NH], unit[NH];
   for (int h = 0; h < NH; h++) {
-    rescale[h] = tile_softmax<kKind, kCodes>(k, v, n, state.q_unit[head + h], work.scores + h * kTileTokens,
-                                     work.weights + h * kWeightBytes, state.max[head + h],
-                                     state.sum[head + h], unit[h]);
+    rescale[h] = tile_softmax<kKind, kCodes>(
+        k, v, n, state.q_unit[head + h], work.scores + h * kTileTokens,
+        work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit[h]);
   }
   float* o = state.o + int64_t{head} * run.head_dim;
   if (v.source == Source::kDense) {
@@ -186,9 +185,7 @@ class FmaProducts {
 
   FmaProducts(const DecodeRun&, Work& work) : work_(work) {}
 
-  void prepare(const DecodeRun& run, Kind kind, State& state) {
-    prepare_queries(run, kind, state);
-  }
+  void prepare(const DecodeRun& run, Kind kind, State& state) { prepare_queries(run, kind, state); }
 
   template <Kind kKind>
   void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, State& state,

@@ -22,11 +22,11 @@ namespace mustafar {
 namespace {
 
 enum class Source {
-  kDense,  // every value is stored
-  kRuns,   // the values of 32 dims start at a constant offset: groups of 16 or 32
+  kDense,   // every value is stored
+  kRuns,    // the values of 32 dims start at a constant offset: groups of 16 or 32
   kRuns16,  // the same, and what is expanded at once fits 16 bytes, or 32: loads as narrow as that
   kRuns32,  // seldom lie across two lines of cache
-  kChain,  // they start after as many values as the mask words before have bits
+  kChain,   // they start after as many values as the mask words before have bits
 };
 
 // How a tile's rows are computed with, and which partial softmax they go to. The order of a row's
@@ -203,7 +203,10 @@ inline void widen_int4(const uint8_t* codes, int32_t n_bytes, uint8_t* out) {
 class Prefetch {
  public:
   Prefetch(const uint8_t* k, int32_t k_lines, const uint8_t* v, int32_t v_lines)
-      : at_(k), left_(k_lines), other_at_(v), other_left_(v_lines),
+      : at_(k),
+        left_(k_lines),
+        other_at_(v),
+        other_left_(v_lines),
         near_(k_lines + v_lines <= 256) {}
 
   // Spreads what is left over a number of steps, as evenly as whole lines go.

@@ -27,7 +27,7 @@ struct Work {
   float* scores;      // [8][64]
   uint8_t* weights;   // [8][64] of 2 or 4 bytes
   uint8_t* tiles[2];  // K and V: int4 widened, or partial tiles padded with zeros
-  uint8_t* expanded;  // a tile of 4-byte values and 8 KiB, for products from memory
+  uint8_t* expanded;  // as large as a tile in f32 and 8 KiB more: rows, for products from memory
 };
 
 uint8_t* take(uint8_t*& at, int64_t bytes) {
@@ -119,7 +119,8 @@ void merge_state(const DecodeRun& run, Kind kind, const State& state, float* in_
     Products::in_order(kind, state.o + int64_t{h} * run.head_dim, run.head_dim, in_order);
     for (int32_t d = 0; d < run.head_dim; d += 16) {
       const __m512 x = _mm512_load_ps(in_order + d);
-      _mm512_storeu_ps(o + d, _mm512_fmadd_ps(x, other, _mm512_mul_ps(_mm512_loadu_ps(o + d), mine)));
+      const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + d), mine);
+      _mm512_storeu_ps(o + d, _mm512_fmadd_ps(x, other, old));
     }
   }
 }
@@ -166,7 +167,8 @@ void run_tiles(DecodeRuns runs) {
         k = dense_rows(run, dense.k, n, Products::kRowMultiple, work.tiles[0]);
         v = dense_rows(run, dense.v, n, Products::kRowMultiple, work.tiles[1]);
       }
-      Prefetch next = i + 1 < runs.size() ? lines_of(runs[i + 1], tile) : lines_of(runs[0], tile + 1);
+      const bool last = i + 1 == runs.size();
+      Prefetch next = last ? lines_of(first, tile + 1) : lines_of(runs[i + 1], tile);
       State& state = work.states[i][static_cast<int>(k.kind)];
       if (!state.used) {
         state.used = true;

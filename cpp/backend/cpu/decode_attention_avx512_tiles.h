@@ -244,8 +244,8 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
 template <int NH>
 constexpr int32_t kPassChunks = NH == 4 ? 2 : 4;
 
-// Prefetch steps of scores and of values: one for every dense row and the columns that are loaded at
-// a time; of sparse rows, which are fewer lines, one for a few rows.
+// Prefetch steps of scores and of values: one for every dense row and the columns that are loaded
+// at a time; of sparse rows, which are fewer lines, one for a few rows.
 template <Kind kKind, int NH>
 constexpr int32_t score_steps(Source source, int32_t n_rows, int32_t n_chunks) {
   const int32_t loads = kKind == Kind::kInt ? n_chunks / 2 : n_chunks;
