@@ -3,7 +3,8 @@
     python tools/measure_cost.py docs/results/cost.json
 
 One attention-heavy shape (32 query and 8 KV heads of 128, narrow feed-forward), so that the cache
-decides. Settings take turns at every point; medians of all repetitions.
+decides; of all settings together the layers are more than a last-level cache holds. Settings take
+turns at every point; medians of all repetitions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors.numpy import save_file
 import mustafar
 from mustafar import KVConfig, Session
 
-HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM, LAYERS = 256, 256, 256, 32, 8, 128, 1
+HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 256, 256, 256, 32, 8, 128
 
 SETTINGS = {
     "dense bf16": KVConfig(sparsity=0),
@@ -34,7 +35,7 @@ SETTINGS = {
 }
 
 
-def make_model(folder: Path, context: int) -> None:
+def make_model(folder: Path, context: int, layers: int) -> None:
     """Writes the random model's folder."""
     rng = np.random.default_rng(0)
 
@@ -54,7 +55,7 @@ def make_model(folder: Path, context: int) -> None:
         "mlp.up_proj": (INNER, HIDDEN),
         "mlp.down_proj": (HIDDEN, INNER),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{norm}.weight"] = np.ones(HIDDEN, np.float16)
         for name, shape in shapes.items():
@@ -65,7 +66,7 @@ def make_model(folder: Path, context: int) -> None:
         "model_type": "llama",
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": DIM,
@@ -96,8 +97,9 @@ def main() -> None:
     """Measures both sweeps and writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--contexts", default="2048,4096,8192,12288,16384")
-    parser.add_argument("--batches", default="1,2,4,6")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--contexts", default="4096,8192,16384,24576,32768")
+    parser.add_argument("--batches", default="1,2,4,8")
     parser.add_argument("--batch-context", type=int, default=4096)
     parser.add_argument("-r", "--repetitions", type=int, default=9)
     options = parser.parse_args()
@@ -105,13 +107,13 @@ def main() -> None:
     batches = [int(x) for x in options.batches.split(",")]
 
     with tempfile.TemporaryDirectory() as name:
-        make_model(Path(name), 2 * max(contexts))
+        make_model(Path(name), 2 * max(contexts), options.layers)
         model = mustafar.Model(name, device="cpu", dtype="bf16")
         ids = np.random.default_rng(1).integers(3, VOCAB, max(contexts))
         results: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {model._core.device_description()}",
-            "shape": f"{LAYERS} layers, {HEADS}/{KV_HEADS} heads x {DIM}",
+            "shape": f"{options.layers} layers, {HEADS}/{KV_HEADS} heads x {DIM}",
             "settings": list(SETTINGS),
             "batch_context": options.batch_context,
             "context": [],
@@ -131,13 +133,14 @@ def main() -> None:
         del grown
         for batch in batches:
             times = {setting: [] for setting in SETTINGS}
+            batches_of: dict[str, list[Session]] = {setting: [] for setting in SETTINGS}
             for setting, kv in SETTINGS.items():
-                sessions = []
                 for _ in range(batch):  # caches of their own: a fork would share its pages
-                    session = Session(model, kv)
-                    session.prefill(ids[: options.batch_context])
-                    sessions.append(session)
-                times[setting] = step_seconds(sessions, 3 * options.repetitions)
+                    batches_of[setting].append(Session(model, kv))
+                    batches_of[setting][-1].prefill(ids[: options.batch_context])
+            for _ in range(options.repetitions):
+                for setting, sessions in batches_of.items():
+                    times[setting] += step_seconds(sessions, 3)
             for setting, seconds in times.items():
                 row = {"setting": setting, "batch": batch}
                 results["batch"].append({**row, "ms": 1e3 * statistics.median(seconds)})
