@@ -169,7 +169,7 @@ TEST_F(AtomicFileTest, ErrorsKeepTheOldFile) {
   }
 }
 
-TEST_F(AtomicFileTest, WritersOfOneFileNeverMix) {
+TEST_F(AtomicFileTest, ThreadsWritingOneFileNeverMix) {
   std::vector<std::string> texts;
   for (uint32_t i = 0; i < 3; i++) texts.push_back(content(30000 + i * 777, i));
   const auto is_whole = [&](const std::string& text) {
