@@ -146,8 +146,8 @@ std::vector<PageRef> BlockPool::allocate(int64_t n) {
       pages.clear();
       throw;
     }
-    free_pages_ += pages_per_slab_;
     slabs_.push_back(std::move(slab));
+    free_pages_ += pages_per_slab_;
     take_from(slabs_.back().get());
   }
   return pages;
