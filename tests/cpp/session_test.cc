@@ -12,7 +12,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
-#include "runtime/model_impl.h"
+#include "runtime/session_impl.h"
 
 namespace mustafar {
 namespace {
@@ -355,6 +355,30 @@ TEST(SessionFaultTest, ThreadsShareAModelWhileOneOfThemIsCancelled) {
   victim.close();
   undisturbed.close();
   EXPECT_EQ(model.memory().kv_bytes, 0);
+}
+
+TEST(SessionFaultTest, OtherThreadsMayAskForTheTokensMeanwhile) {
+  const Model model = small_model();
+  Session session(model);
+  std::atomic<bool> done{false};
+  std::vector<std::thread> threads;
+  threads.emplace_back([&] {
+    session.prefill(ids_of(30));
+    for (int32_t id : ids_of(150)) session.decode(id);
+    session.rewind(20);
+    done = true;
+  });
+  const auto first = ids_of(30), then = ids_of(150);
+  std::vector<int32_t> all = first;
+  all.insert(all.end(), then.begin(), then.end());
+  while (!done) {
+    const std::vector<int32_t> seen = session.impl().copy_tokens();
+    ASSERT_LE(seen.size(), all.size());
+    EXPECT_TRUE(std::equal(seen.begin(), seen.end(), all.begin()));
+    EXPECT_LE(session.position(), static_cast<int64_t>(all.size()));
+  }
+  threads[0].join();
+  EXPECT_EQ(session.position(), 20);
 }
 
 TEST(ProfileTest, HadamardIsItsOwnInverse) {
