@@ -122,7 +122,10 @@ GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& par
       throw;
     }
     impl_->cache = std::move(before->cache);
-    impl_->tokens = std::move(before->tokens);
+    {
+      std::lock_guard lock(impl_->tokens_mutex);
+      impl_->tokens = std::move(before->tokens);
+    }
     impl_->drop_logits();
     impl_->logits = std::move(before->logits);
     impl_->has_logits = before->has_logits;

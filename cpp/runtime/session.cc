@@ -73,10 +73,30 @@ void Session::Impl::check_room(int64_t n) const {
   }
 }
 
+void Session::Impl::reserve_tokens(size_t n) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.reserve(tokens.size() + n);
+}
+
+void Session::Impl::append_tokens(std::span<const int32_t> token_ids) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
+}
+
+void Session::Impl::cut_tokens(int64_t length) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.resize(length);
+}
+
+std::vector<int32_t> Session::Impl::copy_tokens() const {
+  std::lock_guard lock(tokens_mutex);
+  return tokens;
+}
+
 void Session::Impl::append(std::span<const int32_t> token_ids,
                            const std::function<void(int64_t, int64_t)>& progress,
                            int32_t top_needed) {
-  tokens.reserve(tokens.size() + token_ids.size());
+  reserve_tokens(token_ids.size());
   const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
   std::vector<float> next(on_device ? 0 : engine->config.vocab_size);
   TopLogits next_top;
@@ -96,7 +116,7 @@ void Session::Impl::append(std::span<const int32_t> token_ids,
   }
   count_workspace();
   prefill.finish();
-  tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
+  append_tokens(token_ids);
   if (!on_device) logits = std::move(next);
   has_logits = !on_device;
   logits_on_device = on_device;
@@ -105,7 +125,7 @@ void Session::Impl::append(std::span<const int32_t> token_ids,
 
 void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
   check_interrupt();
-  tokens.reserve(tokens.size() + 1);
+  reserve_tokens(1);
   SequenceCache* const caches[] = {&*cache};
   const int32_t ids[] = {token_id};
   logits_on_device = false;  // their place is written over
@@ -118,7 +138,7 @@ void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
     engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
   }
   count_workspace();
-  tokens.push_back(token_id);
+  append_tokens(ids);
   if (!on_device) std::swap(logits, spare_logits);
   has_logits = !on_device;
   logits_on_device = on_device;
@@ -165,7 +185,7 @@ void Session::Impl::rewind(int64_t position) {
   // The next block to leave the window is ranked by none of those: its window starts later.
   if (spec->compressed(position) == cache->compressed()) {
     cache->cut_tail(position);
-    tokens.resize(position);
+    cut_tokens(position);
     drop_logits();
     return;
   }
@@ -183,7 +203,7 @@ void Session::Impl::rewind(int64_t position) {
     count_workspace();
   }
   cache = std::move(kept);
-  tokens.resize(position);
+  cut_tokens(position);
   drop_logits();
   has_logits = first < position;
   if (has_logits) logits = std::move(next);
@@ -206,7 +226,7 @@ std::unique_ptr<Session::Impl> Session::Impl::fork() const {
 
 void Session::Impl::reset() {
   cache.emplace(engine->new_cache(spec));
-  tokens.clear();
+  cut_tokens(0);
   drop_logits();
 }
 
@@ -256,7 +276,7 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
     }
     session.check_tokens(token_ids.subspan(i, 1));
     session.check_room(1);
-    session.tokens.reserve(session.tokens.size() + 1);
+    session.reserve_tokens(1);
     session.spare_logits.resize(session.engine->config.vocab_size);
     caches.push_back(&*session.cache);
   }
@@ -268,7 +288,7 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
   first.count_workspace();
   for (size_t i = 0; i < n; i++) {
     Impl& session = *sessions[i]->impl_;
-    session.tokens.push_back(token_ids[i]);
+    session.append_tokens(token_ids.subspan(i, 1));
     std::copy_n(logits.begin() + static_cast<int64_t>(i * vocab), vocab,
                 session.spare_logits.begin());
     std::swap(session.logits, session.spare_logits);
@@ -336,7 +356,10 @@ std::vector<float> Session::score(std::span<const int32_t> token_ids) const {
   return scores;
 }
 
-int64_t Session::position() const { return static_cast<int64_t>(impl_->tokens.size()); }
+int64_t Session::position() const {
+  std::lock_guard lock(impl_->tokens_mutex);
+  return static_cast<int64_t>(impl_->tokens.size());
+}
 const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
 int64_t Session::max_tokens() const { return impl_->max_tokens; }
 const Model& Session::model() const { return impl_->model; }
@@ -368,7 +391,10 @@ void Session::close() {
   impl_->cache.reset();
   impl_->buffers.reset();
   impl_->count_workspace();
-  impl_->tokens = {};
+  {
+    std::lock_guard lock(impl_->tokens_mutex);
+    impl_->tokens = {};
+  }
   impl_->logits = {};
   impl_->spare_logits = {};
   impl_->drop_logits();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <vector>
@@ -26,6 +27,8 @@ struct Session::Impl {
   std::unique_ptr<ForwardBuffers> buffers;
   int64_t counted_workspace = 0;  // of buffers, as reported to the engine
   std::vector<int32_t> tokens;
+  // Held where the tokens change, and by those on other threads who look at them meanwhile.
+  mutable std::mutex tokens_mutex;
   // After the last token: on the host, or still on the device (buffers), of which then the largest
   // may be here; neither where a rewind or a failed call dropped them.
   std::vector<float> logits;
@@ -58,6 +61,11 @@ struct Session::Impl {
   void check_interrupt();
   void check_tokens(std::span<const int32_t> token_ids) const;
   void check_room(int64_t n) const;  // throws ContextOverflow
+  // Changes of the tokens; the one that allocates comes before the others, which do not throw.
+  void reserve_tokens(size_t n);  // for n more
+  void append_tokens(std::span<const int32_t> token_ids);
+  void cut_tokens(int64_t length);
+  std::vector<int32_t> copy_tokens() const;  // from any thread
   // Appends in one forward call; the caller has checked tokens and room. top_needed: how many of
   // the largest logits the next token needs; 0: all.
   void append(std::span<const int32_t> token_ids,

@@ -95,6 +95,7 @@ nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object();
 
 nlohmann::ordered_json kv_json(const KVConfig& kv) {
   nlohmann::ordered_json json = empty_object();
+  json["sparsity"] = kv.sparsity;
   json["k_sparsity"] = kv.effective_k_sparsity();
   json["v_sparsity"] = kv.effective_v_sparsity();
   json["pattern"] = name_of(kv.pattern);
@@ -110,8 +111,11 @@ nlohmann::ordered_json kv_json(const KVConfig& kv) {
 
 KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
-  kv.k_sparsity = json.at("k_sparsity").get<double>();
-  kv.v_sparsity = json.at("v_sparsity").get<double>();
+  const double k_sparsity = json.at("k_sparsity").get<double>();
+  const double v_sparsity = json.at("v_sparsity").get<double>();
+  kv.sparsity = json.value("sparsity", k_sparsity);  // older files lack it
+  if (k_sparsity != kv.sparsity) kv.k_sparsity = k_sparsity;
+  if (v_sparsity != kv.sparsity) kv.v_sparsity = v_sparsity;
   kv.pattern = parse_pattern(json.at("pattern").get<std::string>());
   kv.window = json.at("window").get<int32_t>();
   kv.sink_tokens = json.at("sink_tokens").get<int32_t>();

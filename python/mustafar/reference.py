@@ -218,13 +218,20 @@ def structured_masks(rows: F32, keep: int, weight: F32) -> NDArray[np.bool_]:
 
 
 def policy_masks(
-    policy: str, slot: Slot, rows: F32, weight: F32 | None = None, keys: F32 | None = None
+    policy: str,
+    slot: Slot,
+    rows: F32,
+    weight: F32 | None = None,
+    keys: F32 | None = None,
+    ranking: F32 | None = None,
 ) -> NDArray[np.bool_]:
     """Masks of a block by the name of the policy, as in KVConfig.
 
     slot: ragged for the channel policies. rows: keys or values, float32 [64, head_dim].
     weight: `query_weight`, for all policies but the two by magnitude. keys: [64, head_dim], for
-    channel_output_aware of values.
+    channel_output_aware of values. ranking: a profile's ranking weights [head_dim] of the slot's
+    kind; they matter where values of different channels compete. With a profile rows, keys and
+    queries are the transformed ones.
     """
     if policy not in (K_POLICIES if slot.is_key else V_POLICIES):
         raise ValueError(f"no policy {policy!r} for {'keys' if slot.is_key else 'values'}")
@@ -233,11 +240,13 @@ def policy_masks(
     if slot.ragged != policy.startswith("channel"):
         raise ValueError(f"policy {policy} with a slot of ragged={slot.ragged}")
     if policy == "magnitude":
-        return slot.masks(rows)
+        return slot.masks(rows, ranking)
     if policy == "channel_magnitude":
         return channel_masks(rows, slot.keep)
     if weight is None:
         raise ValueError(f"policy {policy} needs the window's query weight")
+    if slot.is_key and ranking is not None:
+        weight = weight * ranking
     if policy == "output_aware":
         return slot.masks(rows, weight)
     if policy == "channel_structured":

@@ -156,12 +156,12 @@ class Session:
 
     @property
     def position(self) -> int:
-        """Tokens in the cache."""
+        """Tokens in the cache; other threads may ask while a call runs."""
         return self._core.position()
 
     @property
     def tokens(self) -> list[int]:
-        """Ids in the cache."""
+        """Ids in the cache; other threads may ask while a call runs."""
         return self._core.tokens()
 
     @property

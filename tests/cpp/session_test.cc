@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -11,7 +12,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
-#include "runtime/model_impl.h"
+#include "runtime/session_impl.h"
 
 namespace mustafar {
 namespace {
@@ -266,6 +267,118 @@ TEST(SessionFaultTest, SessionsOnManyThreads) {
   }
   for (std::thread& thread : threads) thread.join();
   for (const auto& result : results) EXPECT_EQ(result, results[0]);
+}
+
+// What one of several threads does on a shared model, and every number that comes of it.
+std::vector<float> work_of(const Model& model, int which) {
+  std::vector<float> out;
+  const auto add = [&](std::span<const float> x) { out.insert(out.end(), x.begin(), x.end()); };
+  SamplingParams params;
+  params.seed = 5;
+  params.max_new_tokens = 70;
+  params.ignore_eos = true;
+  if (which == 0) {  // prefill and decode
+    Session session(model, config_of(0.5, Pattern::kGroup, 32, 0));
+    add(session.prefill(ids_of(150)));
+    for (int32_t id : ids_of(60, 2)) add(session.decode(id));
+  } else if (which == 1) {  // generation
+    KVConfig kv = config_of(0.5, Pattern::kGroup, 32, 0, ValueType::kInt8);
+    kv.k_policy = PrunePolicy::kOutputAware;
+    kv.profile = Profile::hadamard(model.config());
+    Session session(model, kv);
+    for (int32_t id : session.generate(ids_of(90), params).token_ids) out.push_back(id);
+    add(session.logits());
+  } else if (which == 2) {  // continuous batching
+    BatchOptions options;
+    options.max_batch = 2;
+    const std::vector<Prompt> prompts = {ids_of(40), ids_of(150, 2), ids_of(90, 3)};
+    for (const auto& result : model.generate(prompts, params, {}, options)) {
+      out.insert(out.end(), result.token_ids.begin(), result.token_ids.end());
+    }
+  } else {  // forks in a batch, rewind
+    Session a(model, config_of(0.7, Pattern::kRow, 0, 4));
+    a.prefill(ids_of(200));
+    Session b = a.fork();
+    b.rewind(120);
+    Session* const both[] = {&a, &b};
+    for (int32_t id : ids_of(60, 2)) add(Session::decode_batch(both, std::vector{id, id}));
+  }
+  return out;
+}
+
+TEST(SessionFaultTest, ThreadsShareAModelWhileOneOfThemIsCancelled) {
+  constexpr int kWorks = 4, kRounds = 3, kCancels = 12;
+  std::vector<std::vector<float>> alone, shared(2 * kWorks);
+  for (int i = 0; i < kWorks; i++) alone.push_back(work_of(small_model(), i));
+
+  const Model model = small_model();
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2 * kWorks; i++) {
+    threads.emplace_back([&, i] {
+      for (int round = 0; round < kRounds; round++) {
+        const auto numbers = work_of(model, i % kWorks);
+        shared[i].insert(shared[i].end(), numbers.begin(), numbers.end());
+      }
+    });
+  }
+  Session victim(model), undisturbed(model);
+  victim.prefill(ids_of(100));
+  undisturbed.prefill(ids_of(100));
+  std::atomic<int> begun{0}, cancels{0};
+  threads.emplace_back([&] {
+    for (int i = 1; i <= kCancels; i++) {
+      while (begun < i) std::this_thread::yield();
+      victim.cancel();
+      cancels = i;
+      victim.cancel();  // at any time, of this call or the next
+    }
+  });
+  for (int i = 1; i <= kCancels; i++) {
+    const auto await_cancel = [&](int64_t, int64_t) {
+      begun = i;
+      while (cancels < i) std::this_thread::yield();
+    };
+    EXPECT_THROW(victim.prefill(ids_of(200, 5), await_cancel), Cancelled);
+    EXPECT_EQ(victim.tokens(), undisturbed.tokens());
+  }
+  begun = kCancels;
+  for (std::thread& thread : threads) thread.join();
+
+  for (int i = 0; i < 2 * kWorks; i++) {
+    std::vector<float> expected;
+    for (int round = 0; round < kRounds; round++) {
+      expected.insert(expected.end(), alone[i % kWorks].begin(), alone[i % kWorks].end());
+    }
+    EXPECT_EQ(shared[i], expected) << "work " << i % kWorks;
+  }
+  for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(victim.decode(id)), copy(undisturbed.decode(id)));
+  victim.close();
+  undisturbed.close();
+  EXPECT_EQ(model.memory().kv_bytes, 0);
+}
+
+TEST(SessionFaultTest, OtherThreadsMayAskForTheTokensMeanwhile) {
+  const Model model = small_model();
+  Session session(model);
+  std::atomic<bool> done{false};
+  std::vector<std::thread> threads;
+  threads.emplace_back([&] {
+    session.prefill(ids_of(30));
+    for (int32_t id : ids_of(150)) session.decode(id);
+    session.rewind(20);
+    done = true;
+  });
+  const auto first = ids_of(30), then = ids_of(150);
+  std::vector<int32_t> all = first;
+  all.insert(all.end(), then.begin(), then.end());
+  while (!done) {
+    const std::vector<int32_t> seen = session.impl().copy_tokens();
+    ASSERT_LE(seen.size(), all.size());
+    EXPECT_TRUE(std::equal(seen.begin(), seen.end(), all.begin()));
+    EXPECT_LE(session.position(), static_cast<int64_t>(all.size()));
+  }
+  threads[0].join();
+  EXPECT_EQ(session.position(), 20);
 }
 
 TEST(ProfileTest, HadamardIsItsOwnInverse) {

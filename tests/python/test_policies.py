@@ -1,26 +1,26 @@
 """Pruning policies: the runtime's masks and values against the numpy reference.
 
-Expected masks come from the rows that a dense session stores and the queries of a transformers
-forward. Every row of a prompt's first prefill is exact, and so are the rows of layer 0 at any time.
+Expected masks come from the rows that a dense session stores, under the same profile where there is
+one, and the queries of a transformers forward. Every row of a prompt's first prefill is exact, and
+so are the rows of layer 0 at any time.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mustafar import KVConfig, Model, Session, reference
+from mustafar import KVConfig, Model, Profile, Session, reference
 
 oracle = pytest.importorskip("oracle")
 torch = pytest.importorskip("torch")
 
+from policy_stores import Store, check_masks, check_rows, pages_of, slots_of, store_of
 from test_sparse_oracle import Schedule
 
 PROMPT, STEPS = 300, 120
@@ -41,69 +41,32 @@ CASES = [
     ]
 ]  # fmt: skip
 
+# Integer values, and a profile ("ours": the fixture's own) whose ranking weights differ by channel.
+PROFILED_AND_INTEGER_CASES = [
+    KVConfig(sparsity=s, k_policy=k, v_policy=v, window=window, sink_tokens=sinks, pattern=pattern,
+             value_dtype=dtype, profile=profile)
+    for k, v, s, window, sinks, pattern, dtype, profile in [
+        ("magnitude", "magnitude", 0.5, 32, 0, "group", "int4", None),
+        ("magnitude", "channel_magnitude", 0.9, 32, 4, "group", "int8", None),
+        ("output_aware", "channel_output_aware", 0.7, 32, 0, "row", "int4", None),
+        ("channel_output_aware", "channel_output_aware", 0.5, 48, 0, "group", "int8", None),
+        ("channel_structured", "channel_output_aware", 0.9, 32, 0, "group", "int4", None),
+        ("magnitude", "magnitude", 0.5, 32, 0, "group", "f32", "ours"),
+        ("magnitude", "magnitude", 0.7, 32, 4, "row", "int8", "ours"),
+        ("output_aware", "channel_output_aware", 0.5, 32, 0, "group", "int4", "ours"),
+        ("output_aware", "magnitude", 0.7, 32, 0, "group", "int8", "ours"),
+        ("channel_magnitude", "channel_magnitude", 0.7, 0, 0, "group", "int8", "ours"),
+        ("channel_output_aware", "channel_output_aware", 0.7, 48, 4, "group", "f32", "ours"),
+        ("channel_output_aware", "magnitude", 0.5, 32, 0, "row", "int4", "ours"),
+        ("channel_structured", "channel_magnitude", 0.5, 32, 0, "group", "f32", "ours"),
+        ("channel_structured", "magnitude", 0.7, 32, 4, "group", "int8", "ours"),
+    ]
+]  # fmt: skip
+
 
 def name_of(kv: KVConfig) -> str:
-    return f"k-{kv.k_policy}-v-{kv.v_policy}-{kv.sparsity}-w{kv.window}-s{kv.sink_tokens}"
-
-
-@dataclass
-class Store:
-    """Compressed rows and masks of one kind, [layers, kv_heads, blocks, 64, head_dim]."""
-
-    rows: np.ndarray
-    masks: np.ndarray
-
-
-def slots_of(model: Model, kv: KVConfig) -> tuple[reference.Slot, reference.Slot]:
-    k, v = (
-        reference.Slot(
-            model.config["head_dim"],
-            "f32",
-            kv.sparsity if sparsity is None else sparsity,  # a loaded state has it for each
-            kv.pattern,
-            is_key,
-            policy.startswith("channel"),
-        )
-        for is_key, policy, sparsity in (
-            (True, kv.k_policy, kv.k_sparsity),
-            (False, kv.v_policy, kv.v_sparsity),
-        )
-    )
-    return k, v
-
-
-def pages_of(session: Session, path: Path) -> np.ndarray:
-    """Bytes of the compressed store, uint8 [pages, page_bytes], from a state file."""
-    session.save(path)
-    whole = path.read_bytes()
-    (header_bytes,) = struct.unpack_from("<Q", whole, 16)
-    header = json.loads(whole[64 : 64 + header_bytes])
-    at = 64 + (header_bytes + 63) // 64 * 64
-    for section in header["sections"]:
-        if section["name"] == "pages":
-            break
-        at += (section["bytes"] + 63) // 64 * 64
-    return np.frombuffer(whole, np.uint8, section["bytes"], at).reshape(-1, header["page_bytes"])
-
-
-def store_of(session: Session, path: Path) -> tuple[Store, Store]:
-    """Keys and values of the compressed store."""
-    pages = pages_of(session, path)
-    config = session.model.config
-    layers, heads = config["n_layers"], config["n_kv_heads"]
-    slots = slots_of(session.model, session.kv)
-    assert pages.shape[1] == reference.page_bytes(*slots, layers, heads)
-    out = []
-    for slot in slots:
-        shape = (layers, heads, len(pages), 64, slot.head_dim)
-        store = Store(np.zeros(shape, np.float32), np.zeros(shape, bool))
-        for layer, head, page in np.ndindex(shape[:3]):
-            start = reference.slot_offset(*slots, heads, layer, head, slot.is_key)
-            store.rows[layer, head, page], store.masks[layer, head, page] = reference.unpack_block(
-                slot, pages[page][start : start + slot.slot_bytes]
-            )
-        out.append(store)
-    return out[0], out[1]
+    name = f"k-{kv.k_policy}-v-{kv.v_policy}-{kv.sparsity}-w{kv.window}-s{kv.sink_tokens}"
+    return f"{name}-{kv.value_dtype}" + ("-profile" if kv.profile else "")
 
 
 def queries_of(model: Any, ids: list[int]) -> np.ndarray:
@@ -132,7 +95,35 @@ class Trained:
     model: Model
     transformers: Any
     queries: np.ndarray  # [layers, kv_heads, tokens, query heads of a KV head, head_dim]
-    rows: dict[tuple[int, int], tuple[Store, Store]]  # dense, by window and sinks
+    profile: Profile
+    rows: dict[Any, tuple[Store, Store]]  # dense, by window, sinks and whether under the profile
+
+    def queries_under(self, kv: KVConfig) -> np.ndarray:
+        """Queries as they meet the cached keys: q' = q B_k^T."""
+        if kv.profile is None:
+            return self.queries
+        return np.einsum("lhtgd,lhed->lhtge", self.queries, self.profile.k_backward)
+
+    def ranking(self, kv: KVConfig, is_key: bool) -> np.ndarray | None:
+        """The profile's ranking weights [layers, kv_heads, head_dim]."""
+        if kv.profile is None:
+            return None
+        return self.profile.k_weight if is_key else self.profile.v_weight
+
+
+def profile_for(model: Model) -> Profile:
+    """Invertible matrices and ranking weights at random."""
+    config = model.config
+    rng = np.random.default_rng(11)
+    shape = config["n_layers"], config["n_kv_heads"], config["head_dim"]
+
+    def pair() -> tuple[np.ndarray, np.ndarray]:
+        rotation = np.linalg.qr(rng.normal(size=(*shape, shape[-1])))[0]
+        scale = np.exp(rng.normal(size=shape) / 2)
+        return rotation * scale[..., None, :], (rotation / scale[..., None, :]).swapaxes(-1, -2)
+
+    weights = np.exp(rng.normal(size=(2, *shape)))
+    return Profile(*pair(), *pair(), *weights, kind="random", model_fingerprint="", text_hash="")
 
 
 @pytest.fixture(scope="module", params=["story", "stories260K", "demo"])
@@ -145,77 +136,19 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
         q = queries_of(theirs, IDS)
         layers, heads, n, dim = q.shape
         q = q.reshape(layers, model.config["n_kv_heads"], -1, n, dim).swapaxes(2, 3)
-        yield Trained(model, theirs, q, {})
+        yield Trained(model, theirs, q, profile_for(model), {})
 
 
 def dense_rows(trained: Trained, kv: KVConfig, path: Path) -> tuple[Store, Store]:
     """Rows of IDS in the blocks that kv would compress."""
-    key = (kv.window, kv.sink_tokens)
+    key = (kv.window, kv.sink_tokens, kv.profile is None)
     if key not in trained.rows:
-        session = Session(
-            trained.model,
-            KVConfig(sparsity=0.0, window=kv.window, sink_tokens=kv.sink_tokens, value_dtype="f32"),
-        )
+        dense = KVConfig(sparsity=0.0, window=kv.window, sink_tokens=kv.sink_tokens,
+                         value_dtype="f32", profile=kv.profile)  # fmt: skip
+        session = Session(trained.model, dense)
         session.prefill(IDS)
         trained.rows[key] = store_of(session, path)
     return trained.rows[key]
-
-
-def groups_of(policy: str, slot: reference.Slot, x: np.ndarray) -> np.ndarray:
-    """What is ranked together in a block [64, head_dim], as [groups, values]."""
-    if not slot.ragged:
-        return x.reshape(-1, slot.group)
-    if policy == "channel_structured" or (policy == "channel_output_aware" and slot.is_key):
-        return x.reshape(1, -1)
-    return x.T
-
-
-def score_of(
-    policy: str, slot: reference.Slot, rows: np.ndarray, weight: np.ndarray, keys: np.ndarray
-) -> np.ndarray:
-    """What the policy ranks a block's values by, [64, head_dim]."""
-    x = np.abs(rows).astype(np.float64)
-    if policy.endswith("magnitude"):
-        return x
-    if policy == "channel_structured":
-        return np.broadcast_to(np.linalg.norm(x, axis=0) * weight, x.shape)
-    if slot.is_key:
-        return x * weight
-    return x * (np.abs(keys) @ weight)[:, None]
-
-
-def check_block(
-    kv: KVConfig,
-    slot: reference.Slot,
-    block: tuple[np.ndarray, np.ndarray],
-    rows: np.ndarray,
-    keys: np.ndarray,
-    queries: np.ndarray,
-    where: tuple[int, ...],
-    rtol: float = 0.0,
-) -> None:
-    """One stored block, rows and masks [64, head_dim], against numpy.
-
-    rows, keys: the block's own and its keys, dense. queries: [tokens, query heads, head_dim], as
-    many tokens as were cached when it was compressed. Near-ties at the cut may fall either way:
-    scores within 1e-4 of it.
-    """
-    policy = kv.k_policy if slot.is_key else kv.v_policy
-    weight = reference.query_weight(queries, kv.window)
-    expected = reference.policy_masks(policy, slot, rows, weight, keys)
-    stored, actual = block
-    message = f"{policy} of {'keys' if slot.is_key else 'values'} {where}"
-    scores = groups_of(policy, slot, score_of(policy, slot, rows, weight, keys))
-    kept = groups_of(policy, slot, expected)
-    assert (groups_of(policy, slot, actual).sum(-1) == kept.sum(-1)).all(), message
-    cut = np.where(kept, scores, np.inf).min(-1, keepdims=True)
-    moved = groups_of(policy, slot, actual ^ expected)
-    assert (np.abs(scores - cut) <= 1e-4 * cut)[moved].all(), message
-    if policy == "channel_structured":
-        assert (actual == actual[0]).all(), message
-    np.testing.assert_allclose(
-        stored, np.where(actual, rows, 0), rtol=rtol, atol=rtol, err_msg=message
-    )
 
 
 def ends_of(kv: KVConfig, n: int, prompt: int = PROMPT) -> list[int]:
@@ -229,24 +162,25 @@ def next_end(kv: KVConfig) -> int:
     return next(end for end in ends_of(kv, PROMPT + 64) if end > PROMPT)
 
 
-@pytest.mark.parametrize("kv", CASES, ids=name_of)
+@pytest.mark.parametrize("kv", CASES + PROFILED_AND_INTEGER_CASES, ids=name_of)
 def test_prompt_blocks(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
+    """Masks, and given these every byte: codes and scales of exactly the dense rows."""
+    if kv.profile:
+        kv = replace(kv, profile=trained.profile)
     session = Session(trained.model, kv)
     session.prefill(IDS[:PROMPT])
-    stored = store_of(session, tmp_path / "state")
     dense = dense_rows(trained, kv, tmp_path / "dense")
-    for kind, slot in enumerate(slots_of(trained.model, kv)):
-        assert stored[kind].masks.shape[2] == len(ends_of(kv, PROMPT)) > 1
-        for at in np.ndindex(stored[kind].masks.shape[:3]):
-            check_block(
-                kv,
-                slot,
-                (stored[kind].rows[at], stored[kind].masks[at]),
-                dense[kind].rows[at],
-                dense[0].rows[at],
-                trained.queries[at[0], at[1], :PROMPT],
-                at,
-            )
+    queries = trained.queries_under(kv)[:, :, :PROMPT]
+    slots = slots_of(trained.model, kv)
+    for slot, stored, own in zip(slots, store_of(session, tmp_path / "state"), dense):
+        assert stored.masks.shape[2] == len(ends_of(kv, PROMPT)) > 1
+        rankings = trained.ranking(kv, slot.is_key)
+        for at in np.ndindex(stored.masks.shape[:3]):
+            head, rows, masks = at[:2], own.rows[at], stored.masks[at]
+            ranking = None if rankings is None else rankings[head]
+            check_masks(kv, slot, masks, rows, dense[0].rows[at], queries[head], at, ranking)
+            expected = reference.pack_block(slot, rows, masks)
+            np.testing.assert_array_equal(stored.slots[at], expected, err_msg=str(at))
 
 
 @dataclass
@@ -271,8 +205,8 @@ class PolicySchedule(Schedule):
                 k, v = (x[0, head, first : first + 64].numpy() for x in (key, value))
                 at = (layer, head, block)
                 for rows, slot, store in zip((k, v), self.slots, self.stored):
-                    found = (store.rows[at], store.masks[at])
-                    check_block(self.kv, slot, found, rows, k, queries[head, :end], at, 1e-4)
+                    check_masks(self.kv, slot, store.masks[at], rows, k, queries[head, :end], at)
+                    check_rows(store.rows[at], store.masks[at], rows, at)
         return super().attention(module, query, key, value, *args, **options)
 
 
@@ -365,9 +299,10 @@ def test_rewind_into_the_store(trained: Trained, kv: KVConfig, tmp_path: Path) -
             np.testing.assert_array_equal(new[:, :, :left], old[:, :, :left])
         for head in range(after[kind].masks.shape[1]):
             at = (0, head, left)
-            found = (after[kind].rows[at], after[kind].masks[at])
+            rows, mask = dense[kind].rows[at], after[kind].masks[at]
             queries = trained.queries[0, head, : next_end(kv)]
-            check_block(kv, slot, found, dense[kind].rows[at], dense[0].rows[at], queries, at, 1e-4)
+            check_masks(kv, slot, mask, rows, dense[0].rows[at], queries, at)
+            check_rows(after[kind].rows[at], mask, rows, at)
 
 
 def test_reference_refuses_what_does_not_fit() -> None:

@@ -414,6 +414,19 @@ def test_second_thread_is_refused(model: mustafar.Model) -> None:
     session.decode(3)
 
 
+def test_other_threads_may_ask_for_the_tokens(model: mustafar.Model) -> None:
+    session = Session(model)
+    thread = threading.Thread(target=lambda: session.generate("Once", max_new_tokens=200, **GREEDY))
+    thread.start()
+    seen = []
+    while thread.is_alive():
+        seen.append((session.position, session.tokens))
+    thread.join()
+    for position, tokens in seen:
+        assert position <= len(tokens) and tokens == session.tokens[: len(tokens)]
+    assert len({len(tokens) for _, tokens in seen}) > 3
+
+
 def test_sessions_on_several_threads_share_a_model(model: mustafar.Model) -> None:
     expected = Session(model).generate("Once upon", max_new_tokens=40, **GREEDY).token_ids
     results: list[list[int]] = []

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,39 @@ def test_goes_on_bit_identically(model: mustafar.Model, kv: str, n: int, tmp_pat
     assert np.array_equal(other.logits(), session.logits())
     for token in ids_of(70, seed=2):  # across a block boundary
         assert np.array_equal(other.decode(token), session.decode(token))
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        *KVS.values(),
+        KVConfig(sparsity=0.7),
+        KVConfig(sparsity=0.0, v_sparsity=0.7),
+        KVConfig(sparsity=0.7, k_sparsity=0.3, window=16, sink_tokens=4),
+    ],
+    ids=str,
+)
+def test_the_loaded_config_is_the_saved_one(
+    model: mustafar.Model, kv: KVConfig, tmp_path: Path
+) -> None:
+    session = Session(model, kv)
+    session.prefill(ids_of(10))
+    session.save(tmp_path / "s")
+    loaded = Session.load(model, tmp_path / "s").kv
+    assert replace(loaded, profile=None) == replace(kv, profile=None)
+    if kv.profile is None:
+        assert loaded.profile is None
+    else:
+        assert loaded.profile.hash() == mustafar.Profile.hadamard(model._core).hash()
+
+
+def test_the_config_of_a_file_without_its_sparsity(model: mustafar.Model, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    session = Session(model, KVConfig(k_sparsity=0.7, v_sparsity=0.3))
+    session.save(path)
+    rewrite(path, {}, without="sparsity")
+    loaded = Session.load(model, path).kv
+    assert (loaded.sparsity, loaded.k_sparsity, loaded.v_sparsity) == (0.7, None, 0.3)
 
 
 def test_after_a_rewind(model: mustafar.Model, tmp_path: Path) -> None:
@@ -159,8 +193,8 @@ def test_foreign_files_are_named(model: mustafar.Model, tmp_path: Path) -> None:
         Session.load(model, tmp_path)
 
 
-def rewrite(path: Path, change: dict[str, object]) -> None:
-    """Writes the file anew with header fields changed and all checksums right."""
+def rewrite(path: Path, change: dict[str, object], without: str = "") -> None:
+    """Writes the file anew with all checksums right: header fields changed, one of kv left out."""
 
     def words_hash(data: bytes, state: int = 0xCBF29CE484222325) -> int:
         mask = (1 << 64) - 1
@@ -179,6 +213,7 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
         for parent in parents:
             target = target[parent]
         target[last] = value
+    header["kv"].pop(without, None)
     text = json.dumps(header).encode()
     padded = text + bytes(-len(text) % 64)
     state = words_hash(padded)
@@ -196,6 +231,8 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
         {"max_tokens": 10**9},
         {"max_tokens": 100},
         {"kv.k_sparsity": 0.7},
+        {"kv.sparsity": "x"},
+        {"kv.sparsity": 1.0},
         {"kv.window": 0},
         {"kv.window": -1},
         {"kv.value_dtype": "int8"},

@@ -78,7 +78,7 @@ class Session {
       std::span<const int32_t> token_ids,
       const std::function<void(int64_t position, std::span<const float> logits)>& visit) const;
 
-  int64_t position() const;  // tokens in the cache
+  int64_t position() const;  // tokens in the cache; may be asked from any thread
   const std::vector<int32_t>& tokens() const;
   int64_t max_tokens() const;
   const Model& model() const;

@@ -1,0 +1,143 @@
+"""What a state file's compressed store holds, and masks of it checked against numpy."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mustafar import KVConfig, Model, Session, reference
+
+
+@dataclass
+class Store:
+    """The compressed store of one kind."""
+
+    rows: np.ndarray  # float32 [layers, kv_heads, blocks, 64, head_dim]
+    masks: np.ndarray  # bool, of the same shape
+    slots: np.ndarray  # uint8 [layers, kv_heads, blocks, slot_bytes]
+
+
+def slots_of(model: Model, kv: KVConfig) -> tuple[reference.Slot, reference.Slot]:
+    k, v = (
+        reference.Slot(
+            model.config["head_dim"],
+            kv.value_dtype,
+            kv.sparsity if sparsity is None else sparsity,
+            kv.pattern,
+            is_key,
+            policy.startswith("channel"),
+        )
+        for is_key, policy, sparsity in (
+            (True, kv.k_policy, kv.k_sparsity),
+            (False, kv.v_policy, kv.v_sparsity),
+        )
+    )
+    return k, v
+
+
+def pages_of(session: Session, path: Path) -> np.ndarray:
+    """Bytes of the compressed store, uint8 [pages, page_bytes], from a state file."""
+    session.save(path)
+    whole = path.read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", whole, 16)
+    header = json.loads(whole[64 : 64 + header_bytes])
+    at = 64 + (header_bytes + 63) // 64 * 64
+    for section in header["sections"]:
+        if section["name"] == "pages":
+            break
+        at += (section["bytes"] + 63) // 64 * 64
+    return np.frombuffer(whole, np.uint8, section["bytes"], at).reshape(-1, header["page_bytes"])
+
+
+def store_of(session: Session, path: Path) -> tuple[Store, Store]:
+    """Keys and values of the compressed store."""
+    pages = pages_of(session, path)
+    config = session.model.config
+    layers, heads = config["n_layers"], config["n_kv_heads"]
+    slots = slots_of(session.model, session.kv)
+    assert pages.shape[1] == reference.page_bytes(*slots, layers, heads)
+    out = []
+    for slot in slots:
+        shape = (layers, heads, len(pages), 64, slot.head_dim)
+        store = Store(
+            np.zeros(shape, np.float32),
+            np.zeros(shape, bool),
+            np.zeros((*shape[:3], slot.slot_bytes), np.uint8),
+        )
+        for at in np.ndindex(shape[:3]):
+            layer, head, page = at
+            start = reference.slot_offset(*slots, heads, layer, head, slot.is_key)
+            store.slots[at] = pages[page][start : start + slot.slot_bytes]
+            store.rows[at], store.masks[at] = reference.unpack_block(slot, store.slots[at])
+        out.append(store)
+    return out[0], out[1]
+
+
+def groups_of(policy: str, slot: reference.Slot, x: np.ndarray) -> np.ndarray:
+    """What is ranked together in a block [64, head_dim], as [groups, values]."""
+    if not slot.ragged:
+        return x.reshape(-1, slot.group)
+    if policy == "channel_structured" or (policy == "channel_output_aware" and slot.is_key):
+        return x.reshape(1, -1)
+    return x.T
+
+
+def score_of(
+    policy: str,
+    slot: reference.Slot,
+    rows: np.ndarray,
+    weight: np.ndarray,
+    keys: np.ndarray,
+    ranking: np.ndarray,
+) -> np.ndarray:
+    """What the policy ranks a block's values by, [64, head_dim]."""
+    x = np.abs(rows).astype(np.float64)
+    if policy == "magnitude":
+        return x * ranking
+    if policy == "channel_magnitude":
+        return x
+    if policy == "channel_structured":
+        return np.broadcast_to(np.linalg.norm(x, axis=0) * weight * ranking, x.shape)
+    if slot.is_key:
+        return x * weight * ranking
+    return x * (np.abs(keys) @ weight)[:, None]
+
+
+def check_masks(
+    kv: KVConfig,
+    slot: reference.Slot,
+    actual: np.ndarray,
+    rows: np.ndarray,
+    keys: np.ndarray,
+    queries: np.ndarray,
+    where: tuple[int, ...],
+    ranking: np.ndarray | None = None,
+) -> None:
+    """Masks of one stored block, bool [64, head_dim], against numpy.
+
+    rows, keys: the block's own and its keys, dense. queries: [tokens, query heads, head_dim], as
+    many tokens as were cached when it was compressed. ranking: the profile's weights [head_dim].
+    Near-ties at the cut may fall either way: scores within 1e-4 of it.
+    """
+    policy = kv.k_policy if slot.is_key else kv.v_policy
+    weight = reference.query_weight(queries, kv.window)
+    expected = reference.policy_masks(policy, slot, rows, weight, keys, ranking)
+    message = f"{policy} of {'keys' if slot.is_key else 'values'} {where}"
+    factor = np.ones(slot.head_dim) if ranking is None else ranking
+    scores = groups_of(policy, slot, score_of(policy, slot, rows, weight, keys, factor))
+    kept = groups_of(policy, slot, expected)
+    assert (groups_of(policy, slot, actual).sum(-1) == kept.sum(-1)).all(), message
+    cut = np.where(kept, scores, np.inf).min(-1, keepdims=True)
+    moved = groups_of(policy, slot, actual ^ expected)
+    assert (np.abs(scores - cut) <= 1e-4 * cut)[moved].all(), message
+    if policy == "channel_structured":
+        assert (actual == actual[0]).all(), message
+
+
+def check_rows(stored: np.ndarray, mask: np.ndarray, rows: np.ndarray, where: object) -> None:
+    """Stored rows [64, head_dim] are the dense ones of another computation where they are kept."""
+    np.testing.assert_allclose(stored, np.where(mask, rows, 0), 1e-4, 1e-4, err_msg=str(where))
