@@ -61,6 +61,8 @@ SHAPES = {
     "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256, 5e5, True),
     "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, 5e5, False),
     "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 64, 32000, 1e4, False),
+    # An 8B model's heads and little else: what attention costs does not drown in weights.
+    "attention": Shape(512, 512, 32, 32, 8, 128, 512, 5e5, True),
 }
 
 

@@ -26,7 +26,8 @@ struct DecodeAttentionArgs {
 //
 // A sequence is cut into fixed runs of tiles (64 tokens), chosen from its length alone, so that a
 // result depends neither on the batch nor on the number of threads; runs of all sequences and KV
-// heads are handed to the threads, and the last of a KV head to end combines its partial softmaxes.
+// heads, neighbouring heads together, are handed to the threads, and the last of a KV head to end
+// combines its partial softmaxes.
 void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args,
                       HostBuffer& scratch);
 
