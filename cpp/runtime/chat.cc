@@ -31,6 +31,11 @@ Json parse(std::string_view text, const char* what) {
   return json;
 }
 
+// Not by nlohmann's operator: that makes a value of the text, and does not let its failing through.
+bool is_text(const Json& json, std::string_view text) {
+  return json.is_string() && json.get_ref<const std::string&>() == text;
+}
+
 Json to_json(const ChatMessage& message) {
   Json json = Json::object();
   json["role"] = message.role;
@@ -462,8 +467,9 @@ bool Chat::load(const std::filesystem::path& file) {
   std::ostringstream content;
   content << in.rdbuf();
   const Json json = Json::parse(content.str(), nullptr, false);
-  if (!in || !json.is_object() || !json.contains("format") || json["format"] != "mustafar chat 1" ||
-      !json.contains("messages") || !json.contains("date") || !json["date"].is_string()) {
+  if (!in || !json.is_object() || !json.contains("format") ||
+      !is_text(json["format"], "mustafar chat 1") || !json.contains("messages") ||
+      !json.contains("date") || !json["date"].is_string()) {
     throw Error(file.string() + ": not a saved chat");
   }
   std::vector<ChatMessage> messages;
@@ -482,7 +488,7 @@ bool Chat::load(const std::filesystem::path& file) {
                                     impl_->session->kv_config().profile);
     cached.text = saved.at("text").get<std::string>();
     cached.tokens = session.tokens();
-    if (saved.at("hash") == hash_of(session.tokens()) &&
+    if (is_text(saved.at("hash"), hash_of(session.tokens())) &&
         same_config(session.kv_config(), impl_->session->kv_config()) &&
         session.max_tokens() == impl_->session->max_tokens()) {
       for (const Json& range : saved.at("outside")) {

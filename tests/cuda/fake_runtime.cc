@@ -40,8 +40,10 @@ cudaError_t enter(const char* name, bool allocates = false) {
   Runtime& r = runtime();
   r.log.push_back(name);
   if (r.fail_allocations_only && !allocates) return cudaSuccess;
-  if (r.n_calls++ != r.fail_at) return cudaSuccess;
-  r.failed_call = name;
+  const int64_t call = r.n_calls++;
+  const bool fails = r.fail_allocations_only ? call >= r.fail_at : call == r.fail_at;
+  if (!fails || r.fail_at < 0) return cudaSuccess;
+  if (r.failed_call.empty()) r.failed_call = name;
   return r.fail_with;
 }
 

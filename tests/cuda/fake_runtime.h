@@ -22,11 +22,13 @@ struct Runtime {
   // Which call fails, counted over all that may (releasing never does); -1: none.
   int64_t fail_at = -1;
   cudaError_t fail_with = cudaErrorIllegalAddress;
-  bool fail_allocations_only = false;  // then only cudaMalloc and cudaMallocHost count
+  // Then only cudaMalloc and cudaMallocHost count, and all from fail_at on fail: who is refused one
+  // may ask for a smaller.
+  bool fail_allocations_only = false;
 
   // What happened.
   int64_t n_calls = 0;           // that count
-  std::string failed_call;       // the name of the one that was made to fail
+  std::string failed_call;       // the name of the first that was made to fail
   std::vector<std::string> log;  // calls in order, kernels as "launch"
   std::map<void*, int64_t> device_memory, pinned_memory;  // live, bytes
   int n_streams = 0, n_graphs = 0, n_executables = 0;     // live
