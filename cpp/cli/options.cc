@@ -157,7 +157,8 @@ void CacheFlags::add_to(CLI::App& command) {
       ->group(kCacheGroup);
   command
       .add_option("--profile", profile,
-                  "KV transform: a file, hadamard, or model (the folder's own)")
+                  "KV transform: auto (calibrated once, then kept), hadamard, "
+                  "model (the folder's own), or a file")
       ->group(kCacheGroup);
 }
 
@@ -176,9 +177,23 @@ KVConfig CacheFlags::resolve(const Model& model) const {
   resolved.value_dtype = parse_value_type(value_dtype);
   resolved.k_policy = parse_prune_policy(k_policy);
   resolved.v_policy = parse_prune_policy(v_policy);
-  resolved.profile = Profile::resolve(profile, model);
+  resolved.profile = resolve_profile(profile, model);
   resolved.validate();
   return resolved;
+}
+
+std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model) {
+  Progress bar("calibrating");
+  ProfileHooks hooks;
+  hooks.progress = [&bar](int64_t done, int64_t total) {
+    throw_if_interrupted();
+    bar.update(done, total);
+  };
+  hooks.note = hooks.warning = [&bar](const std::string& line) {
+    bar.clear();
+    std::fprintf(stderr, "mustafar: %s\n", line.c_str());
+  };
+  return Profile::resolve(name, model, hooks);
 }
 
 void SamplingFlags::add_to(CLI::App& command) {

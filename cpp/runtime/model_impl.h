@@ -17,6 +17,7 @@
 #include "model/llama.h"
 #include "model/weights.h"
 #include "mustafar/model.h"
+#include "mustafar/profile.h"
 
 namespace mustafar {
 
@@ -40,6 +41,9 @@ struct Model::Impl {
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile);
   std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
+
+  std::mutex auto_profile_mutex;
+  std::shared_ptr<const Profile> auto_profile;  // of profile="auto", once asked for
 
   void add_workspace(int64_t bytes) { workspace_bytes += bytes; }
 
