@@ -118,7 +118,8 @@ TEST_F(AutoProfileTest, WhatCannotBeUsedIsMadeAnew) {
       std::ofstream(kept(model)) << "no safetensors file";
     }
   };
-  for (const Profile* with : {&stale, &foreign, static_cast<const Profile*>(nullptr)}) {
+  const Profile* const kinds[] = {&stale, &foreign, nullptr};
+  for (const Profile* with : kinds) {
     spoil(with);
     Heard heard;
     EXPECT_EQ(Profile::resolve("auto", load(), heard.hooks())->hash(), made->hash());
