@@ -39,6 +39,10 @@ struct Model::Impl {
   // A profile's products on this model's device, uploaded once per profile in use.
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile);
   std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
+  // Tables of coded rows, from the profile's sigmas and the configuration's bits; null where rows
+  // are not coded. Throws std::invalid_argument where the profile has no sigmas, DeviceError where
+  // the device has no kernels for them.
+  std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
 
   void add_workspace(int64_t bytes) { workspace_bytes += bytes; }

@@ -121,6 +121,10 @@ int32_t compress_block(const CommitStep& step, Isa isa, DType tail_dtype, int32_
   static_cast<void>(isa);
 #endif
   load_rows(run, first, head_dim, tail_dtype, work.rows);
+  if (slot_layout.dtype == DType::kCoded) {
+    return pack_coded_block(slot_layout, code_table(*sequence.codes, layout, layer, head, is_key),
+                            work.rows.data(), slot);
+  }
   if (by_query && !slot_layout.dense) {
     if (sequence.query_magnitude == nullptr) {
       throw StateError(

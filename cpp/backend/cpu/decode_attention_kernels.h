@@ -73,7 +73,7 @@ struct DenseTile {
   if (run.head_dim % 32 != 0) return false;
   if (run.sequence->n_blocks == 0) return true;
   const StoreLayout& layout = *run.sequence->layout;
-  if (layout.k.ragged || layout.v.ragged) return false;
+  if (layout.k.ragged || layout.v.ragged || layout.k.dtype == DType::kCoded) return false;
   return is_float(layout.k.dtype) || run.head_dim % 64 == 0;
 }
 
