@@ -124,20 +124,25 @@ void deal_widths(const float* sigmas, int32_t head_dim, int32_t row_bytes, uint8
   }
 }
 
-CodeRow::CodeRow(const CodeTable& table, int32_t head_dim) {
+CodeRow make_code_row(const CodeTable& table, int32_t head_dim, float* memory) {
+  float* parts[5];
+  for (int i = 0; i < 5; i++) parts[i] = memory + int64_t{i} * head_dim;
   for (int32_t d = 0; d < head_dim; d++) {
-    inverse_sigma.push_back(inverse_of(table.sigmas[d]));
-    step.push_back(kStep[table.widths[d]] * table.sigmas[d]);
-    inverse_step.push_back(inverse_of(step[d]));
-    half.push_back(static_cast<float>(1 << table.widths[d]) * 0.5f);
-    top.push_back(static_cast<float>((1 << table.widths[d]) - 1));
+    const float step = kStep[table.widths[d]] * table.sigmas[d];
+    parts[0][d] = inverse_of(table.sigmas[d]);
+    parts[1][d] = step;
+    parts[2][d] = inverse_of(step);
+    parts[3][d] = static_cast<float>(1 << table.widths[d]) * 0.5f;
+    parts[4][d] = static_cast<float>((1 << table.widths[d]) - 1);
   }
+  return {parts[0], parts[1], parts[2], parts[3], parts[4]};
 }
 
 int32_t pack_coded_block(const SlotLayout& layout, const CodeTable& table, const float* rows,
                          uint8_t* slot) {
   const int32_t n = layout.head_dim;
-  const CodeRow row(table, n);
+  std::vector<float> memory(size_t{5} * n);
+  const CodeRow row = make_code_row(table, n, memory.data());
   std::memset(slot, 0, layout.slot_bytes);
   for (int32_t t = 0; t < kBlockTokens; t++) {
     const float* x = rows + t * n;

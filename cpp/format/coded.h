@@ -17,7 +17,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "format/block_format.h"
 
@@ -64,10 +63,15 @@ void deal_widths(const float* sigmas, int32_t head_dim, int32_t row_bytes, uint8
 
 // A head's table as packing wants it, [head_dim] each.
 struct CodeRow {
-  CodeRow(const CodeTable& table, int32_t head_dim);
-  std::vector<float> inverse_sigma, step, inverse_step;  // 0 where there is no step
-  std::vector<float> half, top;                          // 2^(w-1), 2^w - 1
+  const float* inverse_sigma;
+  const float* step;          // 0 where the width is
+  const float* inverse_step;  // likewise
+  const float* half;          // 2^(w-1)
+  const float* top;           // 2^w - 1
 };
+
+// memory: [5][head_dim], which the result points to.
+CodeRow make_code_row(const CodeTable& table, int32_t head_dim, float* memory);
 
 // Writes a whole slot, every byte of it. rows: [64][head_dim]. Returns the first row that is not
 // finite, or too large to have a scale (then the slot is undefined), or -1.
