@@ -156,11 +156,8 @@ class Backend {
   virtual std::string device() const = 0;       // "cpu" or "cuda"
   virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
   virtual bool host_memory() const = 0;         // device pointers can be read by the host
-<<<<<<< HEAD
   virtual bool codes() const { return false; }  // coded rows are stored and attended to
-=======
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
->>>>>>> 52de217
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
   virtual std::unique_ptr<DeviceMemory> allocate(int64_t bytes) = 0;

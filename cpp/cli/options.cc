@@ -139,9 +139,14 @@ void CacheFlags::add_to(CLI::App& command) {
   command.add_option("--sinks", config.sink_tokens, "First tokens that stay dense")
       ->capture_default_str()
       ->group(kCacheGroup);
-  command.add_option("--kv-dtype", value_dtype, "Stored values: auto, f32, f16, bf16, int8, int4")
+  command.add_option("--kv-dtype", value_dtype, "Stored values: auto, f32, f16, bf16, int8, int4, coded")
       ->capture_default_str()
       ->group(kCacheGroup);
+  command.add_option("--bits", config.bits, "Of a dim on average, for --kv-dtype coded: 1 to 7")
+      ->capture_default_str()
+      ->group(kCacheGroup);
+  command.add_option("--k-bits", config.k_bits, "For keys alone")->group(kCacheGroup);
+  command.add_option("--v-bits", config.v_bits, "For values alone")->group(kCacheGroup);
   command
       .add_option("--k-policy", k_policy,
                   "What is pruned of keys: magnitude, output_aware, "

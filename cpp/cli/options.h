@@ -26,8 +26,8 @@ struct ModelFlags {
   Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
 };
 
-// --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --k-policy --v-policy
-// --profile
+// --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --bits --k-bits --v-bits
+// --k-policy --v-policy --profile
 struct CacheFlags {
   KVConfig config;
   std::string pattern = name_of(config.pattern);

@@ -37,14 +37,15 @@ float code_of(const CodeRow& row, float x, int32_t d, float inverse) {
   return std::min(std::max(code, 0.0f), row.top[d]);
 }
 
-float square_error(const CodeRow& row, const float* x, int32_t n, float scale) {
-  const float inverse = inverse_of(scale);
+// Sum of fourth powers of errors, in units of the row's root mean square.
+float error_of(const CodeRow& row, const float* x, int32_t n, float scale, float inverse_rms) {
+  const float inverse = inverse_of(scale), ratio = scale * inverse_rms;
   Lanes sums;
   for (int32_t d = 0; d < n; d++) {
     const float code = static_cast<float>(static_cast<int32_t>(code_of(row, x[d], d, inverse)));
     const float level = code - (row.half[d] - 0.5f);
-    const float error = x[d] - level * row.step[d] * scale;
-    sums.lane[d % kSumLanes] += error * error;
+    const float error = x[d] * inverse_rms - level * row.step[d] * ratio;
+    sums.lane[d % kSumLanes] += (error * error) * (error * error);
   }
   return sums.total();
 }
@@ -59,10 +60,11 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   const float rms = std::sqrt(sums.total() / static_cast<float>(n));
   uint16_t best = f32_to_bf16(rms);
   if (!std::isfinite(bf16_to_f32(best))) return best;
+  const float inverse_rms = inverse_of(rms);
   float least = INFINITY;
   for (const float factor : kScaleFactors) {
     const uint16_t bits = f32_to_bf16(rms * factor);
-    const float error = square_error(row, x, n, bf16_to_f32(bits));
+    const float error = error_of(row, x, n, bf16_to_f32(bits), inverse_rms);
     if (error < least) {
       least = error;
       best = bits;

@@ -12,8 +12,8 @@
 //     value = (code - 2^(w-1) + 1/2) * coded_step(w) * sigma * c
 //
 // c is the row's root mean square in units of the sigmas times one of kScaleFactors, whichever
-// leaves the smallest square error: a row with one large value wants coarser steps, and in a
-// balanced basis that error is what attention sees of it.
+// leaves the smallest sum of fourth powers of errors: a row with one large value wants coarser
+// steps, and it is the large errors that change what attention does, more so than squares say.
 #pragma once
 
 #include <cstdint>

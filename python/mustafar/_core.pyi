@@ -277,6 +277,13 @@ class SlotLayout:
     @property
     def value_dtype(self) -> str: ...
 
+def coded_layout(head_dim: int, bits: float) -> SlotLayout: ...
+def pack_coded_rows(
+    layout: SlotLayout, rows: NDArray[np.float32], sigma: NDArray[np.float32]
+) -> NDArray[np.uint8]: ...
+def unpack_coded_rows(
+    layout: SlotLayout, slots: NDArray[np.uint8], sigma: NDArray[np.float32]
+) -> NDArray[np.float32]: ...
 def pack_rows(
     layout: SlotLayout,
     rows: NDArray[np.float32],

@@ -447,7 +447,8 @@ def code_row(x: F32, sigma: F32, widths: NDArray[np.uint8]) -> tuple[NDArray[np.
     """Codes [head_dim] of one row and the bits of its bf16 scale.
 
     The scale is the row's root mean square in units of the sigmas times the factor that leaves the
-    smallest square error. Raises ValueError where that root mean square is not finite.
+    smallest sum of fourth powers of errors. Raises ValueError where that root mean square is not
+    finite.
     """
     step = CODED_STEP[widths] * sigma
     inverse_step = _inverse(step)
@@ -463,12 +464,13 @@ def code_row(x: F32, sigma: F32, widths: NDArray[np.uint8]) -> tuple[NDArray[np.
         best = f32_to_bf16(rms)
         if not np.isfinite(bf16_to_f32(best)):
             raise ValueError("rows that are not finite can't be stored as coded")
-        least = np.float32(np.inf)
+        least, inverse_rms = np.float32(np.inf), _inverse(rms)
         for factor in _SCALE_FACTORS:
             bits = f32_to_bf16(rms * factor)
             scale = bf16_to_f32(bits)
-            error = x - (codes(scale) - (half - np.float32(0.5))) * step * scale
-            total = _row_sum(error * error)
+            level = codes(scale) - (half - np.float32(0.5))
+            error = x * inverse_rms - level * step * (scale * inverse_rms)
+            total = _row_sum((error * error) * (error * error))
             if total < least:
                 least, best = total, bits
         return codes(bf16_to_f32(best)).astype(np.uint32), int(best.item())
@@ -482,7 +484,7 @@ def pack_coded_block(rows: F32, sigma: F32, bits: float) -> NDArray[np.uint8]:
     scales = np.zeros(BLOCK_TOKENS, "<u2")
     for token, row in enumerate(np.asarray(rows, np.float32)):
         codes, scales[token] = code_row(row, sigma, widths)
-        string = [code >> bit & 1 for code, width in zip(codes, widths) for bit in range(width)]
+        string = [codes[d] >> bit & 1 for d in range(len(widths)) for bit in range(widths[d])]
         values[token, : len(string)] = string
     data = np.packbits(values, axis=1, bitorder="little").tobytes() + scales.tobytes()
     out = np.zeros(-(-len(data) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT, np.uint8)

@@ -51,11 +51,12 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   if (!(bf16_to_f32(best) < __builtin_inff())) return best;
 
   uint16_t bits[kScaleChoices];
-  __m512 scale[kScaleChoices], inverse[kScaleChoices], error[kScaleChoices];
+  const float inverse_rms = inverse_of(rms);
+  __m512 ratio[kScaleChoices], inverse[kScaleChoices], error[kScaleChoices];
 #pragma GCC unroll 8
   for (int j = 0; j < kScaleChoices; j++) {
     bits[j] = f32_to_bf16(rms * kScaleFactors[j]);
-    scale[j] = _mm512_set1_ps(bf16_to_f32(bits[j]));
+    ratio[j] = _mm512_set1_ps(bf16_to_f32(bits[j]) * inverse_rms);
     inverse[j] = _mm512_set1_ps(inverse_of(bf16_to_f32(bits[j])));
     error[j] = _mm512_setzero_ps();
   }
@@ -64,14 +65,16 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
     const __m512 u = _mm512_mul_ps(value, _mm512_loadu_ps(&row.inverse_step[d]));
     const __m512 half = _mm512_loadu_ps(&row.half[d]), top = _mm512_loadu_ps(&row.top[d]);
     const __m512 step = _mm512_loadu_ps(&row.step[d]);
+    const __m512 unit = _mm512_mul_ps(value, _mm512_set1_ps(inverse_rms));
     const __m512 middle = _mm512_sub_ps(half, _mm512_set1_ps(0.5f));
 #pragma GCC unroll 8
     for (int j = 0; j < kScaleChoices; j++) {
       const __m512 code = _mm512_roundscale_ps(codes_of(u, inverse[j], half, top),
                                                _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
       const __m512 level = _mm512_mul_ps(_mm512_sub_ps(code, middle), step);
-      const __m512 e = _mm512_sub_ps(value, _mm512_mul_ps(level, scale[j]));
-      error[j] = _mm512_add_ps(error[j], _mm512_mul_ps(e, e));
+      const __m512 e = _mm512_sub_ps(unit, _mm512_mul_ps(level, ratio[j]));
+      const __m512 square = _mm512_mul_ps(e, e);
+      error[j] = _mm512_add_ps(error[j], _mm512_mul_ps(square, square));
     }
   }
   float least = __builtin_inff();
