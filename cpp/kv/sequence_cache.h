@@ -41,8 +41,7 @@ struct CacheSpec {
 // Layouts of a model's cache under a configuration. Throws std::invalid_argument where a
 // combination is refused, naming the fields.
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          std::shared_ptr<const KVTransform> transform,
-                          std::shared_ptr<const CodeTables> codes = nullptr);
+                          std::shared_ptr<const KVTransform> transform);
 
 // What a call will change, prepared before it starts so that nothing can fail for want of memory
 // once it runs, and dropped if it fails.

@@ -187,7 +187,6 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
 
 std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
   if (!kv.coded()) return nullptr;
-  kv.validate();
   if (kv.profile == nullptr || kv.profile->k_sigma.empty() || kv.profile->v_sigma.empty()) {
     throw std::invalid_argument(
         std::string("profile: value_dtype \"coded\" needs one with k_sigma and v_sigma, ") +
@@ -198,6 +197,14 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
   if (!backend->codes()) {
     throw DeviceError("value_dtype \"coded\" is not supported on device \"" + backend->device() +
                       "\": use device \"cpu\" or another value_dtype");
+  }
+  const double k_bits = kv.effective_k_bits(), v_bits = kv.effective_v_bits();
+  std::lock_guard lock(mutex_);
+  std::erase_if(codes_, [](const Codes& entry) { return entry.tables.expired(); });
+  for (const Codes& known : codes_) {
+    if (known.profile.lock() == kv.profile && known.k_bits == k_bits && known.v_bits == v_bits) {
+      if (auto live = known.tables.lock()) return live;
+    }
   }
   // The struct and the tables that it points to live and die together.
   struct Uploaded {
@@ -220,16 +227,17 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
     device_widths = static_cast<const uint8_t*>(upload(widths.data(), widths.size()));
     device_sigmas = static_cast<const float*>(upload(sigmas.data(), sigmas.size() * 4));
   };
-  upload_kind(kv.profile->k_sigma, kv.effective_k_bits(), uploaded->view.k_widths,
-              uploaded->view.k_sigmas);
-  upload_kind(kv.profile->v_sigma, kv.effective_v_bits(), uploaded->view.v_widths,
-              uploaded->view.v_sigmas);
-  return std::shared_ptr<const CodeTables>(uploaded, &uploaded->view);
+  upload_kind(kv.profile->k_sigma, k_bits, uploaded->view.k_widths, uploaded->view.k_sigmas);
+  upload_kind(kv.profile->v_sigma, v_bits, uploaded->view.v_widths, uploaded->view.v_sigmas);
+  std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
+  codes_.push_back({kv.profile, k_bits, v_bits, tables});
+  return tables;
 }
 
 std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
-  return std::make_shared<const CacheSpec>(
-      make_cache_spec(config, dtype, kv, transform(kv.profile), code_tables(kv)));
+  CacheSpec spec = make_cache_spec(config, dtype, kv, transform(kv.profile));
+  spec.codes = code_tables(kv);
+  return std::make_shared<const CacheSpec>(std::move(spec));
 }
 
 SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec) {

@@ -39,8 +39,8 @@ struct Model::Impl {
   // A profile's products on this model's device, uploaded once per profile in use.
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile);
   std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
-  // Tables of coded rows, from the profile's sigmas and the configuration's bits; null where rows
-  // are not coded. Throws std::invalid_argument where the profile has no sigmas, DeviceError where
+  // Tables of coded rows, from the sigmas of a profile that fits the model and the configuration's
+  // bits, made once for those in use; null where rows are not coded. Throws std::invalid_argument where the profile has no sigmas, DeviceError where
   // the device has no kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
@@ -54,6 +54,12 @@ struct Model::Impl {
   std::vector<std::pair<StoreLayout, std::weak_ptr<BlockPool>>> pools_;
   std::vector<std::pair<std::weak_ptr<const Profile>, std::weak_ptr<const KVTransform>>>
       transforms_;
+  struct Codes {
+    std::weak_ptr<const Profile> profile;
+    double k_bits, v_bits;
+    std::weak_ptr<const CodeTables> tables;
+  };
+  std::vector<Codes> codes_;
 };
 
 // A model over tensors from anywhere: what load() ends in, and benchmarks with random weights.

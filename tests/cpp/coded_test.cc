@@ -11,6 +11,7 @@
 
 #include "backend/cpu/coded_kernels.h"
 #include "backend/cpu/isa.h"
+#include "backend/cpu/kernels.h"
 #include "core/dtype.h"
 #include "kv_test_util.h"
 
@@ -104,6 +105,26 @@ TEST(CodedTest, ValuesComeBackWithinHalfAStep) {
         } else {
           EXPECT_NEAR(out[i], std::copysign(outermost, rows[i]), 1e-5f * outermost) << i;
         }
+      }
+    }
+  }
+}
+
+TEST(CodedTest, EveryInstructionSetUnpacksTheSame) {
+  std::mt19937 random(5);
+  for (const int32_t head_dim : {16, 64, 80, 128, 192}) {
+    for (const double bits : {1.0, 3.0, 4.3, 7.0}) {
+      const Head head(head_dim, bits, random);
+      const std::vector<float> rows = rows_of(head, DType::kF32, random);
+      std::vector<uint8_t> slot(head.layout.slot_bytes);
+      ASSERT_EQ(pack_coded_block(head.layout, head.table(), rows.data(), slot.data()), -1);
+      std::vector<float> plain(rows.size()), fast(rows.size());
+      unpack_coded_slot(head.layout, head.table(), slot.data(), plain.data());
+      for (const Isa isa : available_isas()) {
+        std::memset(fast.data(), 0xff, fast.size() * 4);
+        select_kernels(isa).unpack_coded_slot(head.layout, head.table(), slot.data(), fast.data());
+        EXPECT_EQ(std::memcmp(plain.data(), fast.data(), plain.size() * 4), 0)
+            << isa_name(isa) << " " << head_dim << " " << bits;
       }
     }
   }

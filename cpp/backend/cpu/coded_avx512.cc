@@ -2,6 +2,7 @@
 // floats.
 #include <immintrin.h>
 
+#include "backend/cpu/coded_avx512.h"
 #include "backend/cpu/coded_kernels.h"
 
 // GCC 12's own headers hand uninitialised vectors to builtins that ignore them.
@@ -138,6 +139,39 @@ int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, 
     }
   }
   return -1;
+}
+
+void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
+                              float* out) {
+  const int32_t n = layout.head_dim;
+  if (n % 64 != 0 || n > kMaxDims) return unpack_coded_slot(layout, table, slot, out);
+  alignas(64) float steps[kMaxDims];
+  for (int32_t d = 0; d < n; d++) steps[d] = coded_step(table.widths[d]) * table.sigmas[d];
+  for (int32_t c = 0; c < n / 64; c++) {
+    CodeChunk chunk;
+    make_chunk(table.widths, c, chunk);
+    for (int32_t t = 0; t < kBlockTokens; t++) {
+      uint16_t bits;
+      __builtin_memcpy(&bits, slot + layout.scales_offset + t * 2, 2);
+      const __m512 scale = _mm512_set1_ps(bf16_to_f32(bits));
+      const __m512i codes =
+          unpack_codes(chunk, slot + layout.values_offset + t * layout.row_bytes);
+      const __m128i parts[4] = {
+          _mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
+          _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+      for (int i = 0; i < 4; i++) {
+        const int32_t d = 64 * c + 16 * i;
+        const __m512 level = _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(parts[i])),
+                                           _mm512_set1_ps(0.5f));
+        const __m512 value = _mm512_mul_ps(_mm512_mul_ps(level, _mm512_load_ps(steps + d)), scale);
+        // Dims without bits are +0 whatever the scale.
+        const __mmask16 coded = _mm_test_epi8_mask(
+            _mm_load_si128(reinterpret_cast<const __m128i*>(chunk.masks + 16 * i)),
+            _mm_set1_epi8(-1));
+        _mm512_storeu_ps(out + int64_t{t} * n + d, _mm512_maskz_mov_ps(coded, value));
+      }
+    }
+  }
 }
 
 }  // namespace mustafar

@@ -18,4 +18,8 @@ namespace mustafar {
 int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, const CodeRow& row,
                                DType tail, const uint8_t* const* rows, uint8_t* slot);
 
+// As unpack_coded_slot, bit for bit. Reads no byte beyond the slot.
+void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
+                              float* out);
+
 }  // namespace mustafar

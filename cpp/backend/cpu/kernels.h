@@ -8,6 +8,7 @@
 #include "backend/cpu/isa.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 
 namespace mustafar {
 
@@ -117,6 +118,9 @@ struct Kernels {
   void (*gemv)(const GemvArgs& args) = nullptr;
   // A slot of the store as f32 rows [64][head_dim], zero where pruned.
   void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
+  // The same of coded rows, as unpack_coded_slot of format/coded.h.
+  void (*unpack_coded_slot)(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
+                            float* out) = nullptr;
   GemmKernels f32;
   GemmKernels bf16;  // rows == 0 where the instruction set has no bf16 dot product
 };
