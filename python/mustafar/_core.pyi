@@ -263,6 +263,8 @@ class SlotLayout:
     scales_offset: int
     slot_bytes: int
     @property
+    def order(self) -> NDArray[np.int64]: ...
+    @property
     def value_dtype(self) -> str: ...
 
 def pack_rows(

@@ -40,7 +40,9 @@ class CompressedBlocks:
         bits = np.unpackbits(
             words.reshape(-1, self.layout.mask_words * 4), axis=1, bitorder="little"
         )
-        return bits[:, : self.shape[-1]].astype(bool).reshape(self.shape)
+        kept = np.empty((len(bits), self.shape[-1]), dtype=bool)
+        kept[:, self.layout.order] = bits[:, : self.shape[-1]]
+        return kept.reshape(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -67,7 +69,7 @@ def compress(
     array: float32 or float16 [..., tokens, head_dim], tokens a multiple of 64; ranked and quantised
         as it is (the cache rounds keys and values to its tail type before).
     sparsity: fraction pruned of every group, in [0, 1); 0 stores every value and no masks.
-    pattern: "group" (the same count in every group of neighbouring dims) or "row".
+    pattern: "group" (the same count in every group of dims, dealt round the row) or "row".
     value_dtype: "auto" (the array's), "f32", "f16", "bf16", "int8" or "int4".
     is_key: keys and values have different group sizes where head_dim is a multiple of 128.
     weight: float32 [head_dim]; ranks by |x| * weight.
@@ -105,7 +107,10 @@ def compress(
     layout = _core.SlotLayout(
         head_dim, is_key, sparsity, pattern == "group", value_dtype, mask is not None
     )
-    flat = np.ascontiguousarray(rows.reshape(-1, head_dim), dtype=np.float32)
+    order = layout.order  # masks of the caller's come with a layout that leaves rows as they are
+    flat = np.ascontiguousarray(rows.reshape(-1, head_dim)[:, order], dtype=np.float32)
+    if weight is not None:
+        weight = weight[order]
     data = _core.pack_rows(layout, flat, mask, weight)
     return CompressedBlocks(
         data.reshape(*shape[:-2], shape[-2] // 64, layout.slot_bytes), shape, layout
@@ -115,5 +120,7 @@ def compress(
 def decompress(blocks: CompressedBlocks) -> NDArray[np.float32]:
     """Dequantised values of compressed blocks, zero where pruned: float32 of the array's shape."""
     flat = np.ascontiguousarray(blocks.data.reshape(-1, blocks.layout.slot_bytes))
-    rows: NDArray[np.float32] = _core.unpack_rows(blocks.layout, flat)
+    stored = _core.unpack_rows(blocks.layout, flat)
+    rows = np.empty_like(stored)
+    rows[:, blocks.layout.order] = stored
     return rows.reshape(blocks.shape)
