@@ -5,8 +5,8 @@ format: which values of a row are kept, how a block of 64 tokens is laid out in 
 make pages, when tokens are compressed, and attention over all of it.
 
 A *row* is one token of one KV head, K or V: ``head_dim`` values. Ranking and quantising read rows
-already rounded to the cache's tail type (`round_to`) and in stored order (`Slot.stored`): the dims of
-a group are dealt round the row.
+already rounded to the cache's tail type (`round_to`) and in stored order (`Slot.stored`): the dims
+of a group are dealt round the row.
 """
 
 from __future__ import annotations
