@@ -58,7 +58,9 @@ struct Weights {
   const float* rope_frequencies = nullptr;  // [head_dim / 2]
 };
 
-// The KV transform of a profile: per layer and KV head D x D, row vectors (k' = k F, q' = q B^T).
+// What brings rows into the cache's own coordinates: the KV transform of a profile, per layer and KV
+// head D x D, row vectors (k' = k F, q' = q B^T), and the stored order of block_format.h. Matrices
+// and weights are given in stored order; rows without a matrix are dealt to k_groups or v_groups.
 struct KVTransform {
   const float* k_forward = nullptr;   // [n_layers][n_kv_heads][D][D]
   const float* k_backward = nullptr;
@@ -66,6 +68,8 @@ struct KVTransform {
   const float* v_backward = nullptr;
   const float* k_weight = nullptr;    // [n_layers][n_kv_heads][D] ranking weights, or null
   const float* v_weight = nullptr;
+  int32_t k_groups = 1;  // 1: the order is the row's own
+  int32_t v_groups = 1;
 };
 
 // One sequence's part in a call. Its cache is the store (n_blocks pages), then the dense buffer
@@ -175,12 +179,12 @@ class Backend {
 
   // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and values
   // are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
-  // [n_rows][n_heads * D], transformed where the sequence has a transform.
+  // [n_rows][n_heads * D], in the cache's coordinates like the keys.
   virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                            const float* x, float* q, Workspace& workspace) = 0;
 
   // Softmax attention of every row over its sequence's cache and the call's tokens up to its own, one
-  // online softmax; undoes the value transform. out: [n_rows][n_heads * D].
+  // online softmax; brings the output back to the model's own coordinates. out: [n_rows][n_heads * D].
   virtual void attend(int32_t layer, const Batch& batch, const float* q, float* out,
                       Workspace& workspace) = 0;
 

@@ -124,7 +124,7 @@ double quantile(std::vector<double> x, double q) {
 Json to_json(const Model& model, const Setting& setting) {
   const Figures& f = setting.figures;
   const ModelConfig& c = model.config();
-  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, setting.config, nullptr);
+  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, setting.config);
   const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
   const double dense = 4.0 * c.n_layers * c.n_kv_heads * c.head_dim;
   const double perplexity = std::exp(mean(f.nll));

@@ -50,8 +50,7 @@ SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVC
 
 }  // namespace
 
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          std::shared_ptr<const KVTransform> transform) {
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config) {
   config.validate();
   CacheSpec spec;
   spec.config = config;
@@ -76,7 +75,6 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   spec.dense_bytes = spec.n_layers * spec.fresh_bytes(spec.dense_capacity);
   spec.query_bytes =
       int64_t{4} * spec.n_layers * spec.n_kv_heads * spec.query_window * spec.head_dim;
-  spec.transform = std::move(transform);
   return spec;
 }
 

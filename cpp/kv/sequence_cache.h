@@ -38,10 +38,9 @@ struct CacheSpec {
   }
 };
 
-// Layouts of a model's cache under a configuration. Throws std::invalid_argument where a
-// combination is refused, naming the fields.
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          std::shared_ptr<const KVTransform> transform);
+// Layouts of a model's cache under a configuration, with no transform yet. Throws
+// std::invalid_argument where a combination is refused, naming the fields.
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
 
 // What a call will change, prepared before it starts so that nothing can fail for want of memory
 // once it runs, and dropped if it fails.

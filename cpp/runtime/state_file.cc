@@ -33,7 +33,6 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "state files are written as in memory");
 
 constexpr char kMagic[8] = {'M', 'S', 'T', 'F', 'K', 'V', '\r', '\n'};
-constexpr uint32_t kVersion = 1;
 constexpr uint32_t kByteOrder = 0x01020304;
 constexpr int64_t kAlignment = 64;
 constexpr uint64_t kMaxHeaderBytes = 1 << 20;
@@ -191,9 +190,13 @@ StateFile read_checked(const std::filesystem::path& path) {
   std::memcpy(&preamble, state.file.data(), sizeof(preamble));
   if (std::memcmp(preamble.magic, kMagic, sizeof(kMagic)) != 0) fail("is not a session state file");
   if (preamble.byte_order != kByteOrder) fail("was written in another byte order, or is damaged");
-  if (preamble.version != kVersion) {
+  if (preamble.version == 1) {
+    fail("has format version 1, whose groups are of neighbouring dims; this build reads version " +
+         std::to_string(kStoreVersion) + ": compute the session anew");
+  }
+  if (preamble.version != kStoreVersion) {
     fail("has format version " + std::to_string(preamble.version) + ", this build reads version " +
-         std::to_string(kVersion));
+         std::to_string(kStoreVersion));
   }
   for (char c : preamble.reserved) {
     if (c != 0) fail("is damaged: reserved bytes are not zero");
@@ -293,7 +296,7 @@ void Session::save(const std::filesystem::path& path) const {
   std::string text = header.dump();
   Preamble preamble = {};
   std::memcpy(preamble.magic, kMagic, sizeof(kMagic));
-  preamble.version = kVersion;
+  preamble.version = kStoreVersion;
   preamble.byte_order = kByteOrder;
   preamble.header_bytes = text.size();
   text.resize(padded(static_cast<int64_t>(text.size())), '\0');

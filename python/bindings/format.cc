@@ -109,8 +109,8 @@ FloatArray unpack_coded_rows(const SlotLayout& layout, const ByteArray& slots,
   return out;
 }
 
-// rows: [n * 64][head_dim]; mask: the same shape, for ragged layouts; weight: [head_dim].
-// Returns [n][slot_bytes].
+// In stored order. rows: [n * 64][head_dim]; mask: the same shape, for ragged layouts; weight:
+// [head_dim]. Returns [n][slot_bytes].
 ByteArray pack_rows(const SlotLayout& layout, const FloatArray& rows,
                     const std::optional<BoolArray>& mask, const std::optional<FloatArray>& weight) {
   if (rows.ndim() != 2 || rows.shape(0) % kBlockTokens != 0 || rows.shape(1) != layout.head_dim ||
@@ -150,7 +150,7 @@ ByteArray pack_rows(const SlotLayout& layout, const FloatArray& rows,
   return out;
 }
 
-// slots: [n][slot_bytes]. Returns [n * 64][head_dim].
+// slots: [n][slot_bytes]. Returns [n * 64][head_dim], in stored order.
 FloatArray unpack_rows(const SlotLayout& layout, const ByteArray& slots) {
   if (slots.ndim() != 2 || slots.shape(1) != layout.slot_bytes) {
     throw std::invalid_argument("slots do not fit the layout");
@@ -183,6 +183,16 @@ void register_format(py::module_& m) {
       .def_readonly("values_offset", &SlotLayout::values_offset)
       .def_readonly("scales_offset", &SlotLayout::scales_offset)
       .def_readonly("slot_bytes", &SlotLayout::slot_bytes)
+      .def_property_readonly(
+          "order",
+          [](const SlotLayout& layout) {
+            py::array_t<int64_t> order(layout.head_dim);
+            for (int32_t d = 0; d < layout.head_dim; d++) {
+              order.mutable_at(stored_index(d, n_groups(layout), layout.head_dim)) = d;
+            }
+            return order;
+          },
+          "Which dim of a row stands at each stored index, int64 [head_dim].")
       .def_property_readonly("value_dtype",
                              [](const SlotLayout& layout) { return dtype_name(layout.dtype); });
   m.def("coded_layout", &make_coded, py::arg("head_dim"), py::arg("bits"));

@@ -42,7 +42,9 @@ class CompressedBlocks:
         bits = np.unpackbits(
             words.reshape(-1, self.layout.mask_words * 4), axis=1, bitorder="little"
         )
-        return bits[:, : self.shape[-1]].astype(bool).reshape(self.shape)
+        kept = np.empty((len(bits), self.shape[-1]), dtype=bool)
+        kept[:, self.layout.order] = bits[:, : self.shape[-1]]
+        return kept.reshape(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -71,7 +73,7 @@ def compress(
     array: float32 or float16 [..., tokens, head_dim], tokens a multiple of 64; ranked and quantised
         as it is (the cache rounds keys and values to its tail type before).
     sparsity: fraction pruned of every group, in [0, 1); 0 stores every value and no masks.
-    pattern: "group" (the same count in every group of neighbouring dims) or "row".
+    pattern: "group" (the same count in every group of dims, dealt round the row) or "row".
     value_dtype: "auto" (the array's), "f32", "f16", "bf16", "int8" or "int4"; or "coded": a fixed
         number of bits for every dim, nothing pruned (sparsity, pattern, is_key do not matter).
     is_key: keys and values have different group sizes where head_dim is a multiple of 128.
@@ -103,7 +105,11 @@ def compress(
     head_dim = shape[-1]
     flat = np.ascontiguousarray(rows.reshape(-1, head_dim), dtype=np.float32)
     if (sigma is not None) != (value_dtype == "coded"):
-        raise ValueError(f'sigma goes with value_dtype "coded", not with {value_dtype!r} alone')
+        raise ValueError(
+            'value_dtype "coded" needs sigma'
+            if sigma is None
+            else f'sigma goes with value_dtype "coded", not with {value_dtype!r}'
+        )
     if sigma is not None:
         sigma = np.ascontiguousarray(sigma, dtype=np.float32)
         if mask is not None or weight is not None:
@@ -126,6 +132,10 @@ def compress(
     layout = _core.SlotLayout(
         head_dim, is_key, sparsity, pattern == "group", value_dtype, mask is not None
     )
+    order = layout.order  # masks of the caller's come with a layout that leaves rows as they are
+    flat = np.ascontiguousarray(rows.reshape(-1, head_dim)[:, order], dtype=np.float32)
+    if weight is not None:
+        weight = weight[order]
     data = _core.pack_rows(layout, flat, mask, weight)
     return CompressedBlocks(
         data.reshape(*shape[:-2], shape[-2] // 64, layout.slot_bytes), shape, layout
@@ -137,5 +147,7 @@ def decompress(blocks: CompressedBlocks) -> NDArray[np.float32]:
     flat = np.ascontiguousarray(blocks.data.reshape(-1, blocks.layout.slot_bytes))
     if blocks.sigma is not None:
         return _core.unpack_coded_rows(blocks.layout, flat, blocks.sigma).reshape(blocks.shape)
-    rows: NDArray[np.float32] = _core.unpack_rows(blocks.layout, flat)
+    stored = _core.unpack_rows(blocks.layout, flat)
+    rows = np.empty_like(stored)
+    rows[:, blocks.layout.order] = stored
     return rows.reshape(blocks.shape)

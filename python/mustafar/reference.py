@@ -5,7 +5,8 @@ format: which values of a row are kept, how a block of 64 tokens is laid out in 
 make pages, when tokens are compressed, and attention over all of it.
 
 A *row* is one token of one KV head, K or V: ``head_dim`` values. Ranking and quantising read rows
-already rounded to the cache's tail type (`round_to`).
+already rounded to the cache's tail type (`round_to`) and in stored order (`Slot.stored`): the dims
+of a group are dealt round the row.
 """
 
 from __future__ import annotations
@@ -60,6 +61,14 @@ def group_size(head_dim: int, is_key: bool, pattern: str) -> int:
     if pattern == "row" or head_dim % 16:
         return head_dim
     return 32 if is_key and head_dim % 128 == 0 else 16
+
+
+def stored_order(head_dim: int, n_groups: int) -> NDArray[np.intp]:
+    """Which dim of a row stands at each stored index: its dims are dealt to the groups in turn.
+
+    After RoPE strong key dims are neighbours: groups of neighbours would have to drop some.
+    """
+    return np.arange(head_dim).reshape(head_dim // n_groups, n_groups).T.reshape(head_dim)
 
 
 def keep_count(group: int, sparsity: float, value_dtype: str, whole_words: bool) -> int:
@@ -151,8 +160,22 @@ class Slot:
         scales = 2 * BLOCK_TOKENS if self.value_dtype in _LARGEST_CODE else 0
         return -(-(self.scales_offset + scales) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
 
+    @property
+    def order(self) -> NDArray[np.intp]:
+        """The dim at each stored index [head_dim]; rows, masks and weights below are stored so."""
+        grouped = not self.dense and not self.ragged
+        return stored_order(self.head_dim, self.head_dim // self.group if grouped else 1)
+
+    def stored(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Rows [..., head_dim] in the order in which they are stored."""
+        return np.asarray(rows)[..., self.order]
+
+    def natural(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `stored`."""
+        return np.asarray(rows)[..., np.argsort(self.order)]
+
     def masks(self, rows: F32, weight: F32 | None = None) -> NDArray[np.bool_]:
-        """Per-token magnitude masks of rows [n, head_dim]."""
+        """Per-token magnitude masks of stored rows [n, head_dim]."""
         if self.dense:
             return np.ones(rows.shape, dtype=bool)
         return top_mask(rows, self.group, self.keep, weight)
@@ -568,8 +591,8 @@ class HeadCache:
     def rows(self) -> tuple[F32, F32]:
         """Every key and value as attention reads it, in order of position: [tokens, head_dim]."""
         sinks = min(self.sink_tokens, len(self.k_dense))
-        k_store = [unpack_block(self.k_slot, k)[0] for k, _ in self.blocks]
-        v_store = [unpack_block(self.v_slot, v)[0] for _, v in self.blocks]
+        k_store = [self.k_slot.natural(unpack_block(self.k_slot, k)[0]) for k, _ in self.blocks]
+        v_store = [self.v_slot.natural(unpack_block(self.v_slot, v)[0]) for _, v in self.blocks]
         return (
             np.concatenate([self.k_dense[:sinks], *k_store, self.k_dense[sinks:]]),
             np.concatenate([self.v_dense[:sinks], *v_store, self.v_dense[sinks:]]),
@@ -597,7 +620,8 @@ class HeadCache:
         stored = compressed_tokens(self.position, self.sink_tokens, self.window)
         while len(self.blocks) * BLOCK_TOKENS < stored:
             first, last = self.sink_tokens, self.sink_tokens + BLOCK_TOKENS
-            k, v = self.k_dense[first:last], self.v_dense[first:last]
+            k = self.k_slot.stored(self.k_dense[first:last])
+            v = self.v_slot.stored(self.v_dense[first:last])
             self.blocks.append(
                 (
                     pack_block(self.k_slot, k, self.k_slot.masks(k)),

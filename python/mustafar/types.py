@@ -21,8 +21,9 @@ class KVConfig:
         sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
         k_sparsity: The same for keys alone; None takes ``sparsity``.
         v_sparsity: The same for values alone.
-        pattern: ``"group"`` keeps equally many values in every group of neighbouring dims;
-            ``"row"`` ranks over the whole row, as published (MUSTAFAR, NeurIPS 2025).
+        pattern: ``"group"`` keeps equally many values in every group of 16 or 32 dims, dealt
+            round the row; ``"row"`` ranks over the whole row, as published (MUSTAFAR,
+            NeurIPS 2025).
         window: Newest tokens that stay dense.
         sink_tokens: First tokens that stay dense.
         value_dtype: ``"auto"`` is the model's type (f32, f16, else bf16); also ``"f32"``,

@@ -34,7 +34,8 @@ def rows_of(kind: str, head_dim: int, tokens: int = 128) -> np.ndarray:
 
 
 def expected_bytes(slot: reference.Slot, x: np.ndarray, weight=None) -> np.ndarray:
-    blocks = x.reshape(-1, 64, x.shape[-1])
+    blocks = slot.stored(x).reshape(-1, 64, x.shape[-1])
+    weight = None if weight is None else slot.stored(weight)
     return np.stack([reference.pack_block(slot, b, slot.masks(b, weight)) for b in blocks])
 
 
@@ -60,10 +61,11 @@ def test_packing_equals_the_reference(kind: str, value_dtype: str, head_dim: int
                 assert blocks.nbytes == expected.size
                 unpacked = [reference.unpack_block(slot, b) for b in expected]
                 np.testing.assert_array_equal(
-                    blocks.decompress(), np.concatenate([rows for rows, _ in unpacked])
+                    blocks.decompress(),
+                    slot.natural(np.concatenate([rows for rows, _ in unpacked])),
                 )
                 np.testing.assert_array_equal(
-                    blocks.masks, np.concatenate([masks for _, masks in unpacked])
+                    blocks.masks, slot.natural(np.concatenate([masks for _, masks in unpacked]))
                 )
 
 
@@ -160,7 +162,7 @@ def test_any_coded_block_equals_the_reference(draw: DataObject) -> None:
 def test_coded_errors() -> None:
     x = rows_of("random", 64)
     sigma = np.ones(64, np.float32)
-    with pytest.raises(ValueError, match="sigma goes with"):
+    with pytest.raises(ValueError, match="needs sigma"):
         mustafar.compress(x, value_dtype="coded")
     with pytest.raises(ValueError, match="sigma goes with"):
         mustafar.compress(x, value_dtype="int8", sigma=sigma)
@@ -205,8 +207,25 @@ def test_schedule_and_exact_first_prefill() -> None:
         assert len(cache.blocks) * 64 == reference.compressed_tokens(i + 1, 4, 32)
     keys, _ = cache.rows()
     np.testing.assert_array_equal(keys[:4], k[:4])
-    np.testing.assert_array_equal(keys[4:132], np.where(slot.masks(k[4:132]), k[4:132], 0))
+    kept = slot.natural(slot.masks(slot.stored(k[4:132])))
+    np.testing.assert_array_equal(keys[4:132], np.where(kept, k[4:132], 0))
     np.testing.assert_array_equal(keys[132:], k[132:180])
+
+
+def test_a_groups_members_are_dealt_round_the_row() -> None:
+    slot = reference.Slot(64, "f32", 0.5)
+    x = np.zeros((64, 64), np.float32)
+    x[:, :32] = np.arange(1, 33)  # strong neighbours: groups of neighbours would keep half of them
+    blocks = mustafar.compress(x)
+    np.testing.assert_array_equal(blocks.masks, np.arange(64) < 32 + np.zeros((64, 1)))
+    np.testing.assert_array_equal(blocks.decompress(), x)
+    assert list(slot.order[:16]) == list(range(0, 64, 4))
+    np.testing.assert_array_equal(slot.order, blocks.layout.order)
+    np.testing.assert_array_equal(slot.natural(slot.stored(x)), x)
+    wide = reference.Slot(128, "f32", 0.5)
+    assert list(wide.order[32:35]) == [1, 5, 9]
+    for flat in (reference.Slot(64, "f32", 0.5, "row"), reference.Slot(64, "f32", 0.0)):
+        assert list(flat.order) == list(range(64))
 
 
 def test_pages_tile() -> None:

@@ -183,6 +183,7 @@ def test_foreign_files_are_named(model: mustafar.Model, tmp_path: Path) -> None:
         (b"x" * 200, "not a session state file"),
         (b"MSTFKV\r\n" + struct.pack("<II", 1, 0x04030201) + bytes(100), "byte order"),
         (b"MSTFKV\r\n" + struct.pack("<II", 99, 0x01020304) + bytes(100), "version 99"),
+        (b"MSTFKV\r\n" + struct.pack("<II", 1, 0x01020304) + bytes(100), "neighbouring dims"),
     ]:
         path.write_bytes(content)
         with pytest.raises(mustafar.StateError, match=what):

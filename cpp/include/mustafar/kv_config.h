@@ -11,7 +11,7 @@ namespace mustafar {
 class Profile;  // a calibrated KV transform, mustafar/profile.h
 
 enum class Pattern : uint8_t {
-  kGroup,  // the same number of values kept in every group of neighbouring dims
+  kGroup,  // the same number kept in every group of 16 or 32 dims, dealt round the row
   kRow,    // ranked over the whole row, as published
 };
 
