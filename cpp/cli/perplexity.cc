@@ -203,7 +203,7 @@ void set_sparsity(KVConfig& config, const std::string& text) {
 std::vector<Setting> settings_of(const Options& options, const Model& model) {
   const KVConfig base = options.cache.resolve(model);
   if (!options.sweep) {
-    return {{base, options.cache.profile.empty() ? "none" : options.cache.profile, {}}};
+    return {{base, options.cache.profile_name(), {}}};
   }
   std::vector<Setting> settings;
   for (const std::string& name : options.profiles) {
