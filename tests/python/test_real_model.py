@@ -181,7 +181,7 @@ def check_encoding(model: mustafar.Model, their_tokenizer: Any, text: str) -> No
     ours = model.tokenizer
     ids = their_tokenizer(text).input_ids  # special tokens spelt in a text are parsed
     assert ours.encode(text, parse_special=True) == ids
-    assert ours.decode(ids) == their_tokenizer.decode(ids) == text
+    assert ours.decode(ids) == their_tokenizer.decode(ids)
     assert ours.decode(ids, skip_special=True) == their_tokenizer.decode(
         ids, skip_special_tokens=True
     )
@@ -192,6 +192,8 @@ def test_tokens_are_those_of_transformers(
     text: str, model: mustafar.Model, their_tokenizer: Any
 ) -> None:
     check_encoding(model, their_tokenizer, text)
+    # Not every text comes back: of the bytes that UTF-8 may have, eight are not in the vocabulary.
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
 
 
 @settings(
