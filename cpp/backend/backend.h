@@ -19,9 +19,12 @@
 
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
+
+class ThreadPool;
 
 // A weight matrix as stored: y = W x. data is [rows][cols], aligned to its element.
 struct Matrix {
@@ -94,6 +97,7 @@ struct SequenceStep {
   int32_t fresh_pos0 = 0;
 
   const KVTransform* transform = nullptr;  // host struct of device pointers, or null
+  const CodeTables* codes = nullptr;       // likewise, where the store's rows are coded
 
   // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys by
   // it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p % query_window.
@@ -167,6 +171,8 @@ class Backend {
   virtual std::string device() const = 0;       // "cpu" or "cuda"
   virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
   virtual bool host_memory() const = 0;         // device pointers can be read by the host
+  virtual bool codes() const { return false; }  // coded rows are stored and attended to
+  virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
   virtual std::unique_ptr<DeviceMemory> allocate(int64_t bytes) = 0;

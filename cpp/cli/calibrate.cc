@@ -1,60 +1,77 @@
-// `mustafar calibrate`: statistics are gathered natively, the eigenproblems are numpy's, so this
-// hands over to the Python package that the command was installed with.
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
-#include <filesystem>
+// `mustafar calibrate`: makes a KV profile for a model from texts.
+#include <cstdio>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cli/commands.h"
-#include "mustafar/error.h"
+#include "cli/interrupt.h"
+#include "cli/options.h"
+#include "cli/terminal.h"
+#include "mustafar/calibration.h"
 
 namespace mustafar::cli {
 namespace {
 
-// The interpreter beside this executable (a virtual environment's bin folder), else the path's.
-std::string python() {
-  std::error_code error;
-  const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
-  if (!error) {
-    const auto beside = self.parent_path() / "python3";
-    if (::access(beside.c_str(), X_OK) == 0) return beside.string();
-  }
-  return "python3";
-}
+struct Options {
+  ModelFlags model;
+  std::vector<std::string> files;
+  std::string output;
+  CalibrationOptions calibration;
+};
 
-int calibrate(const std::vector<std::string>& arguments) {
-  const std::string interpreter = python();
-  const std::string script =
-      "import sys\n"
-      "try:\n"
-      "    from mustafar.calibration import main\n"
-      "except ImportError as e:\n"
-      "    sys.exit(f'mustafar: calibrate needs the mustafar Python package: {e}')\n"
-      "sys.exit(main(sys.argv[1:]))\n";
-  std::vector<std::string> words = {interpreter, "-c", script};
-  words.insert(words.end(), arguments.begin(), arguments.end());
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  ::execvp(interpreter.c_str(), argv.data());
-  throw Error("calibrate needs python3 with the mustafar package, but " + interpreter +
-              " cannot be run: " + std::strerror(errno));
+int calibrate(const Options& options) {
+  if (options.files.empty() && options.calibration.kind != "hadamard") {
+    throw std::invalid_argument("-f FILE is needed, but for --kind hadamard");
+  }
+  std::vector<Prompt> texts;
+  for (const std::string& file : options.files) texts.emplace_back(read_text(file));
+
+  const InterruptGuard guard;
+  const Model model = options.model.load();
+  Progress bar("calibrating");
+  CalibrationOptions calibration = options.calibration;
+  calibration.progress = [&bar](int64_t done, int64_t total) {
+    throw_if_interrupted();
+    bar.update(done, total);
+  };
+  const Profile profile = mustafar::calibrate(model, texts, calibration);
+  bar.clear();
+  profile.save(options.output);
+  std::printf("%s: %s, hash %s\n", options.output.c_str(), profile.kind.c_str(),
+              profile.hash().c_str());
+  return kExitOk;
 }
 
 }  // namespace
 
 void add_calibrate(CLI::App& app, Run& run) {
-  CLI::App* command = app.add_subcommand(
-      "calibrate", "Calibrate a KV transform on text: -m DIR -f TEXT -o PROFILE (-h for all)");
-  command->prefix_command();
-  command->set_help_flag();
-  command->callback([command, &run] {
-    run = [arguments = command->remaining()] { return calibrate(arguments); };
-  });
+  const auto options = std::make_shared<Options>();
+  CLI::App* command =
+      app.add_subcommand("calibrate", "Calibrate a KV transform on text and write it as a profile");
+  options->model.add_to(*command);
+  CalibrationOptions& calibration = options->calibration;
+  command->add_option("-f,--file", options->files, "Text file, repeatable; -: standard input")
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
+      ->allow_extra_args(false);
+  command->add_option("-o,--output", options->output, "Profile to write")->required();
+  command->add_option("--kind", calibration.kind, "hadamard, klt or balanced")
+      ->check(CLI::IsMember({"hadamard", "klt", "balanced"}))
+      ->capture_default_str();
+  command->add_option("--balance", calibration.balance, "The metric's exponent, 0 to 1")
+      ->capture_default_str();
+  command
+      ->add_option("--scale-power", calibration.scale_power,
+                   "Scaling of dims by a power of their deviation, 0 to 1; for int4")
+      ->capture_default_str();
+  command->add_option("-n,--max-tokens", calibration.max_tokens, "Tokens to use at most; -1: all")
+      ->capture_default_str();
+  command
+      ->add_option("--skip", calibration.skip_tokens,
+                   "First tokens of every text to leave out (attention sinks)")
+      ->capture_default_str();
+  command->callback([options, &run] { run = [options] { return calibrate(*options); }; });
 }
 
 }  // namespace mustafar::cli

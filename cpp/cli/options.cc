@@ -142,7 +142,10 @@ void CacheFlags::add_to(CLI::App& command) {
   option("--window", window, "Newest tokens that stay dense");
   option("--sinks", sink_tokens, "First tokens that stay dense");
   option("--kv-dtype", value_dtype,
-         "Stored values: auto (as computed), f32, f16, bf16, int8, int4");
+         "Stored values: auto (as computed), f32, f16, bf16, int8, int4, coded");
+  option("--bits", bits, "Of a dim on average, for --kv-dtype coded: 1 to 7");
+  option("--k-bits", k_bits, "For keys alone");
+  option("--v-bits", v_bits, "For values alone");
   option("--k-policy", k_policy,
          "What is pruned of keys: magnitude, output_aware, channel_magnitude, "
          "channel_output_aware, channel_structured");
@@ -162,6 +165,12 @@ KVConfig CacheFlags::validate() const {
   }
   if (k_sparsity) config.k_sparsity = k_sparsity;
   if (v_sparsity) config.v_sparsity = v_sparsity;
+  if (bits) {
+    config.bits = *bits;
+    config.k_bits = config.v_bits = std::nullopt;
+  }
+  if (k_bits) config.k_bits = k_bits;
+  if (v_bits) config.v_bits = v_bits;
   if (window) config.window = *window;
   if (sink_tokens) config.sink_tokens = *sink_tokens;
   if (pattern) config.pattern = parse_pattern(*pattern);

@@ -26,11 +26,11 @@ struct ModelFlags {
   Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
 };
 
-// --kv --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --k-policy
-// --v-policy --profile. What is not given is the preset's.
+// --kv --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --bits --k-bits
+// --v-bits --k-policy --v-policy --profile. What is not given is the preset's.
 struct CacheFlags {
   std::string preset = "lossless";
-  std::optional<double> sparsity, k_sparsity, v_sparsity;
+  std::optional<double> sparsity, k_sparsity, v_sparsity, bits, k_bits, v_bits;
   std::optional<int32_t> window, sink_tokens;
   std::optional<std::string> pattern, value_dtype, k_policy, v_policy, profile;
 

@@ -82,7 +82,7 @@ Json to_json(const Figures& f) {
 
 Json store_json(const Model& model, const KVConfig& config) {
   const ModelConfig& c = model.config();
-  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, config, nullptr);
+  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, config);
   const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
   const double dense = 4.0 * c.n_layers * c.n_kv_heads * c.head_dim;
   return {{"bytes_per_token", bytes},

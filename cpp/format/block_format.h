@@ -9,7 +9,10 @@
 //                                number of values
 //     values  [64][row_bytes]    kept values in ascending order of index, rows padded to whole
 //                                words (ragged: one run of values, rows end to end)
-//     scales  [64] bf16          int8 and int4 only
+//     scales  [64] bf16          int8, int4 and coded only
+//
+// Coded rows (format/coded.h) have no masks: a row is its dims' codes, of different widths, end to
+// end.
 //
 // A row is stored permuted (format version 2): the members of a group are dealt round the row,
 // since after RoPE strong key dims are neighbours, and a group of neighbours would have to drop
@@ -68,7 +71,7 @@ struct StoreLayout {
 };
 
 MUSTAFAR_HOST_DEVICE inline bool has_scales(DType dtype) {
-  return dtype == DType::kInt8 || dtype == DType::kInt4;
+  return dtype == DType::kInt8 || dtype == DType::kInt4 || dtype == DType::kCoded;
 }
 
 // Bytes from a page's start to the slot of one layer and KV head.
@@ -109,6 +112,18 @@ inline int32_t round_up(int32_t x, int32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
+// Offsets and size of a slot whose rows are known.
+inline void place_parts(SlotLayout& s) {
+  int32_t at = kBlockTokens * s.mask_words * 4;
+  s.offsets_offset = at;
+  if (s.ragged) at += round_up((kBlockTokens + 1) * 2, 4);
+  s.values_offset = at;
+  at += kBlockTokens * s.row_bytes;
+  s.scales_offset = at;
+  if (has_scales(s.dtype)) at += kBlockTokens * 2;
+  s.slot_bytes = round_up(at, kSlotAlignment);
+}
+
 // Layout of one slot. sparsity 0: dense. group_pattern false: pattern row. ragged: counts are fixed
 // per block (per-channel policies, masks of the caller's), so the pattern does not apply.
 inline SlotLayout make_slot_layout(int32_t head_dim, bool is_key, double sparsity,
@@ -131,14 +146,27 @@ inline SlotLayout make_slot_layout(int32_t head_dim, bool is_key, double sparsit
   }
   s.mask_words = s.dense ? 0 : (head_dim + 31) / 32;
   s.row_bytes = round_up(static_cast<int32_t>(dtype_bytes(dtype, s.row_keep)), 4);
-  int32_t at = kBlockTokens * s.mask_words * 4;
-  s.offsets_offset = at;
-  if (s.ragged) at += round_up((kBlockTokens + 1) * 2, 4);
-  s.values_offset = at;
-  at += kBlockTokens * s.row_bytes;
-  s.scales_offset = at;
-  if (has_scales(dtype)) at += kBlockTokens * 2;
-  s.slot_bytes = round_up(at, kSlotAlignment);
+  place_parts(s);
+  return s;
+}
+
+// Bytes of a coded row of `bits` a dim, never fewer than asked: whole 4-byte words.
+inline int32_t coded_row_bytes(int32_t head_dim, double bits) {
+  const double exact = head_dim * bits / 8 - 1e-9;
+  int32_t bytes = static_cast<int32_t>(exact);
+  if (bytes < exact) bytes++;
+  return round_up(bytes, 4);
+}
+
+// Layout of a slot of coded rows, 1 <= bits <= 7 a dim on average.
+inline SlotLayout make_coded_layout(int32_t head_dim, double bits) {
+  SlotLayout s;
+  s.head_dim = head_dim;
+  s.dtype = DType::kCoded;
+  s.dense = true;
+  s.group = s.keep = s.row_keep = head_dim;
+  s.row_bytes = coded_row_bytes(head_dim, bits);
+  place_parts(s);
   return s;
 }
 

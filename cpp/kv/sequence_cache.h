@@ -27,6 +27,7 @@ struct CacheSpec {
   int64_t dense_bytes = 0;     // of the dense buffer
   int64_t query_bytes = 0;     // of the query magnitudes
   std::shared_ptr<const KVTransform> transform;  // device pointers, or null
+  std::shared_ptr<const CodeTables> codes;       // device pointers, where rows are coded
 
   int64_t compressed(int64_t n) const {
     return compressed_tokens(n, config.sink_tokens, config.window);

@@ -1,5 +1,6 @@
 #include "runtime/kv_statistics.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -13,82 +14,176 @@ namespace {
 // Adds the sum of x^T x over n rows to out [d][d]. f32 inside a call: n is a chunk of a prompt.
 class MomentSum {
  public:
-  explicit MomentSum(int32_t d) : d_(d), sum_(int64_t{d} * d) {}
+  explicit MomentSum(int32_t d) : d_(d), rows_(kRows * int64_t{d}), sum_(int64_t{d} * d) {}
 
-  void add(const float* row) {
-    for (int32_t i = 0; i < d_; i++) {
-      const float x = row[i];
-      float* out = sum_.data() + int64_t{i} * d_;
-      for (int32_t j = 0; j < d_; j++) out[j] += x * row[j];
+  // load(i, row): row [d] f32 of vector i.
+  template <typename Load>
+  void add(int64_t n, Load&& load, double* out) {
+    std::fill(sum_.begin(), sum_.end(), 0.0f);
+    for (int64_t first = 0; first < n; first += kRows) {
+      for (int64_t i = 0; i < kRows; i++) {
+        float* row = rows_.data() + i * d_;
+        if (first + i < n) {
+          load(first + i, row);
+        } else {
+          std::fill_n(row, d_, 0.0f);
+        }
+      }
+      add_rows();
     }
-  }
-  void flush(double* out) {
-    for (size_t i = 0; i < sum_.size(); i++) {
-      out[i] += sum_[i];
-      sum_[i] = 0;
+    for (int32_t i = 0; i < d_; i++) {
+      for (int32_t j = i; j < d_; j++) {
+        const double x = sum_[int64_t{i} * d_ + j];
+        out[int64_t{i} * d_ + j] += x;
+        if (i != j) out[int64_t{j} * d_ + i] += x;
+      }
     }
   }
 
  private:
-  int32_t d_;
-  std::vector<float> sum_;
+  static constexpr int64_t kRows = 4;  // that go through the sum together: it is read once for all
+
+  void add_rows() {
+    const float* a = rows_.data();
+    const float *b = a + d_, *c = b + d_, *e = c + d_;
+    for (int32_t i = 0; i < d_; i++) {
+      float* out = sum_.data() + int64_t{i} * d_;
+      for (int32_t j = i; j < d_; j++) {
+        out[j] += (a[i] * a[j] + b[i] * b[j]) + (c[i] * c[j] + e[i] * e[j]);
+      }
+    }
+  }
+
+  int64_t d_;
+  std::vector<float> rows_;  // [kRows][d]
+  std::vector<float> sum_;   // [d][d], the upper triangle
+};
+
+// Sums over what a prefill shows of each layer.
+class Gatherer {
+ public:
+  Gatherer(const Model::Impl& engine, int32_t skip, ThreadPool& pool, KVStatistics& out)
+      : engine_(engine),
+        config_(engine.config),
+        skip_(skip),
+        group_(config_.n_heads / config_.n_kv_heads),
+        square_(int64_t{config_.head_dim} * config_.head_dim),
+        pool_(pool),
+        sums_(pool.size(), MomentSum(config_.head_dim)),
+        out_(out) {
+    const int64_t all = int64_t{config_.n_layers} * config_.n_kv_heads * square_;
+    for (auto* moments : {&out.keys, &out.values, &out.queries, &out.outputs}) {
+      moments->assign(all, 0.0);
+    }
+  }
+
+  // q: [n_rows][n_heads * D] f32 on the device; keys and values: SequenceStep::fresh.
+  void observe(int32_t layer, const Batch& batch, const float* q) {
+    const SequenceStep& step = batch.sequences[0];
+    const int32_t skipped = std::clamp(skip_ - step.pos0, 0, step.n_rows);
+    const int64_t n = step.n_rows - skipped;
+    if (n == 0) return;
+    const Rows rows = fetch(step, skipped, n, q + int64_t{skipped} * config_.n_heads * d());
+
+    const auto vectors = [&](int64_t plane) {  // of the keys, then values of one KV head
+      return [&rows, plane, this](int64_t i, float* row) {
+        for (int64_t j = 0; j < d(); j++) {
+          row[j] = load_float(rows.fresh, engine_.dtype, (plane * rows.capacity + i) * d() + j);
+        }
+      };
+    };
+    // Queries first: they take the longest.
+    const int64_t heads = config_.n_kv_heads;
+    pool_.parallel_for(3 * heads, [&](int64_t task, int worker) {
+      const int64_t head = task % heads;
+      MomentSum& sum = sums_[worker];
+      if (task >= heads) {
+        auto& moments = task < 2 * heads ? out_.keys : out_.values;
+        sum.add(n, vectors(task - heads), at(moments, layer, head));
+        return;
+      }
+      for (int64_t h = head * group_; h < (head + 1) * group_; h++) {
+        const auto query = [&](int64_t i, float* row) {
+          std::copy_n(rows.q + (i * config_.n_heads + h) * d(), d(), row);
+        };
+        sum.add(n, query, at(out_.queries, layer, head));
+      }
+    });
+  }
+
+  // The output projection's slices, layer after layer; between: may throw to stop.
+  void add_outputs(const std::function<void()>& between) {
+    const int64_t width = int64_t{config_.n_heads} * d();
+    for (int32_t layer = 0; layer < config_.n_layers; layer++) {
+      const StoredTensor o = engine_.source->tensor(
+          "model.layers." + std::to_string(layer) + ".self_attn.o_proj.weight",
+          {config_.hidden_size, width});
+      pool_.parallel_for(config_.n_kv_heads, [&](int64_t head, int worker) {
+        for (int64_t h = head * group_; h < (head + 1) * group_; h++) {
+          const auto slice = [&](int64_t i, float* row) {
+            for (int64_t j = 0; j < d(); j++) {
+              row[j] = load_float(o.data, o.dtype, i * width + h * d() + j);
+            }
+          };
+          sums_[worker].add(config_.hidden_size, slice, at(out_.outputs, layer, head));
+        }
+      });
+      between();
+    }
+  }
+
+ private:
+  // A chunk's rows in host memory.
+  struct Rows {
+    const uint8_t* fresh = nullptr;  // [2 (K, V)][n_kv_heads][capacity][D], tail dtype
+    int64_t capacity = 0;
+    const float* q = nullptr;  // [n][n_heads * D]
+  };
+
+  int64_t d() const { return config_.head_dim; }
+  double* at(std::vector<double>& moments, int64_t layer, int64_t head) const {
+    return moments.data() + (layer * config_.n_kv_heads + head) * square_;
+  }
+
+  Rows fetch(const SequenceStep& step, int32_t skipped, int64_t n, const float* q) {
+    const int64_t row_bytes = dtype_bytes(engine_.dtype, d());
+    const int64_t first = step.pos0 + skipped - step.fresh_pos0;
+    const auto* fresh = static_cast<const uint8_t*>(step.fresh) + first * row_bytes;
+    Backend& backend = *engine_.backend;
+    if (backend.host_memory()) return {fresh, step.fresh_capacity, q};
+    fresh_.resize(2 * config_.n_kv_heads * n * row_bytes);
+    q_.resize(n * config_.n_heads * d());
+    for (int64_t plane = 0; plane < 2 * config_.n_kv_heads; plane++) {
+      backend.download(fresh_.data() + plane * n * row_bytes,
+                       fresh + plane * step.fresh_capacity * row_bytes, n * row_bytes);
+    }
+    backend.download(q_.data(), q, static_cast<int64_t>(q_.size()) * 4);
+    return {fresh_.data(), n, q_.data()};
+  }
+
+  const Model::Impl& engine_;
+  const ModelConfig& config_;
+  int32_t skip_;
+  int64_t group_, square_;
+  ThreadPool& pool_;
+  std::vector<MomentSum> sums_;  // one per worker
+  std::vector<uint8_t> fresh_;   // copies of device memory
+  std::vector<float> q_;
+  KVStatistics& out_;
 };
 
 }  // namespace
 
 KVStatistics gather_kv_statistics(const Model& model,
-                                  std::span<const std::vector<int32_t>> sequences,
+                                  std::span<const std::vector<int32_t>> sequences, int32_t skip,
+                                  ThreadPool& pool,
                                   const std::function<void(int64_t, int64_t)>& between) {
   Model::Impl& engine = *model.impl();
   const ModelConfig& c = engine.config;
-  if (!engine.backend->host_memory()) {
-    throw Error("calibration needs the model on device=\"cpu\", it is on \"" +
-                engine.backend->device() + "\"");
-  }
-  const int32_t d = c.head_dim, group = c.n_heads / c.n_kv_heads;
-  const int64_t square = int64_t{d} * d, all = int64_t{c.n_layers} * c.n_kv_heads * square;
-  KVStatistics statistics;
-  for (auto* moments :
-       {&statistics.keys, &statistics.values, &statistics.queries, &statistics.outputs}) {
-    moments->assign(all, 0.0);
-  }
-
-  MomentSum sum(d);
-  std::vector<float> row(d);
-  const auto observe = [&](int32_t layer, const Batch& batch, const float* q) {
-    const SequenceStep& step = batch.sequences[0];
-    const int64_t first = step.pos0 - step.fresh_pos0;
-    for (int32_t head = 0; head < c.n_kv_heads; head++) {
-      const int64_t at = (int64_t{layer} * c.n_kv_heads + head) * square;
-      for (const bool is_key : {true, false}) {
-        const int64_t plane = (is_key ? 0 : c.n_kv_heads) + head;
-        for (int64_t i = first; i < first + step.n_rows; i++) {
-          for (int32_t j = 0; j < d; j++) {
-            row[j] =
-                load_float(step.fresh, engine.dtype, (plane * step.fresh_capacity + i) * d + j);
-          }
-          sum.add(row.data());
-        }
-        sum.flush((is_key ? statistics.keys : statistics.values).data() + at);
-      }
-      for (int64_t i = 0; i < step.n_rows; i++) {
-        for (int32_t h = head * group; h < (head + 1) * group; h++) {
-          sum.add(q + (i * c.n_heads + h) * d);
-        }
-      }
-      sum.flush(statistics.queries.data() + at);
-    }
-  };
-
-  KVConfig dense;
-  dense.sparsity = 0;
-  const std::shared_ptr<const CacheSpec> spec = engine.cache_spec(dense);
-  ForwardBuffers buffers(*engine.backend);
   int64_t total = 0;
-  for (const auto& sequence : sequences) total += static_cast<int64_t>(sequence.size());
   for (const auto& sequence : sequences) {
     const int64_t n = static_cast<int64_t>(sequence.size());
-    if (n == 0) continue;
+    total += n;
     if (n > c.max_position_embeddings) {
       throw ContextOverflow("a calibration text has " + std::to_string(n) +
                             " tokens, more than the model's context of " +
@@ -101,33 +196,36 @@ KVStatistics gather_kv_statistics(const Model& model,
                                     std::to_string(c.vocab_size));
       }
     }
-    SequenceCache cache = engine.new_cache(spec);
-    Prefill prefill(*engine.llama, cache, sequence, buffers);
-    prefill.observe(observe);
-    while (prefill.step([&](int64_t done, int64_t in_all) {
-      if (between) between(statistics.tokens + n * done / in_all, total);
-    })) {
-    }
-    statistics.tokens += n;
   }
 
-  const int64_t width = int64_t{c.n_heads} * d;
-  for (int32_t layer = 0; layer < c.n_layers; layer++) {
-    const StoredTensor o =
-        engine.source->tensor("model.layers." + std::to_string(layer) + ".self_attn.o_proj.weight",
-                              {c.hidden_size, width});
-    for (int32_t head = 0; head < c.n_kv_heads; head++) {
-      for (int64_t i = 0; i < c.hidden_size; i++) {
-        for (int32_t h = head * group; h < (head + 1) * group; h++) {
-          for (int32_t j = 0; j < d; j++) {
-            row[j] = load_float(o.data, o.dtype, i * width + int64_t{h} * d + j);
-          }
-          sum.add(row.data());
-        }
-      }
-      sum.flush(statistics.outputs.data() + (int64_t{layer} * c.n_kv_heads + head) * square);
+  KVStatistics statistics;
+  Gatherer gatherer(engine, skip, pool, statistics);
+  KVConfig dense;
+  dense.sparsity = 0;
+  const std::shared_ptr<const CacheSpec> spec = engine.cache_spec(dense);
+  ForwardBuffers buffers(*engine.backend);
+  int64_t done = 0;
+  for (const auto& sequence : sequences) {
+    const int64_t n = static_cast<int64_t>(sequence.size());
+    if (n <= skip) {
+      done += n;
+      continue;
     }
+    SequenceCache cache = engine.new_cache(spec);
+    Prefill prefill(*engine.llama, cache, sequence, buffers);
+    prefill.observe([&](int32_t layer, const Batch& batch, const float* q) {
+      gatherer.observe(layer, batch, q);
+    });
+    while (prefill.step([&](int64_t part, int64_t in_all) {
+      if (between) between(done + n * part / in_all, total);
+    })) {
+    }
+    done += n;
+    statistics.tokens += n - skip;
   }
+  gatherer.add_outputs([&] {
+    if (between) between(total, total);
+  });
   return statistics;
 }
 

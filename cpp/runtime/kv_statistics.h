@@ -6,23 +6,26 @@
 #include <span>
 #include <vector>
 
+#include "core/thread_pool.h"
 #include "mustafar/model.h"
 
 namespace mustafar {
 
 // Sums over tokens, [n_layers][n_kv_heads][D][D] each, symmetric.
 struct KVStatistics {
-  int64_t tokens = 0;
+  int64_t tokens = 0;           // that the sums are over
   std::vector<double> keys;     // k^T k, after RoPE
   std::vector<double> values;   // v^T v
   std::vector<double> queries;  // q^T q, after RoPE, summed over the KV head's query heads
   std::vector<double> outputs;  // W_o,h^T W_o,h, summed likewise: no text in it
 };
 
-// Runs every sequence through a dense cache. Needs a device whose memory the host can read.
-// between: called now and then with tokens done and in all; may throw to stop.
+// Runs every sequence through a dense cache. skip: its first tokens that no sum takes in. pool:
+// what sums are made on. between: called now and then with tokens done and in all; may throw to
+// stop. Throws std::invalid_argument for a bad token id, ContextOverflow for too long a sequence.
 KVStatistics gather_kv_statistics(const Model& model,
-                                  std::span<const std::vector<int32_t>> sequences,
+                                  std::span<const std::vector<int32_t>> sequences, int32_t skip,
+                                  ThreadPool& pool,
                                   const std::function<void(int64_t, int64_t)>& between = {});
 
 }  // namespace mustafar

@@ -219,9 +219,59 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
   return transform;
 }
 
+std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
+  if (!kv.coded()) return nullptr;
+  if (kv.profile == nullptr || kv.profile->k_sigma.empty() || kv.profile->v_sigma.empty()) {
+    throw std::invalid_argument(
+        std::string("profile: value_dtype \"coded\" needs one with k_sigma and v_sigma, ") +
+        (kv.profile == nullptr ? "none was given"
+                               : "this one of kind " + kv.profile->kind + " has none") +
+        "; \"mustafar calibrate\" makes one");
+  }
+  if (!backend->codes()) {
+    throw DeviceError("value_dtype \"coded\" is not supported on device \"" + backend->device() +
+                      "\": use device \"cpu\" or another value_dtype");
+  }
+  const double k_bits = kv.effective_k_bits(), v_bits = kv.effective_v_bits();
+  std::lock_guard lock(mutex_);
+  std::erase_if(codes_, [](const Codes& entry) { return entry.tables.expired(); });
+  for (const Codes& known : codes_) {
+    if (known.profile.lock() == kv.profile && known.k_bits == k_bits && known.v_bits == v_bits) {
+      if (auto live = known.tables.lock()) return live;
+    }
+  }
+  // The struct and the tables that it points to live and die together.
+  struct Uploaded {
+    CodeTables view;
+    std::vector<std::unique_ptr<DeviceMemory>> memory;
+  };
+  auto uploaded = std::make_shared<Uploaded>();
+  const auto upload = [&](const void* data, int64_t bytes) {
+    uploaded->memory.push_back(backend->allocate(bytes));
+    backend->upload(uploaded->memory.back()->data(), data, bytes);
+    return uploaded->memory.back()->data();
+  };
+  const auto upload_kind = [&](const std::vector<float>& sigmas, double bits,
+                               const uint8_t*& device_widths, const float*& device_sigmas) {
+    std::vector<uint8_t> widths(sigmas.size());
+    for (size_t at = 0; at < sigmas.size(); at += config.head_dim) {
+      deal_widths(sigmas.data() + at, config.head_dim, coded_row_bytes(config.head_dim, bits),
+                  widths.data() + at);
+    }
+    device_widths = static_cast<const uint8_t*>(upload(widths.data(), widths.size()));
+    device_sigmas = static_cast<const float*>(upload(sigmas.data(), sigmas.size() * 4));
+  };
+  upload_kind(kv.profile->k_sigma, k_bits, uploaded->view.k_widths, uploaded->view.k_sigmas);
+  upload_kind(kv.profile->v_sigma, v_bits, uploaded->view.v_widths, uploaded->view.v_sigmas);
+  std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
+  codes_.push_back({kv.profile, k_bits, v_bits, tables});
+  return tables;
+}
+
 std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
   CacheSpec spec = make_cache_spec(config, dtype, kv);
   spec.transform = transform(kv.profile, n_groups(spec.layout.k), n_groups(spec.layout.v));
+  spec.codes = code_tables(kv);
   return std::make_shared<const CacheSpec>(std::move(spec));
 }
 

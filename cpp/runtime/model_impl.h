@@ -41,6 +41,10 @@ struct Model::Impl {
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile,
                                                int32_t k_groups, int32_t v_groups);
   std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
+  // Tables of coded rows, from the sigmas of a profile that fits the model and the configuration's
+  // bits, made once for those in use; null where rows are not coded. Throws std::invalid_argument where the profile has no sigmas, DeviceError where
+  // the device has no kernels for them.
+  std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
 
   void add_workspace(int64_t bytes) { workspace_bytes += bytes; }
@@ -55,6 +59,12 @@ struct Model::Impl {
     std::weak_ptr<const KVTransform> transform;
   };
   std::vector<KnownTransform> transforms_;
+  struct Codes {
+    std::weak_ptr<const Profile> profile;
+    double k_bits, v_bits;
+    std::weak_ptr<const CodeTables> tables;
+  };
+  std::vector<Codes> codes_;
 };
 
 // A model over tensors from anywhere: what load() ends in, and benchmarks with random weights.

@@ -16,7 +16,7 @@
 namespace mustafar {
 namespace {
 
-constexpr const char* kFormatVersion = "1";
+constexpr const char* kFormatVersion = "2";
 constexpr const char* kFolderProfile = "kv_profile.safetensors";
 
 // The header's __metadata__ object; the reader that validates the file leaves it aside.
@@ -46,10 +46,14 @@ auto tensors_of(Self& profile) {
   return std::vector{
       std::pair{"k_forward", &profile.k_forward}, std::pair{"k_backward", &profile.k_backward},
       std::pair{"v_forward", &profile.v_forward}, std::pair{"v_backward", &profile.v_backward},
-      std::pair{"k_weight", &profile.k_weight},   std::pair{"v_weight", &profile.v_weight}};
+      std::pair{"k_weight", &profile.k_weight},   std::pair{"v_weight", &profile.v_weight},
+      std::pair{"k_sigma", &profile.k_sigma},     std::pair{"v_sigma", &profile.v_sigma}};
 }
 
-bool is_weight(const std::string& name) { return name == "k_weight" || name == "v_weight"; }
+// A positive number per dim, and optional: no matrix.
+bool is_per_dim(const std::string& name) {
+  return name.ends_with("_weight") || name.ends_with("_sigma");
+}
 
 }  // namespace
 
@@ -67,7 +71,8 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
   };
   if (meta("format_version") != kFormatVersion) {
     throw ModelError(where + "profile format version " + meta("format_version") +
-                     ", this build reads version " + kFormatVersion);
+                     ", this build reads version " + kFormatVersion +
+                     ": calibrate again (mustafar calibrate)");
   }
   profile->kind = meta("kind");
   profile->model_fingerprint = meta("model_fingerprint");
@@ -93,11 +98,11 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
   for (auto [name, values] : tensors_of(*profile)) {
     const SafetensorsEntry* entry = find(name);
     if (entry == nullptr) {
-      if (is_weight(name)) continue;
+      if (is_per_dim(name)) continue;
       throw ModelError(where + "tensor " + name + " is missing");
     }
     std::vector<uint64_t> expected = first->shape;
-    if (is_weight(name)) expected.pop_back();
+    if (is_per_dim(name)) expected.pop_back();
     if (entry->shape != expected || std::strcmp(entry->dtype, "F32") != 0) {
       throw ModelError(where + "tensor " + name + " is " + entry->dtype + " " +
                        shape_text(entry->shape) + ", expected F32 " + shape_text(expected));
@@ -105,7 +110,7 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
     values->resize((entry->end - entry->begin) / 4);
     std::memcpy(values->data(), file.file.data() + entry->begin, values->size() * 4);
     for (float x : *values) {
-      if (!std::isfinite(x) || (is_weight(name) && x <= 0)) {
+      if (!std::isfinite(x) || (is_per_dim(name) && x <= 0)) {
         throw ModelError(where + "tensor " + name + " holds the value " + std::to_string(x));
       }
     }
@@ -123,7 +128,7 @@ void Profile::save(const std::filesystem::path& path) const {
   for (const auto& [name, values] : tensors_of(*this)) {
     if (values->empty()) continue;
     nlohmann::json shape = {n_layers, n_kv_heads, head_dim};
-    if (!is_weight(name)) shape.push_back(head_dim);
+    if (!is_per_dim(name)) shape.push_back(head_dim);
     header[name] = {
         {"dtype", "F32"}, {"shape", shape}, {"data_offsets", {at, at + values->size() * 4}}};
     at += values->size() * 4;
@@ -198,8 +203,8 @@ void Profile::check(const ModelConfig& config, const std::string& fingerprint) c
   }
   const size_t heads = size_t(n_layers) * n_kv_heads, square = heads * head_dim * head_dim;
   for (const auto& [name, values] : tensors_of(*this)) {
-    const size_t expected = is_weight(name) ? heads * head_dim : square;
-    if (values->size() != expected && !(is_weight(name) && values->empty())) {
+    const size_t expected = is_per_dim(name) ? heads * head_dim : square;
+    if (values->size() != expected && !(is_per_dim(name) && values->empty())) {
       throw ModelError(std::string("the profile's ") + name + " has " +
                        std::to_string(values->size()) + " values, expected " +
                        std::to_string(expected));

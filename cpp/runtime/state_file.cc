@@ -101,6 +101,11 @@ nlohmann::ordered_json kv_json(const KVConfig& kv) {
   json["window"] = kv.window;
   json["sink_tokens"] = kv.sink_tokens;
   json["value_dtype"] = name_of(kv.value_dtype);
+  if (kv.coded()) {
+    json["bits"] = kv.bits;
+    json["k_bits"] = kv.effective_k_bits();
+    json["v_bits"] = kv.effective_v_bits();
+  }
   json["k_policy"] = name_of(kv.k_policy);
   json["v_policy"] = name_of(kv.v_policy);
   json["profile_kind"] = kv.profile ? kv.profile->kind : "";
@@ -119,6 +124,14 @@ KVConfig kv_from(const nlohmann::json& json) {
   kv.window = json.at("window").get<int32_t>();
   kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
   kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
+  if (kv.coded()) {
+    kv.k_sparsity = kv.v_sparsity = std::nullopt;
+    kv.bits = json.at("bits").get<double>();
+    const double k_bits = json.at("k_bits").get<double>();
+    const double v_bits = json.at("v_bits").get<double>();
+    if (k_bits != kv.bits) kv.k_bits = k_bits;
+    if (v_bits != kv.bits) kv.v_bits = v_bits;
+  }
   kv.k_policy = parse_prune_policy(json.at("k_policy").get<std::string>());
   kv.v_policy = parse_prune_policy(json.at("v_policy").get<std::string>());
   return kv;

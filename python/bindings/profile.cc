@@ -6,8 +6,11 @@
 #include <cstring>
 
 #include "bindings.h"
-#include "format/block_format.h"
+#include "core/symmetric_eigen.h"
+#include "core/thread_pool.h"
+#include "mustafar/calibration.h"
 #include "runtime/kv_statistics.h"
+#include "runtime/model_impl.h"
 
 namespace py = pybind11;
 
@@ -48,7 +51,8 @@ std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_b
                               const py::object& v_forward, const py::object& v_backward,
                               const py::object& k_weight, const py::object& v_weight,
                               const std::string& kind, const std::string& fingerprint,
-                              const std::string& text_hash) {
+                              const std::string& text_hash, const py::object& k_sigma,
+                              const py::object& v_sigma) {
   const FloatArray first = FloatArray::ensure(k_forward);
   if (!first || first.ndim() != 4) {
     PyErr_Clear();
@@ -67,23 +71,47 @@ std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_b
   p->v_backward = values_of(*p, v_backward, true, "v_backward");
   p->k_weight = values_of(*p, k_weight, false, "k_weight");
   p->v_weight = values_of(*p, v_weight, false, "v_weight");
+  p->k_sigma = values_of(*p, k_sigma, false, "k_sigma");
+  p->v_sigma = values_of(*p, v_sigma, false, "v_sigma");
   return p;
 }
 
-py::dict statistics_dict(const Model& model, const py::list& sequences,
-                         const py::object& progress) {
+// Looks for Ctrl-C and tells progress (a callable or None), from native threads without the GIL.
+std::function<void(int64_t, int64_t)> reporter(const py::object& progress) {
+  return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
+    check();
+    if (progress.is_none()) return;
+    py::gil_scoped_acquire gil;
+    progress(done, total);
+  };
+}
+
+std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& texts,
+                                           const std::string& kind, double balance,
+                                           double scale_power, int64_t max_tokens,
+                                           int32_t skip_tokens, const py::object& progress) {
+  std::vector<Prompt> native;
+  for (const py::handle text : texts) native.push_back(prompt_from(text));
+  CalibrationOptions options;
+  options.kind = kind;
+  options.balance = balance;
+  options.scale_power = scale_power;
+  options.max_tokens = max_tokens;
+  options.skip_tokens = skip_tokens;
+  options.progress = reporter(progress);
+  py::gil_scoped_release release;
+  return std::make_shared<Profile>(calibrate(model, native, options));
+}
+
+// For tests: the sums that calibration starts from.
+py::dict statistics_dict(const Model& model, const py::list& sequences, int32_t skip) {
   std::vector<std::vector<int32_t>> ids;
   for (const py::handle sequence : sequences) ids.push_back(token_ids_from(sequence));
-  const auto check = interrupt_check();
   KVStatistics statistics;
   {
     py::gil_scoped_release release;
-    statistics = gather_kv_statistics(model, ids, [&](int64_t done, int64_t total) {
-      check();
-      if (progress.is_none()) return;
-      py::gil_scoped_acquire gil;
-      progress(done, total);
-    });
+    ThreadPool pool(1);
+    statistics = gather_kv_statistics(model, ids, skip, pool);
   }
   const ModelConfig& c = model.config();
   const auto array = [&](const std::vector<double>& values) {
@@ -100,18 +128,34 @@ py::dict statistics_dict(const Model& model, const py::list& sequences,
   return d;
 }
 
+// For tests: eigenvalues [n], falling, and eigenvectors [n, n], one a row.
+py::tuple eigen_of(const py::array_t<double, py::array::c_style | py::array::forcecast>& matrix) {
+  if (matrix.ndim() != 2 || matrix.shape(0) != matrix.shape(1) || matrix.size() == 0) {
+    throw py::value_error("matrix must be [n, n]");
+  }
+  const py::ssize_t n = matrix.shape(0);
+  const SymmetricEigen eigen = symmetric_eigen(static_cast<int32_t>(n), matrix.data());
+  py::array_t<double> values(n), vectors({n, n});
+  std::memcpy(values.mutable_data(), eigen.values.data(), eigen.values.size() * sizeof(double));
+  std::memcpy(vectors.mutable_data(), eigen.vectors.data(), eigen.vectors.size() * sizeof(double));
+  return py::make_tuple(values, vectors);
+}
+
 }  // namespace
 
 void register_profile(py::module_& m) {
-  m.def("default_group", &default_group, py::arg("head_dim"), py::arg("is_key"));
-  m.def("kv_statistics", &statistics_dict, py::arg("model"), py::arg("sequences"),
+  m.def("kv_statistics", &statistics_dict, py::arg("model"), py::arg("sequences"), py::arg("skip"));
+  m.def("symmetric_eigen", &eigen_of, py::arg("matrix"));
+  m.def("calibrate", &calibrate_profile, py::arg("model"), py::arg("texts"), py::arg("kind"),
+        py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
         py::arg("progress"));
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
       .def(py::init(&make), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
            py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"), py::arg("kind"),
-           py::arg("model_fingerprint"), py::arg("text_hash"),
-           "A KV transform from float32 matrices [n_layers, n_kv_heads, D, D] and ranking weights "
-           "[n_layers, n_kv_heads, D] or None.")
+           py::arg("model_fingerprint"), py::arg("text_hash"), py::arg("k_sigma") = py::none(),
+           py::arg("v_sigma") = py::none(),
+           "A KV transform from float32 matrices [n_layers, n_kv_heads, D, D]; ranking weights and "
+           "root mean squares of transformed dims, [n_layers, n_kv_heads, D] or None.")
       .def_static(
           "load",
           [](const std::filesystem::path& file) {
@@ -141,7 +185,11 @@ void register_profile(py::module_& m) {
       .def_property_readonly("k_weight",
                              [](const Profile& p) { return array_of(p, p.k_weight, false); })
       .def_property_readonly("v_weight",
-                             [](const Profile& p) { return array_of(p, p.v_weight, false); });
+                             [](const Profile& p) { return array_of(p, p.v_weight, false); })
+      .def_property_readonly("k_sigma",
+                             [](const Profile& p) { return array_of(p, p.k_sigma, false); })
+      .def_property_readonly("v_sigma",
+                             [](const Profile& p) { return array_of(p, p.v_sigma, false); });
 }
 
 }  // namespace mustafar

@@ -113,6 +113,8 @@ class Profile:
         kind: str,
         model_fingerprint: str,
         text_hash: str,
+        k_sigma: ArrayLike | None = None,
+        v_sigma: ArrayLike | None = None,
     ) -> None: ...
     @staticmethod
     def load(file: str | PathLike[str]) -> Profile: ...
@@ -144,6 +146,10 @@ class Profile:
     def k_weight(self) -> NDArray[np.float32] | None: ...
     @property
     def v_weight(self) -> NDArray[np.float32] | None: ...
+    @property
+    def k_sigma(self) -> NDArray[np.float32] | None: ...
+    @property
+    def v_sigma(self) -> NDArray[np.float32] | None: ...
 
 class Model:
     def __init__(
@@ -234,12 +240,18 @@ class ChatReply:
     def result(self) -> dict[str, Any]: ...
     def cached_tokens(self) -> int: ...
 
-def kv_statistics(
+def calibrate(
     model: Model,
-    sequences: Sequence[ArrayLike],
+    texts: Sequence[str | ArrayLike],
+    kind: str,
+    balance: float,
+    scale_power: float,
+    max_tokens: int,
+    skip_tokens: int,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, Any]: ...
-def default_group(head_dim: int, is_key: bool) -> int: ...
+) -> Profile: ...
+def kv_statistics(model: Model, sequences: Sequence[ArrayLike], skip: int) -> dict[str, Any]: ...
+def symmetric_eigen(matrix: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 
 class SlotLayout:
     def __init__(
@@ -267,6 +279,13 @@ class SlotLayout:
     @property
     def value_dtype(self) -> str: ...
 
+def coded_layout(head_dim: int, bits: float) -> SlotLayout: ...
+def pack_coded_rows(
+    layout: SlotLayout, rows: NDArray[np.float32], sigma: NDArray[np.float32]
+) -> NDArray[np.uint8]: ...
+def unpack_coded_rows(
+    layout: SlotLayout, slots: NDArray[np.uint8], sigma: NDArray[np.float32]
+) -> NDArray[np.float32]: ...
 def pack_rows(
     layout: SlotLayout,
     rows: NDArray[np.float32],

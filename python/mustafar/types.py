@@ -29,7 +29,12 @@ class KVConfig:
         window: Newest tokens that stay dense.
         sink_tokens: First tokens that stay dense.
         value_dtype: ``"int8"`` and ``"int4"`` have a scale for every row; ``"auto"`` is the model's
-            type (f32, f16, else bf16); also ``"f32"``, ``"f16"``, ``"bf16"``.
+            type (f32, f16, else bf16); also ``"f32"``, ``"f16"``, ``"bf16"``. ``"coded"`` needs a
+            calibrated profile: in its basis every dim has a fixed number of bits, by the energy
+            that calibration saw in it; nothing is pruned.
+        bits: With ``"coded"``: bits of a dim on average, 1 to 7; a row has 16 more for its scale.
+        k_bits: The same for keys alone; None takes ``bits``.
+        v_bits: The same for values alone.
         k_policy: What ranks keys. ``"magnitude"``: ``|k|`` in every token's row.
             ``"output_aware"``: ``|k| * w`` in every row, where ``w[d]`` is the sum of ``|q[d]|``
             over the query heads and the newest ``window`` tokens (at least one) of the call that
@@ -52,7 +57,10 @@ class KVConfig:
     pattern: Literal["group", "row"] = "group"
     window: int = 32
     sink_tokens: int = 4
-    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4"] = "int8"
+    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"] = "int8"
+    bits: float = 3.0
+    k_bits: float | None = None
+    v_bits: float | None = None
     k_policy: str = "magnitude"
     v_policy: str = "magnitude"
     profile: Any = None
@@ -199,7 +207,7 @@ class MemoryUsage:
         dense_equivalent: The same tokens, dense, at 2 bytes a value.
         masks: Bitmaps of the compressed store.
         values: Packed values of the store.
-        scales: Scales of int8 and int4 values.
+        scales: Scales of int8, int4 and coded values.
         padding: Alignment inside pages.
         tail: Dense sinks and tail, as allocated.
         policy: Statistics that a pruning policy keeps.

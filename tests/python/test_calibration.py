@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import mustafar
+from calibration_reference import Transform, transforms
 from mustafar import KVConfig, Session, _core
 
 KINDS = ["hadamard", "klt", "balanced"]
@@ -41,6 +42,11 @@ def test_forward_and_backward_are_inverse(
         product = f.astype(np.float64) @ b.astype(np.float64)
         assert np.abs(product - eye).max() < 1e-3
     assert (profile.k_weight is not None) == (scale_power > 0 and kind != "hadamard")
+    for sigma in (profile.k_sigma, profile.v_sigma):
+        assert (sigma is None) == (kind == "hadamard")
+        if sigma is not None:
+            assert sigma.shape == profile.k_forward.shape[:3]
+            assert (sigma > 0).all() and (np.diff(sigma) <= 1e-6 * sigma[..., :1]).all()
 
 
 def test_statistics_are_second_moments(model: mustafar.Model) -> None:
@@ -51,11 +57,12 @@ def test_statistics_are_second_moments(model: mustafar.Model) -> None:
     ids = ids_of(90)
     with torch.no_grad():
         cache = reference(torch.tensor([ids]), use_cache=True).past_key_values
-    sums = _core.kv_statistics(model._core, [ids], None)
-    assert sums["tokens"] == 90
+    skip = 4
+    sums = _core.kv_statistics(model._core, [ids], skip)
+    assert sums["tokens"] == 90 - skip
     for layer in range(model.config["n_layers"]):
-        key = cache.layers[layer].keys[0].double().numpy()
-        value = cache.layers[layer].values[0].double().numpy()
+        key = cache.layers[layer].keys[0, :, skip:].double().numpy()
+        value = cache.layers[layer].values[0, :, skip:].double().numpy()
         for ours, x in ((sums["keys"], key), (sums["values"], value)):
             expected = np.einsum("hti,htj->hij", x, x)
             assert np.allclose(ours[layer], expected, rtol=1e-4, atol=1e-4 * expected.max())
@@ -63,6 +70,111 @@ def test_statistics_are_second_moments(model: mustafar.Model) -> None:
         w = w.reshape(w.shape[0], model.config["n_kv_heads"], -1, model.config["head_dim"])
         expected = np.einsum("ohgi,ohgj->hij", w, w)
         assert np.allclose(sums["outputs"][layer], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sequences_add_up_and_short_ones_are_left_out(model: mustafar.Model) -> None:
+    ids = ids_of(40)
+    one = _core.kv_statistics(model._core, [ids], 4)
+    both = _core.kv_statistics(model._core, [ids, ids_of(4), [], ids], 4)
+    assert one["tokens"] == 36 and both["tokens"] == 72
+    for name in ("keys", "values", "queries"):
+        assert np.allclose(both[name], 2 * one[name], rtol=1e-12)
+    assert np.array_equal(both["outputs"], one["outputs"])
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("scale_power", [0.0, 0.75])
+def test_transforms_equal_those_of_numpy(
+    model: mustafar.Model, balance: float, scale_power: float
+) -> None:
+    """Up to the signs of columns, and any basis of dims whose energies are the same."""
+    ids = model.tokenizer.encode(TEXT * 20)
+    profile = mustafar.calibrate(model, [ids], balance=balance, scale_power=scale_power)
+    sums = _core.kv_statistics(model._core, [ids], 4)
+    for name, moments, metrics in (("k", "keys", "queries"), ("v", "values", "outputs")):
+        moment = sums[moments] / sums["tokens"]
+        expected = transforms(moment, sums[metrics], balance, scale_power)
+        weight = getattr(profile, f"{name}_weight")
+        ours = Transform(
+            *(getattr(profile, f"{name}_{part}").astype(float) for part in ("forward", "backward")),
+            np.ones_like(expected.weight) if weight is None else weight.astype(float),
+            getattr(profile, f"{name}_sigma").astype(float),
+            expected.metric,
+        )
+        check_transforms(ours, expected, moment)
+
+
+def check_transforms(ours: Transform, expected: Transform, moment: np.ndarray) -> None:
+    def swapped(x: np.ndarray) -> np.ndarray:
+        return np.swapaxes(x, -1, -2)
+
+    assert np.abs(ours.forward @ ours.backward - np.eye(moment.shape[-1])).max() < 1e-3
+    # Energies, and the transformed second moments: diagonal, falling, the same as numpy's.
+    unscaled, top = ours.sigma * ours.weight, expected.sigma * expected.weight
+    assert np.abs(unscaled - top).max() < 1e-5 * top.max()
+    seen = swapped(ours.forward) @ moment @ ours.forward
+    scale = ours.sigma[..., :, None] * ours.sigma[..., None, :]
+    strong = unscaled > 1e-3 * unscaled[..., :1]  # float32 matrices hide what is weaker
+    both = strong[..., :, None] & strong[..., None, :]
+    off = np.abs(seen / scale - np.eye(moment.shape[-1]))[both]
+    assert off.max() < 1e-2
+    assert (np.diff(unscaled) <= 1e-6 * unscaled[..., :1]).all()
+    assert np.allclose(ours.weight, expected.weight, rtol=1e-3)
+    # Rows of B are orthonormal in the metric's inverse, and columns of F in it: B M^a B^T = 1.
+    rows = ours.backward / ours.weight[..., :, None]
+    gram = rows @ expected.metric @ swapped(rows)
+    assert np.abs(gram - np.eye(moment.shape[-1])).max() < 1e-3
+    # What the leading half of the dims keeps does not depend on signs.
+    half = moment.shape[-1] // 2
+    gap = unscaled[..., half - 1] - unscaled[..., half] > 1e-2 * unscaled[..., half - 1]
+    assert gap.any()
+    kept = [t.forward[..., :half] @ t.backward[..., :half, :] for t in (ours, expected)]
+    assert np.abs(kept[0] - kept[1])[gap].max() < 1e-2
+
+
+def eigen_cases() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(3)
+
+    def gram(n: int, rank: int) -> np.ndarray:
+        x = random.standard_normal((rank, n))
+        return x.T @ x
+
+    q, _ = np.linalg.qr(random.standard_normal((24, 24)))
+    cases = {f"random {n}": random.standard_normal((n, n)) for n in (1, 2, 3, 16, 64, 128)}
+    cases = {name: x + x.T for name, x in cases.items()}
+    return {
+        **cases,
+        "gram 80": gram(80, 200),
+        "rank 3 of 32": gram(32, 3),
+        "zero": np.zeros((8, 8)),
+        "identity": np.eye(9),
+        "diagonal with equals": np.diag([3.0, 1, 3, -2, 0, 0, 1]),
+        "two values": (q * np.repeat([2.0, -1.0], 12)) @ q.T,
+        "graded": (q * np.logspace(0, -20, 24)) @ q.T,
+        "tridiagonal": np.eye(30) * 2 - np.eye(30, k=1) - np.eye(30, k=-1),
+        "off-diagonal alone": np.array([[0.0, 1], [1, 0]]),
+        "huge": gram(12, 20) * 1e300,
+        "tiny": gram(12, 20) * 1e-300,
+        "all one": np.ones((40, 40)),
+    }
+
+
+@pytest.mark.parametrize("name", list(eigen_cases()))
+def test_eigenvalues_equal_those_of_numpy(name: str) -> None:
+    matrix = eigen_cases()[name]
+    matrix = (matrix + matrix.T) / 2
+    values, vectors = _core.symmetric_eigen(matrix)
+    size = np.abs(matrix).max() or 1.0
+    assert (np.diff(values) <= 0).all()
+    assert np.abs(values - np.linalg.eigvalsh(matrix)[::-1]).max() <= 1e-10 * size
+    assert np.abs(vectors @ vectors.T - np.eye(len(matrix))).max() <= 1e-10
+    assert np.abs(vectors @ (matrix / size) - (values / size)[:, None] * vectors).max() <= 1e-10
+
+
+def test_eigenvalues_of_what_is_not_finite_are_refused() -> None:
+    for bad in (np.nan, np.inf):
+        with pytest.raises(mustafar.Error, match="not finite"):
+            _core.symmetric_eigen([[1.0, bad], [bad, 1.0]])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,6 +223,8 @@ def test_files_round_trip_and_bad_ones_are_named(model: mustafar.Model, tmp_path
     again = mustafar.Profile.load(path)
     assert again.hash() == profile.hash()
     assert again.kind == "balanced" and again.model_fingerprint == model.fingerprint
+    assert np.array_equal(again.k_sigma, profile.k_sigma)
+    assert np.array_equal(again.v_sigma, profile.v_sigma)
     by_path = Session(model, KVConfig(profile=path))
     by_object = Session(model, KVConfig(profile=profile))
     ids = ids_of(150)
@@ -119,7 +233,7 @@ def test_files_round_trip_and_bad_ones_are_named(model: mustafar.Model, tmp_path
     safetensors = pytest.importorskip("safetensors.numpy")
     tensors = safetensors.load_file(path)
     meta = {
-        "format_version": "1",
+        "format_version": "2",
         "kind": "klt",
         "model_fingerprint": "",
         "text_hash": "",
@@ -131,6 +245,8 @@ def test_files_round_trip_and_bad_ones_are_named(model: mustafar.Model, tmp_path
         ({"v_backward": tensors["v_backward"][:, :1]}, "expected F32"),
         ({"k_weight": -tensors["k_weight"]}, "k_weight"),
         ({"v_forward": tensors["v_forward"] * np.float32("nan")}, "v_forward"),
+        ({"v_sigma": 0 * tensors["v_sigma"]}, "v_sigma"),
+        ({"k_sigma": tensors["k_sigma"][..., :1]}, "k_sigma is F32"),
     ]:
         kept = {k: v for k, v in {**tensors, **change}.items() if v is not None}
         safetensors.save_file(kept, bad, metadata=meta)
@@ -142,6 +258,13 @@ def test_files_round_trip_and_bad_ones_are_named(model: mustafar.Model, tmp_path
     safetensors.save_file(tensors, bad, metadata={**meta, "format_version": "9"})
     with pytest.raises(mustafar.ModelError, match="version 9"):
         mustafar.Profile.load(bad)
+    safetensors.save_file(tensors, bad, metadata={**meta, "format_version": "1"})
+    with pytest.raises(mustafar.ModelError, match="version 1, .* calibrate again"):
+        mustafar.Profile.load(bad)
+    without = {k: v for k, v in tensors.items() if not k.endswith("sigma")}
+    safetensors.save_file(without, bad, metadata=meta)
+    bare = mustafar.Profile.load(bad)
+    assert bare.k_sigma is None and bare.hash() != profile.hash()
 
 
 def test_a_profile_of_another_model_is_refused(model: mustafar.Model) -> None:
@@ -160,5 +283,37 @@ def test_bad_arguments(model: mustafar.Model) -> None:
         mustafar.calibrate(model, [TEXT], balance=2)
     with pytest.raises(ValueError, match="needs text"):
         mustafar.calibrate(model, [])
+    with pytest.raises(ValueError, match="needs text"):
+        mustafar.calibrate(model, [ids_of(5)])
+    with pytest.raises(ValueError, match="skip_tokens"):
+        mustafar.calibrate(model, [TEXT], skip_tokens=-1)
+    with pytest.raises(ValueError, match="scale_power"):
+        mustafar.calibrate(model, [TEXT], scale_power=float("nan"))
+    with pytest.raises(ValueError, match="vocabulary"):
+        mustafar.calibrate(model, [[1, 2, 3, 1 << 30] * 3])
     with pytest.raises(TypeError, match="list of texts"):
         mustafar.calibrate(model, "abc")
+
+
+def test_progress_sees_all_tokens_and_may_stop_the_work(model: mustafar.Model) -> None:
+    seen: list[tuple[int, int]] = []
+    mustafar.calibrate(model, [ids_of(50), ids_of(30)], progress=lambda *x: seen.append(x))
+    assert seen[-1] == (80, 80) and seen == sorted(seen)
+
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        mustafar.calibrate(model, [ids_of(50)], progress=stop)
+
+
+def test_texts_are_cut_to_context_and_count(model: mustafar.Model) -> None:
+    """Pieces of the model's context; max_tokens cuts the last one."""
+    context = model.config["max_position_embeddings"]
+    ids = ids_of(context + 60)
+    whole = mustafar.calibrate(model, [ids], "klt", max_tokens=None)
+    parts = mustafar.calibrate(model, [ids[:context], ids[context:]], "klt", max_tokens=None)
+    assert whole.hash() == parts.hash() and whole.text_hash == parts.text_hash
+    cut = mustafar.calibrate(model, [ids], "klt", max_tokens=100)
+    assert cut.text_hash == mustafar.calibrate(model, [ids[:100]], "klt").text_hash
+    assert cut.hash() != whole.hash()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import DataObject, data, floats, integers, lists
 
 import mustafar
 from mustafar import reference
@@ -121,6 +123,60 @@ def test_compress_keeps_shapes_and_names_errors() -> None:
     ):
         with pytest.raises(ValueError):
             mustafar.compress(x, **options)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", ["random", "tied", "zero", "outlier"])
+def test_coded_packing_equals_the_reference(kind: str, head_dim: int) -> None:
+    x = rows_of(kind, head_dim)
+    if kind == "outlier":
+        x[2, :] = 1e3
+    random = np.random.default_rng(head_dim)
+    sigma = np.exp(1.5 * random.standard_normal(head_dim)).astype(np.float32)
+    sigma[::3] = sigma[0]
+    for bits in (1.0, 2.3, 3.0, 7.0):
+        blocks = mustafar.compress(x * sigma, value_dtype="coded", bits=bits, sigma=sigma)
+        halves = (x * sigma).reshape(-1, 64, head_dim)
+        expected = np.stack([reference.pack_coded_block(b, sigma, bits) for b in halves])
+        np.testing.assert_array_equal(blocks.data, expected)
+        rows = [reference.unpack_coded_block(b, sigma, bits) for b in expected]
+        np.testing.assert_array_equal(blocks.decompress(), np.concatenate(rows))
+        assert blocks.masks.all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(data())
+def test_any_coded_block_equals_the_reference(draw: DataObject) -> None:
+    head_dim = draw.draw(integers(1, 40))
+    bits = draw.draw(floats(1, 7))
+    number = floats(-1e4, 1e4, width=32)
+    sigma = np.array(
+        draw.draw(lists(floats(0, 1e3, width=32), min_size=head_dim, max_size=head_dim)), np.float32
+    )
+    few = draw.draw(lists(number, min_size=1, max_size=3 * head_dim))
+    x = np.resize(np.array(few, np.float32), (64, head_dim))
+    data = mustafar.compress(x, value_dtype="coded", bits=bits, sigma=sigma).data
+    np.testing.assert_array_equal(data[0], reference.pack_coded_block(x, sigma, bits))
+
+
+def test_coded_errors() -> None:
+    x = rows_of("random", 64)
+    sigma = np.ones(64, np.float32)
+    with pytest.raises(ValueError, match="needs sigma"):
+        mustafar.compress(x, value_dtype="coded")
+    with pytest.raises(ValueError, match="sigma goes with"):
+        mustafar.compress(x, value_dtype="int8", sigma=sigma)
+    with pytest.raises(ValueError, match="sigma must be 64"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma[:5])
+    with pytest.raises(ValueError, match="sigma must be 64"):
+        mustafar.compress(x, value_dtype="coded", sigma=-sigma)
+    with pytest.raises(ValueError, match="bits must be in"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma, bits=7.5)
+    with pytest.raises(ValueError, match="prunes nothing"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma, weight=sigma)
+    x[70, 3] = np.nan
+    with pytest.raises(ValueError, match="row 70 is not finite"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma)
 
 
 def test_bf16_rounds_half_to_even() -> None:

@@ -21,6 +21,8 @@ class CpuBackend final : public Backend {
   std::string device() const override { return "cpu"; }
   std::string description() const override;
   bool host_memory() const override { return true; }
+  bool codes() const override { return true; }
+  ThreadPool* host_pool() override { return &pool_; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
   void upload(void* device, const void* host, int64_t bytes) override;

@@ -8,6 +8,7 @@
 #include "backend/cpu/isa.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 
 namespace mustafar {
 
@@ -123,6 +124,9 @@ struct Kernels {
   double (*exp_sum)(const float* x, float shift, int64_t n) = nullptr;
   // sum e^p (p - (x - shift)): the divergence of log-probabilities x - shift from p.
   double (*divergence)(const float* p, const float* x, float shift, int64_t n) = nullptr;
+  // The same of coded rows, as unpack_coded_slot of format/coded.h.
+  void (*unpack_coded_slot)(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
+                            float* out) = nullptr;
   GemmKernels f32;
   GemmKernels bf16;  // rows == 0 where the instruction set has no bf16 dot product
 };

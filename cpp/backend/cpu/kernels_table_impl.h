@@ -22,6 +22,7 @@ Kernels make_kernels() {
   k.row_max = row_max;
   k.exp_sum = exp_sum;
   k.divergence = divergence;
+  k.unpack_coded_slot = unpack_coded_slot;
   k.f32 = make_gemm_kernels<StepF32>();
   return k;
 }

@@ -115,6 +115,14 @@ class TaskRunner {
         const int64_t at = int64_t{i} * kBlockTokens * args_.head_dim;
         const uint8_t* k_slot = page + k_slot_offset(store, args_.layer, task_.kv_head);
         const uint8_t* v_slot = page + v_slot_offset(store, args_.layer, task_.kv_head);
+        if (store.k.dtype == DType::kCoded) {
+          const auto table = [&](bool is_key) {
+            return code_table(*step_.codes, store, args_.layer, task_.kv_head, is_key);
+          };
+          kernels_.unpack_coded_slot(store.k, table(true), k_slot, keys + at);
+          kernels_.unpack_coded_slot(store.v, table(false), v_slot, values + at);
+          continue;
+        }
         kernels_.unpack_slot(store.k, k_slot, keys + at);
         kernels_.unpack_slot(store.v, v_slot, values + at);
       }

@@ -24,6 +24,7 @@ enum class ValueType : uint8_t {
   kBF16,
   kInt8,
   kInt4,
+  kCoded,  // bits dealt to a profile's dims by their energy; nothing is pruned
 };
 
 enum class PrunePolicy : uint8_t {
@@ -45,12 +46,18 @@ struct KVConfig {
   int32_t window = 32;      // newest tokens that stay dense
   int32_t sink_tokens = 4;  // first tokens that stay dense
   ValueType value_dtype = ValueType::kInt8;
+  double bits = 3.0;             // coded: of a dim, on average, [1, 7]
+  std::optional<double> k_bits;  // for keys alone
+  std::optional<double> v_bits;  // for values alone
   PrunePolicy k_policy = PrunePolicy::kMagnitude;
   PrunePolicy v_policy = PrunePolicy::kMagnitude;
   std::shared_ptr<const Profile> profile;  // null: none
 
-  double effective_k_sparsity() const { return k_sparsity.value_or(sparsity); }
-  double effective_v_sparsity() const { return v_sparsity.value_or(sparsity); }
+  bool coded() const { return value_dtype == ValueType::kCoded; }
+  double effective_k_sparsity() const { return coded() ? 0.0 : k_sparsity.value_or(sparsity); }
+  double effective_v_sparsity() const { return coded() ? 0.0 : v_sparsity.value_or(sparsity); }
+  double effective_k_bits() const { return k_bits.value_or(bits); }
+  double effective_v_bits() const { return v_bits.value_or(bits); }
 
   // Throws std::invalid_argument naming the field, its value and the range.
   void validate() const;

@@ -22,10 +22,16 @@ class Profile {
   std::string model_fingerprint;  // of the model it was calibrated for; empty: any of these shapes
   std::string text_hash;          // of the calibration text; empty for hadamard
 
-  // [n_layers][n_kv_heads][head_dim][head_dim], F and B as above.
+  // [n_layers][n_kv_heads][head_dim][head_dim], F and B as above. Columns of a calibrated F stand by
+  // falling energy.
   std::vector<float> k_forward, k_backward, v_forward, v_backward;
   // [n_layers][n_kv_heads][head_dim] ranking weights > 0, or empty for none.
   std::vector<float> k_weight, v_weight;
+  // [n_layers][n_kv_heads][head_dim] root mean squares of k' and v' over the calibration text, or
+  // empty where there was none (hadamard). A dim that carries nothing has kLeastSigma of its head's
+  // largest: values are > 0.
+  std::vector<float> k_sigma, v_sigma;
+  static constexpr float kLeastSigma = 1e-6f;
 
   // Throws ModelError naming file, tensor, expected and actual.
   static std::shared_ptr<const Profile> load(const std::filesystem::path& file);
