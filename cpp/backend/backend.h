@@ -134,6 +134,17 @@ struct TopLogits {
   bool regular = false;       // no NaN, no +Inf, not all -Inf; else nothing else here says anything
 };
 
+// What scoring a text needs of a row of logits.
+struct RowScore {
+  int32_t target = 0;                // a token of the vocabulary
+  const float* reference = nullptr;  // host, [vocab]: log-probabilities of another cache, or null
+  float* log_probs = nullptr;        // host, [vocab]: where the row's own are to go, or null
+  // Out. Natural logarithms.
+  float log_prob = 0;     // of target
+  int32_t top = 0;        // the most probable token, of several the lowest
+  double divergence = 0;  // of the row from the reference, KL(reference || row)
+};
+
 // Scratch of one call in flight: grows to what the largest call so far needed.
 class Workspace {
  public:
@@ -209,6 +220,11 @@ class Backend {
     (void)logits, (void)vocab, (void)k, (void)out, (void)workspace;
     throw std::logic_error(device() + " hands out whole rows of logits");
   }
+
+  // Log-softmax of rows.size() rows of logits [.][vocab], of each what its RowScore asks for.
+  // Synchronous. Unless a device knows better, rows come to the host.
+  virtual void score_rows(const float* logits, int64_t vocab, std::span<RowScore> rows,
+                          Workspace& workspace);
 
   // Prunes and compresses layers [first_layer, first_layer + n_layers) of every step. Throws
   // StateError naming layer and position where a row that must be quantised is not finite (then

@@ -84,13 +84,9 @@ void KVConfig::validate() const {
   if (k_bits) check_bits("k_bits", *k_bits);
   if (v_bits) check_bits("v_bits", *v_bits);
   if (coded()) {
-    // The default of `sparsity` can't be told from being asked for.
-    const bool pruned = k_sparsity.value_or(0) != 0 || v_sparsity.value_or(0) != 0 ||
-                        (sparsity != 0 && sparsity != KVConfig().sparsity);
-    if (pruned) {
+    if (effective_k_sparsity() != 0 || effective_v_sparsity() != 0) {
       throw std::invalid_argument(
-          "value_dtype \"coded\" prunes nothing, so sparsity does not apply: leave it out and say "
-          "bits");
+          "value_dtype \"coded\" prunes nothing, so sparsity must be 0: say bits");
     }
   } else if (k_bits || v_bits) {
     throw std::invalid_argument(std::string(k_bits ? "k_bits" : "v_bits") +

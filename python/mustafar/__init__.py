@@ -38,6 +38,7 @@ from .types import (
     MemoryUsage,
     SamplingParams,
     TokenLogprob,
+    kv_presets,
 )
 
 __all__ = [
@@ -70,4 +71,5 @@ __all__ = [
     "calibrate",
     "compress",
     "decompress",
+    "kv_presets",
 ]

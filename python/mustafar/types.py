@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
+
 LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
 
 
 @dataclass(frozen=True)
 class KVConfig:
-    """How a session keeps its keys and values.
+    """How a session keeps its keys and values. The default does no harm: all of them, in 8 bits.
 
     Attributes:
         sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
@@ -26,10 +28,10 @@ class KVConfig:
             NeurIPS 2025).
         window: Newest tokens that stay dense.
         sink_tokens: First tokens that stay dense.
-        value_dtype: ``"auto"`` is the model's type (f32, f16, else bf16); also ``"f32"``,
-            ``"f16"``, ``"bf16"``, ``"int8"``, ``"int4"``. ``"coded"`` needs a calibrated profile:
-            in its basis every dim has a fixed number of bits, by the energy that calibration saw
-            in it; nothing is pruned, so leave ``sparsity`` out.
+        value_dtype: ``"int8"`` and ``"int4"`` have a scale for every row; ``"auto"`` is the model's
+            type (f32, f16, else bf16); also ``"f32"``, ``"f16"``, ``"bf16"``. ``"coded"`` needs a
+            calibrated profile: in its basis every dim has a fixed number of bits, by the energy
+            that calibration saw in it; nothing is pruned.
         bits: With ``"coded"``: bits of a dim on average, 1 to 7; a row has 16 more for its scale.
         k_bits: The same for keys alone; None takes ``bits``.
         v_bits: The same for values alone.
@@ -44,17 +46,18 @@ class KVConfig:
             ``"channel_output_aware"``, ``|v|`` times the token's ``sum over d of w[d] * |k[d]|``.
             That bounds the sum of the window's ``|q . k|`` and stands in for the attention
             probabilities, which are never stored.
-        profile: A KV transform: None, ``"hadamard"``, ``"model"`` (kv_profile.safetensors in the
-            model's folder), a file, or a :class:`Profile`.
+        profile: A KV transform: None, ``"hadamard"``, ``"auto"`` (calibrated once per model and kept
+            in the user's cache folder), ``"model"`` (kv_profile.safetensors in the model's folder),
+            a file, or a :class:`Profile`.
     """
 
-    sparsity: float = 0.5
+    sparsity: float = 0.0
     k_sparsity: float | None = None
     v_sparsity: float | None = None
     pattern: Literal["group", "row"] = "group"
     window: int = 32
-    sink_tokens: int = 0
-    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"] = "auto"
+    sink_tokens: int = 4
+    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"] = "int8"
     bits: float = 3.0
     k_bits: float | None = None
     v_bits: float | None = None
@@ -62,11 +65,27 @@ class KVConfig:
     v_policy: str = "magnitude"
     profile: Any = None
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> KVConfig:
+        """A setting by name, with fields changed where named.
+
+        ``"lossless"`` (the default), ``"balanced"``, ``"small"`` or ``"mustafar"``; what each was
+        measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
+
+        Raises ValueError for an unknown name, TypeError for an unknown field.
+        """
+        return replace(cls(**_core.kv_preset(name)), **changes)
+
     def _native(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.profile, os.PathLike):
             values["profile"] = os.fspath(self.profile)
         return values
+
+
+def kv_presets() -> dict[str, str]:
+    """The names that :meth:`KVConfig.preset` knows, each with its bytes and measured loss."""
+    return dict(_core.kv_presets())
 
 
 @dataclass(frozen=True)

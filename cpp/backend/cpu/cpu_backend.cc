@@ -12,6 +12,7 @@
 #include "backend/cpu/decode_attention.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/prefill_attention.h"
+#include "backend/cpu/row_scores.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
@@ -360,6 +361,11 @@ void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<co
     return;
   }
   prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
+}
+
+void CpuBackend::score_rows(const float* logits, int64_t vocab, std::span<RowScore> rows,
+                            Workspace&) {
+  score_host_rows(pool_, kernels_, logits, vocab, rows);
 }
 
 void CpuBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
