@@ -125,7 +125,6 @@ KVConfig kv_from(const nlohmann::json& json) {
   kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
   kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
   if (kv.coded()) {
-    kv.k_sparsity = kv.v_sparsity = std::nullopt;
     kv.bits = json.at("bits").get<double>();
     const double k_bits = json.at("k_bits").get<double>();
     const double v_bits = json.at("v_bits").get<double>();

@@ -228,8 +228,8 @@ def test_errors_name_the_field(model: mustafar.Model, profile: Profile) -> None:
         ("bits", 7.5, "bits must be between"),
         ("k_bits", float("nan"), "k_bits must be"),
         ("v_bits", 9.0, "v_bits must be"),
-        ("sparsity", 0.7, "sparsity does not apply"),
-        ("k_sparsity", 0.5, "sparsity does not apply"),
+        ("sparsity", 0.7, "sparsity must be 0"),
+        ("k_sparsity", 0.5, "sparsity must be 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             Session(model, replace(coded, **{field: value}))

@@ -54,8 +54,8 @@ struct KVConfig {
   std::shared_ptr<const Profile> profile;  // null: none
 
   bool coded() const { return value_dtype == ValueType::kCoded; }
-  double effective_k_sparsity() const { return coded() ? 0.0 : k_sparsity.value_or(sparsity); }
-  double effective_v_sparsity() const { return coded() ? 0.0 : v_sparsity.value_or(sparsity); }
+  double effective_k_sparsity() const { return k_sparsity.value_or(sparsity); }
+  double effective_v_sparsity() const { return v_sparsity.value_or(sparsity); }
   double effective_k_bits() const { return k_bits.value_or(bits); }
   double effective_v_bits() const { return v_bits.value_or(bits); }
 
