@@ -69,7 +69,9 @@ TEST(CodedTest, BitsGoWhereTheEnergyIs) {
       for (int32_t a = 0; a < head_dim; a++) {
         EXPECT_LE(head.widths[a], kMaxWidth);
         for (int32_t b = 0; b < head_dim; b++) {
-          if (head.sigmas[a] > head.sigmas[b]) EXPECT_GE(head.widths[a], head.widths[b]);
+          if (head.sigmas[a] > head.sigmas[b]) {
+            EXPECT_GE(head.widths[a], head.widths[b]);
+          }
         }
       }
     }
