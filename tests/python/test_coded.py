@@ -188,7 +188,7 @@ def test_bytes_are_what_bits_say(model: mustafar.Model, profile: Profile) -> Non
     used = {}
     for bits in (2.0, 4.0):
         session = Session(model, KVConfig(value_dtype="coded", bits=bits, profile=profile))
-        session.prefill(ids_of(64 * 4 + 32))
+        session.prefill(ids_of(64 * 4 + 32 + 4))  # window and sinks
         memory = session.memory()
         rows = 256 * 2 * model.config["n_layers"] * model.config["n_kv_heads"]
         assert memory.values == rows * reference.coded_row_bytes(dim, bits)
@@ -206,7 +206,7 @@ def test_more_bits_are_nearer_to_dense(model: mustafar.Model, profile: Profile) 
         session.prefill(ids[:-20])
         return np.stack([session.decode(token) for token in ids[-20:]])
 
-    dense = logits(KVConfig(sparsity=0))
+    dense = logits(KVConfig.preset("dense"))
     errors = [
         float(
             np.square(logits(KVConfig(value_dtype="coded", bits=b, profile=profile)) - dense).sum()

@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.real_model
 
-DENSE = mustafar.KVConfig(sparsity=0)
+DENSE = mustafar.KVConfig.preset("dense")
 NEW_TOKENS = 64
 SCORED = 2048
 # Prose, the reference manual of the Python that runs this.
