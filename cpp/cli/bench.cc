@@ -158,7 +158,7 @@ Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth) {
     throw_if_interrupted();
     const Model& model = engine.model(i);
     KVConfig kv = setting.config;
-    kv.profile = Profile::resolve(setting.profile, model);
+    kv.profile = resolve_profile(setting.profile, model);
     Session session(model, kv);
     if (options_.fill == "prefill" && depth > 0) {
       session.set_interrupt_check(throw_if_interrupted);
@@ -346,7 +346,7 @@ void add_bench(CLI::App& app, Run& run) {
   command->add_option("--sinks", options->sinks, "First tokens that stay dense")
       ->capture_default_str();
   command->add_option("--profile", options->profile,
-                      "KV transform: a file, hadamard, or model (the folder's own)");
+                      "KV transform: auto, hadamard, model (the folder's own), or a file");
   command
       ->add_option("--fill", options->fill,
                    "How the depth comes about: random keys and values, or the prefill of tokens")

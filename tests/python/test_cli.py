@@ -221,6 +221,32 @@ def test_failures_are_errors_with_a_message(tmp_path):
     assert "kv_budget" in result.stderr
 
 
+def test_calibrate_writes_a_profile(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a dog who liked to run in the park. " * 30)
+    made = tmp_path / "made.safetensors"
+    result = run("calibrate", "-m", STORY, "-f", text, "-f", text, "-o", made, "--scale-power", 0.5)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # no terminal, no bar
+    assert re.fullmatch(rf"{made}: balanced, hash [0-9a-f]{{16}}\n", result.stdout)
+    result = generate("-p", PROMPT, "-n", 4, "--profile", made)
+    assert result.returncode == 0, result.stderr
+
+    result = run("calibrate", "-m", STORY, "-o", tmp_path / "h", "--kind", "hadamard")
+    assert result.returncode == 0, result.stderr
+    for arguments, code, message in [
+        (["-o", tmp_path / "x"], 2, "-f FILE is needed"),
+        (["-o", tmp_path / "x", "-f", tmp_path / "none"], 1, "none"),
+        (["-o", tmp_path / "x", "-f", text, "--balance", 2], 2, "balance is 2"),
+        (["-o", tmp_path / "x", "-f", text, "-n", 4], 2, "needs text"),
+        (["-f", text], 2, "--output is required"),
+        (["-o", tmp_path / "no" / "x", "-f", text], 1, "cannot create"),
+    ]:
+        result = run("calibrate", "-m", STORY, *arguments)
+        assert (result.returncode, message in result.stderr) == (code, True), result
+        assert result.stdout == "" and not (tmp_path / "x").exists()
+
+
 def test_no_command_help_and_version():
     assert run().returncode == 2
     assert run("no-such-command").returncode == 2
