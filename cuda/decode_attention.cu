@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(AttentionArgs args) {
   float* out = args.out + (int64_t{row} * args.n_heads + head) * args.head_dim;
   const int32_t kv_head = head / (args.n_heads / args.n_kv_heads);
   for (int d = thread; d < args.head_dim; d += kThreads) {
-    float value = merged[d];
+    float value = merged[stored_index(d, s->v_groups, args.head_dim)];
     if (s->v_backward != nullptr) {
       const float* matrix = s->v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) *
                                                 args.head_dim * args.head_dim;

@@ -101,9 +101,12 @@ __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args
     }
     return sum;
   };
+  const int32_t groups = matrix != nullptr ? 1 : kind == 2 ? s.v_groups : s.k_groups;
   if (kind == 0) {
     float* to = args.q + (int64_t{row} * args.n_heads + head) * dims;
-    for (int d = thread(); d < dims; d += kRopeThreads) to[d] = value(d);
+    for (int d = thread(); d < dims; d += kRopeThreads) {
+      to[stored_index(d, groups, dims)] = value(d);
+    }
     return;
   }
   const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args
          s.dense_tokens * row_bytes;
   }
   for (int d = thread(); d < dims; d += kRopeThreads) {
-    store_element(to, args.tail_dtype, d, value(d));
+    store_element(to, args.tail_dtype, stored_index(d, groups, dims), value(d));
   }
 }
 

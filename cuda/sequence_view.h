@@ -25,6 +25,7 @@ struct SequenceView {
   const float* v_backward = nullptr;
   const float* k_weight = nullptr;  // [n_layers][n_kv_heads][D], or null
   const float* v_weight = nullptr;
+  int32_t k_groups = 1, v_groups = 1;  // KVTransform's: rows without a matrix are dealt to them
 
   float* query_magnitude = nullptr;  // [n_layers][n_kv_heads][query_window][D], or null
   int32_t query_window = 0;

@@ -27,6 +27,8 @@ inline SequenceView view_of(const SequenceStep& step) {
     view.v_backward = step.transform->v_backward;
     view.k_weight = step.transform->k_weight;
     view.v_weight = step.transform->v_weight;
+    view.k_groups = step.transform->k_groups;
+    view.v_groups = step.transform->v_groups;
   }
   view.query_magnitude = step.query_magnitude;
   view.query_window = step.query_window;

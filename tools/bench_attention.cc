@@ -11,6 +11,7 @@
 // bandwidth, the ratio to dense bf16, and the share of compression in a decode step.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +28,7 @@
 #include "backend/cpu/isa.h"
 #include "core/thread_pool.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
 
@@ -47,6 +49,7 @@ struct Setting {
   const char* name;
   DType dtype;
   double k_sparsity, v_sparsity;
+  double bits = 0;  // coded
 };
 
 const Setting kSettings[] = {
@@ -59,7 +62,16 @@ const Setting kSettings[] = {
     {"f16 K 12/32 V 4/16", DType::kF16, .625, .75},
     {"int8 K 12/32 V 4/16", DType::kInt8, .625, .75},
     {"int4 K 16/32 V 8/16", DType::kInt4, .5, .5},
+    {"coded 4 bits", DType::kCoded, 0, 0, 4},
+    {"coded 3 bits", DType::kCoded, 0, 0, 3},
+    {"coded 2 bits", DType::kCoded, 0, 0, 2},
 };
+
+SlotLayout slot_of(const Options& options, const Setting& setting, bool is_key) {
+  if (setting.dtype == DType::kCoded) return make_coded_layout(options.head_dim, setting.bits);
+  return make_slot_layout(options.head_dim, is_key,
+                          is_key ? setting.k_sparsity : setting.v_sparsity, true, setting.dtype);
+}
 
 DType tail_of(DType dtype) { return dtype == DType::kF16 ? DType::kF16 : DType::kBF16; }
 
@@ -70,13 +82,14 @@ struct Cache {
   HostBuffer pages_memory, dense;
   std::vector<const uint8_t*> pages;
   SequenceStep step;
+  std::vector<uint8_t> widths[2];  // V, K
+  std::vector<float> sigmas;
+  CodeTables codes;
 
   Cache(const Options& options, const Setting& setting, int64_t context, int32_t n_layers) {
-    const auto slot = [&](bool is_key, double sparsity) {
-      return make_slot_layout(options.head_dim, is_key, sparsity, true, setting.dtype);
-    };
-    layout = make_store_layout(n_layers, options.n_kv_heads, slot(true, setting.k_sparsity),
-                               slot(false, setting.v_sparsity));
+    layout = make_store_layout(n_layers, options.n_kv_heads, slot_of(options, setting, true),
+                               slot_of(options, setting, false));
+    if (setting.dtype == DType::kCoded) make_codes(options);
     tail = tail_of(setting.dtype);
     const int64_t n_blocks = compressed_tokens(context, 0, options.window) / kBlockTokens;
     pages_memory = HostBuffer(n_blocks * layout.page_bytes + kSlabSlack);
@@ -93,7 +106,12 @@ struct Cache {
         select_row(s, rows.data() + t * s.head_dim, nullptr, masks.data() + t * s.mask_words);
       }
       samples[is_key].resize(s.slot_bytes);
-      pack_block(s, rows.data(), masks.data(), samples[is_key].data());
+      if (setting.dtype == DType::kCoded) {
+        pack_coded_block(s, code_table(codes, layout, 0, 0, is_key), rows.data(),
+                         samples[is_key].data());
+      } else {
+        pack_block(s, rows.data(), masks.data(), samples[is_key].data());
+      }
     }
     for (int64_t b = 0; b < n_blocks; b++) {
       uint8_t* page = pages_memory.as<uint8_t>() + b * layout.page_bytes;
@@ -117,8 +135,28 @@ struct Cache {
     for (int64_t i = 0; i < values; i++) store_float(dense.data(), tail, i, normal(random));
     step.dense = dense.data();
     step.n_rows = 1;
+    if (setting.dtype == DType::kCoded) step.codes = &codes;
   }
   Cache(Cache&&) = delete;
+
+  // Energies that fall a thousandfold over the dims, the same in every head.
+  void make_codes(const Options& options) {
+    const int32_t n = options.head_dim;
+    for (int32_t d = 0; d < n; d++) {
+      sigmas.push_back(std::exp(-3.45f * static_cast<float>(d) / static_cast<float>(n)));
+    }
+    const int64_t heads = int64_t{layout.n_layers} * options.n_kv_heads;
+    for (const bool is_key : {true, false}) {
+      std::vector<uint8_t>& of_kind = widths[is_key];
+      of_kind.resize(n);
+      deal_widths(sigmas.data(), n, (is_key ? layout.k : layout.v).row_bytes, of_kind.data());
+      for (int64_t i = 1; i < heads; i++) for (int32_t d = 0; d < n; d++) of_kind.push_back(of_kind[d]);
+    }
+    std::vector<float> all;
+    for (int64_t i = 0; i < heads; i++) all.insert(all.end(), sigmas.begin(), sigmas.end());
+    sigmas = std::move(all);
+    codes = {widths[1].data(), widths[0].data(), sigmas.data(), sigmas.data()};
+  }
 
   // Read by one layer's decode step.
   double bytes(const Options& options) const {
@@ -201,8 +239,7 @@ void run_context(const Options& options, int64_t context, std::ostream* json) {
   HostBuffer stream(4 * options.llc_bytes);
   std::memset(stream.data(), 1, stream.bytes());
   const auto layers_for = [&](const Setting& s) {
-    const SlotLayout k = make_slot_layout(options.head_dim, true, s.k_sparsity, true, s.dtype);
-    const SlotLayout v = make_slot_layout(options.head_dim, false, s.v_sparsity, true, s.dtype);
+    const SlotLayout k = slot_of(options, s, true), v = slot_of(options, s, false);
     const double per_layer = static_cast<double>(context) / kBlockTokens * options.n_kv_heads *
                              (k.slot_bytes + v.slot_bytes);
     return static_cast<int32_t>(4.0 * options.llc_bytes / per_layer) + 1;

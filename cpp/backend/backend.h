@@ -19,6 +19,7 @@
 
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
@@ -57,7 +58,9 @@ struct Weights {
   const float* rope_frequencies = nullptr;  // [head_dim / 2]
 };
 
-// The KV transform of a profile: per layer and KV head D x D, row vectors (k' = k F, q' = q B^T).
+// What brings rows into the cache's own coordinates: the KV transform of a profile, per layer and KV
+// head D x D, row vectors (k' = k F, q' = q B^T), and the stored order of block_format.h. Matrices
+// and weights are given in stored order; rows without a matrix are dealt to k_groups or v_groups.
 struct KVTransform {
   const float* k_forward = nullptr;   // [n_layers][n_kv_heads][D][D]
   const float* k_backward = nullptr;
@@ -65,6 +68,8 @@ struct KVTransform {
   const float* v_backward = nullptr;
   const float* k_weight = nullptr;    // [n_layers][n_kv_heads][D] ranking weights, or null
   const float* v_weight = nullptr;
+  int32_t k_groups = 1;  // 1: the order is the row's own
+  int32_t v_groups = 1;
 };
 
 // One sequence's part in a call. Its cache is the store (n_blocks pages), then the dense buffer
@@ -92,6 +97,7 @@ struct SequenceStep {
   int32_t fresh_pos0 = 0;
 
   const KVTransform* transform = nullptr;  // host struct of device pointers, or null
+  const CodeTables* codes = nullptr;       // likewise, where the store's rows are coded
 
   // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys by
   // it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p % query_window.
@@ -128,6 +134,17 @@ struct TopLogits {
   bool regular = false;       // no NaN, no +Inf, not all -Inf; else nothing else here says anything
 };
 
+// What scoring a text needs of a row of logits.
+struct RowScore {
+  int32_t target = 0;                // a token of the vocabulary
+  const float* reference = nullptr;  // host, [vocab]: log-probabilities of another cache, or null
+  float* log_probs = nullptr;        // host, [vocab]: where the row's own are to go, or null
+  // Out. Natural logarithms.
+  float log_prob = 0;     // of target
+  int32_t top = 0;        // the most probable token, of several the lowest
+  double divergence = 0;  // of the row from the reference, KL(reference || row)
+};
+
 // Scratch of one call in flight: grows to what the largest call so far needed.
 class Workspace {
  public:
@@ -154,6 +171,7 @@ class Backend {
   virtual std::string device() const = 0;       // "cpu" or "cuda"
   virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
   virtual bool host_memory() const = 0;         // device pointers can be read by the host
+  virtual bool codes() const { return false; }  // coded rows are stored and attended to
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
@@ -172,12 +190,12 @@ class Backend {
 
   // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and values
   // are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
-  // [n_rows][n_heads * D], transformed where the sequence has a transform.
+  // [n_rows][n_heads * D], in the cache's coordinates like the keys.
   virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                            const float* x, float* q, Workspace& workspace) = 0;
 
   // Softmax attention of every row over its sequence's cache and the call's tokens up to its own, one
-  // online softmax; undoes the value transform. out: [n_rows][n_heads * D].
+  // online softmax; brings the output back to the model's own coordinates. out: [n_rows][n_heads * D].
   virtual void attend(int32_t layer, const Batch& batch, const float* q, float* out,
                       Workspace& workspace) = 0;
 
@@ -202,6 +220,11 @@ class Backend {
     (void)logits, (void)vocab, (void)k, (void)out, (void)workspace;
     throw std::logic_error(device() + " hands out whole rows of logits");
   }
+
+  // Log-softmax of rows.size() rows of logits [.][vocab], of each what its RowScore asks for.
+  // Synchronous. Unless a device knows better, rows come to the host.
+  virtual void score_rows(const float* logits, int64_t vocab, std::span<RowScore> rows,
+                          Workspace& workspace);
 
   // Prunes and compresses layers [first_layer, first_layer + n_layers) of every step. Throws
   // StateError naming layer and position where a row that must be quantised is not finite (then

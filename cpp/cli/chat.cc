@@ -84,8 +84,11 @@ class ChatProgram {
   int run() {
     if (editor_.is_terminal() && !options_.quiet) {
       note(model_.folder().filename().string() + " | context " +
-           std::to_string(session_.max_tokens()) + " tokens | sparsity " +
-           format_number(session_.kv_config().sparsity, 2) + " | /help lists the commands");
+           std::to_string(session_.max_tokens()) + " tokens | " +
+           (session_.kv_config().coded()
+                ? sparsity_text()
+                : "sparsity " + format_number(session_.kv_config().sparsity, 2)) +
+           " | /help lists the commands");
     }
     if (options_.prompt) take(*options_.prompt);
     std::string message;
@@ -340,6 +343,10 @@ class ChatProgram {
 
   std::string sparsity_text() const {
     const KVConfig& kv = session_.kv_config();
+    if (kv.coded()) {
+      return "coded, bits K " + format_number(kv.effective_k_bits(), 2) + " V " +
+             format_number(kv.effective_v_bits(), 2);
+    }
     return "sparsity K " + format_number(kv.effective_k_sparsity(), 2) + " V " +
            format_number(kv.effective_v_sparsity(), 2);
   }
@@ -349,6 +356,7 @@ class ChatProgram {
   void set_sparsity(const std::string& argument) {
     if (argument.empty()) return note(sparsity_text());
     KVConfig kv = session_.kv_config();
+    if (kv.coded()) throw std::invalid_argument("/sparsity: a coded cache prunes nothing");
     char* end = nullptr;
     kv.sparsity = std::strtod(argument.c_str(), &end);
     if (*end != '\0') throw std::invalid_argument("/sparsity: '" + argument + "' is no number");

@@ -124,62 +124,71 @@ Model ModelFlags::load() const {
 }
 
 void CacheFlags::add_to(CLI::App& command) {
+  std::string presets;
+  for (const KVPreset& known : kv_presets()) {
+    presets += std::string(presets.empty() ? "" : "; ") + known.name + ": " + known.summary;
+  }
+  const auto option = [&command](const char* name, auto& value, const std::string& help) {
+    command.add_option(name, value, help)->group(kCacheGroup);
+  };
   command
-      .add_option("--sparsity", config.sparsity, "Fraction of every row that is pruned; 0: dense")
+      .add_option("--kv", preset, "A setting by name, which the options below change. " + presets)
       ->capture_default_str()
       ->group(kCacheGroup);
-  command.add_option("--k-sparsity", config.k_sparsity, "For keys alone")->group(kCacheGroup);
-  command.add_option("--v-sparsity", config.v_sparsity, "For values alone")->group(kCacheGroup);
-  command.add_option("--pattern", pattern, "group or row")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command.add_option("--window", config.window, "Newest tokens that stay dense")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command.add_option("--sinks", config.sink_tokens, "First tokens that stay dense")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command.add_option("--kv-dtype", value_dtype, "Stored values: auto, f32, f16, bf16, int8, int4")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command
-      .add_option("--k-policy", k_policy,
-                  "What is pruned of keys: magnitude, output_aware, "
-                  "channel_magnitude, channel_output_aware, "
-                  "channel_structured")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command
-      .add_option("--v-policy", v_policy,
-                  "What is pruned of values: magnitude, "
-                  "channel_magnitude, channel_output_aware")
-      ->capture_default_str()
-      ->group(kCacheGroup);
-  command
-      .add_option("--profile", profile,
-                  "KV transform: auto (calibrated once, then kept), hadamard, "
-                  "model (the folder's own), or a file")
-      ->group(kCacheGroup);
+  option("--sparsity", sparsity, "Fraction of every row that is pruned; 0: dense");
+  option("--k-sparsity", k_sparsity, "For keys alone");
+  option("--v-sparsity", v_sparsity, "For values alone");
+  option("--pattern", pattern, "group or row");
+  option("--window", window, "Newest tokens that stay dense");
+  option("--sinks", sink_tokens, "First tokens that stay dense");
+  option("--kv-dtype", value_dtype,
+         "Stored values: auto (as computed), f32, f16, bf16, int8, int4, coded");
+  option("--bits", bits, "Of a dim on average, for --kv-dtype coded: 1 to 7");
+  option("--k-bits", k_bits, "For keys alone");
+  option("--v-bits", v_bits, "For values alone");
+  option("--k-policy", k_policy,
+         "What is pruned of keys: magnitude, output_aware, channel_magnitude, "
+         "channel_output_aware, channel_structured");
+  option("--v-policy", v_policy,
+         "What is pruned of values: magnitude, channel_magnitude, channel_output_aware");
+  option(
+      "--profile", profile,
+      "KV transform: a file, hadamard, auto (calibrated once and kept), model (the folder's own) "
+      "or none");
 }
 
-void CacheFlags::validate() const {
-  KVConfig checked = config;
-  checked.pattern = parse_pattern(pattern);
-  checked.value_dtype = parse_value_type(value_dtype);
-  checked.k_policy = parse_prune_policy(k_policy);
-  checked.v_policy = parse_prune_policy(v_policy);
-  checked.validate();
+KVConfig CacheFlags::validate() const {
+  KVConfig config = find_kv_preset(preset).config;
+  if (sparsity) {
+    config.sparsity = *sparsity;
+    config.k_sparsity = config.v_sparsity = std::nullopt;
+  }
+  if (k_sparsity) config.k_sparsity = k_sparsity;
+  if (v_sparsity) config.v_sparsity = v_sparsity;
+  if (bits) {
+    config.bits = *bits;
+    config.k_bits = config.v_bits = std::nullopt;
+  }
+  if (k_bits) config.k_bits = k_bits;
+  if (v_bits) config.v_bits = v_bits;
+  if (window) config.window = *window;
+  if (sink_tokens) config.sink_tokens = *sink_tokens;
+  if (pattern) config.pattern = parse_pattern(*pattern);
+  if (value_dtype) config.value_dtype = parse_value_type(*value_dtype);
+  if (k_policy) config.k_policy = parse_prune_policy(*k_policy);
+  if (v_policy) config.v_policy = parse_prune_policy(*v_policy);
+  config.validate();
+  return config;
+}
+
+std::string CacheFlags::profile_name() const {
+  return profile.value_or(find_kv_preset(preset).profile);
 }
 
 KVConfig CacheFlags::resolve(const Model& model) const {
-  KVConfig resolved = config;
-  resolved.pattern = parse_pattern(pattern);
-  resolved.value_dtype = parse_value_type(value_dtype);
-  resolved.k_policy = parse_prune_policy(k_policy);
-  resolved.v_policy = parse_prune_policy(v_policy);
-  resolved.profile = resolve_profile(profile, model);
-  resolved.validate();
-  return resolved;
+  KVConfig config = validate();
+  config.profile = resolve_profile(profile_name(), model);
+  return config;
 }
 
 std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model) {

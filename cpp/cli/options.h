@@ -27,20 +27,19 @@ struct ModelFlags {
   Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
 };
 
-// --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --k-policy --v-policy
-// --profile
+// --kv --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --bits --k-bits
+// --v-bits --k-policy --v-policy --profile. What is not given is the preset's.
 struct CacheFlags {
-  KVConfig config;
-  std::string pattern = name_of(config.pattern);
-  std::string value_dtype = name_of(config.value_dtype);
-  std::string k_policy = name_of(config.k_policy);
-  std::string v_policy = name_of(config.v_policy);
-  std::string profile;
+  std::string preset = "lossless";
+  std::optional<double> sparsity, k_sparsity, v_sparsity, bits, k_bits, v_bits;
+  std::optional<int32_t> window, sink_tokens;
+  std::optional<std::string> pattern, value_dtype, k_policy, v_policy, profile;
 
   void add_to(CLI::App& command);
   // Checked. Throws std::invalid_argument naming the option's field, ModelError for a bad profile.
   KVConfig resolve(const Model& model) const;
-  void validate() const;  // all but the profile; before a model is loaded
+  KVConfig validate() const;  // all but the profile, which is left out; before a model is loaded
+  std::string profile_name() const;  // as given, or the preset's
 };
 
 // Profile::resolve for a person: what it notes goes to stderr, with a progress bar; Ctrl-C throws

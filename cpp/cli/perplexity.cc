@@ -1,10 +1,7 @@
 // `mustafar perplexity`: what pruning costs, measured on a text. Every chunk is scored as decode
 // would see it: each token attends to what would have been compressed by then in compressed form.
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <memory>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -13,13 +10,10 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/options.h"
+#include "cli/quality.h"
 #include "cli/report.h"
 #include "cli/terminal.h"
-#include "kv/sequence_cache.h"
-#include "mustafar/error.h"
 #include "mustafar/profile.h"
-#include "mustafar/session.h"
-#include "runtime/model_impl.h"
 
 namespace mustafar::cli {
 namespace {
@@ -39,111 +33,16 @@ struct Options {
   bool json = false;
 };
 
-// Per-token figures of one cache setting over all chunks.
-struct Figures {
-  std::vector<double> nll;         // nats, of the text's own next token
-  std::vector<double> divergence;  // nats, KL of the dense cache's distribution from this one
-  int64_t same_top = 0;            // tokens whose most probable successor is the dense cache's
-};
-
 struct Setting {
   KVConfig config;
   std::string profile = "none";
-  Figures figures;
 };
 
-// Natural log-softmax of one row, in place.
-void log_softmax(std::span<const float> logits, std::vector<float>& out) {
-  const float top = *std::max_element(logits.begin(), logits.end());
-  double sum = 0;
-  for (float x : logits) sum += std::exp(static_cast<double>(x) - top);
-  const float shift = static_cast<float>(top + std::log(sum));
-  out.resize(logits.size());
-  for (size_t i = 0; i < logits.size(); i++) out[i] = logits[i] - shift;
-}
-
-int64_t top_of(std::span<const float> values) {
-  return std::max_element(values.begin(), values.end()) - values.begin();
-}
-
-// The dense cache's log-probabilities of one chunk, [tokens - 1][vocab].
-class Baseline {
- public:
-  void score(const Session& dense, std::span<const int32_t> chunk, Figures* figures) {
-    rows_.clear();
-    dense.score_logits(chunk, [&](int64_t position, std::span<const float> logits) {
-      rows_.emplace_back();
-      log_softmax(logits, rows_.back());
-      if (figures != nullptr) add(*figures, rows_.back(), chunk[position + 1], rows_.back());
-    });
-  }
-  void compare(const Session& session, std::span<const int32_t> chunk, Figures& figures) {
-    session.score_logits(chunk, [&](int64_t position, std::span<const float> logits) {
-      log_softmax(logits, row_);
-      add(figures, row_, chunk[position + 1], rows_[position]);
-    });
-  }
-
- private:
-  static void add(Figures& figures, std::span<const float> row, int32_t next,
-                  std::span<const float> dense) {
-    figures.nll.push_back(-row[next]);
-    double divergence = 0;
-    for (size_t i = 0; i < row.size(); i++) {
-      divergence +=
-          std::exp(static_cast<double>(dense[i])) * (static_cast<double>(dense[i]) - row[i]);
-    }
-    figures.divergence.push_back(std::max(divergence, 0.0));
-    figures.same_top += top_of(row) == top_of(dense);
-  }
-
-  std::vector<std::vector<float>> rows_;
-  std::vector<float> row_;
-};
-
-double mean(const std::vector<double>& x) {
-  return std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
-}
-
-// Standard error of the mean.
-double error_of(const std::vector<double>& x) {
-  if (x.size() < 2) return 0;
-  const double m = mean(x);
-  double squares = 0;
-  for (double value : x) squares += (value - m) * (value - m);
-  const double n = static_cast<double>(x.size());
-  return std::sqrt(squares / (n - 1) / n);
-}
-
-double quantile(std::vector<double> x, double q) {
-  const size_t at = static_cast<size_t>(q * static_cast<double>(x.size() - 1) + 0.5);
-  std::nth_element(x.begin(), x.begin() + at, x.end());
-  return x[at];
-}
-
-Json to_json(const Model& model, const Setting& setting) {
-  const Figures& f = setting.figures;
-  const ModelConfig& c = model.config();
-  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, setting.config, nullptr);
-  const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
-  const double dense = 4.0 * c.n_layers * c.n_kv_heads * c.head_dim;
-  const double perplexity = std::exp(mean(f.nll));
-  const double same = static_cast<double>(f.same_top) / static_cast<double>(f.nll.size());
-  return {{"config", cli::to_json(setting.config)},
-          {"profile", setting.profile},
-          {"tokens", f.nll.size()},
-          {"bytes_per_token", bytes},
-          {"of_dense", bytes / dense},
-          {"k_sparsity", 1.0 - static_cast<double>(spec.layout.k.row_keep) / c.head_dim},
-          {"v_sparsity", 1.0 - static_cast<double>(spec.layout.v.row_keep) / c.head_dim},
-          {"ppl", perplexity},
-          {"ppl_error", perplexity * error_of(f.nll)},
-          {"kld_mean", mean(f.divergence)},
-          {"kld_mean_error", error_of(f.divergence)},
-          {"kld_median", quantile(f.divergence, 0.5)},
-          {"kld_99_9", quantile(f.divergence, 0.999)},
-          {"same_top_p", same},
-          {"same_top_p_error", std::sqrt(same * (1 - same) / static_cast<double>(f.nll.size()))}};
+Json to_json(const Model& model, const Setting& setting, const Figures& figures) {
+  Json row = {{"config", cli::to_json(setting.config)}, {"profile", setting.profile}};
+  row.update(store_json(model, setting.config));
+  row.update(cli::to_json(figures));
+  return row;
 }
 
 void print_one(const Json& row) {
@@ -203,14 +102,14 @@ void set_sparsity(KVConfig& config, const std::string& text) {
 std::vector<Setting> settings_of(const Options& options, const Model& model) {
   const KVConfig base = options.cache.resolve(model);
   if (!options.sweep) {
-    return {{base, options.cache.profile.empty() ? "none" : options.cache.profile, {}}};
+    return {{base, options.cache.profile_name()}};
   }
   std::vector<Setting> settings;
   for (const std::string& name : options.profiles) {
     const auto profile = resolve_profile(name, model);
     for (const std::string& sparsity : options.sparsities) {
       for (const std::string& dtype : options.value_dtypes) {
-        Setting setting{base, name, {}};
+        Setting setting{base, name};
         set_sparsity(setting.config, sparsity);
         setting.config.value_dtype = parse_value_type(dtype);
         setting.config.profile = profile;
@@ -221,78 +120,36 @@ std::vector<Setting> settings_of(const Options& options, const Model& model) {
   return settings;
 }
 
-std::vector<std::vector<int32_t>> chunks_of(const Options& options, const Model& model) {
-  const Tokenizer& tokenizer = model.tokenizer();
-  const std::vector<int32_t> prefix = tokenizer.special_prefix();
-  const std::vector<int32_t> ids = tokenizer.encode(read_text(options.file), false);
-  const int64_t size =
-      std::min<int64_t>(options.chunk_tokens, model.config().max_position_embeddings);
-  const int64_t step = size - static_cast<int64_t>(prefix.size());
-  if (step < 2) throw std::invalid_argument("-c is " + std::to_string(size) + " tokens: too few");
-  std::vector<std::vector<int32_t>> chunks;
-  const int64_t n = static_cast<int64_t>(ids.size());
-  for (int64_t at = 0; at + step <= n; at += step) {
-    if (options.max_chunks >= 0 && static_cast<int64_t>(chunks.size()) == options.max_chunks) break;
-    chunks.push_back(prefix);
-    chunks.back().insert(chunks.back().end(), ids.begin() + at, ids.begin() + at + step);
-  }
-  if (chunks.empty()) {
-    throw std::invalid_argument(options.file + " has " + std::to_string(n) +
-                                " tokens, fewer than one chunk of " + std::to_string(step) +
-                                ": give a longer text or a smaller -c");
-  }
-  return chunks;
-}
-
 int perplexity(const Options& options) {
   options.cache.validate();
   const InterruptGuard guard;
   const Model model = options.model.load();
-  std::vector<Setting> settings = settings_of(options, model);
-  const auto chunks = chunks_of(options, model);
+  const std::vector<Setting> settings = settings_of(options, model);
+  const auto chunks = chunks_of(model, read_text(options.file), options.file, options.chunk_tokens,
+                                options.max_chunks);
+  std::vector<KVConfig> configs;
+  for (const Setting& setting : settings) configs.push_back(setting.config);
+  Progress bar("scoring");
+  const Quality quality = measure_quality(model, configs, chunks, [&](int64_t done, int64_t total) {
+    throw_if_interrupted();
+    bar.update(done, total);
+  });
+  bar.clear();
 
-  KVConfig dense_config;
-  dense_config.sparsity = 0;
-  const auto session_with = [&](const KVConfig& config) {
-    auto session = std::make_unique<Session>(model, config);
-    session->set_interrupt_check(throw_if_interrupted);
-    return session;
-  };
-  const auto dense = session_with(dense_config);
-  std::vector<std::unique_ptr<Session>> sessions;
-  for (const Setting& setting : settings) sessions.push_back(session_with(setting.config));
-
-  Setting baseline_setting{dense_config, "none", {}};
-  Baseline baseline;
-  Progress progress("scoring");
-  const int64_t total = static_cast<int64_t>(chunks.size() * (settings.size() + 1));
-  int64_t done = 0;
-  for (const auto& chunk : chunks) {
-    baseline.score(*dense, chunk, &baseline_setting.figures);
-    progress.update(++done, total);
-    for (size_t i = 0; i < settings.size(); i++) {
-      baseline.compare(*sessions[i], chunk, settings[i].figures);
-      progress.update(++done, total);
-    }
-  }
-  progress.clear();
-
+  const Json dense = to_json(model, {dense_setting(), "none"}, quality.dense);
   Json rows = Json::array();
-  for (const Setting& setting : settings) rows.push_back(to_json(model, setting));
+  for (size_t i = 0; i < settings.size(); i++) {
+    rows.push_back(to_json(model, settings[i], quality.settings[i]));
+  }
   if (options.json) {
-    const Json out = {{"model", model.folder().string()},
-                      {"file", options.file},
-                      {"chunks", chunks.size()},
-                      {"chunk_tokens", chunks[0].size()},
-                      {"dense", to_json(model, baseline_setting)},
-                      {"results", rows}};
+    const Json out = {
+        {"model", model.folder().string()}, {"file", options.file}, {"chunks", chunks.size()},
+        {"chunk_tokens", chunks[0].size()}, {"dense", dense},       {"results", rows}};
     std::printf("%s\n", dump(out, 2).c_str());
     return kExitOk;
   }
-  std::printf(
-      "%zu chunks of %zu tokens; dense cache: PPL = %.4f +/- %.5f\n", chunks.size(),
-      chunks[0].size(), std::exp(mean(baseline_setting.figures.nll)),
-      std::exp(mean(baseline_setting.figures.nll)) * error_of(baseline_setting.figures.nll));
+  std::printf("%zu chunks of %zu tokens; dense cache: PPL = %.4f +/- %.5f\n", chunks.size(),
+              chunks[0].size(), dense.at("ppl").get<double>(), dense.at("ppl_error").get<double>());
   if (options.sweep) {
     print_table(rows);
   } else {

@@ -22,12 +22,17 @@ Json to_json(const MemoryUsage& memory) {
 }
 
 Json to_json(const KVConfig& config) {
-  return {
+  Json json = {
       {"k_sparsity", config.effective_k_sparsity()}, {"v_sparsity", config.effective_v_sparsity()},
       {"pattern", name_of(config.pattern)},          {"window", config.window},
       {"sink_tokens", config.sink_tokens},           {"value_dtype", name_of(config.value_dtype)},
       {"k_policy", name_of(config.k_policy)},        {"v_policy", name_of(config.v_policy)},
       {"profile", config.profile != nullptr}};
+  if (config.coded()) {
+    json["k_bits"] = config.effective_k_bits();
+    json["v_bits"] = config.effective_v_bits();
+  }
+  return json;
 }
 
 Json to_json(const GenerateStats& stats) {

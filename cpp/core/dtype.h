@@ -7,9 +7,10 @@
 
 namespace mustafar {
 
-enum class DType : uint8_t { kF32, kF16, kBF16, kInt8, kInt4 };
+// kCoded is of stored rows alone: a row's bits are dealt to its dims by a table (format/coded.h).
+enum class DType : uint8_t { kF32, kF16, kBF16, kInt8, kInt4, kCoded };
 
-// Bytes of n elements; int4 packs two to a byte.
+// Bytes of n elements; int4 packs two to a byte. Those of coded rows are the layout's to say.
 [[maybe_unused]] static inline int64_t dtype_bytes(DType dtype, int64_t n) {
   switch (dtype) {
     case DType::kF32:
@@ -21,6 +22,8 @@ enum class DType : uint8_t { kF32, kF16, kBF16, kInt8, kInt4 };
       return n;
     case DType::kInt4:
       return (n + 1) / 2;
+    case DType::kCoded:
+      break;
   }
   return 0;
 }
@@ -41,6 +44,8 @@ enum class DType : uint8_t { kF32, kF16, kBF16, kInt8, kInt4 };
       return "int8";
     case DType::kInt4:
       return "int4";
+    case DType::kCoded:
+      return "coded";
   }
   return "?";
 }

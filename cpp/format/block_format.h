@@ -4,12 +4,21 @@
 //
 // A block is 64 tokens of one KV head, K or V, in one slot of fixed size (128-byte aligned):
 //
-//     masks   [64][mask_words]   uint32, bit i of word w is dim 32 * w + i; absent in dense slots
+//     masks   [64][mask_words]   uint32, bit i of word w is index 32 * w + i; absent in dense slots
 //     offsets [65] uint16        ragged slots only: index of each row's first value, then the
 //                                number of values
-//     values  [64][row_bytes]    kept values in ascending dim order, rows padded to whole words
-//                                (ragged: one run of values, rows end to end)
-//     scales  [64] bf16          int8 and int4 only
+//     values  [64][row_bytes]    kept values in ascending order of index, rows padded to whole
+//                                words (ragged: one run of values, rows end to end)
+//     scales  [64] bf16          int8, int4 and coded only
+//
+// Coded rows (format/coded.h) have no masks: a row is its dims' codes, of different widths, end to
+// end.
+//
+// A row is stored permuted (format version 2): the members of a group are dealt round the row,
+// since after RoPE strong key dims are neighbours, and a group of neighbours would have to drop
+// some of them. stored_index says where a dim stands; masks, values and everything else that
+// handles rows (the dense buffer too) speak of stored indices. Where nothing is grouped the order
+// is the row's.
 //
 // int4 packs two values to a byte, low nibble first, as two's complement. All fields little-endian.
 // A page holds one block of one sequence for all layers and KV heads, K slot before V slot.
@@ -27,6 +36,8 @@
 
 namespace mustafar {
 
+// Of the rules and bytes below, where they reach files. 1 had groups of neighbouring dims.
+inline constexpr uint32_t kStoreVersion = 2;
 inline constexpr int32_t kBlockTokens = 64;
 inline constexpr int32_t kSlotAlignment = 128;  // bytes
 inline constexpr int32_t kSlabSlack = 64;       // readable bytes after every slab of pages
@@ -60,7 +71,7 @@ struct StoreLayout {
 };
 
 MUSTAFAR_HOST_DEVICE inline bool has_scales(DType dtype) {
-  return dtype == DType::kInt8 || dtype == DType::kInt4;
+  return dtype == DType::kInt8 || dtype == DType::kInt4 || dtype == DType::kCoded;
 }
 
 // Bytes from a page's start to the slot of one layer and KV head.
@@ -101,6 +112,18 @@ inline int32_t round_up(int32_t x, int32_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
+// Offsets and size of a slot whose rows are known.
+inline void place_parts(SlotLayout& s) {
+  int32_t at = kBlockTokens * s.mask_words * 4;
+  s.offsets_offset = at;
+  if (s.ragged) at += round_up((kBlockTokens + 1) * 2, 4);
+  s.values_offset = at;
+  at += kBlockTokens * s.row_bytes;
+  s.scales_offset = at;
+  if (has_scales(s.dtype)) at += kBlockTokens * 2;
+  s.slot_bytes = round_up(at, kSlotAlignment);
+}
+
 // Layout of one slot. sparsity 0: dense. group_pattern false: pattern row. ragged: counts are fixed
 // per block (per-channel policies, masks of the caller's), so the pattern does not apply.
 inline SlotLayout make_slot_layout(int32_t head_dim, bool is_key, double sparsity,
@@ -123,15 +146,39 @@ inline SlotLayout make_slot_layout(int32_t head_dim, bool is_key, double sparsit
   }
   s.mask_words = s.dense ? 0 : (head_dim + 31) / 32;
   s.row_bytes = round_up(static_cast<int32_t>(dtype_bytes(dtype, s.row_keep)), 4);
-  int32_t at = kBlockTokens * s.mask_words * 4;
-  s.offsets_offset = at;
-  if (s.ragged) at += round_up((kBlockTokens + 1) * 2, 4);
-  s.values_offset = at;
-  at += kBlockTokens * s.row_bytes;
-  s.scales_offset = at;
-  if (has_scales(dtype)) at += kBlockTokens * 2;
-  s.slot_bytes = round_up(at, kSlotAlignment);
+  place_parts(s);
   return s;
+}
+
+// Bytes of a coded row of `bits` a dim, never fewer than asked: whole 4-byte words.
+inline int32_t coded_row_bytes(int32_t head_dim, double bits) {
+  const double exact = head_dim * bits / 8 - 1e-9;
+  int32_t bytes = static_cast<int32_t>(exact);
+  if (bytes < exact) bytes++;
+  return round_up(bytes, 4);
+}
+
+// Layout of a slot of coded rows, 1 <= bits <= 7 a dim on average.
+inline SlotLayout make_coded_layout(int32_t head_dim, double bits) {
+  SlotLayout s;
+  s.head_dim = head_dim;
+  s.dtype = DType::kCoded;
+  s.dense = true;
+  s.group = s.keep = s.row_keep = head_dim;
+  s.row_bytes = coded_row_bytes(head_dim, bits);
+  place_parts(s);
+  return s;
+}
+
+// Groups that the dims of a row are dealt to; 1: stored in their own order.
+inline int32_t n_groups(const SlotLayout& s) {
+  return s.dense || s.ragged ? 1 : s.head_dim / s.group;
+}
+
+// Where dim d of a row stands when its dims are dealt to n_groups (which divides head_dim): group
+// d mod n_groups, groups one after another.
+MUSTAFAR_HOST_DEVICE inline int32_t stored_index(int32_t d, int32_t n_groups, int32_t head_dim) {
+  return d % n_groups * (head_dim / n_groups) + d / n_groups;
 }
 
 // Values that a ragged slot holds.

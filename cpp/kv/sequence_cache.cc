@@ -21,6 +21,8 @@ DType dtype_of(ValueType type, DType tail) {
       return DType::kInt8;
     case ValueType::kInt4:
       return DType::kInt4;
+    case ValueType::kCoded:
+      return DType::kCoded;
   }
   return tail;
 }
@@ -37,6 +39,10 @@ bool needs_queries(PrunePolicy policy) {
 
 SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVConfig& config,
                        PrunePolicy policy, DType dtype) {
+  if (config.coded()) {
+    return make_coded_layout(head_dim,
+                             is_key ? config.effective_k_bits() : config.effective_v_bits());
+  }
   const bool ragged = per_channel(policy);
   return make_slot_layout(head_dim, is_key, sparsity, config.pattern == Pattern::kGroup && !ragged,
                           dtype, ragged);
@@ -44,8 +50,7 @@ SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVC
 
 }  // namespace
 
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          std::shared_ptr<const KVTransform> transform) {
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config) {
   config.validate();
   CacheSpec spec;
   spec.config = config;
@@ -70,7 +75,6 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   spec.dense_bytes = spec.n_layers * spec.fresh_bytes(spec.dense_capacity);
   spec.query_bytes =
       int64_t{4} * spec.n_layers * spec.n_kv_heads * spec.query_window * spec.head_dim;
-  spec.transform = std::move(transform);
   return spec;
 }
 
@@ -167,6 +171,7 @@ SequenceStep SequenceCache::view(const PendingAppend& pending) const {
   step.dense_tokens = static_cast<int32_t>(length_ - compressed());
   step.n_sinks = spec_->config.sink_tokens;
   step.transform = spec_->transform.get();
+  step.codes = spec_->codes.get();
   step.query_magnitude =
       static_cast<float*>(pending.query_magnitude.data() != nullptr ? pending.query_magnitude.data()
                                                                     : query_magnitude_.data());

@@ -27,6 +27,7 @@ struct CacheSpec {
   int64_t dense_bytes = 0;     // of the dense buffer
   int64_t query_bytes = 0;     // of the query magnitudes
   std::shared_ptr<const KVTransform> transform;  // device pointers, or null
+  std::shared_ptr<const CodeTables> codes;       // device pointers, where rows are coded
 
   int64_t compressed(int64_t n) const {
     return compressed_tokens(n, config.sink_tokens, config.window);
@@ -37,10 +38,9 @@ struct CacheSpec {
   }
 };
 
-// Layouts of a model's cache under a configuration. Throws std::invalid_argument where a
-// combination is refused, naming the fields.
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          std::shared_ptr<const KVTransform> transform);
+// Layouts of a model's cache under a configuration, with no transform yet. Throws
+// std::invalid_argument where a combination is refused, naming the fields.
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
 
 // What a call will change, prepared before it starts so that nothing can fail for want of memory
 // once it runs, and dropped if it fails.

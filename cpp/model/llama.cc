@@ -101,42 +101,73 @@ void Llama::decode_top(std::span<SequenceCache* const> caches, std::span<const i
 
 Prefill::Prefill(const Llama& llama, SequenceCache& cache, std::vector<int32_t> tokens,
                  ForwardBuffers& buffers)
-    : llama_(llama), cache_(cache), tokens_(std::move(tokens)), buffers_(buffers) {
-  const int64_t n = static_cast<int64_t>(tokens_.size());
-  pending_ = cache_.prepare(n, /*in_place=*/false);
-  fresh_ = cache_.fresh(n);
-  x_ = buffers_.x(n * llama_.config_.hidden_size);
-  llama_.backend_.embed(llama_.weights_, tokens_, x_);
+    : Prefill(llama, std::vector<PrefillPart>{{&cache, std::move(tokens)}}, buffers) {}
+
+Prefill::Prefill(const Llama& llama, std::vector<PrefillPart> parts, ForwardBuffers& buffers)
+    : llama_(llama), buffers_(buffers) {
+  std::vector<int32_t> tokens;
+  for (const PrefillPart& given : parts) {
+    Part part;
+    part.cache = given.cache;
+    part.row0 = n_rows_;
+    part.n = static_cast<int64_t>(given.tokens.size());
+    part.pending = given.cache->prepare(part.n, /*in_place=*/false);
+    part.fresh = given.cache->fresh(part.n);
+    n_rows_ += part.n;
+    parts_.push_back(std::move(part));
+    tokens.insert(tokens.end(), given.tokens.begin(), given.tokens.end());
+  }
+  x_ = buffers_.x(n_rows_ * llama_.config_.hidden_size);
+  llama_.backend_.embed(llama_.weights_, tokens, x_);
 }
 
 Prefill::~Prefill() = default;
 
+std::vector<SequenceStep> Prefill::chunk_of(std::span<const SequenceStep> calls, int64_t first,
+                                            int64_t n) const {
+  std::vector<SequenceStep> steps;
+  for (size_t i = 0; i < parts_.size(); i++) {
+    const int64_t begin = std::max(first, parts_[i].row0);
+    const int64_t end = std::min(first + n, parts_[i].row0 + parts_[i].n);
+    if (begin >= end) continue;
+    SequenceStep step = calls[i];
+    step.row0 = static_cast<int32_t>(begin - first);
+    step.n_rows = static_cast<int32_t>(end - begin);
+    step.pos0 = calls[i].pos0 + static_cast<int32_t>(begin - parts_[i].row0);
+    steps.push_back(step);
+  }
+  return steps;
+}
+
 bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
   const ModelConfig& config = llama_.config_;
   if (layer_ == config.n_layers) return false;
-  const int64_t n = static_cast<int64_t>(tokens_.size());
-  SequenceStep call = cache_.view(pending_);
-  call.fresh = fresh_.data();
-  call.fresh_capacity = static_cast<int32_t>(n);
-  call.fresh_pos0 = call.pos0;
+  std::vector<SequenceStep> calls;
+  std::vector<CommitStep> commits;
+  for (const Part& part : parts_) {
+    SequenceStep& call = calls.emplace_back(part.cache->view(part.pending));
+    call.fresh = part.fresh.data();
+    call.fresh_capacity = static_cast<int32_t>(part.n);
+    call.fresh_pos0 = call.pos0;
+  }
 
   // Rows see keys and values of earlier rows only, so a chunk can pass through the whole layer.
-  for (int64_t first = 0; first < n; first += kPrefillRows) {
-    const int64_t rows = std::min(kPrefillRows, n - first);
-    SequenceStep chunk = call;
-    chunk.pos0 = call.pos0 + static_cast<int32_t>(first);
-    chunk.n_rows = static_cast<int32_t>(rows);
-    const Batch batch{{&chunk, 1}, static_cast<int32_t>(rows), /*decode=*/false};
+  for (int64_t first = 0; first < n_rows_; first += kPrefillRows) {
+    const int64_t rows = std::min(kPrefillRows, n_rows_ - first);
+    const std::vector<SequenceStep> steps = chunk_of(calls, first, rows);
+    const Batch batch{steps, static_cast<int32_t>(rows), /*decode=*/false};
     llama_.run_layer(layer_, batch, x_ + first * config.hidden_size, buffers_, observer_);
-    if (between) between(layer_ * n + first + rows, config.n_layers * n);
+    if (between) between(layer_ * n_rows_ + first + rows, config.n_layers * n_rows_);
   }
-  const CommitStep commit = cache_.commit_view(pending_, call);
-  llama_.backend_.commit({&commit, 1}, layer_, 1, buffers_.workspace());
+  for (size_t i = 0; i < parts_.size(); i++) {
+    commits.push_back(parts_[i].cache->commit_view(parts_[i].pending, calls[i]));
+  }
+  llama_.backend_.commit(commits, layer_, 1, buffers_.workspace());
   layer_++;
   return layer_ < config.n_layers;
 }
 
-void Prefill::device_logits(int64_t first, int64_t n, float* out) {
+void Prefill::compute_logits(int64_t first, int64_t n, float* out) {
   std::vector<int32_t> rows(n);
   for (int64_t i = 0; i < n; i++) rows[i] = static_cast<int32_t>(i);
   const Batch batch{{}, static_cast<int32_t>(n), /*decode=*/false};
@@ -147,23 +178,30 @@ void Prefill::device_logits(int64_t first, int64_t n, float* out) {
 void Prefill::logits(int64_t first, int64_t n, float* out) {
   const int64_t vocab = llama_.config_.vocab_size;
   Backend& backend = llama_.backend_;
-  float* device = backend.host_memory() ? out : buffers_.logits(n * vocab);
-  device_logits(first, n, device);
-  if (device != out) backend.download(out, device, n * vocab * 4);
+  if (backend.host_memory()) {
+    compute_logits(first, n, out);
+  } else {
+    backend.download(out, device_logits(first, n), n * vocab * 4);
+  }
+}
+
+const float* Prefill::device_logits(int64_t first, int64_t n) {
+  float* const device = buffers_.logits(n * llama_.config_.vocab_size);
+  compute_logits(first, n, device);
+  return device;
 }
 
 TopLogits Prefill::top_logits(int64_t row, int32_t top_k) {
-  const int64_t vocab = llama_.config_.vocab_size;
-  float* const device = buffers_.logits(vocab);
-  device_logits(row, 1, device);
+  const float* const device = device_logits(row, 1);
   TopLogits top;
-  llama_.backend_.top_logits(device, vocab, top_k, {&top, 1}, buffers_.workspace());
+  llama_.backend_.top_logits(device, llama_.config_.vocab_size, top_k, {&top, 1},
+                             buffers_.workspace());
   return top;
 }
 
 void Prefill::finish() {
   llama_.backend_.synchronize();
-  cache_.apply(std::move(pending_));
+  for (Part& part : parts_) part.cache->apply(std::move(part.pending));
 }
 
 }  // namespace mustafar

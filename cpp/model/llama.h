@@ -69,11 +69,21 @@ class Llama {
   Backend& backend_;
 };
 
-// One forward call of many tokens, a layer at a time, so that other work can run in between. The
-// cache changes in finish() alone: dropping a Prefill before leaves it as it was.
+// A sequence's part in a forward call.
+struct PrefillPart {
+  SequenceCache* cache = nullptr;
+  std::vector<int32_t> tokens;
+};
+
+// One forward call of many tokens of one or several sequences, a layer at a time, so that other
+// work can run in between. What a sequence gets does not depend on the others. The caches change in
+// finish() alone: dropping a Prefill before leaves them as they were. Rows are the tokens of the
+// parts, one after another.
 class Prefill {
  public:
-  // Takes what the call needs; throws OutOfMemory. cache must outlive it and not change meanwhile.
+  // Takes what the call needs; throws OutOfMemory. The caches, all different, must outlive it and
+  // not change meanwhile.
+  Prefill(const Llama& llama, std::vector<PrefillPart> parts, ForwardBuffers& buffers);
   Prefill(const Llama& llama, SequenceCache& cache, std::vector<int32_t> tokens,
           ForwardBuffers& buffers);
   ~Prefill();
@@ -89,22 +99,33 @@ class Prefill {
 
   // Logits of rows [first, first + n) of the call, host, [n][vocab]. After the last step.
   void logits(int64_t first, int64_t n, float* out);
+  // The same on the device, in buffers.logits() until its next use.
+  const float* device_logits(int64_t first, int64_t n);
   // The top_k largest of row `row`; the row stays in buffers.logits(), see Llama::decode_top.
   TopLogits top_logits(int64_t row, int32_t top_k);
-  // Takes the call into the cache. After the last step.
+  // Takes the call into the caches. After the last step.
   void finish();
 
  private:
+  struct Part {
+    SequenceCache* cache = nullptr;
+    int64_t row0 = 0;  // of its first token
+    int64_t n = 0;     // tokens
+    PendingAppend pending;
+    KVMemory fresh;  // one layer's keys and values of the call
+  };
+
   // Logits of rows [first, first + n) to out, on the device.
-  void device_logits(int64_t first, int64_t n, float* out);
+  void compute_logits(int64_t first, int64_t n, float* out);
+  // The steps of rows [first, first + n), cut from those of whole parts.
+  std::vector<SequenceStep> chunk_of(std::span<const SequenceStep> calls, int64_t first,
+                                     int64_t n) const;
 
   const Llama& llama_;
-  SequenceCache& cache_;
-  const std::vector<int32_t> tokens_;
   ForwardBuffers& buffers_;
-  PendingAppend pending_;
-  KVMemory fresh_;      // one layer's keys and values of the call
-  float* x_ = nullptr;  // [tokens][hidden]
+  std::vector<Part> parts_;
+  int64_t n_rows_ = 0;
+  float* x_ = nullptr;  // [n_rows][hidden]
   int32_t layer_ = 0;
   std::function<void(int32_t layer, const Batch& batch, const float* q)> observer_;
 };

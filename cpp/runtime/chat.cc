@@ -129,10 +129,16 @@ std::vector<TextRange> ranges_from(std::span<const TextRange> ranges, size_t beg
   return out;
 }
 
+bool same_bits(const KVConfig& a, const KVConfig& b) {
+  return !a.coded() || (a.effective_k_bits() == b.effective_k_bits() &&
+                        a.effective_v_bits() == b.effective_v_bits());
+}
+
 bool same_config(const KVConfig& a, const KVConfig& b) {
   return a.effective_k_sparsity() == b.effective_k_sparsity() &&
          a.effective_v_sparsity() == b.effective_v_sparsity() && a.pattern == b.pattern &&
          a.window == b.window && a.sink_tokens == b.sink_tokens && a.value_dtype == b.value_dtype &&
+         same_bits(a, b) &&
          a.k_policy == b.k_policy && a.v_policy == b.v_policy;
 }
 

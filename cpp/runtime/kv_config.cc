@@ -16,13 +16,14 @@ constexpr std::array<Name<Pattern>, 2> kPatterns = {{
     {Pattern::kGroup, "group"},
     {Pattern::kRow, "row"},
 }};
-constexpr std::array<Name<ValueType>, 6> kValueTypes = {{
+constexpr std::array<Name<ValueType>, 7> kValueTypes = {{
     {ValueType::kAuto, "auto"},
     {ValueType::kF32, "f32"},
     {ValueType::kF16, "f16"},
     {ValueType::kBF16, "bf16"},
     {ValueType::kInt8, "int8"},
     {ValueType::kInt4, "int4"},
+    {ValueType::kCoded, "coded"},
 }};
 constexpr std::array<Name<PrunePolicy>, 5> kPolicies = {{
     {PrunePolicy::kMagnitude, "magnitude"},
@@ -59,6 +60,13 @@ void check_sparsity(const char* field, double value) {
   throw std::invalid_argument(message.str());
 }
 
+void check_bits(const char* field, double value) {
+  if (value >= 1.0 && value <= 7.0) return;  // false for NaN
+  std::ostringstream message;
+  message << field << " must be between 1 and 7 (bits of a dim, on average), not " << value;
+  throw std::invalid_argument(message.str());
+}
+
 void check_tokens(const char* field, int32_t value) {
   constexpr int32_t kMost = 1 << 24;
   if (value >= 0 && value <= kMost) return;
@@ -72,6 +80,19 @@ void KVConfig::validate() const {
   check_sparsity("sparsity", sparsity);
   if (k_sparsity) check_sparsity("k_sparsity", *k_sparsity);
   if (v_sparsity) check_sparsity("v_sparsity", *v_sparsity);
+  check_bits("bits", bits);
+  if (k_bits) check_bits("k_bits", *k_bits);
+  if (v_bits) check_bits("v_bits", *v_bits);
+  if (coded()) {
+    if (effective_k_sparsity() != 0 || effective_v_sparsity() != 0) {
+      throw std::invalid_argument(
+          "value_dtype \"coded\" prunes nothing, so sparsity must be 0: say bits");
+    }
+  } else if (k_bits || v_bits) {
+    throw std::invalid_argument(std::string(k_bits ? "k_bits" : "v_bits") +
+                                " applies to value_dtype \"coded\" alone, not to \"" +
+                                name_of(value_dtype) + "\"");
+  }
   check_tokens("window", window);
   check_tokens("sink_tokens", sink_tokens);
   if (v_policy == PrunePolicy::kOutputAware || v_policy == PrunePolicy::kChannelStructured) {

@@ -1,7 +1,6 @@
 #include "mustafar/session.h"
 
 #include <algorithm>
-#include <cmath>
 #include <deque>
 #include <stdexcept>
 #include <string>
@@ -305,55 +304,44 @@ std::span<const float> Session::logits() const {
   return impl_->logits;
 }
 
+Scorer Session::Impl::scorer(std::span<const int32_t> token_ids) {
+  check_tokens(token_ids);
+  const int64_t n = static_cast<int64_t>(token_ids.size());
+  if (n < 2) throw std::invalid_argument("scoring needs at least two tokens");
+  if (n > max_tokens) {
+    throw ContextOverflow(std::to_string(n) +
+                          " tokens exceed max_tokens = " + std::to_string(max_tokens));
+  }
+  Scorer scorer(*engine, spec);
+  scorer.between = [this](int64_t, int64_t) { check_interrupt(); };
+  return scorer;
+}
+
 void Session::score_logits(
     std::span<const int32_t> token_ids,
     const std::function<void(int64_t, std::span<const float>)>& visit) const {
   Impl::Use use(*impl_);
-  impl_->check_tokens(token_ids);
-  const int64_t n = static_cast<int64_t>(token_ids.size());
-  if (n < 2) throw std::invalid_argument("scoring needs at least two tokens");
-  if (n > impl_->max_tokens) {
-    throw ContextOverflow(std::to_string(n) +
-                          " tokens exceed max_tokens = " + std::to_string(impl_->max_tokens));
-  }
-  Model::Impl& engine = *impl_->engine;
-  const CacheSpec& spec = *impl_->spec;
-  SequenceCache cache = engine.new_cache(impl_->spec);
-  ForwardBuffers buffers(*engine.backend);
-  const int64_t vocab = engine.config.vocab_size;
-  // Query i sees compressed(i) tokens compressed, which steps at sinks + window + 64 k: calls that
-  // end there see just that, all their own rows dense.
-  constexpr int64_t kLogitRows = 32;
-  std::vector<float> logits(kLogitRows * vocab);
-  for (int64_t first = 0; first < n - 1;) {
-    const int64_t boundary =
-        spec.config.sink_tokens + spec.config.window + spec.compressed(first) + kBlockTokens;
-    const int64_t end = std::min(n - 1, boundary);
-    Prefill prefill(*engine.llama, cache, {token_ids.begin() + first, token_ids.begin() + end},
-                    buffers);
-    while (prefill.step([&](int64_t, int64_t) { impl_->check_interrupt(); })) {
+  Scorer scorer = impl_->scorer(token_ids);
+  Backend& backend = *impl_->engine->backend;
+  const int64_t vocab = impl_->engine->config.vocab_size;
+  const std::vector<int32_t> ids(token_ids.begin(), token_ids.end());
+  std::vector<float> host;
+  scorer.run({&ids, 1}, [&](std::span<const Scorer::Row> rows, const float* logits) {
+    if (!backend.host_memory()) {
+      host.resize(rows.size() * vocab);
+      backend.download(host.data(), logits, static_cast<int64_t>(host.size()) * 4);
+      logits = host.data();
     }
-    for (int64_t row = first; row < end; row += kLogitRows) {
-      const int64_t rows = std::min(kLogitRows, end - row);
-      prefill.logits(row - first, rows, logits.data());
-      for (int64_t i = 0; i < rows; i++) {
-        visit(row + i, {logits.data() + i * vocab, static_cast<size_t>(vocab)});
-      }
+    for (size_t i = 0; i < rows.size(); i++) {
+      visit(rows[i].position, {logits + i * vocab, static_cast<size_t>(vocab)});
     }
-    prefill.finish();
-    first = end;
-  }
+  });
 }
 
 std::vector<float> Session::score(std::span<const int32_t> token_ids) const {
-  std::vector<float> scores;
-  score_logits(token_ids, [&](int64_t position, std::span<const float> logits) {
-    const float top = *std::max_element(logits.begin(), logits.end());
-    double sum = 0;
-    for (float x : logits) sum += std::exp(static_cast<double>(x) - top);
-    scores.push_back(static_cast<float>(logits[token_ids[position + 1]] - top - std::log(sum)));
-  });
-  return scores;
+  Impl::Use use(*impl_);
+  const std::vector<int32_t> ids(token_ids.begin(), token_ids.end());
+  return std::move(impl_->scorer(token_ids).score({&ids, 1})[0].log_probs);
 }
 
 int64_t Session::position() const {

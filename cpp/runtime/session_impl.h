@@ -14,6 +14,7 @@
 #include "model/llama.h"
 #include "mustafar/session.h"
 #include "runtime/model_impl.h"
+#include "runtime/scorer.h"
 
 namespace mustafar {
 
@@ -77,6 +78,8 @@ struct Session::Impl {
   bool has_top(int32_t needed) const;
   void drop_logits();
   void rewind(int64_t position);
+  // For these tokens, which it checks, under this session's configuration.
+  Scorer scorer(std::span<const int32_t> token_ids);
   std::unique_ptr<Impl> fork() const;
   void count_workspace();
   void reset();

@@ -33,7 +33,6 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "state files are written as in memory");
 
 constexpr char kMagic[8] = {'M', 'S', 'T', 'F', 'K', 'V', '\r', '\n'};
-constexpr uint32_t kVersion = 1;
 constexpr uint32_t kByteOrder = 0x01020304;
 constexpr int64_t kAlignment = 64;
 constexpr uint64_t kMaxHeaderBytes = 1 << 20;
@@ -102,6 +101,11 @@ nlohmann::ordered_json kv_json(const KVConfig& kv) {
   json["window"] = kv.window;
   json["sink_tokens"] = kv.sink_tokens;
   json["value_dtype"] = name_of(kv.value_dtype);
+  if (kv.coded()) {
+    json["bits"] = kv.bits;
+    json["k_bits"] = kv.effective_k_bits();
+    json["v_bits"] = kv.effective_v_bits();
+  }
   json["k_policy"] = name_of(kv.k_policy);
   json["v_policy"] = name_of(kv.v_policy);
   json["profile_kind"] = kv.profile ? kv.profile->kind : "";
@@ -120,6 +124,13 @@ KVConfig kv_from(const nlohmann::json& json) {
   kv.window = json.at("window").get<int32_t>();
   kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
   kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
+  if (kv.coded()) {
+    kv.bits = json.at("bits").get<double>();
+    const double k_bits = json.at("k_bits").get<double>();
+    const double v_bits = json.at("v_bits").get<double>();
+    if (k_bits != kv.bits) kv.k_bits = k_bits;
+    if (v_bits != kv.bits) kv.v_bits = v_bits;
+  }
   kv.k_policy = parse_prune_policy(json.at("k_policy").get<std::string>());
   kv.v_policy = parse_prune_policy(json.at("v_policy").get<std::string>());
   return kv;
@@ -178,9 +189,13 @@ StateFile read_checked(const std::filesystem::path& path) {
   std::memcpy(&preamble, state.file.data(), sizeof(preamble));
   if (std::memcmp(preamble.magic, kMagic, sizeof(kMagic)) != 0) fail("is not a session state file");
   if (preamble.byte_order != kByteOrder) fail("was written in another byte order, or is damaged");
-  if (preamble.version != kVersion) {
+  if (preamble.version == 1) {
+    fail("has format version 1, whose groups are of neighbouring dims; this build reads version " +
+         std::to_string(kStoreVersion) + ": compute the session anew");
+  }
+  if (preamble.version != kStoreVersion) {
     fail("has format version " + std::to_string(preamble.version) + ", this build reads version " +
-         std::to_string(kVersion));
+         std::to_string(kStoreVersion));
   }
   for (char c : preamble.reserved) {
     if (c != 0) fail("is damaged: reserved bytes are not zero");
@@ -280,7 +295,7 @@ void Session::save(const std::filesystem::path& path) const {
   std::string text = header.dump();
   Preamble preamble = {};
   std::memcpy(preamble.magic, kMagic, sizeof(kMagic));
-  preamble.version = kVersion;
+  preamble.version = kStoreVersion;
   preamble.byte_order = kByteOrder;
   preamble.header_bytes = text.size();
   text.resize(padded(static_cast<int64_t>(text.size())), '\0');

@@ -74,6 +74,9 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
   kv.window = fields["window"].cast<int32_t>();
   kv.sink_tokens = fields["sink_tokens"].cast<int32_t>();
   kv.value_dtype = parse_value_type(fields["value_dtype"].cast<std::string>());
+  kv.bits = fields["bits"].cast<double>();
+  kv.k_bits = fields["k_bits"].cast<std::optional<double>>();
+  kv.v_bits = fields["v_bits"].cast<std::optional<double>>();
   kv.k_policy = parse_prune_policy(fields["k_policy"].cast<std::string>());
   kv.v_policy = parse_prune_policy(fields["v_policy"].cast<std::string>());
   const py::object profile = fields["profile"];
@@ -94,6 +97,9 @@ py::dict kv_dict(const KVConfig& kv) {
   d["window"] = kv.window;
   d["sink_tokens"] = kv.sink_tokens;
   d["value_dtype"] = name_of(kv.value_dtype);
+  d["bits"] = kv.bits;
+  d["k_bits"] = kv.k_bits;
+  d["v_bits"] = kv.v_bits;
   d["k_policy"] = name_of(kv.k_policy);
   d["v_policy"] = name_of(kv.v_policy);
   d["profile"] = std::const_pointer_cast<Profile>(kv.profile);

@@ -11,6 +11,7 @@
 
 #include "bindings.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
 
@@ -44,8 +45,72 @@ SlotLayout make_layout(int32_t head_dim, bool is_key, double sparsity, bool grou
                           ragged);
 }
 
-// rows: [n * 64][head_dim]; mask: the same shape, for ragged layouts; weight: [head_dim].
-// Returns [n][slot_bytes].
+SlotLayout make_coded(int32_t head_dim, double bits) {
+  if (head_dim < 1 || head_dim > 1023) {
+    throw std::invalid_argument("head_dim must be in [1, 1023], not " + std::to_string(head_dim));
+  }
+  if (!(bits >= 1.0 && bits <= 7.0)) {
+    throw std::invalid_argument("bits must be in [1, 7], not " + std::to_string(bits));
+  }
+  return make_coded_layout(head_dim, bits);
+}
+
+// Widths of a head whose standard deviations are sigma [head_dim].
+std::vector<uint8_t> widths_of(const SlotLayout& layout, const FloatArray& sigma) {
+  if (layout.dtype != DType::kCoded || sigma.ndim() != 1 || sigma.size() != layout.head_dim) {
+    throw std::invalid_argument("sigma does not fit the layout");
+  }
+  std::vector<uint8_t> widths(layout.head_dim);
+  deal_widths(sigma.data(), layout.head_dim, layout.row_bytes, widths.data());
+  return widths;
+}
+
+// rows: [n * 64][head_dim]. Returns [n][slot_bytes].
+ByteArray pack_coded_rows(const SlotLayout& layout, const FloatArray& rows,
+                          const FloatArray& sigma) {
+  const std::vector<uint8_t> widths = widths_of(layout, sigma);
+  if (rows.ndim() != 2 || rows.shape(0) % kBlockTokens != 0 || rows.shape(1) != layout.head_dim) {
+    throw std::invalid_argument("rows do not fit the layout");
+  }
+  const int64_t n = rows.shape(0) / kBlockTokens;
+  ByteArray out({n, int64_t{layout.slot_bytes}});
+  const float* x = rows.data();
+  uint8_t* slots = out.mutable_data();
+  const CodeTable table = {widths.data(), sigma.data()};
+  py::gil_scoped_release release;
+  for (int64_t b = 0; b < n; b++) {
+    const int32_t bad = pack_coded_block(layout, table, x + b * kBlockTokens * layout.head_dim,
+                                         slots + b * layout.slot_bytes);
+    if (bad >= 0) {
+      throw std::invalid_argument("row " + std::to_string(b * kBlockTokens + bad) +
+                                  " is not finite and can't be stored as coded");
+    }
+  }
+  return out;
+}
+
+// slots: [n][slot_bytes]. Returns [n * 64][head_dim].
+FloatArray unpack_coded_rows(const SlotLayout& layout, const ByteArray& slots,
+                             const FloatArray& sigma) {
+  const std::vector<uint8_t> widths = widths_of(layout, sigma);
+  if (slots.ndim() != 2 || slots.shape(1) != layout.slot_bytes) {
+    throw std::invalid_argument("slots do not fit the layout");
+  }
+  const int64_t n = slots.shape(0);
+  FloatArray out({n * kBlockTokens, int64_t{layout.head_dim}});
+  const uint8_t* data = slots.data();
+  float* x = out.mutable_data();
+  const CodeTable table = {widths.data(), sigma.data()};
+  py::gil_scoped_release release;
+  for (int64_t b = 0; b < n; b++) {
+    unpack_coded_slot(layout, table, data + b * layout.slot_bytes,
+                      x + b * kBlockTokens * layout.head_dim);
+  }
+  return out;
+}
+
+// In stored order. rows: [n * 64][head_dim]; mask: the same shape, for ragged layouts; weight:
+// [head_dim]. Returns [n][slot_bytes].
 ByteArray pack_rows(const SlotLayout& layout, const FloatArray& rows,
                     const std::optional<BoolArray>& mask, const std::optional<FloatArray>& weight) {
   if (rows.ndim() != 2 || rows.shape(0) % kBlockTokens != 0 || rows.shape(1) != layout.head_dim ||
@@ -85,7 +150,7 @@ ByteArray pack_rows(const SlotLayout& layout, const FloatArray& rows,
   return out;
 }
 
-// slots: [n][slot_bytes]. Returns [n * 64][head_dim].
+// slots: [n][slot_bytes]. Returns [n * 64][head_dim], in stored order.
 FloatArray unpack_rows(const SlotLayout& layout, const ByteArray& slots) {
   if (slots.ndim() != 2 || slots.shape(1) != layout.slot_bytes) {
     throw std::invalid_argument("slots do not fit the layout");
@@ -118,8 +183,22 @@ void register_format(py::module_& m) {
       .def_readonly("values_offset", &SlotLayout::values_offset)
       .def_readonly("scales_offset", &SlotLayout::scales_offset)
       .def_readonly("slot_bytes", &SlotLayout::slot_bytes)
+      .def_property_readonly(
+          "order",
+          [](const SlotLayout& layout) {
+            py::array_t<int64_t> order(layout.head_dim);
+            for (int32_t d = 0; d < layout.head_dim; d++) {
+              order.mutable_at(stored_index(d, n_groups(layout), layout.head_dim)) = d;
+            }
+            return order;
+          },
+          "Which dim of a row stands at each stored index, int64 [head_dim].")
       .def_property_readonly("value_dtype",
                              [](const SlotLayout& layout) { return dtype_name(layout.dtype); });
+  m.def("coded_layout", &make_coded, py::arg("head_dim"), py::arg("bits"));
+  m.def("pack_coded_rows", &pack_coded_rows, py::arg("layout"), py::arg("rows"), py::arg("sigma"));
+  m.def("unpack_coded_rows", &unpack_coded_rows, py::arg("layout"), py::arg("slots"),
+        py::arg("sigma"));
   m.def("pack_rows", &pack_rows, py::arg("layout"), py::arg("rows"), py::arg("mask") = py::none(),
         py::arg("weight") = py::none());
   m.def("unpack_rows", &unpack_rows, py::arg("layout"), py::arg("slots"));

@@ -57,6 +57,21 @@ struct PyGeneration {
 }  // namespace
 
 void register_session(py::module_& m) {
+  m.def(
+      "kv_preset",
+      [](const std::string& name) {
+        const KVPreset& preset = find_kv_preset(name);
+        py::dict fields = kv_dict(preset.config);
+        const std::string profile = preset.profile;
+        fields["profile"] = profile == "none" ? py::object(py::none()) : py::str(profile);
+        return fields;
+      },
+      py::arg("name"));
+  m.def("kv_presets", [] {
+    py::dict summaries;
+    for (const KVPreset& preset : kv_presets()) summaries[preset.name] = preset.summary;
+    return summaries;
+  });
   py::class_<Session>(m, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_tokens"))
       .def("prefill",

@@ -38,6 +38,7 @@ from .types import (
     MemoryUsage,
     SamplingParams,
     TokenLogprob,
+    kv_presets,
 )
 
 __all__ = [
@@ -71,4 +72,5 @@ __all__ = [
     "calibrate",
     "compress",
     "decompress",
+    "kv_presets",
 ]

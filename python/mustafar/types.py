@@ -10,23 +10,31 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from . import _core
+
 LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
 
 
 @dataclass(frozen=True)
 class KVConfig:
-    """How a session keeps its keys and values.
+    """How a session keeps its keys and values. The default does no harm: all of them, in 8 bits.
 
     Attributes:
         sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
         k_sparsity: The same for keys alone; None takes ``sparsity``.
         v_sparsity: The same for values alone.
-        pattern: ``"group"`` keeps equally many values in every group of neighbouring dims;
-            ``"row"`` ranks over the whole row, as published (MUSTAFAR, NeurIPS 2025).
+        pattern: ``"group"`` keeps equally many values in every group of 16 or 32 dims, dealt
+            round the row; ``"row"`` ranks over the whole row, as published (MUSTAFAR,
+            NeurIPS 2025).
         window: Newest tokens that stay dense.
         sink_tokens: First tokens that stay dense.
-        value_dtype: ``"auto"`` is the model's type (f32, f16, else bf16); also ``"f32"``,
-            ``"f16"``, ``"bf16"``, ``"int8"``, ``"int4"``.
+        value_dtype: ``"int8"`` and ``"int4"`` have a scale for every row; ``"auto"`` is the model's
+            type (f32, f16, else bf16); also ``"f32"``, ``"f16"``, ``"bf16"``. ``"coded"`` needs a
+            calibrated profile: in its basis every dim has a fixed number of bits, by the energy
+            that calibration saw in it; nothing is pruned.
+        bits: With ``"coded"``: bits of a dim on average, 1 to 7; a row has 16 more for its scale.
+        k_bits: The same for keys alone; None takes ``bits``.
+        v_bits: The same for values alone.
         k_policy: What ranks keys. ``"magnitude"``: ``|k|`` in every token's row.
             ``"output_aware"``: ``|k| * w`` in every row, where ``w[d]`` is the sum of ``|q[d]|``
             over the query heads and the newest ``window`` tokens (at least one) of the call that
@@ -43,22 +51,41 @@ class KVConfig:
             model's folder), a file, or a :class:`Profile`.
     """
 
-    sparsity: float = 0.5
+    sparsity: float = 0.0
     k_sparsity: float | None = None
     v_sparsity: float | None = None
     pattern: Literal["group", "row"] = "group"
     window: int = 32
-    sink_tokens: int = 0
-    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4"] = "auto"
+    sink_tokens: int = 4
+    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"] = "int8"
+    bits: float = 3.0
+    k_bits: float | None = None
+    v_bits: float | None = None
     k_policy: str = "magnitude"
     v_policy: str = "magnitude"
     profile: Any = None
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> KVConfig:
+        """A setting by name, with fields changed where named.
+
+        ``"lossless"`` (the default), ``"balanced"``, ``"small"`` or ``"mustafar"``; what each was
+        measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
+
+        Raises ValueError for an unknown name, TypeError for an unknown field.
+        """
+        return replace(cls(**_core.kv_preset(name)), **changes)
 
     def _native(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.profile, os.PathLike):
             values["profile"] = os.fspath(self.profile)
         return values
+
+
+def kv_presets() -> dict[str, str]:
+    """The names that :meth:`KVConfig.preset` knows, each with its bytes and measured loss."""
+    return dict(_core.kv_presets())
 
 
 @dataclass(frozen=True)
@@ -180,7 +207,7 @@ class MemoryUsage:
         dense_equivalent: The same tokens, dense, at 2 bytes a value.
         masks: Bitmaps of the compressed store.
         values: Packed values of the store.
-        scales: Scales of int8 and int4 values.
+        scales: Scales of int8, int4 and coded values.
         padding: Alignment inside pages.
         tail: Dense sinks and tail, as allocated.
         policy: Statistics that a pruning policy keeps.

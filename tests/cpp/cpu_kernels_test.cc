@@ -1,6 +1,7 @@
 // The dense CPU kernels of every instruction set this machine runs, against plain double sums.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -64,6 +65,41 @@ TEST_P(CpuKernels, RmsNorm) {
     }
     EXPECT_TRUE(std::isnan(out[n])) << "wrote past the end, n " << n;
   }
+}
+
+TEST_P(CpuKernels, RowScores) {
+  Random random(11);
+  for (const int64_t n : {1, 2, 7, 16, 31, 64, 1023, 1024, 1500, 4111}) {
+    std::vector<float> x = random.normal(n, 3.0f), p = random.normal(n, 3.0f);
+    for (float& v : p) v -= 8.0f;
+    if (n > 20) x[n - 3] = x[n / 3] = 40.0f;  // two that are largest
+    float most = 0;
+    int64_t at = -1;
+    kernels_.row_max(x.data(), n, &most, &at);
+    EXPECT_EQ(at, std::max_element(x.begin(), x.end()) - x.begin()) << n;
+    EXPECT_EQ(most, x[at]) << n;
+
+    const float shift = 2.5f;
+    double sum = 0, divergence = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+      sum += std::exp(double{x[i]} - shift);
+      const double term = std::exp(double{p[i]}) * (double{p[i]} - (double{x[i]} - shift));
+      divergence += term;
+      size += std::fabs(term);
+    }
+    EXPECT_NEAR(kernels_.exp_sum(x.data(), shift, n), sum, 1e-6 * sum) << n;
+    EXPECT_NEAR(kernels_.divergence(p.data(), x.data(), shift, n), divergence, 2e-6 * size) << n;
+  }
+
+  std::vector<float> x = random.normal(100);
+  x[40] = kNaN;
+  float most = 0;
+  int64_t at = -1;
+  kernels_.row_max(x.data(), 100, &most, &at);
+  x[40] = -1e30f;
+  EXPECT_EQ(at, std::max_element(x.begin(), x.end()) - x.begin());
+  x[40] = kNaN;
+  EXPECT_TRUE(std::isnan(kernels_.exp_sum(x.data(), most, 100)));
 }
 
 TEST_P(CpuKernels, SiluMul) {

@@ -114,6 +114,44 @@ const Types kTypes[] = {{DType::kF32, DType::kF32},   {DType::kF16, DType::kF16}
                         {DType::kBF16, DType::kInt4}, {DType::kF16, DType::kInt8},
                         {DType::kF16, DType::kBF16},  {DType::kF32, DType::kInt4}};
 
+const Types kCodedTypes[] = {{DType::kBF16, DType::kCoded},
+                             {DType::kF16, DType::kCoded},
+                             {DType::kF32, DType::kCoded}};
+
+class CodedAttentionTest : public DecodeAttentionTest {};
+
+TEST_P(CodedAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [isa, types, head_dim, n_queries] = GetParam();
+  CacheShape shape;
+  shape.n_layers = 2;
+  shape.n_kv_heads = 2;
+  shape.n_queries = n_queries;
+  shape.head_dim = head_dim;
+  shape.tail = types.tail;
+  shape.values = types.values;
+  for (const auto& [k_bits, v_bits] : {std::pair{3.0, 3.0}, {1.0, 1.5}, {7.0, 7.0}, {2.5, 4.0}}) {
+    shape.k_bits = k_bits;
+    shape.v_bits = v_bits;
+    check(shape, 2, 40, 0.5f);
+  }
+  shape.n_layers = 1;
+  for (const int32_t n_blocks : {0, 1, 15, 16, 17}) check(shape, n_blocks, 31, 0.5f);
+  for (const int32_t dense_tokens : {0, 1, 63, 64, 65}) check(shape, 1, dense_tokens, 0.5f);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, CodedAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kCodedTypes),
+                                            ::testing::Values(64, 128),
+                                            ::testing::Values(1, 2, 3, 4, 5, 7, 8, 12)),
+                         name_of_config);
+INSTANTIATE_TEST_SUITE_P(OtherShapes, CodedAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kCodedTypes, kCodedTypes + 1),
+                                            ::testing::Values(8, 16, 80, 96, 192, 256),
+                                            ::testing::Values(2)),
+                         name_of_config);
+
 INSTANTIATE_TEST_SUITE_P(FastShapes, DecodeAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),
                                             ::testing::ValuesIn(kTypes), ::testing::Values(64, 128),
@@ -162,7 +200,7 @@ TEST_P(DecodeAttentionIsaTest, ResultsDoNotDependOnBatchOrThreads) {
 
 // More KV heads than one thread takes at a time; threads cut them into spans in different ways.
 TEST_P(DecodeAttentionIsaTest, EveryKVHeadIsAttendedWhateverTheThreads) {
-  for (const DType values : {DType::kBF16, DType::kInt8}) {
+  for (const DType values : {DType::kBF16, DType::kInt8, DType::kCoded}) {
     CacheShape shape = headline();
     shape.n_kv_heads = 18;
     shape.n_queries = 2;
@@ -197,6 +235,19 @@ TEST_P(DecodeAttentionIsaTest, BoundNoticesADroppedToken) {
   }
 }
 
+TEST_P(DecodeAttentionIsaTest, BoundNoticesACodedBit) {
+  CacheShape shape = headline();
+  shape.values = DType::kCoded;
+  RandomCache cache(shape, 2, 40, 5, 0.5f);
+  const std::vector<float> q = random_queries(8 * 128, 10);
+  const std::vector<double> expected = cache.attend(0, q.data());
+  ASSERT_LE(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data()), 1e-5);
+  // Token 70 of head 0: bits of its first values.
+  cache.page(1)[v_slot_offset(cache.layout(), 0, 0) + cache.layout().v.values_offset +
+                6 * cache.layout().v.row_bytes] ^= 0xff;
+  EXPECT_GT(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data()), 1e-5);
+}
+
 TEST_P(DecodeAttentionIsaTest, BoundNoticesAMaskBit) {
   for (const DType values : {DType::kBF16, DType::kInt8, DType::kInt4}) {
     CacheShape shape = headline();
@@ -218,7 +269,8 @@ TEST_P(DecodeAttentionIsaTest, BoundNoticesAMaskBit) {
 
 // From flat to peaked: where the second term of a bf16 query starts to matter, and far beyond.
 TEST_P(DecodeAttentionIsaTest, EveryScaleOfScoresStaysWithinTheBound) {
-  for (const DType values : {DType::kBF16, DType::kInt8, DType::kInt4, DType::kF16}) {
+  for (const DType values :
+       {DType::kBF16, DType::kInt8, DType::kInt4, DType::kF16, DType::kCoded}) {
     for (const float scale : {0.1f, 1.0f, 1.5f, 2.0f, 3.0f, 5.0f, 12.0f}) {
       CacheShape shape = headline();
       shape.n_kv_heads = 1;

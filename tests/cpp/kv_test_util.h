@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "core/buffer.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
 
@@ -29,6 +31,8 @@ struct CacheShape {
   double v_sparsity = 0.5;
   bool group_pattern = true;
   bool ragged = false;
+  double k_bits = 3.0;  // coded
+  double v_bits = 2.5;
 };
 
 // Normal numbers, drawn from a table: tests need many.
@@ -51,12 +55,43 @@ inline float rounded(float x, DType dtype) {
 
 inline StoreLayout make_layout(const CacheShape& shape) {
   const auto slot = [&](bool is_key, double sparsity) {
+    if (shape.values == DType::kCoded) {
+      return make_coded_layout(shape.head_dim, is_key ? shape.k_bits : shape.v_bits);
+    }
     return make_slot_layout(shape.head_dim, is_key, sparsity, shape.group_pattern, shape.values,
                             shape.ragged);
   };
   return make_store_layout(shape.n_layers, shape.n_kv_heads, slot(true, shape.k_sparsity),
                            slot(false, shape.v_sparsity));
 }
+
+// Tables of coded rows for every layer and KV head: energies that fall over the dims, by turns a
+// hundredfold and little.
+struct RandomCodes {
+  std::vector<uint8_t> widths[2];  // K, V
+  std::vector<float> sigmas[2];
+  CodeTables tables;
+
+  RandomCodes(const StoreLayout& layout, uint32_t seed) {
+    std::mt19937 random(seed);
+    const int32_t head_dim = layout.k.head_dim;
+    for (int kind = 0; kind < 2; kind++) {
+      for (int32_t head = 0; head < layout.n_layers * layout.n_kv_heads; head++) {
+        const float fall = head % 2 == 0 ? 4.6f : 0.5f;
+        for (int32_t d = 0; d < head_dim; d++) {
+          const float level = -fall * static_cast<float>(d) / static_cast<float>(head_dim);
+          sigmas[kind].push_back(2.0f * std::exp(level + 0.3f * random_normal(random)));
+        }
+        widths[kind].resize(sigmas[kind].size());
+        const int64_t at = int64_t{head} * head_dim;
+        deal_widths(&sigmas[kind][at], head_dim, (kind == 0 ? layout.k : layout.v).row_bytes,
+                    &widths[kind][at]);
+      }
+    }
+    tables = {widths[0].data(), widths[1].data(), sigmas[0].data(), sigmas[1].data()};
+  }
+  RandomCodes(RandomCodes&&) = delete;
+};
 
 // Every byte that the kernels must not depend on is 0xff: a NaN in every type.
 class RandomCache {
@@ -65,6 +100,7 @@ class RandomCache {
   RandomCache(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, uint32_t seed,
               float key_scale = 1.0f)
       : shape_(shape), layout_(make_layout(shape)), random_(seed) {
+    if (shape.values == DType::kCoded) codes_ = std::make_unique<RandomCodes>(layout_, seed);
     const int64_t slab = layout_.page_bytes * n_blocks + kSlabSlack;
     pages_memory_ = HostBuffer(slab);
     std::memset(pages_memory_.data(), 0xff, slab);
@@ -95,6 +131,16 @@ class RandomCache {
                          masks.data() + t * slot.mask_words);
             }
           }
+          if (codes_ != nullptr) {
+            const CodeTable table = code_table(codes_->tables, layout_, layer, head, is_key);
+            for (int32_t i = 0; i < kBlockTokens * shape.head_dim; i++) {
+              rows[i] = rounded(rows[i] * table.sigmas[i % shape.head_dim], shape.tail);
+            }
+            pack_coded_block(slot, table, rows.data(),
+                             page + (is_key ? k_slot_offset(layout_, layer, head)
+                                            : v_slot_offset(layout_, layer, head)));
+            continue;
+          }
           pack_block(slot, rows.data(), masks.data(),
                      page + (is_key ? k_slot_offset(layout_, layer, head)
                                     : v_slot_offset(layout_, layer, head)));
@@ -115,6 +161,7 @@ class RandomCache {
     step_.dense = dense_.data();
     step_.dense_capacity = capacity;
     step_.dense_tokens = dense_tokens;
+    if (codes_ != nullptr) step_.codes = &codes_->tables;
   }
   RandomCache(RandomCache&&) = delete;
 
@@ -129,6 +176,14 @@ class RandomCache {
     std::vector<float> out(shape_.head_dim);
     if (token < step_.n_blocks * kBlockTokens) {
       const uint8_t* page = pages_[token / kBlockTokens];
+      if (codes_ != nullptr) {
+        unpack_coded_row(is_key ? layout_.k : layout_.v,
+                         code_table(codes_->tables, layout_, layer, head, is_key),
+                         page + (is_key ? k_slot_offset(layout_, layer, head)
+                                        : v_slot_offset(layout_, layer, head)),
+                         token % kBlockTokens, out.data());
+        return out;
+      }
       unpack_row(is_key ? layout_.k : layout_.v,
                  page + (is_key ? k_slot_offset(layout_, layer, head)
                                 : v_slot_offset(layout_, layer, head)),
@@ -183,6 +238,7 @@ class RandomCache {
  private:
   CacheShape shape_;
   StoreLayout layout_;
+  std::unique_ptr<RandomCodes> codes_;
   std::mt19937 random_;
   HostBuffer pages_memory_;
   std::vector<const uint8_t*> pages_;

@@ -72,7 +72,8 @@ def store_of(session: Session, path: Path) -> tuple[Store, Store]:
             layer, head, page = at
             start = reference.slot_offset(*slots, heads, layer, head, slot.is_key)
             store.slots[at] = pages[page][start : start + slot.slot_bytes]
-            store.rows[at], store.masks[at] = reference.unpack_block(slot, store.slots[at])
+            rows, masks = reference.unpack_block(slot, store.slots[at])
+            store.rows[at], store.masks[at] = slot.natural(rows), slot.natural(masks)
         out.append(store)
     return out[0], out[1]
 
@@ -80,7 +81,7 @@ def store_of(session: Session, path: Path) -> tuple[Store, Store]:
 def groups_of(policy: str, slot: reference.Slot, x: np.ndarray) -> np.ndarray:
     """What is ranked together in a block [64, head_dim], as [groups, values]."""
     if not slot.ragged:
-        return x.reshape(-1, slot.group)
+        return slot.stored(x).reshape(-1, slot.group)
     if policy == "channel_structured" or (policy == "channel_output_aware" and slot.is_key):
         return x.reshape(1, -1)
     return x.T
@@ -107,6 +108,23 @@ def score_of(
     return x * (np.abs(keys) @ weight)[:, None]
 
 
+def stored_masks(
+    policy: str,
+    slot: reference.Slot,
+    rows: np.ndarray,
+    weight: np.ndarray,
+    keys: np.ndarray,
+    ranking: np.ndarray | None = None,
+) -> np.ndarray:
+    """`reference.policy_masks` of rows, keys and weights in the row's own order, and so its masks."""
+    order = slot.order
+    ranking = None if ranking is None else ranking[order]
+    masks = reference.policy_masks(
+        policy, slot, rows[:, order], weight[order], keys[:, order], ranking
+    )
+    return slot.natural(masks)
+
+
 def check_masks(
     kv: KVConfig,
     slot: reference.Slot,
@@ -125,7 +143,7 @@ def check_masks(
     """
     policy = kv.k_policy if slot.is_key else kv.v_policy
     weight = reference.query_weight(queries, kv.window)
-    expected = reference.policy_masks(policy, slot, rows, weight, keys, ranking)
+    expected = stored_masks(policy, slot, rows, weight, keys, ranking)
     message = f"{policy} of {'keys' if slot.is_key else 'values'} {where}"
     factor = np.ones(slot.head_dim) if ranking is None else ranking
     scores = groups_of(policy, slot, score_of(policy, slot, rows, weight, keys, factor))

@@ -96,7 +96,7 @@ class Trained:
     transformers: Any
     queries: np.ndarray  # [layers, kv_heads, tokens, query heads of a KV head, head_dim]
     profile: Profile
-    rows: dict[Any, tuple[Store, Store]]  # dense, by window, sinks and whether under the profile
+    rows: dict[Any, tuple[Store, Store]]  # by what decides them
 
     def queries_under(self, kv: KVConfig) -> np.ndarray:
         """Queries as they meet the cached keys: q' = q B_k^T."""
@@ -140,14 +140,17 @@ def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
 
 
 def dense_rows(trained: Trained, kv: KVConfig, path: Path) -> tuple[Store, Store]:
-    """Rows of IDS in the blocks that kv would compress."""
-    key = (kv.window, kv.sink_tokens, kv.profile is None)
+    """Rows of IDS in the blocks that kv would compress, all values of them.
+
+    By a cache that stores rows in the same order: sums over dims in another one round differently.
+    """
+    key = (kv.window, kv.sink_tokens, kv.profile is None, kv.pattern, kv.k_policy, kv.v_policy)
     if key not in trained.rows:
-        dense = KVConfig(sparsity=0.0, window=kv.window, sink_tokens=kv.sink_tokens,
-                         value_dtype="f32", profile=kv.profile)  # fmt: skip
-        session = Session(trained.model, dense)
+        everything = replace(kv, sparsity=1e-6, k_sparsity=None, v_sparsity=None, value_dtype="f32")
+        session = Session(trained.model, everything)
         session.prefill(IDS)
         trained.rows[key] = store_of(session, path)
+        assert all(store.masks.all() for store in trained.rows[key])
     return trained.rows[key]
 
 
@@ -179,7 +182,7 @@ def test_prompt_blocks(trained: Trained, kv: KVConfig, tmp_path: Path) -> None:
             head, rows, masks = at[:2], own.rows[at], stored.masks[at]
             ranking = None if rankings is None else rankings[head]
             check_masks(kv, slot, masks, rows, dense[0].rows[at], queries[head], at, ranking)
-            expected = reference.pack_block(slot, rows, masks)
+            expected = reference.pack_block(slot, slot.stored(rows), slot.stored(masks))
             np.testing.assert_array_equal(stored.slots[at], expected, err_msg=str(at))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import DataObject, data, floats, integers, lists
 
 import mustafar
 from mustafar import reference
@@ -32,7 +34,8 @@ def rows_of(kind: str, head_dim: int, tokens: int = 128) -> np.ndarray:
 
 
 def expected_bytes(slot: reference.Slot, x: np.ndarray, weight=None) -> np.ndarray:
-    blocks = x.reshape(-1, 64, x.shape[-1])
+    blocks = slot.stored(x).reshape(-1, 64, x.shape[-1])
+    weight = None if weight is None else slot.stored(weight)
     return np.stack([reference.pack_block(slot, b, slot.masks(b, weight)) for b in blocks])
 
 
@@ -58,10 +61,11 @@ def test_packing_equals_the_reference(kind: str, value_dtype: str, head_dim: int
                 assert blocks.nbytes == expected.size
                 unpacked = [reference.unpack_block(slot, b) for b in expected]
                 np.testing.assert_array_equal(
-                    blocks.decompress(), np.concatenate([rows for rows, _ in unpacked])
+                    blocks.decompress(),
+                    slot.natural(np.concatenate([rows for rows, _ in unpacked])),
                 )
                 np.testing.assert_array_equal(
-                    blocks.masks, np.concatenate([masks for _, masks in unpacked])
+                    blocks.masks, slot.natural(np.concatenate([masks for _, masks in unpacked]))
                 )
 
 
@@ -121,6 +125,60 @@ def test_compress_keeps_shapes_and_names_errors() -> None:
             mustafar.compress(x, **options)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("kind", ["random", "tied", "zero", "outlier"])
+def test_coded_packing_equals_the_reference(kind: str, head_dim: int) -> None:
+    x = rows_of(kind, head_dim)
+    if kind == "outlier":
+        x[2, :] = 1e3
+    random = np.random.default_rng(head_dim)
+    sigma = np.exp(1.5 * random.standard_normal(head_dim)).astype(np.float32)
+    sigma[::3] = sigma[0]
+    for bits in (1.0, 2.3, 3.0, 7.0):
+        blocks = mustafar.compress(x * sigma, value_dtype="coded", bits=bits, sigma=sigma)
+        halves = (x * sigma).reshape(-1, 64, head_dim)
+        expected = np.stack([reference.pack_coded_block(b, sigma, bits) for b in halves])
+        np.testing.assert_array_equal(blocks.data, expected)
+        rows = [reference.unpack_coded_block(b, sigma, bits) for b in expected]
+        np.testing.assert_array_equal(blocks.decompress(), np.concatenate(rows))
+        assert blocks.masks.all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(data())
+def test_any_coded_block_equals_the_reference(draw: DataObject) -> None:
+    head_dim = draw.draw(integers(1, 40))
+    bits = draw.draw(floats(1, 7))
+    number = floats(-1e4, 1e4, width=32)
+    sigma = np.array(
+        draw.draw(lists(floats(0, 1e3, width=32), min_size=head_dim, max_size=head_dim)), np.float32
+    )
+    few = draw.draw(lists(number, min_size=1, max_size=3 * head_dim))
+    x = np.resize(np.array(few, np.float32), (64, head_dim))
+    data = mustafar.compress(x, value_dtype="coded", bits=bits, sigma=sigma).data
+    np.testing.assert_array_equal(data[0], reference.pack_coded_block(x, sigma, bits))
+
+
+def test_coded_errors() -> None:
+    x = rows_of("random", 64)
+    sigma = np.ones(64, np.float32)
+    with pytest.raises(ValueError, match="needs sigma"):
+        mustafar.compress(x, value_dtype="coded")
+    with pytest.raises(ValueError, match="sigma goes with"):
+        mustafar.compress(x, value_dtype="int8", sigma=sigma)
+    with pytest.raises(ValueError, match="sigma must be 64"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma[:5])
+    with pytest.raises(ValueError, match="sigma must be 64"):
+        mustafar.compress(x, value_dtype="coded", sigma=-sigma)
+    with pytest.raises(ValueError, match="bits must be in"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma, bits=7.5)
+    with pytest.raises(ValueError, match="prunes nothing"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma, weight=sigma)
+    x[70, 3] = np.nan
+    with pytest.raises(ValueError, match="row 70 is not finite"):
+        mustafar.compress(x, value_dtype="coded", sigma=sigma)
+
+
 def test_bf16_rounds_half_to_even() -> None:
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(2).standard_normal(10000).astype(np.float32)
@@ -149,8 +207,25 @@ def test_schedule_and_exact_first_prefill() -> None:
         assert len(cache.blocks) * 64 == reference.compressed_tokens(i + 1, 4, 32)
     keys, _ = cache.rows()
     np.testing.assert_array_equal(keys[:4], k[:4])
-    np.testing.assert_array_equal(keys[4:132], np.where(slot.masks(k[4:132]), k[4:132], 0))
+    kept = slot.natural(slot.masks(slot.stored(k[4:132])))
+    np.testing.assert_array_equal(keys[4:132], np.where(kept, k[4:132], 0))
     np.testing.assert_array_equal(keys[132:], k[132:180])
+
+
+def test_a_groups_members_are_dealt_round_the_row() -> None:
+    slot = reference.Slot(64, "f32", 0.5)
+    x = np.zeros((64, 64), np.float32)
+    x[:, :32] = np.arange(1, 33)  # strong neighbours: groups of neighbours would keep half of them
+    blocks = mustafar.compress(x)
+    np.testing.assert_array_equal(blocks.masks, np.arange(64) < 32 + np.zeros((64, 1)))
+    np.testing.assert_array_equal(blocks.decompress(), x)
+    assert list(slot.order[:16]) == list(range(0, 64, 4))
+    np.testing.assert_array_equal(slot.order, blocks.layout.order)
+    np.testing.assert_array_equal(slot.natural(slot.stored(x)), x)
+    wide = reference.Slot(128, "f32", 0.5)
+    assert list(wide.order[32:35]) == [1, 5, 9]
+    for flat in (reference.Slot(64, "f32", 0.5, "row"), reference.Slot(64, "f32", 0.0)):
+        assert list(flat.order) == list(range(64))
 
 
 def test_pages_tile() -> None:

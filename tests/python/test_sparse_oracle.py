@@ -34,6 +34,11 @@ def keep_of(head_dim: int, is_key: bool, sparsity: float, pattern: str) -> tuple
     return group, min(group, max(1, int(np.ceil(group * (1 - sparsity) - 1e-9))))
 
 
+def dealt(dim: int, group: int) -> np.ndarray:
+    """The dim at each stored index: group 0 is dims 0, n, 2n, ... of n groups, and so on."""
+    return np.concatenate([np.arange(first, dim, dim // group) for first in range(dim // group)])
+
+
 def compressed(n: int, kv: KVConfig) -> int:
     return 64 * (max(0, n - kv.sink_tokens - kv.window) // 64)
 
@@ -67,7 +72,9 @@ def masks_of(session: Session, kv: KVConfig, path: Path) -> tuple[np.ndarray, np
                     start = (layer * heads + head) * sum(slots) + which * slots[0]
                     bits = np.unpackbits(page[start : start + 256 * words], bitorder="little")
                     rows = bits.reshape(64, 32 * words)[:, :dim].astype(bool)
-                    masks[layer, head, p * 64 : p * 64 + 64] = rows
+                    group, _ = keep_of(dim, which == 0, kv.sparsity, kv.pattern)
+                    order = dealt(dim, group)
+                    masks[layer, head, p * 64 : p * 64 + 64, order] = rows.T
         out.append(masks)
     return out[0], out[1]
 
@@ -84,8 +91,9 @@ class Schedule:
         """Every mask keeps as many as it should, and nothing smaller than what it drops."""
         dim = rows.shape[-1]
         group, keep = keep_of(dim, is_key, self.kv.sparsity, self.kv.pattern)
-        x = np.abs(rows).reshape(-1, group)
-        m = masks.reshape(-1, group)
+        order = dealt(dim, group)
+        x = np.abs(rows)[..., order].reshape(-1, group)
+        m = masks[..., order].reshape(-1, group)
         assert (m.sum(-1) == keep).all()
         smallest_kept = np.where(m, x, np.inf).min(-1)
         largest_dropped = np.where(m, -np.inf, x).max(-1)

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mustafar/error.h"
+#include "runtime/scorer.h"
 #include "runtime/session_impl.h"
 
 namespace mustafar {
@@ -120,6 +121,23 @@ TEST_F(CudaSession, PruningOfWholeChannels) {
   kv.k_policy = PrunePolicy::kChannelStructured;
   kv.v_policy = PrunePolicy::kChannelMagnitude;
   compare(16, DType::kF32, kv, 1e-4);
+}
+
+// Several sequences in one ragged call, and rows that come to the host to be scored.
+TEST_F(CudaSession, ScoresSideBySide) {
+  const std::vector<std::vector<int32_t>> texts = {ids_of(170, 6), ids_of(40, 7), ids_of(130, 8)};
+  const Model cpu = random_model("cpu", 16, DType::kF32);
+  const Model gpu = random_model("cuda", 16, DType::kF32);
+  const KVConfig kv = config_of(0.5, 3);
+  LogProbTable reference(texts, cpu.config().vocab_size);
+  Scorer a(*cpu.impl(), cpu.impl()->cache_spec(kv)), b(*gpu.impl(), gpu.impl()->cache_spec(kv));
+  const auto expected = a.score(texts, &reference), scores = b.score(texts, nullptr, &reference);
+  for (size_t i = 0; i < texts.size(); i++) {
+    EXPECT_LE(largest_difference(scores[i].log_probs, expected[i].log_probs), 1e-4) << i;
+    EXPECT_EQ(scores[i].log_probs.size(), texts[i].size() - 1);
+    for (const double divergence : scores[i].divergence) EXPECT_LE(divergence, 1e-6);
+    EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[i]), expected[i].log_probs), 1e-4);
+  }
 }
 
 TEST_F(CudaSession, ForkRewindAndBatch) {

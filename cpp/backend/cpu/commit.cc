@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "backend/cpu/coded_kernels.h"
 #include "backend/cpu/commit_kernels.h"
 #include "core/dtype.h"
 #include "format/pack.h"
@@ -120,6 +121,20 @@ int32_t compress_block(const CommitStep& step, Isa isa, DType tail_dtype, int32_
 #else
   static_cast<void>(isa);
 #endif
+  if (slot_layout.dtype == DType::kCoded) {
+    const CodeTable table = code_table(*sequence.codes, layout, layer, head, is_key);
+#if defined(__x86_64__)
+    if (isa >= Isa::kAvx512 && packs_coded_fast(slot_layout)) {
+      work.weight.resize(size_t{5} * head_dim);
+      const CodeRow row = make_code_row(table, head_dim, work.weight.data());
+      const uint8_t* rows[kBlockTokens];
+      for (int32_t t = 0; t < kBlockTokens; t++) rows[t] = run.row(first + t);
+      return pack_coded_rows_avx512(slot_layout, table.widths, row, tail_dtype, rows, slot);
+    }
+#endif
+    load_rows(run, first, head_dim, tail_dtype, work.rows);
+    return pack_coded_block(slot_layout, table, work.rows.data(), slot);
+  }
   load_rows(run, first, head_dim, tail_dtype, work.rows);
   if (by_query && !slot_layout.dense) {
     if (sequence.query_magnitude == nullptr) {

@@ -15,6 +15,7 @@ namespace mustafar {
   if (tail == DType::kF32 || layout.ragged || layout.head_dim % 32 != 0 || layout.head_dim > 512) {
     return false;
   }
+  if (layout.dtype == DType::kCoded) return false;
   if (layout.dtype != tail && !has_scales(layout.dtype)) return false;
   return layout.dense || layout.group == 16 || layout.group == 32;
 }

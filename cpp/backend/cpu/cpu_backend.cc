@@ -12,6 +12,7 @@
 #include "backend/cpu/decode_attention.h"
 #include "backend/cpu/linear.h"
 #include "backend/cpu/prefill_attention.h"
+#include "backend/cpu/row_scores.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
@@ -33,6 +34,22 @@ CpuWorkspace& on_cpu(Workspace& workspace) { return static_cast<CpuWorkspace&>(w
 // Rows of a prompt that pass the MLP together: their inner activations, the widest there are, take
 // tens of megabytes whatever the prompt's length, and weights are read seldom enough.
 constexpr int64_t kMlpRows = 2048;
+
+// Deals the dims of n vectors [n][head_dim] to groups (block_format.h), in place, or takes them
+// back. scratch: [head_dim].
+enum class Deal { kOut, kBack };
+void deal(Deal direction, float* x, int64_t n, int32_t n_groups, int32_t head_dim, float* scratch) {
+  const int32_t members = head_dim / n_groups;
+  for (; n > 0; n--, x += head_dim) {
+    for (int32_t g = 0; g < n_groups; g++) {
+      for (int32_t i = 0; i < members; i++) {
+        const int32_t stored = g * members + i, dim = i * n_groups + g;
+        direction == Deal::kOut ? scratch[stored] = x[dim] : scratch[dim] = x[stored];
+      }
+    }
+    std::copy_n(scratch, head_dim, x);
+  }
+}
 
 // Few rows are cheaper on the calling thread than the start of a region.
 template <typename Body>
@@ -169,6 +186,13 @@ void CpuBackend::finish_row(int32_t layer, const SequenceStep& step, int32_t row
   if (step.transform != nullptr) {
     const KVTransform& transform = *step.transform;
     const int64_t group = n_heads_ / n_kv_heads_;
+    if (transform.k_forward == nullptr && transform.k_groups > 1) {
+      deal(Deal::kOut, q, n_heads_, transform.k_groups, head_dim_, scratch);
+      deal(Deal::kOut, k, n_kv_heads_, transform.k_groups, head_dim_, scratch);
+    }
+    if (transform.v_forward == nullptr && transform.v_groups > 1) {
+      deal(Deal::kOut, v, n_kv_heads_, transform.v_groups, head_dim_, scratch);
+    }
     for (int64_t head = 0; head < n_kv_heads_; head++) {
       const int64_t matrix = (int64_t{layer} * n_kv_heads_ + head) * d * d;
       if (transform.k_forward != nullptr) {
@@ -264,11 +288,18 @@ void CpuBackend::attend(int32_t layer, const Batch& batch, const float* q, float
   ws.workers.resize(pool_.size());
   for (HostBuffer& buffer : ws.workers) grow<float>(buffer, d);
   for (const SequenceStep& step : batch.sequences) {
-    if (step.transform == nullptr || step.transform->v_backward == nullptr) continue;
-    const float* back = step.transform->v_backward + int64_t{layer} * n_kv_heads_ * d * d;
-    for_rows(pool_, step.n_rows, q_dim * d, [&](int64_t i, int worker) {
+    if (step.transform == nullptr) continue;
+    const float* back = step.transform->v_backward;
+    const int32_t groups = step.transform->v_groups;
+    if (back == nullptr && groups == 1) continue;
+    if (back != nullptr) back += int64_t{layer} * n_kv_heads_ * d * d;
+    for_rows(pool_, step.n_rows, q_dim * (back != nullptr ? d : 1), [&](int64_t i, int worker) {
       float* row = out + (step.row0 + i) * q_dim;
       float* scratch = ws.workers[worker].as<float>();
+      if (back == nullptr) {
+        deal(Deal::kBack, row, n_heads_, groups, head_dim_, scratch);
+        return;
+      }
       for (int64_t head = 0; head < n_heads_; head++) {
         kernels_.multiply_row(row + head * d, back + head / group * d * d, head_dim_, scratch);
         std::copy_n(scratch, d, row + head * d);
@@ -330,6 +361,11 @@ void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<co
     return;
   }
   prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
+}
+
+void CpuBackend::score_rows(const float* logits, int64_t vocab, std::span<RowScore> rows,
+                            Workspace&) {
+  score_host_rows(pool_, kernels_, logits, vocab, rows);
 }
 
 void CpuBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,

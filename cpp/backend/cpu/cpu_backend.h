@@ -21,6 +21,7 @@ class CpuBackend final : public Backend {
   std::string device() const override { return "cpu"; }
   std::string description() const override;
   bool host_memory() const override { return true; }
+  bool codes() const override { return true; }
   ThreadPool* host_pool() override { return &pool_; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
@@ -42,6 +43,8 @@ class CpuBackend final : public Backend {
            Workspace& workspace) override;
   void logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
               const float* x, float* logits, Workspace& workspace) override;
+  void score_rows(const float* logits, int64_t vocab, std::span<RowScore> rows,
+                  Workspace& workspace) override;
   void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
               Workspace& workspace) override;
   void synchronize() override {}

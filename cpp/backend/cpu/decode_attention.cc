@@ -32,7 +32,7 @@ void attend(Isa isa, DecodeRuns runs) {
       return decode_runs_amx(runs);
 #elif defined(__aarch64__)
     case Isa::kNeon:
-      return one_by_one(decode_run_neon);
+      return one_by_one(is_coded(runs[0]) ? decode_run_plain : decode_run_neon);
 #endif
     default:
       return one_by_one(decode_run_plain);

@@ -137,7 +137,8 @@ class AmxProducts {
       rescale[h] = tile_softmax<kKind, kInts ? Codes::kBytes : Codes::kBf16>(
           k, v, n, state.q_unit[head + h], work_.scores + h * kTileTokens,
           work_.weights + h * kTileTokens * (kInts ? 1 : 2), state.max[head + h],
-          state.sum[head + h], unit[h], kHeads * kTileTokens);
+          state.sum[head + h], unit[h], state.q_offset[head + h], state.weight_sum[head + h],
+          kHeads * kTileTokens);
       if (!kInts && rescale[h] != 1.0f) {
         float* row = o + int64_t{h} * head_dim;
         for (int32_t d = 0; d < head_dim; d += 16) {
@@ -205,8 +206,9 @@ class AmxProducts {
 
 void decode_runs_amx(DecodeRuns runs) {
   const DecodeRun& run = runs[0];
-  const bool dense = run.sequence->n_blocks == 0 ||
-                     (run.sequence->layout->k.dense && run.sequence->layout->v.dense);
+  const bool dense =
+      run.sequence->n_blocks == 0 ||
+      (run.sequence->layout->k.dense && run.sequence->layout->v.dense && !is_coded(run));
   // Memory bounds dense rows for few queries, and FMAs read it more evenly. Sums of ints stay below
   // 2^31: 127 * 32512 a dim.
   if ((dense && run.n_queries <= 4) || run.head_dim > 512) {

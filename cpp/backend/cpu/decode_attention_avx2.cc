@@ -164,10 +164,12 @@ inline __m256 exp2_ps(__m256 x) {
 }
 
 // Softmax of one head over a tile: scores [64] become weights. Returns the factor of the output so
-// far; unit: of int weights.
+// far. Of ints: scores are multiplied by q_unit, q_offset is added and the keys' scales come last;
+// unit: of int weights; weight_sum: running, of weights times the values' scales.
 template <Kind kKind>
 float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const float* scores,
-                   uint8_t* weights, float& running_max, float& running_sum, float& unit) {
+                   uint8_t* weights, float& running_max, float& running_sum, float& unit,
+                   float q_offset, float& weight_sum) {
   const __m256 minus_infinity = _mm256_set1_ps(-__builtin_inff());
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   __m256 s[8];
@@ -176,8 +178,8 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
     s[i] = _mm256_load_ps(scores + 8 * i);
     if constexpr (kKind == Kind::kInt) {
       if (8 * i < n) {
-        s[i] =
-            _mm256_mul_ps(s[i], _mm256_mul_ps(load_bf16(k.scales + 8 * i), _mm256_set1_ps(q_unit)));
+        s[i] = _mm256_fmadd_ps(s[i], _mm256_set1_ps(q_unit), _mm256_set1_ps(q_offset));
+        s[i] = _mm256_mul_ps(s[i], load_bf16(k.scales + 8 * i));
       }
     }
     const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * i), lane);
@@ -191,19 +193,21 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
       running_max == max ? 1.0f : _mm256_cvtss_f32(exp2_ps(_mm256_set1_ps(running_max - shift)));
   running_max = max;
 
-  __m256 sum = _mm256_setzero_ps(), largest = sum;
+  __m256 sum = _mm256_setzero_ps(), largest = sum, scaled = sum;
   for (int i = 0; i < 8; i++) {
     s[i] = exp2_ps(_mm256_sub_ps(s[i], _mm256_set1_ps(shift)));
     sum = _mm256_add_ps(sum, s[i]);
     if constexpr (kKind == Kind::kInt) {
       s[i] = _mm256_mul_ps(s[i], load_bf16(v.scales + 8 * i));
       largest = _mm256_max_ps(largest, s[i]);
+      scaled = _mm256_add_ps(scaled, s[i]);
     } else {
       _mm256_store_ps(reinterpret_cast<float*>(weights) + 8 * i, s[i]);
     }
   }
   running_sum = running_sum * rescale + sum_of(sum);
   if constexpr (kKind == Kind::kInt) {
+    weight_sum = weight_sum * rescale + sum_of(scaled);
     const float largest_weight = max_of(largest);
     unit = largest_weight / 32767.0f;
     const __m256 inverse = _mm256_set1_ps(largest_weight > 0 ? 32767.0f / largest_weight : 0.0f);
@@ -226,6 +230,12 @@ struct Work {
   float* queries;      // [n_queries][head_dim], scaled
   float* int_queries;  // int16 in place of floats
   float* q_unit;       // [n_queries] of int_queries
+  float* q_offset;     // [n_queries] of scores with coded keys
+  float* weight_sum;   // [n_queries] of the values' weights times their scales
+  // A coded value is (code + 1/2) * step * scale: the steps of keys go into the queries, and those
+  // of values into the output once the store is done with.
+  CodeOctet* octets[2];  // K and V, [head_dim / 8]
+  float* steps[2];       // [head_dim]
 };
 
 template <Kind kKind, int NH>
@@ -238,7 +248,8 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   for (int h = 0; h < NH; h++) {
     rescale[h] = tile_softmax<kKind>(k, v, n, work.q_unit[head + h], work.scores + h * kTileTokens,
                                      work.weights + h * kTileTokens * (kKind == Kind::kInt ? 2 : 4),
-                                     run.max[head + h], run.sum[head + h], unit[h]);
+                                     run.max[head + h], run.sum[head + h], unit[h],
+                                     work.q_offset[head + h], work.weight_sum[head + h]);
   }
   // run.o is not aligned: the accumulators are.
   tile_values<kKind, NH>(v, n_rows, run.head_dim, work.weights, rescale, unit,
@@ -268,13 +279,28 @@ void prepare_queries(const DecodeRun& run, const Work& work) {
   for (int32_t h = 0; h < run.n_queries; h++) {
     const float* q = run.q + int64_t{h} * run.head_dim;
     float* out = work.queries + int64_t{h} * run.head_dim;
-    int16_t* codes = reinterpret_cast<int16_t*>(work.int_queries + int64_t{h} * run.head_dim);
+    float* in_ints = work.int_queries + int64_t{h} * run.head_dim;
+    int16_t* codes = reinterpret_cast<int16_t*>(in_ints);
+    work.q_offset[h] = work.weight_sum[h] = 0.0f;
     __m256 absmax = _mm256_setzero_ps(), probe = absmax;  // a NaN or Inf makes probe NaN
     for (int32_t d = 0; d < run.head_dim; d += 8) {
       const __m256 x = _mm256_loadu_ps(q + d);
       absmax = _mm256_max_ps(absmax, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
       probe = _mm256_fmadd_ps(x, _mm256_setzero_ps(), probe);
       _mm256_store_ps(out + d, _mm256_mul_ps(x, _mm256_set1_ps(run.q_scale)));
+    }
+    if (is_coded(run)) {
+      absmax = probe = _mm256_setzero_ps();
+      __m256 sum = absmax;
+      for (int32_t d = 0; d < run.head_dim; d += 8) {
+        const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(q + d), _mm256_load_ps(work.steps[0] + d));
+        _mm256_store_ps(in_ints + d, x);
+        absmax = _mm256_max_ps(absmax, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x));
+        probe = _mm256_fmadd_ps(x, _mm256_setzero_ps(), probe);
+        sum = _mm256_add_ps(sum, x);
+      }
+      work.q_offset[h] = 0.5f * run.q_scale * sum_of(sum);
+      q = in_ints;  // overtaken by its codes, which are narrower
     }
     const float top = max_of(absmax);
     work.q_unit[h] = top * run.q_scale / 32767.0f + sum_of(probe);
@@ -309,6 +335,18 @@ void decode_run_avx2(const DecodeRun& run) {
   work.int_queries = work.queries + query_floats;
   float* o = work.queries + 2 * query_floats;
   work.q_unit = reinterpret_cast<float*>(take(at, run.n_queries * 4));
+  work.q_offset = reinterpret_cast<float*>(take(at, run.n_queries * 4));
+  work.weight_sum = reinterpret_cast<float*>(take(at, run.n_queries * 4));
+  const bool coded = is_coded(run);
+  for (int i = 0; i < 2 && coded; i++) {
+    const CodeTable table = code_table_of(run, i == 0);
+    work.octets[i] = reinterpret_cast<CodeOctet*>(take(at, sizeof(CodeOctet) * run.head_dim / 8));
+    work.steps[i] = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
+    make_octets(table.widths, run.head_dim, work.octets[i]);
+    for (int32_t d = 0; d < run.head_dim; d++) {
+      work.steps[i][d] = coded_step(table.widths[d]) * table.sigmas[d];
+    }
+  }
   prepare_queries(run, work);
   for (int32_t h = 0; h < run.n_queries; h++) {
     run.max[h] = -__builtin_inff();
@@ -316,7 +354,19 @@ void decode_run_avx2(const DecodeRun& run) {
   }
   __builtin_memset(o, 0, query_floats * 4);
 
+  bool in_codes = coded;  // the output is in units of the steps
+  const auto apply_steps = [&] {
+    in_codes = false;
+    for (int32_t h = 0; h < run.n_queries; h++) {
+      const float half = 0.5f * work.weight_sum[h];
+      for (int32_t d = 0; d < run.head_dim; d++) {
+        float& x = o[h * run.head_dim + d];
+        x = (x + half) * work.steps[1][d];
+      }
+    }
+  };
   for (int32_t tile = run.first_tile; tile < run.first_tile + run.n_tiles; tile++) {
+    if (in_codes && tile >= run.sequence->n_blocks) apply_steps();
     Prefetch next_k, next_v;
     next_lines(run, tile + 1, next_k, next_v);
     Rows k, v;
@@ -324,10 +374,15 @@ void decode_run_avx2(const DecodeRun& run) {
     if (tile < run.sequence->n_blocks) {
       const StoreLayout& layout = *run.sequence->layout;
       const uint8_t* page = run.sequence->pages[tile];
-      k = slot_rows(layout.k, page + run.k_offset, run.head_dim, work.widened, work.tiles[0],
-                    next_k);
-      v = slot_rows(layout.v, page + run.v_offset, run.head_dim, work.widened, work.tiles[1],
-                    next_v);
+      if (coded) {
+        k = coded_rows(layout.k, work.octets[0], page + run.k_offset, work.tiles[0]);
+        v = coded_rows(layout.v, work.octets[1], page + run.v_offset, work.tiles[1]);
+      } else {
+        k = slot_rows(layout.k, page + run.k_offset, run.head_dim, work.widened, work.tiles[0],
+                      next_k);
+        v = slot_rows(layout.v, page + run.v_offset, run.head_dim, work.widened, work.tiles[1],
+                      next_v);
+      }
     } else {
       const DenseTile dense = dense_tile(run, tile);
       n = dense.n;
@@ -349,6 +404,7 @@ void decode_run_avx2(const DecodeRun& run) {
         break;
     }
   }
+  if (in_codes) apply_steps();
   __builtin_memcpy(run.o, o, query_floats * 4);
 }
 

@@ -101,6 +101,41 @@ void widen_int4(const uint8_t* codes, int32_t n_bytes, uint8_t* out) {
   }
 }
 
+// Eight dims of coded rows.
+struct CodeOctet {
+  int32_t byte, shift;  // of the first code in a row
+  uint64_t mask;        // bits of every code, a byte each
+  uint64_t lift;        // 128 less half the codes, in every byte
+};
+
+// widths: [head_dim]; out: [head_dim / 8].
+inline void make_octets(const uint8_t* widths, int32_t head_dim, CodeOctet* out) {
+  int32_t bit = 0;
+  for (int32_t d = 0; d < head_dim; d += 8, out++) {
+    *out = {bit / 8, bit % 8, 0, 0};
+    for (int32_t i = 0; i < 8; i++) {
+      const int32_t width = widths[d + i];
+      out->mask |= ((uint64_t{1} << width) - 1) << 8 * i;
+      out->lift |= uint64_t{128u - (1u << width) / 2} << 8 * i;
+      bit += width;
+    }
+  }
+}
+
+// 64 coded rows to int8: codes less their halves. Reads up to eight bytes past the last row.
+inline void widen_codes(const CodeOctet* octets, const uint8_t* values, int32_t row_bytes,
+                        int32_t head_dim, uint8_t* out) {
+  for (int32_t t = 0; t < kTileTokens; t++, values += row_bytes) {
+    for (int32_t o = 0; o < head_dim / 8; o++, out += 8) {
+      uint64_t bits;
+      __builtin_memcpy(&bits, values + octets[o].byte, 8);
+      const uint64_t codes = _pdep_u64(bits >> octets[o].shift, octets[o].mask);
+      const uint64_t signed_codes = (codes + octets[o].lift) ^ 0x8080808080808080u;
+      __builtin_memcpy(out, &signed_codes, 8);
+    }
+  }
+}
+
 inline __m256 load_bf16(const void* x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(
       _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(x))), 16));
@@ -164,6 +199,14 @@ Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, int32_t head_dim, 
   next.lines = 0;
   rows.values = tile;
   return rows;
+}
+
+// The same of coded rows.
+Rows coded_rows(const SlotLayout& layout, const CodeOctet* octets, const uint8_t* slot,
+                uint8_t* tile) {
+  widen_codes(octets, slot + layout.values_offset, layout.row_bytes, layout.head_dim, tile);
+  return {Kind::kInt, tile, reinterpret_cast<const uint16_t*>(slot + layout.scales_offset),
+          layout.head_dim};
 }
 
 Rows dense_rows(const DecodeRun& run, const uint8_t* values, int32_t n, uint8_t* padded) {

@@ -162,7 +162,8 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   for (int h = 0; h < NH; h++) {
     rescale[h] = tile_softmax<kKind, kCodes>(
         k, v, n, state.q_unit[head + h], work.scores + h * kTileTokens,
-        work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit[h]);
+        work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit[h],
+        state.q_offset[head + h], state.weight_sum[head + h]);
   }
   float* o = state.o + int64_t{head} * run.head_dim;
   if (v.source == Source::kDense) {

@@ -40,12 +40,13 @@ enum class Codes {
 };
 
 // Softmax of one head over a tile: scores [64] (n of them valid) become weights, the state's
-// maximum and sum are brought up to date. Returns the factor of the output so far; unit: of int
-// weights.
+// maximum and sum are brought up to date. Returns the factor of the output so far. Of ints: scores
+// are multiplied by q_unit, q_offset is added and the keys' scales come last; unit: of int weights;
+// weight_sum: running, of weights times the values' scales.
 template <Kind kKind, Codes kCodes>
 float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const float* scores,
                    uint8_t* weights, float& running_max, float& running_sum, float& unit,
-                   int64_t low_bytes = 0) {
+                   float q_offset, float& weight_sum, int64_t low_bytes = 0) {
   __m512 s[4];
   __m512 tile_max = _mm512_set1_ps(-__builtin_inff());
 #pragma GCC unroll 4
@@ -54,8 +55,8 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
     const __mmask16 valid = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
     s[i] = _mm512_load_ps(scores + 16 * i);
     if constexpr (kKind == Kind::kInt) {
-      s[i] =
-          _mm512_mul_ps(s[i], _mm512_mul_ps(load_bf16(k.scales + 16 * i), _mm512_set1_ps(q_unit)));
+      s[i] = _mm512_fmadd_ps(s[i], _mm512_set1_ps(q_unit), _mm512_set1_ps(q_offset));
+      s[i] = _mm512_mul_ps(s[i], load_bf16(k.scales + 16 * i));
     }
     s[i] = _mm512_mask_blend_ps(valid, _mm512_set1_ps(-__builtin_inff()), s[i]);
     tile_max = _mm512_max_ps(tile_max, s[i]);
@@ -68,7 +69,7 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
   running_max = max;
 
   __m512 sum = _mm512_setzero_ps();
-  __m512 largest = _mm512_setzero_ps();
+  __m512 largest = _mm512_setzero_ps(), scaled = largest;
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     s[i] = exp2_ps(_mm512_sub_ps(s[i], _mm512_set1_ps(shift)));
@@ -76,6 +77,7 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
       sum = _mm512_add_ps(sum, s[i]);
       s[i] = _mm512_mul_ps(s[i], load_bf16(v.scales + 16 * i));
       largest = _mm512_max_ps(largest, s[i]);
+      scaled = _mm512_add_ps(scaled, s[i]);
 #if defined(__AVX512BF16__)
     } else if constexpr (kCodes == Codes::kBf16) {
       // The sum of what is multiplied, so that its rounding is no bias.
@@ -91,6 +93,7 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
   }
   running_sum = running_sum * rescale + _mm512_reduce_add_ps(sum);
   if constexpr (kKind == Kind::kInt) {
+    weight_sum = weight_sum * rescale + _mm512_reduce_add_ps(scaled);
     const float top = _mm512_reduce_max_ps(largest);
     unit = top / kTopCode;
     const __m512 inverse = _mm512_set1_ps(top > 0 ? kTopCode / top : 0.0f);

@@ -45,8 +45,8 @@ inline constexpr int32_t kMaxSpanHeads = 16;
                                                             int32_t span_heads) {
   const int64_t tile = int64_t{kTileTokens} * head_dim * 4 + 128;
   const int64_t queries = (int64_t{n_queries} + 7) / 8 * 8;
-  return 3 * tile + int64_t{kTileTokens} * head_dim + span_heads * queries * (32 * head_dim + 64) +
-         64 * kTileTokens + 16384;
+  return 3 * tile + int64_t{kTileTokens} * head_dim + span_heads * queries * (32 * head_dim + 128) +
+         span_heads * 16 * head_dim + 64 * kTileTokens + 16384;
 }
 
 // Dense rows of a tile: [n][head_dim] of the tail type, keys and values.
@@ -75,6 +75,18 @@ struct DenseTile {
   const StoreLayout& layout = *run.sequence->layout;
   if (layout.k.ragged || layout.v.ragged) return false;
   return is_float(layout.k.dtype) || run.head_dim % 64 == 0;
+}
+
+[[maybe_unused]] static inline bool is_coded(const DecodeRun& run) {
+  return run.sequence->n_blocks > 0 && run.sequence->layout->k.dtype == DType::kCoded;
+}
+
+// The table of a run's keys or values, where it is coded.
+[[maybe_unused]] static inline CodeTable code_table_of(const DecodeRun& run, bool is_key) {
+  const CodeTables& codes = *run.sequence->codes;
+  const int64_t at = (int64_t{run.layer} * run.n_kv_heads + run.kv_head) * run.head_dim;
+  return {(is_key ? codes.k_widths : codes.v_widths) + at,
+          (is_key ? codes.k_sigmas : codes.v_sigmas) + at};
 }
 
 // Serves every layout and type on every processor.

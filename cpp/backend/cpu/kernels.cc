@@ -1,5 +1,6 @@
 #include "backend/cpu/kernels.h"
 
+#include "backend/cpu/coded_kernels.h"
 #include "backend/cpu/unpack.h"
 
 namespace mustafar {
@@ -24,6 +25,7 @@ Kernels select_kernels(Isa isa) {
     case Isa::kAmx: {
       Kernels kernels = avx512_kernels();
       kernels.unpack_slot = unpack_slot_avx512;
+      kernels.unpack_coded_slot = unpack_coded_slot_avx512;
       if (isa == Isa::kAvx512Bf16) {
         kernels.bf16 = avx512bf16_gemm_kernels();
         kernels.gemv = gemv_avx512bf16;

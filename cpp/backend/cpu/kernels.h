@@ -8,6 +8,7 @@
 #include "backend/cpu/isa.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 
 namespace mustafar {
 
@@ -117,6 +118,15 @@ struct Kernels {
   void (*gemv)(const GemvArgs& args) = nullptr;
   // A slot of the store as f32 rows [64][head_dim], zero where pruned.
   void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
+  // Of a row of logits: its largest (NaN is passed over) and the first place of that.
+  void (*row_max)(const float* x, int64_t n, float* value, int64_t* index) = nullptr;
+  // sum e^(x - shift), blocks of it in double; relative error below 1e-6.
+  double (*exp_sum)(const float* x, float shift, int64_t n) = nullptr;
+  // sum e^p (p - (x - shift)): the divergence of log-probabilities x - shift from p.
+  double (*divergence)(const float* p, const float* x, float shift, int64_t n) = nullptr;
+  // The same of coded rows, as unpack_coded_slot of format/coded.h.
+  void (*unpack_coded_slot)(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
+                            float* out) = nullptr;
   GemmKernels f32;
   GemmKernels bf16;  // rows == 0 where the instruction set has no bf16 dot product
 };

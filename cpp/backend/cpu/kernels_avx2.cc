@@ -3,6 +3,7 @@
 #include "backend/cpu/simd_avx2.h"
 #include "backend/cpu/simd_math_impl.h"
 #include "backend/cpu/vector_ops_impl.h"
+#include "backend/cpu/row_scores_impl.h"
 #include "backend/cpu/gemv_impl.h"
 #include "backend/cpu/gemm_impl.h"
 #include "backend/cpu/kernels_table_impl.h"

@@ -19,6 +19,10 @@ Kernels make_kernels() {
   k.from_f32 = from_f32;
   k.gemv = gemv;
   k.unpack_slot = unpack_slot;
+  k.row_max = row_max;
+  k.exp_sum = exp_sum;
+  k.divergence = divergence;
+  k.unpack_coded_slot = unpack_coded_slot;
   k.f32 = make_gemm_kernels<StepF32>();
   return k;
 }

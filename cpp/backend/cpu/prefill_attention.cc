@@ -115,6 +115,14 @@ class TaskRunner {
         const int64_t at = int64_t{i} * kBlockTokens * args_.head_dim;
         const uint8_t* k_slot = page + k_slot_offset(store, args_.layer, task_.kv_head);
         const uint8_t* v_slot = page + v_slot_offset(store, args_.layer, task_.kv_head);
+        if (store.k.dtype == DType::kCoded) {
+          const auto table = [&](bool is_key) {
+            return code_table(*step_.codes, store, args_.layer, task_.kv_head, is_key);
+          };
+          kernels_.unpack_coded_slot(store.k, table(true), k_slot, keys + at);
+          kernels_.unpack_coded_slot(store.v, table(false), v_slot, values + at);
+          continue;
+        }
         kernels_.unpack_slot(store.k, k_slot, keys + at);
         kernels_.unpack_slot(store.v, v_slot, values + at);
       }
@@ -213,9 +221,12 @@ void prefill_attention(ThreadPool& pool, const Kernels& kernels, const GemmKerne
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, layout.end);
 
   std::vector<Task> tasks;
+  int64_t all_rows = 0;
+  for (const SequenceStep& step : args.sequences) all_rows += step.n_rows;
   for (const SequenceStep& step : args.sequences) {
     int32_t tile = std::max(1, kMaxPanels * gemm.rows / group);
-    const int32_t wanted = 3 * pool.size();  // tasks, so that threads end together
+    // Tasks of this sequence, so that with those of the others threads end together.
+    const int64_t wanted = (3 * pool.size() * step.n_rows + all_rows - 1) / all_rows;
     while (tile * group > 2 * gemm.rows &&
            int64_t{args.n_kv_heads} * ((step.n_rows + tile - 1) / tile) < wanted) {
       tile = (tile + 1) / 2;

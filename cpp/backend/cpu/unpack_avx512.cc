@@ -119,6 +119,8 @@ void unpack_slot_avx512(const SlotLayout& layout, const uint8_t* slot, float* ou
       return unpack<DType::kInt8>(layout, slot, out);
     case DType::kInt4:
       return unpack<DType::kInt4>(layout, slot, out);
+    case DType::kCoded:
+      return;  // unpack_coded_slot's, which has the table
   }
 }
 

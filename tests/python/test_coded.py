@@ -1,0 +1,237 @@
+"""Coded caches: against transformers over the stored rows, and what a session can do with one."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mustafar
+from conftest import model_folder
+from mustafar import KVConfig, Profile, Session, reference
+
+PROMPT, STEPS = 40, 260
+
+
+def ids_of(n: int, seed: int = 1, vocab: int = 2048) -> list[int]:
+    return [int(x) for x in np.random.default_rng(seed).integers(3, vocab, n)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[mustafar.Model]:
+    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def profile(model: mustafar.Model) -> Profile:
+    return mustafar.calibrate(model, [ids_of(500), ids_of(500, 7)], "balanced")
+
+
+def stored_rows(
+    session: Session, kv: KVConfig, profile: Profile, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [layers, kv_heads, tokens, head_dim] of the store, in the profile's basis."""
+    session.save(path)
+    whole = path.read_bytes()
+    (header_bytes,) = struct.unpack_from("<Q", whole, 16)
+    header = json.loads(whole[64 : 64 + header_bytes])
+    at = 64 + (header_bytes + 63) // 64 * 64
+    for section in header["sections"]:
+        if section["name"] == "pages":
+            break
+        at += (section["bytes"] + 63) // 64 * 64
+    pages = np.frombuffer(whole, np.uint8, section["bytes"], at).reshape(-1, header["page_bytes"])
+    assert profile.k_sigma is not None and profile.v_sigma is not None
+    layers, heads, dim = profile.k_sigma.shape
+    bits = [kv.k_bits or kv.bits, kv.v_bits or kv.bits]
+    slots = [
+        -(-64 * (reference.coded_row_bytes(dim, b) + 2) // reference.SLOT_ALIGNMENT)
+        * reference.SLOT_ALIGNMENT
+        for b in bits
+    ]
+    out = []
+    for which, sigma in enumerate((profile.k_sigma, profile.v_sigma)):
+        rows = np.zeros((layers, heads, len(pages) * 64, dim), np.float32)
+        for p, page in enumerate(pages):
+            for layer, head in np.ndindex(layers, heads):
+                start = (layer * heads + head) * sum(slots) + which * slots[0]
+                rows[layer, head, p * 64 : p * 64 + 64] = reference.unpack_coded_block(
+                    page[start : start + slots[which]], sigma[layer, head], bits[which]
+                )
+        out.append(rows)
+    return out[0], out[1]
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        KVConfig(value_dtype="coded", bits=3.0),
+        KVConfig(value_dtype="coded", bits=1.5, v_bits=4.0, window=0, sink_tokens=4),
+        KVConfig(value_dtype="coded", bits=6.0, window=64),
+    ],
+    ids=["3", "1.5-4", "6"],
+)
+def test_logits_match_attention_over_the_stored_rows(
+    trained: Path, kv: KVConfig, tmp_path: Path
+) -> None:
+    oracle = pytest.importorskip("oracle")
+    torch = pytest.importorskip("torch")
+    from transformers import AttentionInterface
+
+    plain = oracle.load(trained)
+    vocab = plain.config.vocab_size
+    ids = ids_of(PROMPT + STEPS, 3, vocab)
+    ours = []
+    with mustafar.Model(trained, device="cpu", dtype="f32") as model:
+        profile = mustafar.calibrate(model, [ids_of(400, 9, vocab)], "balanced")
+        session = Session(model, replace(kv, profile=profile))
+        session.prefill(ids[:PROMPT])
+        for token in ids[PROMPT:]:
+            ours.append(session.decode(token))
+        rows = stored_rows(session, kv, profile, tmp_path / "state")
+    sinks = kv.sink_tokens
+    stored = rows[0].shape[2]
+    assert stored >= 128
+    forward = (profile.k_forward, profile.v_forward)
+    backward = (profile.k_backward, profile.v_backward)
+    sigmas = (profile.k_sigma, profile.v_sigma)
+    codes = [0, 0]  # equal, all
+
+    def attention(
+        module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any
+    ) -> tuple[Any, None]:
+        layer, n = module.layer_idx, query.shape[2]
+        groups = query.shape[1] // key.shape[1]
+        seen = []
+        for which, x in enumerate((key, value)):
+            out = x.clone()
+            for head in range(key.shape[1]):
+                back = rows[which][layer, head] @ backward[which][layer, head]
+                out[0, head, sinks : sinks + stored] = torch.from_numpy(back)
+                # The stored rows are codes of these, but for rounding at the edges of steps.
+                own = x[0, head, sinks : sinks + 64].numpy() @ forward[which][layer, head]
+                sigma = sigmas[which][layer, head]
+                bits = (kv.v_bits if which else kv.k_bits) or kv.bits
+                block = reference.pack_coded_block(own, sigma, bits)
+                again = reference.unpack_coded_block(block, sigma, bits)
+                same = np.isclose(again, rows[which][layer, head, :64], rtol=1e-3, atol=1e-6)
+                codes[0] += int(same.sum())
+                codes[1] += same.size
+            seen.append(out)
+        is_old = torch.zeros(n, n, dtype=torch.bool)
+        for i in range(PROMPT, n):
+            is_old[i, sinks : sinks + reference.compressed_tokens(i, sinks, kv.window)] = True
+        causal = torch.ones(n, n, dtype=torch.bool).tril()
+
+        def expand(x: Any) -> Any:
+            return x.repeat_interleave(groups, dim=1)
+
+        scores = torch.where(
+            is_old,
+            query @ expand(seen[0]).transpose(-1, -2),
+            query @ expand(key).transpose(-1, -2),
+        )
+        weights = (scores * scaling).masked_fill(~causal, float("-inf")).softmax(-1)
+        old = weights * is_old
+        out = old @ expand(seen[1]) + (weights - old) @ expand(value)
+        return out.transpose(1, 2), None
+
+    AttentionInterface.register("coded", attention)
+    plain.set_attn_implementation("coded")
+    expected = oracle.logits(plain, ids)[PROMPT:]
+    difference = np.array(ours) - expected
+    assert np.square(difference).sum() / np.square(expected).sum() < 1e-6
+    assert codes[0] / codes[1] > 0.98
+
+
+@pytest.mark.parametrize("position", [1, 64, 100, 129, 200])
+def test_rewind_fork_and_state_files_go_on_alike(
+    model: mustafar.Model, profile: Profile, position: int, tmp_path: Path
+) -> None:
+    kv = KVConfig(value_dtype="coded", bits=2.5, k_bits=3.0, profile=profile)
+    session = Session(model, kv)
+    session.prefill(ids_of(230))
+    session.rewind(position)
+    session.save(tmp_path / "s")
+    loaded = Session.load(model, tmp_path / "s", profile)
+    assert replace(loaded.kv, profile=None) == replace(kv, profile=None)
+    fork = session.fork()
+    for token in ids_of(80, seed=2):
+        expected = session.decode(token)
+        np.testing.assert_array_equal(loaded.decode(token), expected)
+        np.testing.assert_array_equal(fork.decode(token), expected)
+
+
+def test_the_profile_and_the_bits_are_the_files_own(
+    model: mustafar.Model, profile: Profile, tmp_path: Path
+) -> None:
+    session = Session(model, KVConfig(value_dtype="coded", profile=profile))
+    session.prefill(ids_of(200))
+    session.save(tmp_path / "s")
+    with pytest.raises(mustafar.StateError, match="pass that profile"):
+        Session.load(model, tmp_path / "s")
+    other = mustafar.calibrate(model, [ids_of(300, 11)], "balanced")
+    with pytest.raises(mustafar.StateError, match="with hash"):
+        Session.load(model, tmp_path / "s", other)
+    assert Session.load(model, tmp_path / "s", profile).kv.bits == 3.0
+
+
+def test_bytes_are_what_bits_say(model: mustafar.Model, profile: Profile) -> None:
+    dim = model.config["head_dim"]
+    used = {}
+    for bits in (2.0, 4.0):
+        session = Session(model, KVConfig(value_dtype="coded", bits=bits, profile=profile))
+        session.prefill(ids_of(64 * 4 + 32 + 4))  # window and sinks
+        memory = session.memory()
+        rows = 256 * 2 * model.config["n_layers"] * model.config["n_kv_heads"]
+        assert memory.values == rows * reference.coded_row_bytes(dim, bits)
+        assert memory.scales == rows * 2
+        assert memory.masks == 0 and memory.k_sparsity == 0
+        used[bits] = memory.values
+    assert used[4.0] == 2 * used[2.0]
+
+
+def test_more_bits_are_nearer_to_dense(model: mustafar.Model, profile: Profile) -> None:
+    ids = ids_of(300, 4)
+
+    def logits(kv: KVConfig) -> np.ndarray:
+        session = Session(model, kv)
+        session.prefill(ids[:-20])
+        return np.stack([session.decode(token) for token in ids[-20:]])
+
+    dense = logits(KVConfig.preset("dense"))
+    errors = [
+        float(
+            np.square(logits(KVConfig(value_dtype="coded", bits=b, profile=profile)) - dense).sum()
+        )
+        for b in (1.0, 2.0, 4.0, 6.0)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.05 * errors[0]
+
+
+def test_errors_name_the_field(model: mustafar.Model, profile: Profile) -> None:
+    with pytest.raises(ValueError, match="profile: .*k_sigma.*none was given.*calibrate"):
+        Session(model, KVConfig(value_dtype="coded"))
+    with pytest.raises(ValueError, match="profile: .*kind hadamard has none"):
+        Session(model, KVConfig(value_dtype="coded", profile="hadamard"))
+    coded = KVConfig(value_dtype="coded", profile=profile)
+    for field, value, message in [
+        ("bits", 0.5, "bits must be between 1 and 7"),
+        ("bits", 7.5, "bits must be between"),
+        ("k_bits", float("nan"), "k_bits must be"),
+        ("v_bits", 9.0, "v_bits must be"),
+        ("sparsity", 0.7, "sparsity must be 0"),
+        ("k_sparsity", 0.5, "sparsity must be 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Session(model, replace(coded, **{field: value}))
+    with pytest.raises(ValueError, match='v_bits applies to value_dtype "coded" alone'):
+        Session(model, KVConfig(v_bits=3.0))
