@@ -80,6 +80,9 @@ class BitWriter {
     pending_ |= code << n_;
     for (n_ += width; n_ >= 8; n_ -= 8, pending_ >>= 8) *out_++ = static_cast<uint8_t>(pending_);
   }
+  void end() {
+    if (n_ > 0) *out_ = static_cast<uint8_t>(pending_);
+  }
 
  private:
   uint8_t* out_;
@@ -156,6 +159,7 @@ int32_t pack_coded_block(const SlotLayout& layout, const CodeTable& table, const
     for (int32_t d = 0; d < n; d++) {
       bits.put(static_cast<uint32_t>(code_of(row, x[d], d, inverse)), table.widths[d]);
     }
+    bits.end();
   }
   return -1;
 }
