@@ -150,7 +150,8 @@ struct Cache {
       std::vector<uint8_t>& of_kind = widths[is_key];
       of_kind.resize(n);
       deal_widths(sigmas.data(), n, (is_key ? layout.k : layout.v).row_bytes, of_kind.data());
-      for (int64_t i = 1; i < heads; i++) for (int32_t d = 0; d < n; d++) of_kind.push_back(of_kind[d]);
+      for (int64_t i = 1; i < heads; i++)
+        for (int32_t d = 0; d < n; d++) of_kind.push_back(of_kind[d]);
     }
     std::vector<float> all;
     for (int64_t i = 0; i < heads; i++) all.insert(all.end(), sigmas.begin(), sigmas.end());

@@ -11,8 +11,7 @@ namespace mustafar {
 namespace {
 
 // By width, about 1.1 times the steps that are best for Gaussian dims.
-constexpr float kStep[kMaxWidth + 1] = {0,     1.72f,   1.08f,   0.65f,
-                                        0.38f, 0.2175f, 0.1225f, 0.068125f};
+constexpr float kStep[kMaxWidth + 1] = {0, 1.72f, 1.08f, 0.65f, 0.38f, 0.2175f, 0.1225f, 0.068125f};
 // Square error that is left, of a dim's energy: of Gaussian dims and their best steps.
 constexpr double kError[kMaxWidth + 1] = {1,        0.3634,   0.1175,   0.03454,
                                           0.009497, 0.002499, 0.000642, 0.000163};
@@ -80,6 +79,9 @@ class BitWriter {
   void put(uint32_t code, int32_t width) {
     pending_ |= code << n_;
     for (n_ += width; n_ >= 8; n_ -= 8, pending_ >>= 8) *out_++ = static_cast<uint8_t>(pending_);
+  }
+  void end() {
+    if (n_ > 0) *out_ = static_cast<uint8_t>(pending_);
   }
 
  private:
@@ -157,6 +159,7 @@ int32_t pack_coded_block(const SlotLayout& layout, const CodeTable& table, const
     for (int32_t d = 0; d < n; d++) {
       bits.put(static_cast<uint32_t>(code_of(row, x[d], d, inverse)), table.widths[d]);
     }
+    bits.end();
   }
   return -1;
 }

@@ -22,13 +22,12 @@
 
 namespace mustafar {
 
-inline constexpr int32_t kMaxWidth = 7;  // bits
+inline constexpr int32_t kMaxWidth = 7;   // bits
 inline constexpr int32_t kSumLanes = 16;  // partial sums of a row, of dims i mod 16, then halves
 inline constexpr int32_t kScaleChoices = 8;
 // Powers of 2^(1/4), from -2 to 5.
-inline constexpr float kScaleFactors[kScaleChoices] = {0.70710678f, 0.84089642f, 1.0f,
-                                                       1.18920712f, 1.41421356f, 1.68179283f,
-                                                       2.0f,        2.37841423f};
+inline constexpr float kScaleFactors[kScaleChoices] = {0.70710678f, 0.84089642f, 1.0f, 1.18920712f,
+                                                       1.41421356f, 1.68179283f, 2.0f, 2.37841423f};
 inline constexpr float kLeastScale = 0x1p-100f;  // what is less counts as zero where it divides
 
 // Of one layer, KV head and kind.

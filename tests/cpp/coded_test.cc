@@ -97,8 +97,7 @@ TEST(CodedTest, ValuesComeBackWithinHalfAStep) {
         const int32_t width = head.widths[i % head_dim];
         uint16_t scale_bits;
         std::memcpy(&scale_bits, slot.data() + head.layout.scales_offset + i / head_dim * 2, 2);
-        const float step =
-            coded_step(width) * head.sigmas[i % head_dim] * bf16_to_f32(scale_bits);
+        const float step = coded_step(width) * head.sigmas[i % head_dim] * bf16_to_f32(scale_bits);
         const float outermost = (std::ldexp(1.0f, width) * 0.5f - 0.5f) * step;
         if (width == 0) {
           EXPECT_EQ(out[i], 0.0f);

@@ -72,12 +72,32 @@ TEST(KVConfigTest, RefusesBadWindowSinksAndPolicies) {
   }
 }
 
+TEST(KVConfigTest, CodedTakesBitsInPlaceOfSparsity) {
+  KVConfig config;
+  config.value_dtype = ValueType::kCoded;
+  EXPECT_EQ(refusal(config), "accepted");
+  config.bits = 7.5;
+  EXPECT_EQ(refusal(config), "bits must be between 1 and 7 (bits of a dim, on average), not 7.5");
+  config.bits = 2;
+  config.k_bits = 0.5;
+  EXPECT_EQ(refusal(config), "k_bits must be between 1 and 7 (bits of a dim, on average), not 0.5");
+  config.k_bits = 4;
+  EXPECT_EQ(refusal(config), "accepted");
+  EXPECT_EQ(config.effective_k_bits(), 4);
+  EXPECT_EQ(config.effective_v_bits(), 2);
+  config.v_sparsity = 0.5;
+  EXPECT_NE(refusal(config).find("sparsity must be 0"), std::string::npos) << refusal(config);
+  config.v_sparsity.reset();
+  config.value_dtype = ValueType::kInt8;
+  EXPECT_EQ(refusal(config), "k_bits applies to value_dtype \"coded\" alone, not to \"int8\"");
+}
+
 TEST(KVConfigTest, NamesParseBack) {
   for (const Pattern pattern : {Pattern::kGroup, Pattern::kRow}) {
     EXPECT_EQ(parse_pattern(name_of(pattern)), pattern);
   }
   for (const ValueType type : {ValueType::kAuto, ValueType::kF32, ValueType::kF16, ValueType::kBF16,
-                               ValueType::kInt8, ValueType::kInt4}) {
+                               ValueType::kInt8, ValueType::kInt4, ValueType::kCoded}) {
     EXPECT_EQ(parse_value_type(name_of(type)), type);
   }
   for (const PrunePolicy policy :
@@ -95,7 +115,8 @@ TEST(KVConfigTest, UnknownNamesListTheChoices) {
     FAIL();
   } catch (const std::invalid_argument& error) {
     EXPECT_STREQ(error.what(),
-                 "value_dtype must be one of auto, f32, f16, bf16, int8, int4, not \"q8_0\"");
+                 "value_dtype must be one of auto, f32, f16, bf16, int8, int4, coded, not "
+                 "\"q8_0\"");
   }
   EXPECT_THROW(parse_pattern("Group"), std::invalid_argument);
   EXPECT_THROW(parse_prune_policy(""), std::invalid_argument);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis.strategies import DataObject, data, floats, integers, lists
+from hypothesis.strategies import DataObject, data, floats, integers, just, lists
 
 import mustafar
 from mustafar import reference
@@ -151,7 +151,10 @@ def test_any_coded_block_equals_the_reference(draw: DataObject) -> None:
     bits = draw.draw(floats(1, 7))
     number = floats(-1e4, 1e4, width=32)
     sigma = np.array(
-        draw.draw(lists(floats(0, 1e3, width=32), min_size=head_dim, max_size=head_dim)), np.float32
+        draw.draw(
+            lists(just(0.0) | floats(2**-20, 1e3, width=32), min_size=head_dim, max_size=head_dim)
+        ),
+        np.float32,
     )
     few = draw.draw(lists(number, min_size=1, max_size=3 * head_dim))
     x = np.resize(np.array(few, np.float32), (64, head_dim))

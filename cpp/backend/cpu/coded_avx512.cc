@@ -1,8 +1,9 @@
 // Coded rows for AVX-512: packing sixteen dims at a time with all scales side by side, unpacking to
 // floats.
+#include "backend/cpu/coded_avx512.h"
+
 #include <immintrin.h>
 
-#include "backend/cpu/coded_avx512.h"
 #include "backend/cpu/coded_kernels.h"
 
 // GCC 12's own headers hand uninitialised vectors to builtins that ignore them.
@@ -154,15 +155,14 @@ void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, 
       uint16_t bits;
       __builtin_memcpy(&bits, slot + layout.scales_offset + t * 2, 2);
       const __m512 scale = _mm512_set1_ps(bf16_to_f32(bits));
-      const __m512i codes =
-          unpack_codes(chunk, slot + layout.values_offset + t * layout.row_bytes);
-      const __m128i parts[4] = {
-          _mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
-          _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+      const __m512i codes = unpack_codes(chunk, slot + layout.values_offset + t * layout.row_bytes);
+      const __m128i parts[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
+                                _mm512_extracti32x4_epi32(codes, 2),
+                                _mm512_extracti32x4_epi32(codes, 3)};
       for (int i = 0; i < 4; i++) {
         const int32_t d = 64 * c + 16 * i;
-        const __m512 level = _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(parts[i])),
-                                           _mm512_set1_ps(0.5f));
+        const __m512 level =
+            _mm512_add_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(parts[i])), _mm512_set1_ps(0.5f));
         const __m512 value = _mm512_mul_ps(_mm512_mul_ps(level, _mm512_load_ps(steps + d)), scale);
         // Dims without bits are +0 whatever the scale.
         const __mmask16 coded = _mm_test_epi8_mask(

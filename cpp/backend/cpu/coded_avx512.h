@@ -1,6 +1,6 @@
-// Coded rows for AVX-512 (VBMI): 64 dims of a row to bytes in three steps whatever their widths, by a
-// byte shuffle, a shift of every byte out of the eight around it, and a mask. Included by files of
-// AVX-512 paths alone.
+// Coded rows for AVX-512 (VBMI): 64 dims of a row to bytes in three steps whatever their widths, by
+// a byte shuffle, a shift of every byte out of the eight around it, and a mask. Included by files
+// of AVX-512 paths alone.
 #pragma once
 
 #include <immintrin.h>

@@ -12,9 +12,9 @@ namespace mustafar {
   return layout.head_dim % 16 == 0 && layout.head_dim <= 512;
 }
 
-// Writes a whole slot, byte for byte as pack_coded_block does, where packs_coded_fast says so. rows:
-// [64] addresses of head_dim values of the tail type; widths: [head_dim]. Returns the first row that
-// can't be coded, or -1.
+// Writes a whole slot, byte for byte as pack_coded_block does, where packs_coded_fast says so.
+// rows: [64] addresses of head_dim values of the tail type; widths: [head_dim]. Returns the first
+// row that can't be coded, or -1.
 int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, const CodeRow& row,
                                DType tail, const uint8_t* const* rows, uint8_t* slot);
 

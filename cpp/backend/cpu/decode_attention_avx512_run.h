@@ -16,11 +16,11 @@ struct State {
   bool used;
   float* max;  // [n_queries]
   float* sum;
-  float* o;          // [n_queries, to a multiple of 8][head_dim], dims in the kind's order
-  uint8_t* queries;  // prepared, as the products want them
-  float* q_unit;     // [n_queries] what a score of prepared queries is to be multiplied by
-  float* q_error;    // [n_queries] |second bf16 term|^2 / |q|^2
-  float* q_offset;   // [n_queries] what is added to a score before it is scaled: of coded keys
+  float* o;           // [n_queries, to a multiple of 8][head_dim], dims in the kind's order
+  uint8_t* queries;   // prepared, as the products want them
+  float* q_unit;      // [n_queries] what a score of prepared queries is to be multiplied by
+  float* q_error;     // [n_queries] |second bf16 term|^2 / |q|^2
+  float* q_offset;    // [n_queries] what is added to a score before it is scaled: of coded keys
   float* weight_sum;  // [n_queries] of the values' weights times their scales: of ints
   bool two_terms[kMaxBlocks];  // of every four query heads: what the last tile needed
 };
@@ -28,7 +28,7 @@ struct State {
 // Of a KV head's coded rows: a value is (code + 1/2) * step * scale. So the steps of keys go into
 // the queries, and those of values into the output.
 struct CodedHead {
-  CodeChunk* k;   // [head_dim / 64]
+  CodeChunk* k;  // [head_dim / 64]
   CodeChunk* v;
   float* k_step;  // [head_dim]
   float* v_step;
