@@ -1,0 +1,311 @@
+"""Transform coding: every dim of a good basis has its own, constant number of levels.
+
+`StaticBits` is the plain code: whole bits by water-filling, one bf16 scale a row. `Allocated` and
+`EntropyCoded` are experiments on it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .calibration import Basis
+from .codec import Coder, Rows
+from .primitives import bf16
+from .product import InBasis
+
+
+def water_fill(sigma: Tensor, mean_bits: float, least: int = 0, most: int = 8) -> Tensor:
+    """Bits per dim: round(log2 sigma - t), the mean over the last axis at most `mean_bits`."""
+    level = sigma.clamp_min(1e-9).log2()
+    low, high = level.amin(-1, keepdim=True) - 10, level.amax(-1, keepdim=True) + 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = (level - middle).round().clamp(least, most).mean(-1, keepdim=True) > mean_bits
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    return (level - high).round().clamp(least, most)
+
+
+def row_scale(y: Tensor, sigma: Tensor) -> Tensor:
+    """A row's root mean square against the calibration text's: [..., 1]."""
+    return (y / sigma.clamp_min(1e-9)).pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def log_scale(scale: Tensor, bits: int, per_octave: int) -> Tensor:
+    """A scale as one of 2^bits powers of 2^(1 / per_octave), the middle one being 1."""
+    half = 2 ** (bits - 1)
+    code = (scale.log2() * per_octave).round().clamp(-half, half - 1)
+    return 2.0 ** (code / per_octave)
+
+
+class StaticBits(InBasis):
+    """Whole bits per dim, half-step levels, step 2 (1.6 + 0.55 n) / 2^n sigmas, bf16 row scale.
+
+    log_bits: the row scale as that many bits of logarithm, 4 steps an octave, in place of bf16.
+    """
+
+    def __init__(self, basis: Basis, mean_bits: float, *, log_bits: int | None = None) -> None:
+        super().__init__(basis)
+        self.allocation = water_fill(basis.sigma, mean_bits)  # [L, kv_heads, 1, D]
+        self.log_bits = log_bits
+        self.bits = self.allocation.sum(-1).mean().item() + (log_bits or 16)
+
+    def code(self, y: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        n = self.allocation[rows.layer]
+        scale = row_scale(y, sigma)
+        scale = bf16(scale) if self.log_bits is None else log_scale(scale, self.log_bits, 4)
+        step = 2 * (1.6 + 0.55 * n) / 2**n * sigma * scale
+        half = 2**n / 2
+        code = (y / step.clamp_min(1e-9)).floor().clamp(-half, half - 1)
+        return torch.where(n > 0, (code + 0.5) * step, 0.0)
+
+
+# Levels a dim may have: mixed radix, so that three levels cost log2(3) bits.
+_LEVELS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128)
+
+
+class Allocated(InBasis):
+    """Any number of levels per dim, codebooks of least squares by dim, a logarithmic row scale.
+
+    Make these with `allocate`, which spends one budget over all layers, heads, K and V. Levels of a
+    row are packed as one mixed-radix number; its bits are rounded up.
+    levels: [L, kv_heads, D]. books: [L, kv_heads, D, most levels], ascending, padded with inf.
+    """
+
+    def __init__(self, basis: Basis, levels: Tensor, books: Tensor, log_bits: int) -> None:
+        super().__init__(basis)
+        self.levels, self.books, self.log_bits = levels, books, log_bits
+        self.borders = (books[..., 1:] + books[..., :-1]) / 2  # inf beyond the last level
+        packed = levels.double().log2().sum(-1) - 1e-9
+        self.bits = packed.ceil().mean().item() + log_bits
+
+    def code(self, y: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        scale = _coded_scale(y, sigma, self.log_bits)
+        z = (y / (sigma.clamp_min(1e-9) * scale)).transpose(1, 2).contiguous()  # [G, D, T]
+        code = torch.searchsorted(self.borders[rows.layer].contiguous(), z)
+        z = self.books[rows.layer].gather(-1, code)
+        return z.transpose(1, 2) * sigma * scale
+
+
+def _coded_scale(y: Tensor, sigma: Tensor, log_bits: int) -> Tensor:
+    if not log_bits:
+        return torch.ones_like(y[..., :1])
+    return log_scale(row_scale(y, sigma), log_bits, 4)
+
+
+def allocate(
+    bases: tuple[Basis, Basis],
+    mean_bits: float,
+    *,
+    log_bits: int = 5,
+    shared: bool = True,
+    whole_bits: bool = False,
+    lloyd: bool = True,
+) -> tuple[Allocated, Allocated]:
+    """Coders of keys and values with `mean_bits` per value between them, scales included.
+
+    shared: one budget over all layers, heads, K and V, which supposes that the bases' units are
+    comparable, as those of kind "fisher" are; otherwise every row has the same.
+    whole_bits: powers of two alone. lloyd: codebooks by dim, else the uniform levels they start
+    from. Greedy in effect: every dim takes the levels that minimise error + price * bits.
+    """
+    choices = [n for n in _LEVELS if not whole_bits or n & (n - 1) == 0]
+    costs = torch.tensor(choices).double().log2()
+    errors = [_expected_errors(basis, choices, log_bits) for basis in bases]
+    sizes = [basis.sigma.shape[-1] for basis in bases]
+    budget = mean_bits - log_bits / sizes[0]
+    stacked = torch.stack(errors)  # [2, L, G, D, choices]
+
+    def chosen(price: Tensor) -> Tensor:
+        return (stacked + price[..., None, None] * costs).argmin(-1)
+
+    shape = stacked.shape[:3]
+    low = torch.full(shape, 1e-15, dtype=torch.float64)
+    high = torch.full(shape, 1e9, dtype=torch.float64)
+    for _ in range(80):
+        middle = (low * high).sqrt()
+        spent = costs[chosen(middle)].mean(-1)
+        over = (spent.mean() if shared else spent) > budget
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    picked = torch.tensor(choices)[chosen(high)]
+    coders = []
+    for basis, levels in zip(bases, picked, strict=True):
+        books = _codebooks(basis, levels, log_bits, rounds=15 if lloyd else 0)
+        coders.append(Allocated(basis, levels, books, log_bits))
+    return coders[0], coders[1]
+
+
+def _normalised(basis: Basis, log_bits: int, layer: int) -> Tensor:
+    """Calibration samples over sigma and row scale: [G, D, N]."""
+    y, sigma = basis.samples(layer), basis.sigma[layer]
+    scale = _coded_scale(y, sigma, log_bits)
+    return (y / (sigma.clamp_min(1e-9) * scale)).transpose(1, 2).contiguous()
+
+
+def _uniform_span(levels: Tensor) -> Tensor:
+    """Where uniform levels end, in sigmas, on heavy-tailed rows: a fit by eye at 2 to 8 levels."""
+    return (1.6 + 0.55 * levels.clamp_min(1).log2()) * (levels - 1) / levels
+
+
+def _expected_errors(basis: Basis, choices: list[int], log_bits: int) -> Tensor:
+    """Error of every dim at every number of levels, float64 [L, G, D, choices].
+
+    Measured on pooled samples with codebooks of least squares, then scaled by each dim's energy.
+    """
+    layers = range(0, len(basis.source), 7)
+    pool = torch.cat([_normalised(basis, log_bits, la)[:, :, ::64] for la in layers], -1)
+    pool = pool.flatten()[:: max(1, pool.numel() // 65536)].sort().values
+    relative = []
+    for n in choices:
+        book = _lloyd(pool[None], torch.tensor([n]), 40)
+        borders = (book[:, 1:] + book[:, :-1]) / 2
+        near = book[0][torch.searchsorted(borders[0].contiguous(), pool)]
+        relative.append(((pool - near).pow(2).mean() / pool.pow(2).mean()).item())
+    energy = basis.sigma[:, :, 0].double().pow(2)
+    return energy[..., None] * torch.tensor(relative, dtype=torch.float64)
+
+
+def _codebooks(basis: Basis, levels: Tensor, log_bits: int, rounds: int) -> Tensor:
+    """Codebooks [L, G, D, most] of every dim, padded with inf."""
+    most = int(levels.max())
+    books = torch.full((*levels.shape, most), torch.inf)
+    for layer in range(len(levels)):
+        z = _normalised(basis, log_bits, layer)[..., ::2].flatten(0, 1)
+        flat = levels[layer].flatten()
+        for n in flat.unique().tolist():
+            chosen = (flat == n).nonzero()[:, 0]
+            book = _lloyd(z[chosen], torch.full((len(chosen),), n), rounds)
+            books[layer].view(-1, most)[chosen, :n] = book
+    return books
+
+
+def _lloyd(samples: Tensor, levels: Tensor, rounds: int) -> Tensor:
+    """Codebooks [rows, n] of least squares for samples [rows, N], all rows with the same n."""
+    n = int(levels[0])
+    if n == 1:
+        return torch.zeros(len(samples), 1)
+    span = _uniform_span(levels.float())[:, None]
+    book = torch.linspace(-1, 1, n)[None] * span
+    for _ in range(rounds):
+        code = torch.searchsorted(((book[:, 1:] + book[:, :-1]) / 2).contiguous(), samples)
+        count = torch.zeros_like(book).scatter_add_(1, code, torch.ones_like(samples))
+        total = torch.zeros_like(book).scatter_add_(1, code, samples)
+        book = torch.where(count > 0, total / count.clamp_min(1), book)
+        book = book.sort(-1).values
+    return book
+
+
+class EntropyCoded(Coder):
+    """Uniform steps and an ideal entropy coder with static tables: how far a range coder can go.
+
+    After KVTC (arXiv 2511.01815), but by head and in the bases of this file, without its DEFLATE.
+    All dims have the same step, which in a basis with comparable units is the best split of bits;
+    codes are round(y / step), dead zone included. The table of each dim is the histogram of the
+    calibration text in each of `classes` classes of row energy (log2(classes) bits a row); codes
+    come back as their cell's mean there. Bits are what those tables charge on the text that is
+    scored, so a text unlike the calibration text pays for it, plus 4 bytes per block of 64 rows
+    for the coder's state and length. Rows of a block are decoded together: no random access.
+    """
+
+    _CODES = 127  # beyond +-63 codes escape: 16 bits more
+
+    def __init__(self, basis: Basis, step: float, classes: int = 4) -> None:
+        self.basis, self.step, self.classes = basis, step, classes
+        layers, heads, _, dim = basis.source.shape
+        half = self._CODES // 2
+        shape = (layers, heads, classes, dim, self._CODES)
+        self.charge, self.points = torch.empty(shape), torch.empty(shape)
+        self.limits = torch.empty(layers, heads, classes - 1)
+        codes = torch.arange(-half, half + 1).float()
+        spent, rows = 0.0, 0
+        for layer in range(layers):
+            y = basis.samples(layer)
+            energy = self._energy(y)
+            quantiles = torch.arange(1, classes) / classes
+            self.limits[layer] = energy.quantile(quantiles, dim=1).T
+            places = self._places(y, layer)
+            flat = places.flatten()
+            size = heads * classes * dim * self._CODES
+            count = torch.bincount(flat, minlength=size).view(shape[1:]).float()
+            total = torch.zeros(size).scatter_add_(0, flat, y.flatten())
+            smooth = _smooth(count)
+            self.charge[layer] = -smooth.log2()
+            self.points[layer] = (total.view(shape[1:]) + codes * step) / (count + 1)
+            spent += self.charge[layer].flatten()[flat].sum().item()
+            rows += y.shape[0] * y.shape[1]
+        self._overhead = math.log2(classes) + 32 / 64
+        self.bits = spent / rows + self._overhead
+        self._measured = [0.0, 0]
+
+    def start(self) -> None:
+        """Forgets what was charged so far."""
+        self._measured = [0.0, 0]
+
+    def __call__(self, rows: Rows) -> Tensor:
+        basis, layer, x = self.basis, rows.layer, rows.x
+        if basis.before_rope:
+            x = rows.rope(x, inverse=True)
+        y = (x - basis.mean[layer]) @ basis.forward[layer]
+        places = self._places(y, layer)
+        first = rows.schedule.sinks
+        charged = self.charge[layer].flatten()[places[:, first:]]
+        far = (y[:, first:] / self.step).round().abs() > self._CODES // 2
+        self._measured[0] += charged.sum().item() + 16 * far.sum().item()
+        self._measured[1] += charged.shape[0] * charged.shape[1]
+        self.bits = self._measured[0] / self._measured[1] + self._overhead
+        near = self.points[layer].flatten()[places]
+        escaped = (y / self.step).round().abs() > self._CODES // 2
+        near = torch.where(escaped, (y / self.step).round() * self.step, near)
+        x = near @ basis.backward[layer] + basis.mean[layer]
+        return rows.rope(x) if basis.before_rope else x
+
+    def _energy(self, y: Tensor) -> Tensor:
+        """log2 of 1 + a row's energy in steps: [G, T]."""
+        return (1 + (y / self.step).pow(2).sum(-1)).log2()
+
+    def _places(self, y: Tensor, layer: int) -> Tensor:
+        """Index of every value's code in the layer's tables: int64 [G, T, D]."""
+        heads, _, dim = y.shape
+        half = self._CODES // 2
+        energy = self._energy(y)
+        row_class = torch.searchsorted(self.limits[layer].contiguous(), energy)  # [G, T]
+        code = (y / self.step).round().clamp(-half, half).long() + half
+        table = torch.arange(heads)[:, None] * self.classes + row_class
+        return (table[..., None] * dim + torch.arange(dim)) * self._CODES + code
+
+
+def _smooth(count: Tensor) -> Tensor:
+    """Probabilities from histograms [..., codes]: mixed with a little of their neighbours."""
+    padded = torch.nn.functional.pad(count, (2, 2))
+    around = sum(padded[..., i : i + count.shape[-1]] for i in range(5)) / 5
+    mixed = count + 0.05 * around + 0.02
+    return mixed / mixed.sum(-1, keepdim=True)
+
+
+def entropy_coded(
+    bases: tuple[Basis, Basis], mean_bits: float, classes: int = 4
+) -> tuple[EntropyCoded, EntropyCoded]:
+    """Coders of keys and values whose one step spends `mean_bits` a value on calibration rows."""
+    low, high = 1e-6, 1e3
+    overhead = (math.log2(classes) + 0.5) / bases[0].sigma.shape[-1]
+    for _ in range(14):
+        step = math.sqrt(low * high)
+        bits = sum(_entropy_estimate(basis, step) for basis in bases) / 2 + overhead
+        low, high = (step, high) if bits > mean_bits else (low, step)
+    return EntropyCoded(bases[0], high, classes), EntropyCoded(bases[1], high, classes)
+
+
+def _entropy_estimate(basis: Basis, step: float) -> float:
+    """Bits per value of codes round(y / step), from histograms of every fourth row by dim."""
+    half, width, total = 63, 127, 0.0
+    for layer in range(len(basis.source)):
+        y = basis.samples(layer)[:, ::4]
+        heads, rows, dim = y.shape
+        code = (y / step).round().clamp(-half, half).long() + half
+        table = torch.arange(heads * dim).view(heads, 1, dim)
+        count = torch.bincount((table * width + code).flatten(), minlength=heads * dim * width)
+        share = count.view(-1, width).double() / rows
+        total -= (share * share.clamp_min(1e-12).log2()).sum(-1).mean().item()
+    return total / len(basis.source)
