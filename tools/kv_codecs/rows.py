@@ -13,7 +13,7 @@ from .model import Llama, Schedule
 from .product import Affine, Channel, Integers, OutputAwareRow, Pruned, ThinK
 from .published import Gear, Kivi, Kvarn, LowRank, MixedTokens, Spark, oscar_clips
 from .tokens import EntropyHeavyHitters, HeavyHitters, Streaming, StreamingHeads
-from .transform import StaticBits, allocate, entropy_coded
+from .transform import GaussianLevels, StaticBits, allocate, entropy_coded
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def _sparse(dim: int, half: int, third: int, both: Callable[..., Row]) -> Iterat
                 lambda b, g=group, d=dealt: Pruned(b, g, g // 2, dealt=d),
                 "none",
             )
+    yield both("2:4", _SPARSE, lambda b: Pruned(b, 4, 2, dealt=False), "none")
     for kind in ("none", "balanced", "hadamard"):
         basis = "" if kind == "none" else f", {kind}"
         yield both(f"row .5{basis}", _SPARSE, lambda b: Pruned(b, None, half), kind)
@@ -206,6 +207,13 @@ def _published(
         yield same(
             f"GEAR {bits} bits, rank {rank}, 2 %", _QUANT, lambda n=bits, r=rank: Gear(dim, n, r)
         )
+    for bits in (4, 3, 2):
+        yield both(
+            f"TurboQuant {bits} bits",
+            _QUANT,
+            lambda b, n=bits: GaussianLevels(b, n),
+            "hadamard",
+        )
     yield pair("KVarN K 4, V 2 bits", _QUANT, lambda: (Kvarn(dim, 4), Kvarn(dim, 2)))
     for bits in (4, 3, 2):
         yield same(f"KVarN {bits} bits", _QUANT, lambda n=bits: Kvarn(dim, n))
@@ -278,51 +286,41 @@ def _experiments(bases: Bases, both: Callable[..., Row], pair: Callable[..., Row
     """Steps from static bits to something better, each at the bytes of 3 and of 2 bits."""
     for bits in (3.25, 2.25):
         at = f"at {bits} bits"
-        log = bits - 5 / 64
-        yield both(
-            f"+ 5-bit row scale {at}",
-            _EXPERIMENT,
-            lambda b, n=log: StaticBits(b, n, log_bits=5),
-            "balanced",
-        )
-        yield both(
-            f"+ centred {at}",
-            _EXPERIMENT,
-            lambda b, n=log: StaticBits(b, n, log_bits=5),
-            "balanced",
-            centred=True,
-        )
-        yield both(
-            f"+ Fisher metric {at}",
-            _EXPERIMENT,
-            lambda b, n=log: StaticBits(b, n, log_bits=5),
-            "fisher",
-            centred=True,
-        )
-        for title, options in (
-            ("codebooks by dim", {"shared": False, "whole_bits": True}),
-            ("any number of levels", {"shared": False}),
-            ("one budget for all layers", {}),
-            ("one budget, no row scale", {"log_bits": 0}),
-            ("one budget, whole bits", {"whole_bits": True}),
+        for title, kind, options in (
+            ("5-bit row scale", "balanced", {}),
+            ("5-bit row scale, centred", "balanced", {"centred": True}),
+            ("5-bit row scale, Fisher metric", "fisher", {}),
+        ):
+            yield both(
+                f"{title}, {at}",
+                _EXPERIMENT,
+                lambda b, n=bits - 5 / 64: StaticBits(b, n, log_bits=5),
+                kind,
+                **options,
+            )
+        for title, kind, allocation in (
+            ("codebooks, balanced", "balanced", {"shared": False, "whole_bits": True}),
+            ("codebooks, Fisher", "fisher", {"shared": False, "whole_bits": True}),
+            ("codebooks, Fisher, any levels", "fisher", {"shared": False}),
+            ("one budget, Fisher, any levels", "fisher", {}),
+            ("one budget, Fisher, whole bits", "fisher", {"whole_bits": True}),
+            ("one budget, Fisher, any levels, no row scale", "fisher", {"log_bits": 0}),
         ):
             yield pair(
-                f"+ {title} {at}",
+                f"{title}, {at}",
                 _EXPERIMENT,
-                lambda n=bits, o=options: allocate(bases.pair("fisher", centred=True), n, **o),
+                lambda n=bits, k=kind, o=allocation: allocate(bases.pair(k), n, **o),
             )
         yield pair(
-            f"one budget, before RoPE {at}",
+            f"one budget, Fisher, any levels, before RoPE, {at}",
             _EXPERIMENT,
-            lambda n=bits: allocate(bases.pair("fisher", centred=True, before_rope=True), n),
+            lambda n=bits: allocate(bases.pair("fisher", before_rope=True), n),
         )
         for before in (False, True):
             yield pair(
-                f"entropy coded{', before RoPE' if before else ''} {at}",
+                f"entropy coded, Fisher{', before RoPE' if before else ''}, {at}",
                 _EXPERIMENT,
-                lambda n=bits, r=before: entropy_coded(
-                    bases.pair("fisher", centred=True, before_rope=r), n
-                ),
+                lambda n=bits, r=before: entropy_coded(bases.pair("fisher", before_rope=r), n),
             )
 
 
