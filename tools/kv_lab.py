@@ -8,7 +8,7 @@ as the codec leaves them and all others exactly (S sinks, W window), so every sc
 it would see in decoding. A chunk is 1,152 tokens of the second half of SCORING, the last 1,024 of
 which are scored; results are kept per token under --cache, and rows that are there already are not
 run again. The JSON file and the Markdown table beside it are written anew after every row; --table
-writes them without running anything. Needs torch, safetensors and tokenizers.
+takes all rows that the cache has and runs nothing. Needs torch, safetensors and tokenizers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,28 @@ FIRST_SCORED = 128
 PLACES = (0, 4, 2, 6, 1, 5, 3, 7)  # eighths of the text, in the order in which they are used
 ERROR_BLOCK = 64  # neighbouring tokens whose mean counts as one sample of the standard error
 SIZES = (56.25, 37.5, 27.0, 20.5, 14.25)  # percent of dense bytes, with a little air
+
+NOTES = """
+## What the methods are, and what is left out
+
+Every coder's docstring in tools/kv_codecs names its paper and section and says what was simplified.
+None was checked against its authors' code. At 64 dims a head scales, zeros and factors cost twice
+what they cost at the papers' 128 dims, and 1,024 tokens of one small model say little of reasoning
+at length.
+
+- Methods of channels (SparK, ThinK) and of rows need a bitmap or whole values, so they end at about
+  a third of the bytes; low rank, streaming heads and eviction reach any size.
+- KIVI and OSCAR keep long dense windows of their own: compare the columns for whole caches.
+- Experiments: steps from static bits, each row at the same bytes. "One budget" spends bits where
+  the Fisher information of calibration text says that they matter, over layers, heads, K and V;
+  rows of different layers then differ in size. "Entropy coded" charges an ideal range coder with
+  static tables (KVTC without DEFLATE) what the scored text costs; a block is decoded as a whole.
+- Left out: KVzip and KVzap (they choose tokens by a second pass over the prompt, which a
+  teacher-forced schedule does not have); LeanK (its mask is trained); KVQuant (its codebooks by
+  sensitivity are close to the Fisher codebooks here, its 1 % of outliers to GEAR's); HieraSparse
+  (its pattern is the row 2:4); xKV and other bases over several layers (they need the other layers'
+  rows to decode one); training of any kind.
+"""
 
 
 def encode(model: Path, text: str) -> Tensor:
@@ -104,10 +126,14 @@ class Scorer:
             "same_top": logs.argmax(-1) == dense["top"],
         }
 
+    def paths(self, row: rows.Row) -> list[Path]:
+        """Files of the row's scores, one a chunk, whether they exist or not."""
+        slug = re.sub(r"[^a-z0-9.]+", "-", row.name.lower()).strip("-")
+        return [self.cache / "rows" / slug / f"{chunk}.pt" for chunk in range(len(PLACES))]
+
     def row(self, row: rows.Row, chunks: int) -> dict[str, Any]:
         """The row's figures over `chunks` chunks, from the cache as far as they are there."""
-        slug = re.sub(r"[^a-z0-9.]+", "-", row.name.lower()).strip("-")
-        paths = [self.cache / "rows" / slug / f"{chunk}.pt" for chunk in range(chunks)]
+        paths = self.paths(row)[:chunks]
         missing = [chunk for chunk, path in enumerate(paths) if not path.exists()]
         if missing:
             codec = row.build()
@@ -217,8 +243,7 @@ def table(results: dict[str, Any]) -> str:
                 f" {r['kld']:.4f} +- {r['kld_error']:.4f} | {r['kld_median']:.4f} |"
                 f" {r['kld_999']:.2f} | {100 * r['same_top']:.1f} % | {r['tokens']} |"
             )
-    lines += ["", *about.get("notes", []), ""]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n" + NOTES
 
 
 def write(path: Path, about: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
@@ -226,6 +251,12 @@ def write(path: Path, about: dict[str, Any], measured: dict[str, dict[str, Any]]
     results = {"about": about, "rows": list(measured.values())}
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(table(results), encoding="utf-8")
+
+
+def chosen(every: list[rows.Row], patterns: list[str]) -> list[rows.Row]:
+    """Rows that match a pattern, those of the first pattern first."""
+    found = [row for p in patterns for row in every if re.search(p, f"{row.family}: {row.name}")]
+    return list({row.name: row for row in found}.values())
 
 
 def main() -> int:
@@ -236,7 +267,11 @@ def main() -> int:
     parser.add_argument("--label", help="the model's name in the results (default: its folder's)")
     parser.add_argument("--chunks", type=int, default=2, help=f"1 to {len(PLACES)}")
     parser.add_argument("--calibration-chunks", type=int, default=8)
-    parser.add_argument("--only", default="", help="regular expression on 'family: name'")
+    parser.add_argument(
+        "--only",
+        action="append",
+        help="regular expression on 'family: name'; repeatable, measured in that order",
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results/quality-lab.json"))
     parser.add_argument("--cache", type=Path, default=Path("build/kv_lab"))
     parser.add_argument("--threads", type=int, default=1)
@@ -246,7 +281,7 @@ def main() -> int:
         help="weights in float32 products; otherwise bfloat16 products, float32 sums, which costs"
         " a KLD of about 0.0001 that no codec is to blame for",
     )
-    parser.add_argument("--table", action="store_true", help="write from the cache alone")
+    parser.add_argument("--table", action="store_true", help="write what the cache has")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
@@ -254,24 +289,27 @@ def main() -> int:
     model = Llama(options.model)
     text = options.scoring.read_text(encoding="utf-8")
     scorer = Scorer(model, encode(options.model, text[len(text) // 2 :]), options.cache)
-    chunks = calibration_chunks(
+    calibration_texts = calibration_chunks(
         encode(options.model, options.calibration.read_text(encoding="utf-8")),
         options.calibration_chunks,
     )
-    statistics = calibration.cached_statistics(model, chunks, options.cache / "statistics.pt")
+    statistics = calibration.cached_statistics(
+        model, calibration_texts, options.cache / "statistics.pt"
+    )
 
     @functools.cache
     def head_order() -> list[tuple[int, int]]:
         path = options.cache / "heads.json"
         if not path.exists():
-            order = tokens.rank_heads(model, chunks[0][:640], Schedule())
+            order = tokens.rank_heads(model, calibration_texts[0][:384], Schedule())
             path.write_text(json.dumps(order))
         return [(layer, head) for layer, head in json.loads(path.read_text())]
 
     torch.set_float32_matmul_precision("highest" if options.exact else "medium")
+    amount = f"{len(calibration_texts)} x {len(calibration_texts[0])} tokens"
     about = {
         "model": options.label or options.model.name,
-        "calibration": f"{options.calibration.stem}, {len(chunks)} x {len(chunks[0])} tokens",
+        "calibration": f"{options.calibration.stem}, {amount}",
         "arithmetic": "float32" if options.exact else "weights in bfloat16 products, else float32",
         "scoring": f"the second half of {options.scoring.stem}",
     }
@@ -280,14 +318,16 @@ def main() -> int:
         old = json.loads(options.output.read_text(encoding="utf-8"))
         measured = {row["name"]: row for row in old["rows"]}
     every = list(rows.all_rows(model, statistics, head_order))
-    for row in every:
-        if not re.search(options.only, f"{row.family}: {row.name}"):
-            continue
+    for row in chosen(every, options.only or [""]):
         done = measured.get(row.name)
-        if options.table or (done and done["chunks"] >= options.chunks):
+        there = sum(path.exists() for path in scorer.paths(row))
+        if done and done["chunks"] >= (there if options.table else options.chunks):
+            continue
+        if options.table and not there:
             continue
         start = time.monotonic()
-        measured[row.name] = result = scorer.row(row, options.chunks)
+        chunks = there if options.table else max(there, options.chunks)
+        measured[row.name] = result = scorer.row(row, chunks)
         print(
             f"{row.name:48s} {result['percent']:5.1f} %  PPL x {result['ppl_ratio']:.4f}"
             f"  KLD {result['kld']:.5f} +- {result['kld_error']:.5f}"

@@ -10,14 +10,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from kv_codecs.calibration import Basis, make_basis
+from kv_codecs.calibration import Basis, Statistics, make_basis
 from kv_codecs.codec import Codec, Exact, Rows, accumulated_attention
 from kv_codecs.model import Rope, Schedule, coded_attention
 from kv_codecs.primitives import affine, group_mask, hadamard, symmetric
 from kv_codecs.product import Channel, Integers, Pruned, ThinK
 from kv_codecs.published import Gear, Kivi, Kvarn, MixedTokens, Spark
 from kv_codecs.tokens import HeavyHitters, Streaming
-from kv_codecs.transform import StaticBits, log_scale, water_fill
+from kv_codecs.transform import StaticBits, entropy_coded, log_scale, one_budget, water_fill
 
 HEADS, KV_HEADS, DIM = 6, 2, 64
 ROPE = Rope(10000.0, DIM)
@@ -141,8 +141,6 @@ def test_water_filling_spends_its_bits():
 
 
 def test_bases_are_inverse_and_sorted():
-    from kv_codecs.calibration import Statistics
-
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, KV_HEADS, 500, DIM, generator=generator) * torch.linspace(3, 0.1, DIM)
     root = torch.randn(1, KV_HEADS, DIM, DIM, generator=generator)
@@ -156,6 +154,30 @@ def test_bases_are_inverse_and_sorted():
         torch.testing.assert_close(rms, basis.sigma[0, :, 0], rtol=1e-3, atol=1e-3)
         if kind in ("klt", "balanced", "fisher"):
             assert (basis.sigma[..., :-1] >= basis.sigma[..., 1:] * 0.999).all()
+
+
+def test_codes_of_many_bits_are_exact_in_any_basis():
+    """Before RoPE and over joint heads too: what a basis does, it undoes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, KV_HEADS, 500, DIM, generator=generator)
+    metric = torch.eye(DIM).expand(1, KV_HEADS, DIM, DIM)
+    statistics = Statistics(x, x, x, *([metric] * 6))
+    q, k, v = tensors(200)
+    for options in ({}, {"before_rope": True}, {"before_rope": True, "joint": True}):
+        bases = tuple(make_basis(statistics, key, "fisher", **options) for key in (True, False))
+        coders = one_budget(bases, 8.0 + 5 / 64, heads=KV_HEADS if options.get("joint") else 1)
+        for coder, is_key in zip(coders, (True, False), strict=True):
+            rows = Rows(0, is_key, q, k, v, Schedule(), ROPE)
+            assert (coder(rows) - rows.x).norm() < 0.02 * rows.x.norm()
+    key, value = entropy_coded(make_pair(statistics), 4.0)
+    rows = Rows(0, True, q, k, v, Schedule(), ROPE)
+    key.start()
+    assert (key(rows) - k).norm() < 0.2 * k.norm()
+    assert 3.0 * DIM < key.bits < 6.0 * DIM
+
+
+def make_pair(statistics):
+    return tuple(make_basis(statistics, is_key, "fisher") for is_key in (True, False))
 
 
 def test_codec_counts_dense_tokens():

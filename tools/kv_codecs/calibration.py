@@ -123,6 +123,7 @@ class Basis:
     forward, backward: [L, G, D, D], their product the identity. mean: [L, G, 1, D].
     sigma: [L, G, 1, D], root mean square of y on the calibration text.
     before_rope: keys are turned back by their positions first, and forth afterwards.
+    joint: the KV heads of a token are one row: G is 1 and D all heads' dims.
     source: x on the calibration text [L, G, N, D], not copied.
     """
 
@@ -132,6 +133,7 @@ class Basis:
     sigma: Tensor
     source: Tensor
     before_rope: bool = False
+    joint: bool = False
 
     def samples(self, layer: int) -> Tensor:
         """y on the calibration text, [G, N, D]."""
@@ -146,6 +148,7 @@ def make_basis(
     centred: bool = False,
     balance: float = 1.0,
     before_rope: bool = False,
+    joint: bool = False,
 ) -> Basis:
     """A basis by kind: none, hadamard, klt, balanced, fisher or oscar.
 
@@ -154,9 +157,12 @@ def make_basis(
     fisher: in the metric of the Fisher information, whose units are the same in all layers, so it
     is not normalised. oscar: an orthogonal basis, eigenvectors of E[q^T q] for keys and of
     E[o^T o] for values, mixed by a Hadamard matrix (arXiv 2605.17757, section 3).
+    joint: one basis for all KV heads of a layer, for klt and fisher.
     """
     before_rope = before_rope and is_key
     x = (statistics.k_before if before_rope else statistics.k) if is_key else statistics.v
+    if joint:
+        x = x.transpose(1, 2).flatten(2)[:, None]
     mean = x.mean(2, keepdim=True) if centred else torch.zeros_like(x[:, :, :1])
     moment = _double_moment(x, mean)
     dim = x.shape[-1]
@@ -177,6 +183,8 @@ def make_basis(
         if kind == "fisher":
             name = "k_before_fisher" if before_rope else "k_fisher"
             metric = (getattr(statistics, name) if is_key else statistics.v_fisher).double()
+            if joint:
+                metric = torch.stack([torch.block_diag(*heads) for heads in metric])[:, None]
         else:
             if before_rope:
                 raise ValueError("the balanced metric is known after RoPE alone")
@@ -190,7 +198,7 @@ def make_basis(
         raise ValueError(f"no basis {kind!r}")
     energy = (forward.transpose(-1, -2) @ moment * forward.transpose(-1, -2)).sum(-1)
     sigma = energy.clamp_min(0).sqrt().float()[..., None, :]
-    return Basis(forward.float(), backward.float(), mean, sigma, x, before_rope)
+    return Basis(forward.float(), backward.float(), mean, sigma, x, before_rope, joint)
 
 
 def _double_moment(x: Tensor, mean: Tensor) -> Tensor:

@@ -26,10 +26,15 @@ class InBasis(Coder):
 
     def __call__(self, rows: Rows) -> Tensor:
         basis, layer, x = self.basis, rows.layer, rows.x
+        heads, _, dim = x.shape
         if basis.before_rope:
             x = rows.rope(x, inverse=True)
+        if basis.joint:
+            x = x.transpose(0, 1).flatten(1)[None]
         y = self.code((x - basis.mean[layer]) @ basis.forward[layer], basis.sigma[layer], rows)
         x = y @ basis.backward[layer] + basis.mean[layer]
+        if basis.joint:
+            x = x[0].unflatten(1, (heads, dim)).transpose(0, 1)
         return rows.rope(x) if basis.before_rope else x
 
     def code(self, y: Tensor, sigma: Tensor, rows: Rows) -> Tensor:

@@ -13,7 +13,7 @@ from .model import Llama, Schedule
 from .product import Affine, Channel, Integers, OutputAwareRow, Pruned, ThinK
 from .published import Gear, Kivi, Kvarn, LowRank, MixedTokens, Spark, oscar_clips
 from .tokens import EntropyHeavyHitters, HeavyHitters, Streaming, StreamingHeads
-from .transform import GaussianLevels, StaticBits, allocate, entropy_coded
+from .transform import GaussianLevels, StaticBits, allocate, entropy_coded, one_budget
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def all_rows(
         )
     yield from _published(dim, half, third, statistics, both, pair, same)
     yield from _dropping(model, statistics, head_order)
-    yield from _experiments(bases, both, pair)
+    yield from _experiments(model.kv_heads, bases, both, pair)
     yield from _grid(dim, half, bases)
 
 
@@ -151,7 +151,7 @@ def _integers(dim: int, half: int, both: Callable[..., Row]) -> Iterator[Row]:
     for bits in (8, 4, 3):
         for kind in ("none", "hadamard"):
             basis = "" if kind == "none" else ", Hadamard"
-            for search in (False, True) if bits < 8 else (False,):
+            for search in (False, True) if bits < 8 and kind == "hadamard" else (False,):
                 yield both(
                     f"int{bits}{basis}{', least squares' if search else ''}",
                     _INTEGER,
@@ -203,7 +203,7 @@ def _published(
         )
         yield same(f"KIVI {bits} bits", _QUANT, lambda n=bits: Kivi(dim, n))
     yield same("KIVI 2 bits, groups of 64", _QUANT, lambda: Kivi(dim, 2, 64))
-    for bits, rank in ((4, 4), (2, 4), (2, 2), (2, 1)):
+    for bits, rank in ((4, 4), (2, 4), (2, 1)):
         yield same(
             f"GEAR {bits} bits, rank {rank}, 2 %", _QUANT, lambda n=bits, r=rank: Gear(dim, n, r)
         )
@@ -229,19 +229,19 @@ def _published(
                 s,
             ),
         )
-    for share, high, low in ((0.3, 8, 2), (0.125, 8, 2), (0.05, 8, 2)):
+    for share, high, low in ((0.3, 8, 2), (0.125, 8, 2)):
         yield same(
             f"MiKV {100 * share:g} % at {high}, others at {low} bits",
             _TOKEN,
             lambda a=share, h=high, n=low: MixedTokens(dim, a, h, n, "query"),
         )
-    for share, high, low in ((0.6, 4, 2), (0.3, 4, 2), (0.3, 8, 2)):
+    for share, high, low in ((0.6, 4, 2), (0.3, 8, 2)):
         yield same(
             f"ZipCache / ZipVL {100 * share:g} % at {high}, others at {low} bits",
             _TOKEN,
             lambda a=share, h=high, n=low: MixedTokens(dim, a, h, n, "channel"),
         )
-    for share in (0.5625, 0.375, 0.27):
+    for share in (0.5625, 0.27):
         for joint in (True, False):
             yield pair(
                 f"{'CSKV, joint heads' if joint else 'MatryoshkaKV, by head'} {100 * share:g} %",
@@ -257,7 +257,7 @@ def _dropping(
     model: Llama, statistics: Statistics, head_order: Callable[[], list[tuple[int, int]]]
 ) -> Iterator[Row]:
     dim = model.head_dim
-    for share in (0.5625, 0.375, 0.27, 0.2, 0.14):
+    for share in (0.5625, 0.375, 0.2):
         label = f"{100 * share:g} %"
         for kind, title in ((Streaming, "StreamingLLM"), (HeavyHitters, "H2O")):
             name = f"{title} {label}"
@@ -266,23 +266,27 @@ def _dropping(
                 _DROP,
                 lambda n=name, c=kind, a=share: c(n, _DROP, dim, a, Schedule()),
             )
-        yield Row(
-            f"UNComp-like H2O {label}",
-            _DROP,
-            lambda n=f"UNComp-like H2O {label}", a=share: EntropyHeavyHitters(
-                n, _DROP, statistics, a, Schedule()
-            ),
-        )
-        yield Row(
-            f"DuoAttention-like {label}",
-            _DROP,
-            lambda n=f"DuoAttention-like {label}", a=share: StreamingHeads(
-                n, _DROP, model, head_order(), a, Schedule()
-            ),
-        )
+        if share in (0.375, 0.2):
+            yield Row(
+                f"UNComp-like H2O {label}",
+                _DROP,
+                lambda n=f"UNComp-like H2O {label}", a=share: EntropyHeavyHitters(
+                    n, _DROP, statistics, a, Schedule()
+                ),
+            )
+        if share > 0.2:
+            yield Row(
+                f"DuoAttention-like {label}",
+                _DROP,
+                lambda n=f"DuoAttention-like {label}", a=share: StreamingHeads(
+                    n, _DROP, model, head_order(), a, Schedule()
+                ),
+            )
 
 
-def _experiments(bases: Bases, both: Callable[..., Row], pair: Callable[..., Row]) -> Iterator[Row]:
+def _experiments(
+    kv_heads: int, bases: Bases, both: Callable[..., Row], pair: Callable[..., Row]
+) -> Iterator[Row]:
     """Steps from static bits to something better, each at the bytes of 3 and of 2 bits."""
     for bits in (3.25, 2.25):
         at = f"at {bits} bits"
@@ -298,6 +302,29 @@ def _experiments(bases: Bases, both: Callable[..., Row], pair: Callable[..., Row
                 kind,
                 **options,
             )
+        yield both(
+            f"5-bit row scale by search, balanced, {at}",
+            _EXPERIMENT,
+            lambda b, n=bits - 5 / 64: StaticBits(b, n, log_bits=5, search=True),
+            "balanced",
+        )
+        for before in (False, True):
+            for search in (False, True):
+                title = "one budget, Fisher" + (", before RoPE" if before else "")
+                yield pair(
+                    f"{title}{', scale by search' if search else ''}, {at}",
+                    _EXPERIMENT,
+                    lambda n=bits, s=search, r=before: one_budget(
+                        bases.pair("fisher", before_rope=r), n, search=s
+                    ),
+                )
+        yield pair(
+            f"one budget, Fisher, before RoPE, joint heads, scale by search, {at}",
+            _EXPERIMENT,
+            lambda n=bits: one_budget(
+                bases.pair("fisher", before_rope=True, joint=True), n, search=True, heads=kv_heads
+            ),
+        )
         for title, kind, allocation in (
             ("codebooks, balanced", "balanced", {"shared": False, "whole_bits": True}),
             ("codebooks, Fisher", "fisher", {"shared": False, "whole_bits": True}),
@@ -318,7 +345,7 @@ def _experiments(bases: Bases, both: Callable[..., Row], pair: Callable[..., Row
         )
         for before in (False, True):
             yield pair(
-                f"entropy coded, Fisher{', before RoPE' if before else ''}, {at}",
+                f"entropy coded, row scale, Fisher{', before RoPE' if before else ''}, {at}",
                 _EXPERIMENT,
                 lambda n=bits, r=before: entropy_coded(bases.pair("fisher", before_rope=r), n),
             )

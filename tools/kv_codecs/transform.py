@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .calibration import Basis
-from .codec import Coder, Rows
+from .codec import Rows
 from .primitives import bf16
 from .product import InBasis
 
@@ -43,23 +43,69 @@ def log_scale(scale: Tensor, bits: int, per_octave: int) -> Tensor:
 class StaticBits(InBasis):
     """Whole bits per dim, half-step levels, step 2 (1.6 + 0.55 n) / 2^n sigmas, bf16 row scale.
 
+    allocation: bits [L, kv_heads, 1, D]; None: by `water_fill`, the same mean in every row.
     log_bits: the row scale as that many bits of logarithm, 4 steps an octave, in place of bf16.
+    search: of the scales up to an octave around, the one of least squares is taken.
+    heads: KV heads that share a row, in a joint basis.
     """
 
-    def __init__(self, basis: Basis, mean_bits: float, *, log_bits: int | None = None) -> None:
+    def __init__(
+        self,
+        basis: Basis,
+        mean_bits: float,
+        *,
+        allocation: Tensor | None = None,
+        log_bits: int | None = None,
+        search: bool = False,
+        heads: int = 1,
+    ) -> None:
         super().__init__(basis)
-        self.allocation = water_fill(basis.sigma, mean_bits)  # [L, kv_heads, 1, D]
-        self.log_bits = log_bits
-        self.bits = self.allocation.sum(-1).mean().item() + (log_bits or 16)
+        self.allocation = water_fill(basis.sigma, mean_bits) if allocation is None else allocation
+        self.log_bits, self.search = log_bits, search
+        self.bits = (self.allocation.sum(-1).mean().item() + (log_bits or 16)) / heads
 
     def code(self, y: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
         n = self.allocation[rows.layer]
-        scale = row_scale(y, sigma)
-        scale = bf16(scale) if self.log_bits is None else log_scale(scale, self.log_bits, 4)
-        step = 2 * (1.6 + 0.55 * n) / 2**n * sigma * scale
-        half = 2**n / 2
-        code = (y / step.clamp_min(1e-9)).floor().clamp(-half, half - 1)
-        return torch.where(n > 0, (code + 0.5) * step, 0.0)
+        step = 2 * (1.6 + 0.55 * n) / 2**n * sigma
+        first = row_scale(y, sigma)
+        best, least = y, torch.full_like(first, torch.inf)
+        for quarter in range(-4, 5) if self.search else (0,):
+            scale = first * 2 ** (quarter / 4)
+            scale = bf16(scale) if self.log_bits is None else log_scale(scale, self.log_bits, 4)
+            got = _half_step_levels(y, n, step * scale)
+            error = (got - y).pow(2).sum(-1, keepdim=True)
+            best = torch.where(error < least, got, best)
+            least = torch.minimum(error, least)
+        return best
+
+
+def _half_step_levels(y: Tensor, n: Tensor, step: Tensor) -> Tensor:
+    half = 2**n / 2
+    code = (y / step.clamp_min(1e-9)).floor().clamp(-half, half - 1)
+    return torch.where(n > 0, (code + 0.5) * step, 0.0)
+
+
+def one_budget(
+    bases: tuple[Basis, Basis],
+    mean_bits: float,
+    log_bits: int = 5,
+    *,
+    search: bool = False,
+    heads: int = 1,
+) -> tuple[StaticBits, StaticBits]:
+    """`StaticBits` of keys and values with one water level over all layers, heads, K and V.
+
+    The bases' units must be comparable (kind "fisher"). mean_bits includes the row scales.
+    heads: KV heads that share a row, in joint bases.
+    """
+    sigmas = torch.stack([basis.sigma for basis in bases])
+    filled = water_fill(sigmas.flatten(), mean_bits - log_bits / sigmas.shape[-1])
+    keys, values = filled.view(sigmas.shape)
+    key, value = (
+        StaticBits(basis, 0, allocation=bits, log_bits=log_bits, search=search, heads=heads)
+        for basis, bits in zip(bases, (keys, values), strict=True)
+    )
+    return key, value
 
 
 # Levels a dim may have: mixed radix, so that three levels cost log2(3) bits.
@@ -212,83 +258,66 @@ class GaussianLevels(InBasis):
         return self.book[torch.searchsorted(borders, (y / scale).contiguous())] * scale
 
 
-class EntropyCoded(Coder):
+class EntropyCoded(InBasis):
     """Uniform steps and an ideal entropy coder with static tables: how far a range coder can go.
 
-    After KVTC (arXiv 2511.01815), but by head and in the bases of this file, without its DEFLATE.
-    All dims have the same step, which in a basis with comparable units is the best split of bits;
-    codes are round(y / step), dead zone included. The table of each dim is the histogram of the
-    calibration text in each of `classes` classes of row energy (log2(classes) bits a row); codes
-    come back as their cell's mean there. Bits are what those tables charge on the text that is
-    scored, so a text unlike the calibration text pays for it, plus 4 bytes per block of 64 rows
-    for the coder's state and length. Rows of a block are decoded together: no random access.
+    After KVTC (arXiv 2511.01815), but by head, with a row scale, and without its DEFLATE. A row is
+    divided by its 5-bit logarithmic scale; codes are round(y / step), with the same step in all
+    dims, which in a basis with comparable units is the best split of bits. Each dim's table is the
+    histogram of the calibration text; a code comes back as its cell's mean there. Bits are what
+    those tables charge on the text that is scored, so a text unlike the calibration text pays for
+    it, plus 4 bytes per block of 64 rows for the coder's state and length. A block's rows are
+    decoded together: there is no random access to a row.
     """
 
-    _CODES = 127  # beyond +-63 codes escape: 16 bits more
+    _HALF = 63  # codes beyond +-63 escape: 16 bits more
+    _CODES = 2 * _HALF + 1
 
-    def __init__(self, basis: Basis, step: float, classes: int = 4) -> None:
-        self.basis, self.step, self.classes = basis, step, classes
+    def __init__(self, basis: Basis, step: float, log_bits: int = 5) -> None:
+        super().__init__(basis)
+        self.step, self.log_bits = step, log_bits
+        self.overhead = log_bits + 32 / 64
         layers, heads, _, dim = basis.source.shape
-        half = self._CODES // 2
-        shape = (layers, heads, classes, dim, self._CODES)
+        shape = (layers, heads, dim, self._CODES)
         self.charge, self.points = torch.empty(shape), torch.empty(shape)
-        self.limits = torch.empty(layers, heads, classes - 1)
-        codes = torch.arange(-half, half + 1).float()
         spent, rows = 0.0, 0
         for layer in range(layers):
-            y = basis.samples(layer)
-            energy = self._energy(y)
-            quantiles = torch.arange(1, classes) / classes
-            self.limits[layer] = energy.quantile(quantiles, dim=1).T
-            places = self._places(y, layer)
-            flat = places.flatten()
-            size = heads * classes * dim * self._CODES
-            count = torch.bincount(flat, minlength=size).view(shape[1:]).float()
-            total = torch.zeros(size).scatter_add_(0, flat, y.flatten())
-            smooth = _smooth(count)
-            self.charge[layer] = -smooth.log2()
-            self.points[layer] = (total.view(shape[1:]) + codes * step) / (count + 1)
-            spent += self.charge[layer].flatten()[flat].sum().item()
+            y = _normalised(basis, log_bits, layer).transpose(1, 2) * basis.sigma[layer]
+            places = self._places(y).flatten()
+            size = heads * dim * self._CODES
+            count = torch.bincount(places, minlength=size).view(shape[1:]).float()
+            total = torch.zeros(size).scatter_add_(0, places, y.flatten()).view(shape[1:])
+            self.charge[layer] = -_smooth(count).log2()
+            middle = torch.arange(-self._HALF, self._HALF + 1) * step
+            self.points[layer] = (total + middle) / (count + 1)
+            spent += self.charge[layer].flatten()[places].sum().item()
             rows += y.shape[0] * y.shape[1]
-        self._overhead = math.log2(classes) + 32 / 64
-        self.bits = spent / rows + self._overhead
-        self._measured = [0.0, 0]
+        self.bits = spent / rows + self.overhead
+        self._spent, self._rows = 0.0, 0
 
     def start(self) -> None:
         """Forgets what was charged so far."""
-        self._measured = [0.0, 0]
+        self._spent, self._rows = 0.0, 0
 
-    def __call__(self, rows: Rows) -> Tensor:
-        basis, layer, x = self.basis, rows.layer, rows.x
-        if basis.before_rope:
-            x = rows.rope(x, inverse=True)
-        y = (x - basis.mean[layer]) @ basis.forward[layer]
-        places = self._places(y, layer)
+    def code(self, y: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
+        scale = _coded_scale(y, sigma, self.log_bits)
+        y = y / scale
+        places = self._places(y)
+        code = (y / self.step).round()
+        escaped = code.abs() > self._HALF
         first = rows.schedule.sinks
-        charged = self.charge[layer].flatten()[places[:, first:]]
-        far = (y[:, first:] / self.step).round().abs() > self._CODES // 2
-        self._measured[0] += charged.sum().item() + 16 * far.sum().item()
-        self._measured[1] += charged.shape[0] * charged.shape[1]
-        self.bits = self._measured[0] / self._measured[1] + self._overhead
-        near = self.points[layer].flatten()[places]
-        escaped = (y / self.step).round().abs() > self._CODES // 2
-        near = torch.where(escaped, (y / self.step).round() * self.step, near)
-        x = near @ basis.backward[layer] + basis.mean[layer]
-        return rows.rope(x) if basis.before_rope else x
+        charged = self.charge[rows.layer].flatten()[places[:, first:]]
+        self._spent += charged.sum().item() + 16 * escaped[:, first:].sum().item()
+        self._rows += charged.shape[0] * charged.shape[1]
+        self.bits = self._spent / self._rows + self.overhead
+        near = self.points[rows.layer].flatten()[places]
+        return torch.where(escaped, code * self.step, near) * scale
 
-    def _energy(self, y: Tensor) -> Tensor:
-        """log2 of 1 + a row's energy in steps: [G, T]."""
-        return (1 + (y / self.step).pow(2).sum(-1)).log2()
-
-    def _places(self, y: Tensor, layer: int) -> Tensor:
-        """Index of every value's code in the layer's tables: int64 [G, T, D]."""
+    def _places(self, y: Tensor) -> Tensor:
+        """Index of every value's code in a layer's tables: int64 [G, T, D] of y [G, T, D]."""
         heads, _, dim = y.shape
-        half = self._CODES // 2
-        energy = self._energy(y)
-        row_class = torch.searchsorted(self.limits[layer].contiguous(), energy)  # [G, T]
-        code = (y / self.step).round().clamp(-half, half).long() + half
-        table = torch.arange(heads)[:, None] * self.classes + row_class
-        return (table[..., None] * dim + torch.arange(dim)) * self._CODES + code
+        code = (y / self.step).round().clamp(-self._HALF, self._HALF).long() + self._HALF
+        return torch.arange(heads * dim).view(heads, 1, dim) * self._CODES + code
 
 
 def _smooth(count: Tensor) -> Tensor:
@@ -300,27 +329,28 @@ def _smooth(count: Tensor) -> Tensor:
 
 
 def entropy_coded(
-    bases: tuple[Basis, Basis], mean_bits: float, classes: int = 4
+    bases: tuple[Basis, Basis], mean_bits: float, log_bits: int = 5
 ) -> tuple[EntropyCoded, EntropyCoded]:
     """Coders of keys and values whose one step spends `mean_bits` a value on calibration rows."""
     low, high = 1e-6, 1e3
-    overhead = (math.log2(classes) + 0.5) / bases[0].sigma.shape[-1]
+    overhead = (log_bits + 0.5) / bases[0].sigma.shape[-1]
     for _ in range(14):
         step = math.sqrt(low * high)
-        bits = sum(_entropy_estimate(basis, step) for basis in bases) / 2 + overhead
+        bits = sum(_entropy_estimate(basis, step, log_bits) for basis in bases) / 2 + overhead
         low, high = (step, high) if bits > mean_bits else (low, step)
-    return EntropyCoded(bases[0], high, classes), EntropyCoded(bases[1], high, classes)
+    return EntropyCoded(bases[0], high, log_bits), EntropyCoded(bases[1], high, log_bits)
 
 
-def _entropy_estimate(basis: Basis, step: float) -> float:
-    """Bits per value of codes round(y / step), from histograms of every fourth row by dim."""
-    half, width, total = 63, 127, 0.0
-    for layer in range(len(basis.source)):
-        y = basis.samples(layer)[:, ::4]
-        heads, rows, dim = y.shape
+def _entropy_estimate(basis: Basis, step: float, log_bits: int) -> float:
+    """Bits per value of codes round(y / step), from histograms by dim in every third layer."""
+    half, width = 63, 127
+    estimates = []
+    for layer in range(0, len(basis.source), 3):
+        y = _normalised(basis, log_bits, layer)[..., ::2] * basis.sigma[layer].transpose(1, 2)
+        heads, dim, rows = y.shape
         code = (y / step).round().clamp(-half, half).long() + half
-        table = torch.arange(heads * dim).view(heads, 1, dim)
+        table = torch.arange(heads * dim).view(heads, dim, 1)
         count = torch.bincount((table * width + code).flatten(), minlength=heads * dim * width)
         share = count.view(-1, width).double() / rows
-        total -= (share * share.clamp_min(1e-12).log2()).sum(-1).mean().item()
-    return total / len(basis.source)
+        estimates.append(-(share * share.clamp_min(1e-12).log2()).sum(-1).mean().item())
+    return sum(estimates) / len(estimates)
