@@ -293,9 +293,12 @@ def main() -> int:
         encode(options.model, options.calibration.read_text(encoding="utf-8")),
         options.calibration_chunks,
     )
-    statistics = calibration.cached_statistics(
-        model, calibration_texts, options.cache / "statistics.pt"
-    )
+
+    @functools.cache
+    def statistics() -> calibration.Statistics:
+        return calibration.cached_statistics(
+            model, calibration_texts, options.cache / "statistics.pt"
+        )
 
     @functools.cache
     def head_order() -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ class Rope:
 
 
 class Llama:
-    """Weights in float32 and one forward pass over a whole sequence, batch of one."""
+    """One forward pass over a whole sequence, batch of one, weights in float32."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,17 +85,20 @@ class Llama:
         self.epsilon: float = config["rms_norm_eps"]
         theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
         self.rope = Rope(theta, self.head_dim)
-        self.weights: dict[str, Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors by name, float32, read when they are first needed."""
+        weights: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
             if not path.name.startswith("kv_profile"):
-                self.weights |= {name: w.float() for name, w in load_file(path).items()}
-        embedding = self.weights["model.embed_tokens.weight"]
-        self.head = self.weights.get("lm_head.weight", embedding)
+                weights |= {name: w.float() for name, w in load_file(path).items()}
+        return weights
 
     @property
-    def group(self) -> int:
-        """Query heads that share a KV head."""
-        return self.heads // self.kv_heads
+    def head(self) -> Tensor:
+        """The output matrix [vocab, hidden], the embedding's own where it is tied."""
+        return self.weights.get("lm_head.weight", self.weights["model.embed_tokens.weight"])
 
     def weight(self, layer: int, name: str) -> Tensor:
         return self.weights[f"model.layers.{layer}.{name}.weight"]

@@ -28,14 +28,14 @@ class Row:
 class Bases:
     """Bases of keys and values by kind, made once."""
 
-    def __init__(self, statistics: Statistics) -> None:
+    def __init__(self, statistics: Callable[[], Statistics]) -> None:
         self.statistics = statistics
         self.pair = cache(self._pair)
 
     def _pair(self, kind: str, **options: Any) -> tuple[Basis, Basis]:
         return (
-            make_basis(self.statistics, True, kind, **options),
-            make_basis(self.statistics, False, kind, **options),
+            make_basis(self.statistics(), True, kind, **options),
+            make_basis(self.statistics(), False, kind, **options),
         )
 
 
@@ -54,9 +54,11 @@ _EXPERIMENT = "Experiments on static bits"
 
 
 def all_rows(
-    model: Llama, statistics: Statistics, head_order: Callable[[], list[tuple[int, int]]]
+    model: Llama,
+    statistics: Callable[[], Statistics],
+    head_order: Callable[[], list[tuple[int, int]]],
 ) -> Iterator[Row]:
-    """Every row. head_order: KV heads by what streaming them costs, measured when called."""
+    """Every row. statistics, head_order (KV heads by what streaming costs): made when called."""
     dim = model.head_dim
     half, third = dim // 2, (dim * 5 + 15) // 16  # kept of a row at .5 and about .7
     bases = Bases(statistics)
@@ -185,7 +187,7 @@ def _published(
     dim: int,
     half: int,
     third: int,
-    statistics: Statistics,
+    statistics: Callable[[], Statistics],
     both: Callable[..., Row],
     pair: Callable[..., Row],
     same: Callable[..., Row],
@@ -224,8 +226,8 @@ def _published(
             lambda s=schedule, la=label: Codec(
                 f"OSCAR 2 bits, {la}",
                 _QUANT,
-                Affine(make_basis(statistics, True, "oscar"), 2, oscar_clips()),
-                Affine(make_basis(statistics, False, "oscar"), 2, oscar_clips()),
+                Affine(make_basis(statistics(), True, "oscar"), 2, oscar_clips()),
+                Affine(make_basis(statistics(), False, "oscar"), 2, oscar_clips()),
                 s,
             ),
         )
@@ -247,14 +249,16 @@ def _published(
                 f"{'CSKV, joint heads' if joint else 'MatryoshkaKV, by head'} {100 * share:g} %",
                 _RANK,
                 lambda a=share, j=joint: (
-                    LowRank(statistics, True, a, joint=j),
-                    LowRank(statistics, False, a, joint=j),
+                    LowRank(statistics(), True, a, joint=j),
+                    LowRank(statistics(), False, a, joint=j),
                 ),
             )
 
 
 def _dropping(
-    model: Llama, statistics: Statistics, head_order: Callable[[], list[tuple[int, int]]]
+    model: Llama,
+    statistics: Callable[[], Statistics],
+    head_order: Callable[[], list[tuple[int, int]]],
 ) -> Iterator[Row]:
     dim = model.head_dim
     for share in (0.5625, 0.375, 0.2):
@@ -271,7 +275,7 @@ def _dropping(
                 f"UNComp-like H2O {label}",
                 _DROP,
                 lambda n=f"UNComp-like H2O {label}", a=share: EntropyHeavyHitters(
-                    n, _DROP, statistics, a, Schedule()
+                    n, _DROP, statistics(), a, Schedule()
                 ),
             )
         if share > 0.2:
