@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from kv_codecs.calibration import Basis, Statistics, make_basis
 from kv_codecs.codec import Codec, Exact, Rows, accumulated_attention
-from kv_codecs.model import Rope, Schedule, coded_attention
+from kv_codecs.model import Llama, Rope, Schedule, coded_attention, dense_attention
 from kv_codecs.primitives import affine, group_mask, hadamard, symmetric
 from kv_codecs.product import Channel, Integers, Pruned, ThinK
 from kv_codecs.published import Gear, Kivi, Kvarn, MixedTokens, Spark
@@ -184,3 +184,26 @@ def test_codec_counts_dense_tokens():
     codec = Codec("c", "f", Integers(identity(), 4), Integers(identity(), 4))
     assert codec.share(DIM) == pytest.approx(34 / 128)
     assert codec.share_at(1024, DIM) == pytest.approx((960 * 34 / 128 + 64) / 1024)
+
+
+def test_forward_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = Llama(tmp_path)
+    ids = torch.randint(100, (200,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0].log_softmax(-1)
+        got = ours.forward(ids, dense_attention)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
