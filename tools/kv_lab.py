@@ -247,12 +247,21 @@ def table(results: dict[str, Any]) -> str:
                 f" {r['kld_first_chunk']:.4f} | {r['kld_median']:.4f} |"
                 f" {r['kld_999']:.2f} | {100 * r['same_top']:.1f} % | {r['tokens']} |"
             )
+    missing = about["not_measured"]
+    if missing:
+        lines += ["", f"## Not measured yet ({len(missing)} rows)", "", "; ".join(missing) + "."]
     return "\n".join(lines) + "\n" + NOTES
 
 
-def write(path: Path, about: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
-    """The JSON file and the Markdown table beside it."""
-    results = {"about": about, "rows": list(measured.values())}
+def write(
+    path: Path, about: dict[str, Any], every: list[rows.Row], measured: dict[str, dict[str, Any]]
+) -> None:
+    """The JSON file and the Markdown table beside it, in the order of the list of rows."""
+    missing = [row.name for row in every if row.name not in measured]
+    results = {
+        "about": about | {"not_measured": missing},
+        "rows": [measured[row.name] for row in every if row.name in measured],
+    }
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(table(results), encoding="utf-8")
 
@@ -341,9 +350,8 @@ def main() -> int:
             f"  ({time.monotonic() - start:.0f} s)",
             flush=True,
         )
-        ordered = {r.name: measured[r.name] for r in every if r.name in measured}
-        write(options.output, about, ordered)
-    write(options.output, about, {r.name: measured[r.name] for r in every if r.name in measured})
+        write(options.output, about, every, measured)
+    write(options.output, about, every, measured)
     return 0
 
 
