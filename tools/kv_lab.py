@@ -8,7 +8,8 @@ as the codec leaves them and all others exactly (S sinks, W window), so every sc
 it would see in decoding. A chunk is 1,152 tokens of the second half of SCORING, the last 1,024 of
 which are scored; results are kept per token under --cache, and rows that are there already are not
 run again. The JSON file and the Markdown table beside it are written anew after every row; --table
-takes all rows that the cache has and runs nothing. Needs torch, safetensors and tokenizers.
+takes all rows that the cache has and runs nothing. The cache knows rows by name alone: another
+model, text or version of a codec wants another folder. Needs torch, safetensors and tokenizers.
 """
 
 from __future__ import annotations
@@ -141,7 +142,9 @@ class Scorer:
         for chunk in missing:
             codec.start()
             scored = self.score(codec, chunk)
-            torch.save({**scored, "codec": describe(codec, self.model.head_dim)}, paths[chunk])
+            unfinished = paths[chunk].with_suffix(".part")
+            torch.save({**scored, "codec": describe(codec, self.model.head_dim)}, unfinished)
+            unfinished.replace(paths[chunk])
         parts = [torch.load(path) for path in paths]
         return {"name": row.name, "family": row.family, "chunks": chunks} | summary(parts)
 
