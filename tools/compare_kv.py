@@ -69,13 +69,13 @@ class Mustafar:
     def __init__(self, args: argparse.Namespace, protocol: str) -> None:
         self._model = mustafar.Model(args.model, threads=args.threads)
         self._protocol = protocol
-        pruned = {"k_sparsity": 0.625, "v_sparsity": 0.75}
+        pruned = {"k_sparsity": 0.625, "v_sparsity": 0.75, "value_dtype": "auto"}
         self._configs = {
-            "dense": KVConfig(sparsity=0),
-            "int8": KVConfig(sparsity=0, value_dtype="int8"),
-            "int4": KVConfig(sparsity=0, value_dtype="int4"),
-            "int4 hadamard": KVConfig(sparsity=0, value_dtype="int4", profile="hadamard"),
-            "sparse .5": KVConfig(),
+            "dense": KVConfig.preset("dense"),
+            "int8": KVConfig(value_dtype="int8"),
+            "int4": KVConfig(value_dtype="int4"),
+            "int4 hadamard": KVConfig(value_dtype="int4", profile="hadamard"),
+            "sparse .5": KVConfig(sparsity=0.5, value_dtype="auto"),
             "sparse K .625 V .75": KVConfig(**pruned),
         }
         if args.profile:

@@ -104,7 +104,8 @@ def test_generate_json_has_everything(greedy):
     parts = ("masks", "values", "scales", "padding", "tail", "policy")
     assert kv["allocated"] == sum(kv[part] for part in parts)
     assert kv["compressed_tokens"] + kv["dense_tokens"] == stats["prompt_tokens"] + 32
-    assert greedy["kv_config"]["k_sparsity"] == 0.5
+    assert greedy["kv_config"]["k_sparsity"] == 0
+    assert greedy["kv_config"]["value_dtype"] == "int8"
 
 
 def test_generate_logprobs():
@@ -314,7 +315,7 @@ def test_info_text_and_json():
     assert result.returncode == 0, result.stderr
     for word in ("model", "shape", "context", "weights", "device", "tokenizer", "bytes/token"):
         assert word in result.stdout
-    info = json.loads(run("info", "-m", STORY, "--json", "--tensors", "--sparsity", 0).stdout)
+    info = json.loads(run("info", "-m", STORY, "--json", "--tensors", "--kv", "dense").stdout)
     config = json.loads((STORY / "config.json").read_text())
     assert info["config"]["n_layers"] == config["num_hidden_layers"]
     assert info["config"]["vocab_size"] == config["vocab_size"]

@@ -56,9 +56,16 @@ def test_the_whole_protocol_is_that_of_the_command(
 ) -> None:
     rows = run_tool(monkeypatch, text, tmp_path / "o.json", "--chunks", "2", "--protocol", "whole")
     flags = {
-        "dense": ("--sparsity", "0"),
-        "int4 hadamard": ("--sparsity", "0", "--kv-dtype", "int4", "--profile", "hadamard"),
-        "sparse K .625 V .75": ("--k-sparsity", "0.625", "--v-sparsity", "0.75"),
+        "dense": ("--kv", "dense"),
+        "int4 hadamard": ("--kv-dtype", "int4", "--profile", "hadamard"),
+        "sparse K .625 V .75": (
+            "--k-sparsity",
+            "0.625",
+            "--v-sparsity",
+            "0.75",
+            "--kv-dtype",
+            "auto",
+        ),
     }
     by_name = {row["setting"]: row for row in rows}
     for name, options in flags.items():
@@ -93,7 +100,7 @@ def test_prefilled_rows_score_what_follows(
     with mustafar.Model(DEMO, device="cpu") as model:
         args = argparse.Namespace(text=text, start=start_of(text), model=DEMO, chunks=1)
         (chunk,) = tool.chunks_of(args)
-        nll = -mustafar.Session(model, mustafar.KVConfig(sparsity=0)).score(chunk)[-255:]
+        nll = -mustafar.Session(model, mustafar.KVConfig.preset("dense")).score(chunk)[-255:]
     by_name = {row["setting"]: row for row in first}
     assert by_name["dense"]["ppl"] == pytest.approx(math.exp(nll.mean()), rel=2e-3)
     assert by_name["dense"]["kld_mean"] == 0
