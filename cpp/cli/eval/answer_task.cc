@@ -143,6 +143,7 @@ std::optional<int32_t> AnswerTask::reply(Session& session, const std::vector<int
   params.temperature = 0;
   params.max_new_tokens = rules_.max_new_tokens;
   params.stop = dialogue_.stop_texts();
+  params.stop.insert(params.stop.end(), rules_.stop.begin(), rules_.stop.end());
   const GenerateResult result = session.generate(Prompt{ids}, params);
   int64_t right = 0;
   double f1 = 0;

@@ -33,6 +33,7 @@ struct AnswerRules {
   bool forced = false;
   bool f1 = false;  // report word F1 as well
   int32_t max_new_tokens = 32;
+  std::vector<std::string> stop;  // texts that end a reply, beside those of the dialogue
 };
 
 class AnswerTask final : public EvalTask {

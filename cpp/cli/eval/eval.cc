@@ -146,6 +146,7 @@ std::unique_ptr<EvalTask> make_task(const std::string& name, const Options& opti
     make = [maker, &options] { return maker->interviews(options.facts, options.reply_tokens); };
   } else {
     const int32_t keys = name == "needle" ? 1 : kNeedles;
+    rules.stop = {".", "\n"};  // what is said after the code is of no interest
     parameters["depths"] = options.depths;
     parameters["reply_tokens"] = options.reply_tokens;
     documents *= static_cast<int64_t>(options.depths.size());
