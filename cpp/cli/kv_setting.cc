@@ -32,15 +32,17 @@ std::vector<std::string> split(const std::string& text, char separator) {
   throw std::invalid_argument("setting \"" + setting + "\": " + why);
 }
 
-// A ready-made setting, or none of that name.
-std::optional<KVConfig> named_setting(const std::string& name) {
-  if (name == "dense") {
-    KVConfig dense;
-    dense.sparsity = 0;
-    return dense;
-  }
-  if (name == "default") return KVConfig{};
-  return std::nullopt;
+// A configuration whose profile is still a name.
+struct Draft {
+  KVConfig config;
+  std::string profile = "none";
+};
+
+// A preset, or the default.
+Draft named_setting(const std::string& name) {
+  if (name == "default") return {};
+  const KVPreset& preset = find_kv_preset(name);
+  return {preset.config, preset.profile};
 }
 
 template <typename Number, typename Parse>
@@ -65,31 +67,34 @@ int32_t whole(const std::string& text) {
                          [](const std::string& t, size_t* used) { return std::stoi(t, used); });
 }
 
-using Setter = std::function<void(KVConfig&, const std::string&, const Model&)>;
+using Setter = std::function<void(Draft&, const std::string&)>;
 
 const std::map<std::string, Setter>& setters() {
   static const std::map<std::string, Setter> all = {
       {"sparsity",
-       [](KVConfig& c, const std::string& v, const Model&) {
-         c.sparsity = real(v);
-         c.k_sparsity = c.v_sparsity = std::nullopt;
+       [](Draft& d, const std::string& v) {
+         d.config.sparsity = real(v);
+         d.config.k_sparsity = d.config.v_sparsity = std::nullopt;
        }},
-      {"k_sparsity",
-       [](KVConfig& c, const std::string& v, const Model&) { c.k_sparsity = real(v); }},
-      {"v_sparsity",
-       [](KVConfig& c, const std::string& v, const Model&) { c.v_sparsity = real(v); }},
-      {"pattern",
-       [](KVConfig& c, const std::string& v, const Model&) { c.pattern = parse_pattern(v); }},
-      {"window", [](KVConfig& c, const std::string& v, const Model&) { c.window = whole(v); }},
-      {"sinks", [](KVConfig& c, const std::string& v, const Model&) { c.sink_tokens = whole(v); }},
-      {"value_dtype", [](KVConfig& c, const std::string& v,
-                         const Model&) { c.value_dtype = parse_value_type(v); }},
+      {"k_sparsity", [](Draft& d, const std::string& v) { d.config.k_sparsity = real(v); }},
+      {"v_sparsity", [](Draft& d, const std::string& v) { d.config.v_sparsity = real(v); }},
+      {"bits",
+       [](Draft& d, const std::string& v) {
+         d.config.bits = real(v);
+         d.config.k_bits = d.config.v_bits = std::nullopt;
+       }},
+      {"k_bits", [](Draft& d, const std::string& v) { d.config.k_bits = real(v); }},
+      {"v_bits", [](Draft& d, const std::string& v) { d.config.v_bits = real(v); }},
+      {"pattern", [](Draft& d, const std::string& v) { d.config.pattern = parse_pattern(v); }},
+      {"window", [](Draft& d, const std::string& v) { d.config.window = whole(v); }},
+      {"sinks", [](Draft& d, const std::string& v) { d.config.sink_tokens = whole(v); }},
+      {"value_dtype",
+       [](Draft& d, const std::string& v) { d.config.value_dtype = parse_value_type(v); }},
       {"k_policy",
-       [](KVConfig& c, const std::string& v, const Model&) { c.k_policy = parse_prune_policy(v); }},
+       [](Draft& d, const std::string& v) { d.config.k_policy = parse_prune_policy(v); }},
       {"v_policy",
-       [](KVConfig& c, const std::string& v, const Model&) { c.v_policy = parse_prune_policy(v); }},
-      {"profile", [](KVConfig& c, const std::string& v,
-                     const Model& model) { c.profile = Profile::resolve(v, model); }},
+       [](Draft& d, const std::string& v) { d.config.v_policy = parse_prune_policy(v); }},
+      {"profile", [](Draft& d, const std::string& v) { d.profile = v; }},
   };
   return all;
 }
@@ -97,17 +102,19 @@ const std::map<std::string, Setter>& setters() {
 }  // namespace
 
 KVConfig parse_kv_setting(const std::string& text, const Model& model) {
-  KVConfig config;
+  Draft draft;
   const std::vector<std::string> items = split(text, ',');
   if (items.empty()) fail(text, "is empty");
   for (size_t i = 0; i < items.size(); i++) {
     const size_t equals = items[i].find('=');
     const std::string key = trimmed(items[i].substr(0, equals));
     if (equals == std::string::npos) {
-      const std::optional<KVConfig> named = named_setting(key);
-      if (!named) fail(text, "there is no setting named \"" + key + "\"");
       if (i > 0) fail(text, "\"" + key + "\" must come first");
-      config = *named;
+      try {
+        draft = named_setting(key);
+      } catch (const std::invalid_argument& error) {
+        fail(text, error.what());
+      }
       continue;
     }
     const auto setter = setters().find(key);
@@ -118,17 +125,18 @@ KVConfig parse_kv_setting(const std::string& text, const Model& model) {
     }
     const std::string value = trimmed(items[i].substr(equals + 1));
     try {
-      setter->second(config, value, model);
+      setter->second(draft, value);
     } catch (const std::invalid_argument& error) {
       fail(text, key + " \"" + value + "\" " + error.what());
     }
   }
   try {
-    config.validate();
+    draft.config.validate();
   } catch (const std::invalid_argument& error) {
     fail(text, error.what());
   }
-  return config;
+  draft.config.profile = resolve_profile(draft.profile, model);
+  return draft.config;
 }
 
 std::vector<std::string> split_kv_settings(const std::string& list) {

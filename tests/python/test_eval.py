@@ -247,7 +247,7 @@ def test_lines_that_are_no_questions(tmp_path: Path, line: str, message: str) ->
         (["--settings", "window=-1"], "window"),
         (["--settings", "window=3.5"], 'window "3.5" is not a number'),
         (["--settings", "pattern=rows"], "pattern must be one of"),
-        (["--settings", "tiny"], 'no setting named "tiny"'),
+        (["--settings", "tiny"], "must be one of dense, lossless"),
         (["--settings", "sparsity=0.5,dense"], '"dense" must come first'),
         (["--settings", "v_policy=output_aware"], "ranks keys only"),
         (["--tasks", "ppl"], "needs a text: give -f"),
