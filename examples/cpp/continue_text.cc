@@ -15,9 +15,7 @@ int main(int argc, char** argv) try {
   if (argc == 4) options.device = argv[3];
   const mustafar::Model model = mustafar::Model::load(argv[1], options);
 
-  mustafar::KVConfig kv;
-  kv.sparsity = 0.5;  // half of every key and value is pruned once it leaves the window
-  mustafar::Session session(model, kv);
+  mustafar::Session session(model, mustafar::KVConfig::preset("lossless", model));
 
   mustafar::SamplingParams params;
   params.max_new_tokens = 64;

@@ -5,7 +5,7 @@ import sys
 import mustafar
 
 model = mustafar.Model(sys.argv[1])
-session = mustafar.Session(model, kv=mustafar.KVConfig(sparsity=0.5))
+session = mustafar.Session(model, kv=mustafar.KVConfig.preset("lossless"))
 
 print(sys.argv[2], end="")
 for piece in session.stream(sys.argv[2], max_new_tokens=64, temperature=0):
