@@ -478,7 +478,7 @@ def code_row(x: F32, sigma: F32, widths: NDArray[np.uint8]) -> tuple[NDArray[np.
     half = np.float32(0.5) * (1 << widths.astype(np.int64)).astype(np.float32)
     top = ((1 << widths.astype(np.int64)) - 1).astype(np.float32)
 
-    def codes(scale: np.float32) -> F32:
+    def codes(scale: F32) -> F32:
         code = x * inverse_step * _inverse(scale) + half
         return np.trunc(np.minimum(np.maximum(code, np.float32(0)), top))
 
