@@ -338,8 +338,8 @@ def make_engines(args: argparse.Namespace, folder: Path, gguf: Path) -> tuple[An
     import mustafar
 
     model = mustafar.Model(folder, threads=args.threads)
-    published = {"k_sparsity": 0.625, "v_sparsity": 0.75}
-    settings: dict[str, dict[str, Any]] = {"dense": {"sparsity": 0}}
+    published = {"k_sparsity": 0.625, "v_sparsity": 0.75, "value_dtype": "auto"}
+    settings: dict[str, dict[str, Any]] = {"dense": {"value_dtype": "auto"}}
     if not args.dense_only:
         settings["bf16 K .625 V .75"] = published
         settings["int8 K .625 V .75"] = published | {"value_dtype": "int8"}

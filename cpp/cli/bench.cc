@@ -158,7 +158,7 @@ Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth) {
     throw_if_interrupted();
     const Model& model = engine.model(i);
     KVConfig kv = setting.config;
-    kv.profile = Profile::resolve(options_.profile, model);
+    kv.profile = resolve_profile(setting.profile, model);
     Session session(model, kv);
     if (options_.fill == "prefill" && depth > 0) {
       session.set_interrupt_check(throw_if_interrupted);
@@ -251,7 +251,7 @@ void Bench::report(Engine& engine, const BenchSetting& setting, const Filled& fi
   row.n_threads = threads_;
   row.kv = setting.name;
   row.kv_config = to_json(setting.config);
-  row.kv_config["profile"] = options_.profile;
+  row.kv_config["profile"] = setting.profile;
   row.kv_bytes = filled.memory.allocated;
   row.kv_dense_bytes = filled.memory.dense_equivalent;
   row.n_prompt = test.n_prompt;
@@ -336,6 +336,8 @@ void add_bench(CLI::App& app, Run& run) {
   command->add_option("-o,--output", options->format, "md, csv, json or jsonl")
       ->capture_default_str();
   command->add_flag("--json", options->json, "The same as -o json");
+  command->add_option("--kv", options->presets, "Settings by name, instead of the two lists below")
+      ->delimiter(',');
   list("--sparsity", options->sparsities, "Sparsities S or K/V, as in 0,0.5,0.625/0.75");
   list("--kv-dtype", options->kv_dtypes, "Stored values: auto, f32, f16, bf16, int8, int4");
   command->add_option("--pattern", options->pattern, "group or row")->capture_default_str();
@@ -344,7 +346,7 @@ void add_bench(CLI::App& app, Run& run) {
   command->add_option("--sinks", options->sinks, "First tokens that stay dense")
       ->capture_default_str();
   command->add_option("--profile", options->profile,
-                      "KV transform: a file, hadamard, or model (the folder's own)");
+                      "KV transform: auto, hadamard, model (the folder's own), or a file");
   command
       ->add_option("--fill", options->fill,
                    "How the depth comes about: random keys and values, or the prefill of tokens")

@@ -36,6 +36,7 @@ BenchSetting make_setting(const BenchOptions& options, const std::string& sparsi
   kv.window = options.window;
   kv.sink_tokens = options.sinks;
   kv.validate();
+  if (!options.profile.empty()) setting.profile = options.profile;
   const bool dense = kv.effective_k_sparsity() == 0 && kv.effective_v_sparsity() == 0;
   setting.name = dtype + (dense ? " dense"
                                 : " K" + format_number(kv.effective_k_sparsity(), 2).substr(1) +
@@ -48,9 +49,15 @@ BenchSetting make_setting(const BenchOptions& options, const std::string& sparsi
 
 std::vector<BenchSetting> make_settings(const BenchOptions& options) {
   std::vector<BenchSetting> settings;
-  for (const std::string& dtype : options.kv_dtypes) {
-    for (const std::string& sparsity : options.sparsities) {
-      settings.push_back(make_setting(options, sparsity, dtype));
+  for (const std::string& name : options.presets) {
+    const KVPreset& preset = find_kv_preset(name);
+    settings.push_back({name, preset.config, preset.profile, name == "dense"});
+  }
+  if (settings.empty()) {
+    for (const std::string& dtype : options.kv_dtypes) {
+      for (const std::string& sparsity : options.sparsities) {
+        settings.push_back(make_setting(options, sparsity, dtype));
+      }
     }
   }
   const auto is_dense = [](const BenchSetting& setting) { return setting.dense; };

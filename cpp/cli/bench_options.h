@@ -21,6 +21,7 @@ struct BenchOptions {
   std::vector<int64_t> depths;
   int32_t repetitions = 5;
   std::string format = "md";
+  std::vector<std::string> presets;                    // instead of the two lists below
   std::vector<std::string> sparsities = {"0", "0.5"};  // "S", or "K/V"
   std::vector<std::string> kv_dtypes = {"auto"};
   std::string pattern = "group";
@@ -41,11 +42,12 @@ struct BenchTest {
 
 struct BenchSetting {
   std::string name;
-  KVConfig config;
+  KVConfig config;           // but for the profile
+  std::string profile = "none";
   bool dense = false;  // the one that break-even compares with
 };
 
-// Every sparsity with every value dtype; with break_even the dense cache among them. Throws
+// The presets, or every sparsity with every value dtype; with break_even the dense cache among them. Throws
 // std::invalid_argument naming the option.
 std::vector<BenchSetting> make_settings(const BenchOptions& options);
 // Prefill, decode and both; with break_even decode alone. Throws std::invalid_argument.

@@ -15,6 +15,7 @@ void add_chat(CLI::App& app, Run& run);
 void add_info(CLI::App& app, Run& run);
 void add_bench(CLI::App& app, Run& run);
 void add_perplexity(CLI::App& app, Run& run);
+void add_eval(CLI::App& app, Run& run);
 void add_calibrate(CLI::App& app, Run& run);
 
 inline constexpr int kExitOk = 0;

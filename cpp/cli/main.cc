@@ -15,8 +15,8 @@
 namespace mustafar::cli {
 namespace {
 
-constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate, add_chat,       add_info,
-                                                  add_bench,    add_perplexity, add_calibrate};
+constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate,   add_chat, add_info,     add_bench,
+                                                  add_perplexity, add_eval, add_calibrate};
 
 int fail(const char* what, int code) {
   std::fflush(stdout);

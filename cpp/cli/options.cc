@@ -187,8 +187,22 @@ std::string CacheFlags::profile_name() const {
 
 KVConfig CacheFlags::resolve(const Model& model) const {
   KVConfig config = validate();
-  config.profile = Profile::resolve(profile_name(), model);
+  config.profile = resolve_profile(profile_name(), model);
   return config;
+}
+
+std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model) {
+  Progress bar("calibrating");
+  ProfileHooks hooks;
+  hooks.progress = [&bar](int64_t done, int64_t total) {
+    throw_if_interrupted();
+    bar.update(done, total);
+  };
+  hooks.note = hooks.warning = [&bar](const std::string& line) {
+    bar.clear();
+    std::fprintf(stderr, "mustafar: %s\n", line.c_str());
+  };
+  return Profile::resolve(name, model, hooks);
 }
 
 void SamplingFlags::add_to(CLI::App& command) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -40,6 +41,10 @@ struct CacheFlags {
   KVConfig validate() const;  // all but the profile, which is left out; before a model is loaded
   std::string profile_name() const;  // as given, or the preset's
 };
+
+// Profile::resolve for a person: what it notes goes to stderr, with a progress bar; Ctrl-C throws
+// Cancelled.
+std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model);
 
 // -n -s --temp --top-k --top-p --min-p --repeat-penalty ... --stop --logprobs
 struct SamplingFlags {

@@ -106,7 +106,7 @@ std::vector<Setting> settings_of(const Options& options, const Model& model) {
   }
   std::vector<Setting> settings;
   for (const std::string& name : options.profiles) {
-    const auto profile = Profile::resolve(name, model);
+    const auto profile = resolve_profile(name, model);
     for (const std::string& sparsity : options.sparsities) {
       for (const std::string& dtype : options.value_dtypes) {
         Setting setting{base, name};
@@ -177,7 +177,7 @@ void add_perplexity(CLI::App& app, Run& run) {
   command->add_option("--kv-dtypes", options->value_dtypes, "Comma list")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--profiles", options->profiles, "Comma list: none, hadamard, files")
+  command->add_option("--profiles", options->profiles, "Comma list: none, auto, hadamard, model, files")
       ->delimiter(',')
       ->capture_default_str();
   command->add_flag("--json", options->json, "JSON instead of text");

@@ -115,11 +115,7 @@ std::vector<std::vector<int32_t>> chunks_of(const Model& model, const std::strin
   return chunks;
 }
 
-KVConfig dense_setting() {
-  KVConfig config;
-  config.sparsity = 0;
-  return config;
-}
+KVConfig dense_setting() { return find_kv_preset("dense").config; }
 
 Quality measure_quality(const Model& model, const std::vector<KVConfig>& settings,
                         const std::vector<std::vector<int32_t>>& chunks,

@@ -8,7 +8,7 @@
 namespace mustafar::cli {
 
 // A bar on stderr, drawn only where stderr is a terminal and the work takes longer than a moment;
-// gone when it ends.
+// with the time left where that is a while; gone when it ends.
 class Progress {
  public:
   explicit Progress(std::string label);
@@ -23,10 +23,12 @@ class Progress {
   using Clock = std::chrono::steady_clock;
   const std::string label_;
   const bool enabled_;
+  const Clock::time_point start_;
   bool drawn_ = false;
   Clock::time_point next_;  // when to draw
 };
 
+std::string format_duration(double seconds);            // "1 h 5 min", "2 min 10 s", "8 s"
 std::string format_bytes(double bytes);                 // "1.25 GiB"
 std::string format_number(double value, int decimals);  // "1234.50"
 std::string format_count(double value);                 // "1.24 B", "610.00 M"

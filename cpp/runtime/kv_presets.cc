@@ -15,24 +15,27 @@ KVConfig dense(ValueType type) {
   return config;
 }
 
-KVConfig sparse(double sparsity, ValueType type, Pattern pattern, int32_t sinks) {
+KVConfig coded(double bits) {
+  KVConfig config = dense(ValueType::kCoded);
+  config.bits = bits;
+  return config;
+}
+
+KVConfig sparse(double sparsity, ValueType type) {
   KVConfig config = dense(type);
   config.sparsity = sparsity;
-  config.pattern = pattern;
-  config.sink_tokens = sinks;
   return config;
 }
 
 }  // namespace
 
 std::span<const KVPreset> kv_presets() {
-  static const std::array<KVPreset, 4> presets = {{
-      {"lossless", "every value in 8 bits", dense(ValueType::kInt8), "none"},
-      {"balanced", "every value in 4 bits, rotated", dense(ValueType::kInt4), "hadamard"},
-      {"small", "half of the values, in 4 bits, in a calibrated basis",
-       sparse(0.5, ValueType::kInt4, Pattern::kGroup, 4), "auto"},
-      {"mustafar", "the published method: 30 % of every row",
-       sparse(0.7, ValueType::kAuto, Pattern::kRow, 0), "none"},
+  static const std::array<KVPreset, 5> presets = {{
+      {"dense", "as computed", dense(ValueType::kAuto), "none"},
+      {"lossless", "8 bits", dense(ValueType::kInt8), "none"},
+      {"balanced", "4 bits, dealt by energy", coded(4), "auto"},
+      {"small", "3 bits, dealt by energy", coded(3), "auto"},
+      {"mustafar", "half of the values, 8 bits each", sparse(0.5, ValueType::kInt8), "auto"},
   }};
   return presets;
 }

@@ -200,8 +200,7 @@ KVStatistics gather_kv_statistics(const Model& model,
 
   KVStatistics statistics;
   Gatherer gatherer(engine, skip, pool, statistics);
-  KVConfig dense;
-  dense.sparsity = 0;
+  const KVConfig dense = find_kv_preset("dense").config;
   const std::shared_ptr<const CacheSpec> spec = engine.cache_spec(dense);
   ForwardBuffers buffers(*engine.backend);
   int64_t done = 0;

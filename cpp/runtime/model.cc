@@ -251,18 +251,24 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
     backend->upload(uploaded->memory.back()->data(), data, bytes);
     return uploaded->memory.back()->data();
   };
-  const auto upload_kind = [&](const std::vector<float>& sigmas, double bits,
-                               const uint8_t*& device_widths, const float*& device_sigmas) {
+  const auto upload_kind = [&](const std::vector<float>& sigmas, const std::vector<float>& weights,
+                               double bits, const uint8_t*& device_widths,
+                               const float*& device_sigmas) {
+    // Bits go where errors count: a dim that was scaled for integers counts as it was before.
+    std::vector<float> unscaled = sigmas;
+    for (size_t i = 0; i < weights.size(); i++) unscaled[i] *= weights[i];
     std::vector<uint8_t> widths(sigmas.size());
     for (size_t at = 0; at < sigmas.size(); at += config.head_dim) {
-      deal_widths(sigmas.data() + at, config.head_dim, coded_row_bytes(config.head_dim, bits),
+      deal_widths(unscaled.data() + at, config.head_dim, coded_row_bytes(config.head_dim, bits),
                   widths.data() + at);
     }
     device_widths = static_cast<const uint8_t*>(upload(widths.data(), widths.size()));
     device_sigmas = static_cast<const float*>(upload(sigmas.data(), sigmas.size() * 4));
   };
-  upload_kind(kv.profile->k_sigma, k_bits, uploaded->view.k_widths, uploaded->view.k_sigmas);
-  upload_kind(kv.profile->v_sigma, v_bits, uploaded->view.v_widths, uploaded->view.v_sigmas);
+  const Profile& profile = *kv.profile;
+  CodeTables& view = uploaded->view;
+  upload_kind(profile.k_sigma, profile.k_weight, k_bits, view.k_widths, view.k_sigmas);
+  upload_kind(profile.v_sigma, profile.v_weight, v_bits, view.v_widths, view.v_sigmas);
   std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
   codes_.push_back({kv.profile, k_bits, v_bits, tables});
   return tables;

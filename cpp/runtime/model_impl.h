@@ -17,6 +17,7 @@
 #include "model/llama.h"
 #include "model/weights.h"
 #include "mustafar/model.h"
+#include "mustafar/profile.h"
 
 namespace mustafar {
 
@@ -46,6 +47,9 @@ struct Model::Impl {
   // the device has no kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
+
+  std::mutex auto_profile_mutex;
+  std::shared_ptr<const Profile> auto_profile;  // of profile="auto", once asked for
 
   void add_workspace(int64_t bytes) { workspace_bytes += bytes; }
 

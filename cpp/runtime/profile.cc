@@ -11,6 +11,7 @@
 #include "core/hash.h"
 #include "io/safetensors.h"
 #include "mustafar/error.h"
+#include "runtime/auto_profile.h"
 #include "runtime/model_impl.h"
 
 namespace mustafar {
@@ -169,9 +170,11 @@ std::shared_ptr<const Profile> Profile::hadamard(const ModelConfig& config) {
   return profile;
 }
 
-std::shared_ptr<const Profile> Profile::resolve(const std::string& name, const Model& model) {
+std::shared_ptr<const Profile> Profile::resolve(const std::string& name, const Model& model,
+                                                const ProfileHooks& hooks) {
   if (name.empty() || name == "none") return nullptr;
   if (name == "hadamard") return hadamard(model.config());
+  if (name == "auto") return auto_profile(model, hooks);
   if (name == "model") return load(model.folder() / kFolderProfile);
   return load(name);
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -14,6 +15,7 @@
 #include "mustafar/chat_template.h"
 #include "mustafar/kv_config.h"
 #include "mustafar/model.h"
+#include "mustafar/profile.h"
 #include "mustafar/sampling.h"
 
 namespace mustafar {
@@ -43,6 +45,11 @@ pybind11::array_t<int32_t> to_array(std::span<const int32_t> values);
 // A check for Ctrl-C that native loops may call often, without the GIL: it looks at most every 20
 // ms and throws what the Python signal handler raised.
 std::function<void()> interrupt_check();
+
+// Profile::resolve without the GIL: Ctrl-C ends it, progress (a callable or None) is told of tokens,
+// and notes go to logging's "mustafar".
+std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
+                                         const pybind11::object& progress);
 
 // From the keyword dictionaries that the Python classes make of themselves.
 KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);

@@ -83,7 +83,7 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
   if (py::isinstance<Profile>(profile)) {
     kv.profile = profile.cast<std::shared_ptr<Profile>>();
   } else if (!profile.is_none()) {
-    kv.profile = Profile::resolve(profile.cast<std::string>(), model);
+    kv.profile = resolve_profile(profile.cast<std::string>(), model, py::none());
   }
   return kv;
 }

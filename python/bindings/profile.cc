@@ -103,6 +103,14 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   return std::make_shared<Profile>(calibrate(model, native, options));
 }
 
+// Writes to the package's logger, from native threads without the GIL.
+std::function<void(const std::string&)> logger(const char* level) {
+  return [level](const std::string& line) {
+    py::gil_scoped_acquire gil;
+    py::module_::import("logging").attr("getLogger")("mustafar").attr(level)("%s", line);
+  };
+}
+
 // For tests: the sums that calibration starts from.
 py::dict statistics_dict(const Model& model, const py::list& sequences, int32_t skip) {
   std::vector<std::vector<int32_t>> ids;
@@ -143,8 +151,20 @@ py::tuple eigen_of(const py::array_t<double, py::array::c_style | py::array::for
 
 }  // namespace
 
+std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
+                                         const py::object& progress) {
+  ProfileHooks hooks;
+  hooks.progress = reporter(progress);
+  hooks.note = logger("info");
+  hooks.warning = logger("warning");
+  py::gil_scoped_release release;
+  return std::const_pointer_cast<Profile>(Profile::resolve(name, model, hooks));
+}
+
 void register_profile(py::module_& m) {
   m.def("kv_statistics", &statistics_dict, py::arg("model"), py::arg("sequences"), py::arg("skip"));
+  m.def("resolve_profile", &resolve_profile, py::arg("name"), py::arg("model"),
+        py::arg("progress"));
   m.def("symmetric_eigen", &eigen_of, py::arg("matrix"));
   m.def("calibrate", &calibrate_profile, py::arg("model"), py::arg("texts"), py::arg("kind"),
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),

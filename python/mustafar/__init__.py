@@ -27,7 +27,7 @@ from ._core import (
     version as __version__,
 )
 from .blocks import CompressedBlocks, compress, decompress
-from .calibration import calibrate
+from .calibration import auto_profile, calibrate
 from .chat import Chat, ChatStream
 from .model import Model, ModelMemory
 from .session import Session, Stream
@@ -68,6 +68,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "__version__",
+    "auto_profile",
     "calibrate",
     "compress",
     "decompress",

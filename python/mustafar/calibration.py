@@ -6,7 +6,7 @@ The native part says how (cpp/runtime/calibration.cc); ``mustafar calibrate`` is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 from . import _core
 from ._core import Profile
@@ -58,3 +58,22 @@ def calibrate(
         skip_tokens,
         progress,
     )
+
+
+def auto_profile(model: Model, *, progress: Callable[[int, int], None] | None = None) -> Profile:
+    """The profile of ``KVConfig(profile="auto")``: made the first time, then kept.
+
+    It is calibrated on the model itself with a text of a few thousand tokens that ships with the
+    package, and kept in ``$XDG_CACHE_HOME`` (``~/.cache``) below ``mustafar/profiles`` under the
+    model's fingerprint. The logger ``mustafar`` hears of a calibration (INFO) and of a folder that
+    can't be written (WARNING): the profile is then made once per loaded model.
+
+    Args:
+        model: Has a tokenizer.
+        progress: Called with (tokens done, tokens in all) while it is calibrated; what it raises
+            ends the work and leaves nothing behind.
+
+    Raises:
+        TokenizerError: A model without tokenizer; :func:`calibrate` takes token ids.
+    """
+    return cast(Profile, _core.resolve_profile("auto", model._core, progress))

@@ -46,9 +46,9 @@ class KVConfig:
             ``"channel_output_aware"``, ``|v|`` times the token's ``sum over d of w[d] * |k[d]|``.
             That bounds the sum of the window's ``|q . k|`` and stands in for the attention
             probabilities, which are never stored.
-        profile: A KV transform: None, ``"hadamard"``, ``"auto"`` (calibrated once per model and kept
-            in the user's cache folder), ``"model"`` (kv_profile.safetensors in the model's folder),
-            a file, or a :class:`Profile`.
+        profile: A KV transform: None, ``"auto"`` (calibrated once per model, then kept; see
+            :func:`auto_profile`), ``"hadamard"``, ``"model"`` (kv_profile.safetensors in the
+            model's folder), a file, or a :class:`Profile`.
     """
 
     sparsity: float = 0.0

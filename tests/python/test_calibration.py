@@ -181,11 +181,11 @@ def test_eigenvalues_of_what_is_not_finite_are_refused() -> None:
 def test_at_sparsity_0_nothing_changes(model: mustafar.Model, kind: str) -> None:
     profile = mustafar.calibrate(model, [TEXT * 8], kind)
     ids = ids_of(200)
-    plain = Session(model, KVConfig(sparsity=0.0)).score_logits(ids)
-    turned = Session(model, KVConfig(sparsity=0.0, profile=profile)).score_logits(ids)
+    plain = Session(model, KVConfig.preset("dense")).score_logits(ids)
+    turned = Session(model, KVConfig(profile=profile, value_dtype="auto")).score_logits(ids)
     assert np.abs(plain - turned).max() <= 1e-3
-    plain_session = Session(model, KVConfig(sparsity=0.0))
-    turned_session = Session(model, KVConfig(sparsity=0.0, profile=profile))
+    plain_session = Session(model, KVConfig.preset("dense"))
+    turned_session = Session(model, KVConfig(profile=profile, value_dtype="auto"))
     for token in ids[:120]:
         assert np.abs(plain_session.decode(token) - turned_session.decode(token)).max() <= 1e-3
 
@@ -203,16 +203,20 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> float:
 
 def test_a_balanced_profile_cuts_the_error_of_pruning(story: Path) -> None:
     with mustafar.Model(story, dtype="f32") as model:
-        session = Session(model, KVConfig(sparsity=0.0))
+        session = Session(model, KVConfig.preset("dense"))
         text = session.generate("Once upon a time", max_new_tokens=400, temperature=0.9, seed=5)
         held = session.tokens
-        other = Session(model, KVConfig(sparsity=0.0))
+        other = Session(model, KVConfig.preset("dense"))
         other.generate("One day a", max_new_tokens=450, temperature=0.9, seed=6)
         assert len(text.token_ids) > 100
         profile = mustafar.calibrate(model, [other.tokens], "balanced")
-        dense = Session(model, KVConfig(sparsity=0.0)).score_logits(held)
-        without = Session(model, KVConfig(sparsity=0.7, window=0)).score_logits(held)
-        with_it = Session(model, KVConfig(sparsity=0.7, window=0, profile=profile))
+        dense = Session(model, KVConfig.preset("dense")).score_logits(held)
+        without = Session(model, KVConfig(sparsity=0.7, window=0, value_dtype="auto")).score_logits(
+            held
+        )
+        with_it = Session(
+            model, KVConfig(sparsity=0.7, window=0, profile=profile, value_dtype="auto")
+        )
         assert divergence(dense, with_it.score_logits(held)) < divergence(dense, without)
 
 

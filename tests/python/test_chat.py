@@ -37,7 +37,9 @@ def template(model: mustafar.Model, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def chat(model: mustafar.Model, template: ChatTemplate) -> Chat:
-    return Chat(model, chat_template=template, kv=KVConfig(sparsity=0.7, window=16))
+    return Chat(
+        model, chat_template=template, kv=KVConfig(sparsity=0.7, window=16, value_dtype="auto")
+    )
 
 
 def test_a_model_without_template(model: mustafar.Model) -> None:

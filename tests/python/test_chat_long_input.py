@@ -97,7 +97,9 @@ def test_sparsity_that_fails_keeps_the_cache(
     start: Callable[..., Any], tiny: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "half.txt").write_text(LONG[: len(LONG) // 20])
-    child = start("-m", tiny, "--kv-budget", "768K", "--sparsity", 0.9)
+    child = start(
+        "-m", tiny, "--kv-budget", "768K", "--sparsity", 0.9, "--kv-dtype", "auto", "--sinks", 0
+    )
     held = say(child, "/read half.txt")[4]
     command(child, "/sparsity 0.1", r"kv_budget.*; the cache stays as it was, sparsity K 0\.90")
     assert say(child, "Still here?")[2] == held

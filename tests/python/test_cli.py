@@ -104,7 +104,8 @@ def test_generate_json_has_everything(greedy):
     parts = ("masks", "values", "scales", "padding", "tail", "policy")
     assert kv["allocated"] == sum(kv[part] for part in parts)
     assert kv["compressed_tokens"] + kv["dense_tokens"] == stats["prompt_tokens"] + 32
-    assert greedy["kv_config"]["k_sparsity"] == 0.5
+    assert greedy["kv_config"]["k_sparsity"] == 0
+    assert greedy["kv_config"]["value_dtype"] == "int8"
 
 
 def test_generate_logprobs():
@@ -221,6 +222,32 @@ def test_failures_are_errors_with_a_message(tmp_path):
     assert "kv_budget" in result.stderr
 
 
+def test_calibrate_writes_a_profile(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a dog who liked to run in the park. " * 30)
+    made = tmp_path / "made.safetensors"
+    result = run("calibrate", "-m", STORY, "-f", text, "-f", text, "-o", made, "--scale-power", 0.5)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # no terminal, no bar
+    assert re.fullmatch(rf"{made}: balanced, hash [0-9a-f]{{16}}\n", result.stdout)
+    result = generate("-p", PROMPT, "-n", 4, "--profile", made)
+    assert result.returncode == 0, result.stderr
+
+    result = run("calibrate", "-m", STORY, "-o", tmp_path / "h", "--kind", "hadamard")
+    assert result.returncode == 0, result.stderr
+    for arguments, code, message in [
+        (["-o", tmp_path / "x"], 2, "-f FILE is needed"),
+        (["-o", tmp_path / "x", "-f", tmp_path / "none"], 1, "none"),
+        (["-o", tmp_path / "x", "-f", text, "--balance", 2], 2, "balance is 2"),
+        (["-o", tmp_path / "x", "-f", text, "-n", 4], 2, "needs text"),
+        (["-f", text], 2, "--output is required"),
+        (["-o", tmp_path / "no" / "x", "-f", text], 1, "cannot create"),
+    ]:
+        result = run("calibrate", "-m", STORY, *arguments)
+        assert (result.returncode, message in result.stderr) == (code, True), result
+        assert result.stdout == "" and not (tmp_path / "x").exists()
+
+
 def test_no_command_help_and_version():
     assert run().returncode == 2
     assert run("no-such-command").returncode == 2
@@ -288,7 +315,7 @@ def test_info_text_and_json():
     assert result.returncode == 0, result.stderr
     for word in ("model", "shape", "context", "weights", "device", "tokenizer", "bytes/token"):
         assert word in result.stdout
-    info = json.loads(run("info", "-m", STORY, "--json", "--tensors", "--sparsity", 0).stdout)
+    info = json.loads(run("info", "-m", STORY, "--json", "--tensors", "--kv", "dense").stdout)
     config = json.loads((STORY / "config.json").read_text())
     assert info["config"]["n_layers"] == config["num_hidden_layers"]
     assert info["config"]["vocab_size"] == config["vocab_size"]

@@ -208,7 +208,7 @@ def test_more_bits_are_nearer_to_dense(model: mustafar.Model, profile: Profile) 
         session.prefill(ids[:-20])
         return np.stack([session.decode(token) for token in ids[-20:]])
 
-    dense = logits(KVConfig(sparsity=0))
+    dense = logits(KVConfig.preset("dense"))
     errors = [
         float(
             np.square(logits(KVConfig(value_dtype="coded", bits=b, profile=profile)) - dense).sum()
@@ -237,3 +237,26 @@ def test_errors_name_the_field(model: mustafar.Model, profile: Profile) -> None:
             Session(model, replace(coded, **{field: value}))
     with pytest.raises(ValueError, match='v_bits applies to value_dtype "coded" alone'):
         Session(model, KVConfig(v_bits=3.0))
+
+
+def test_bits_go_where_errors_count_in_scaled_profiles() -> None:
+    """Dims scaled for integers (scale_power) count as before: the weights undo the scaling."""
+    with mustafar.Model(model_folder("story"), device="cpu", dtype="f32") as exact:
+        scaled = mustafar.calibrate(exact, [ids_of(500), ids_of(500, 7)], scale_power=1.0)
+        forgetful = Profile(
+            scaled.k_forward, scaled.k_backward, scaled.v_forward, scaled.v_backward, None, None,
+            "balanced", exact.fingerprint, "x", scaled.k_sigma, scaled.v_sigma,
+        )  # fmt: skip
+
+        def cost(profile: Profile) -> float:
+            total = 0.0
+            for seed in range(4, 8):
+                ids = ids_of(400, seed)
+                dense = Session(exact, KVConfig(value_dtype="f32", sparsity=0.0))
+                coded = Session(exact, KVConfig(value_dtype="coded", profile=profile))
+                errors = coded.score_logits(ids) - dense.score_logits(ids)
+                total += float(np.square(errors).mean())
+            return total
+
+        ours, without = cost(scaled), cost(forgetful)
+        assert ours < 0.9 * without, (ours, without)

@@ -17,7 +17,7 @@ from mustafar import KVConfig, Session
 STDLIB = Path(sysconfig.get_path("stdlib"))
 
 # Sizes of head_dim 64 that correspond to K 12/32 and V 4/16 of head_dim 128.
-PRUNED = KVConfig(k_sparsity=0.625, v_sparsity=0.75)
+PRUNED = KVConfig(k_sparsity=0.625, v_sparsity=0.75, value_dtype="auto")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,12 @@ def test_pruning_costs_less_in_its_own_basis(model: mustafar.Model) -> None:
     divergence = {}
     for name, kv in (
         ("without", PRUNED),
-        ("with", KVConfig(k_sparsity=0.625, v_sparsity=0.75, profile="model")),
+        ("with", KVConfig(k_sparsity=0.625, v_sparsity=0.75, profile="model", value_dtype="auto")),
     ):
         total = []
         for file in ("csv.py", "sched.py", "bisect.py", "colorsys.py"):
             ids = model.tokenizer.encode((STDLIB / file).read_text())[:600]
-            dense = log_softmax(Session(model, KVConfig(sparsity=0)).score_logits(ids))
+            dense = log_softmax(Session(model, KVConfig.preset("dense")).score_logits(ids))
             pruned = log_softmax(Session(model, kv).score_logits(ids))
             total.append((np.exp(dense) * (dense - pruned)).sum(-1).mean())
         divergence[name] = float(np.mean(total))
@@ -71,6 +71,8 @@ def test_pruning_costs_less_in_its_own_basis(model: mustafar.Model) -> None:
 def test_profile_changes_nothing_at_sparsity_0(model: mustafar.Model) -> None:
     ids = model.tokenizer.encode((STDLIB / "bisect.py").read_text())[:300]
     with mustafar.Model(DEMO, device="cpu", dtype="f32") as exact:
-        plain = Session(exact, KVConfig(sparsity=0)).score_logits(ids)
-        turned = Session(exact, KVConfig(sparsity=0, profile="model")).score_logits(ids)
+        plain = Session(exact, KVConfig.preset("dense")).score_logits(ids)
+        turned = Session(
+            exact, KVConfig(sparsity=0, profile="model", value_dtype="auto")
+        ).score_logits(ids)
     assert np.abs(plain - turned).max() <= 1e-3

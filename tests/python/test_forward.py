@@ -13,7 +13,7 @@ import mustafar
 oracle = pytest.importorskip("oracle")
 torch = pytest.importorskip("torch")
 
-DENSE = mustafar.KVConfig(sparsity=0.0)
+DENSE = mustafar.KVConfig.preset("dense")
 STEPS = 64
 
 

@@ -68,11 +68,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SETTINGS = [
-    ("dense", KVConfig(sparsity=0), 256),
-    ("2 bytes, K .625 V .75", KVConfig(k_sparsity=0.625, v_sparsity=0.75), 96),
+    ("dense", KVConfig.preset("dense"), 256),
+    ("2 bytes, K .625 V .75", KVConfig(k_sparsity=0.625, v_sparsity=0.75, value_dtype="auto"), 96),
     ("int8, K .625 V .75", KVConfig(k_sparsity=0.625, v_sparsity=0.75, value_dtype="int8"), 58),
     ("int4, .5", KVConfig(sparsity=0.5, value_dtype="int4"), 50),
-    ("2 bytes, row 0.7", KVConfig(sparsity=0.7, pattern="row"), 96),
+    ("2 bytes, row 0.7", KVConfig(sparsity=0.7, pattern="row", value_dtype="auto"), 96),
 ]
 
 
@@ -103,7 +103,7 @@ def test_bytes_at_16k(folder: Path, name: str, kv: KVConfig, row_bytes: int) -> 
 
 def test_grows_with_the_context_not_its_maximum(folder: Path) -> None:
     with mustafar.Model(folder, device="cpu") as model:
-        session = Session(model, KVConfig(sparsity=0.5))
+        session = Session(model, KVConfig(sparsity=0.5, value_dtype="auto"))
         empty = session.memory().allocated
         session.prefill([5] * 1000)
         used = session.memory().allocated - empty

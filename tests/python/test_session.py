@@ -16,9 +16,9 @@ from mustafar import KVConfig, Session
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 KVS = {
-    "dense": KVConfig(sparsity=0.0),
-    "half": KVConfig(sparsity=0.5),
-    "row": KVConfig(sparsity=0.7, pattern="row", window=0, sink_tokens=4),
+    "dense": KVConfig.preset("dense"),
+    "half": KVConfig(sparsity=0.5, value_dtype="auto"),
+    "row": KVConfig(sparsity=0.7, pattern="row", window=0, sink_tokens=4, value_dtype="auto"),
     "int8": KVConfig(sparsity=0.5, value_dtype="int8", window=7),
 }
 
@@ -148,7 +148,7 @@ def test_end_of_sequence_is_in_the_cache(model: mustafar.Model) -> None:
 
 
 def test_rewind_within_the_tail_is_exact(model: mustafar.Model) -> None:
-    kv = KVConfig(sparsity=0.5, window=64)
+    kv = KVConfig(sparsity=0.5, window=64, value_dtype="auto")
     a, b = Session(model, kv), Session(model, kv)
     a.prefill(ids_of(140))
     b.prefill(ids_of(140))
@@ -180,7 +180,7 @@ def test_rewind_equals_a_session_cut_there(
 
 def test_rewind_to_the_dense_part_equals_a_fresh_session(model: mustafar.Model) -> None:
     """Nothing compressed is left at that position, so there is an exact reference."""
-    kv = KVConfig(sparsity=0.7)
+    kv = KVConfig(sparsity=0.7, value_dtype="auto", sink_tokens=0)
     a, fresh = Session(model, kv), Session(model, kv)
     ids = ids_of(300)
     a.prefill(ids)
@@ -479,14 +479,14 @@ def test_ctrl_c_stops_a_prefill(tmp_path: Path) -> None:
 
 def test_kv_budget_is_kept(story: Path) -> None:
     with mustafar.Model(story, kv_budget=400_000) as small:
-        session = Session(small, KVConfig(sparsity=0.0))
+        session = Session(small, KVConfig.preset("dense"))
         with pytest.raises(mustafar.OutOfMemory, match="kv_budget = 400000"):
             for token in ids_of(500):
                 session.decode(token)
         position = session.position
         assert 0 < position < 500
         assert small.memory().kv_bytes <= 400_000
-        twin = Session(mustafar.Model(story), KVConfig(sparsity=0.0))
+        twin = Session(mustafar.Model(story), KVConfig.preset("dense"))
         for token in session.tokens:
             twin.decode(token)
         assert np.array_equal(session.logits(), twin.logits())
@@ -499,7 +499,7 @@ def test_kv_budget_is_kept(story: Path) -> None:
 def test_batch_equals_one_by_one(story: Path) -> None:
     prompts = ["Once upon a time", "The", "A little dog went to the park and saw", "One day"] * 3
     with mustafar.Model(story, dtype="f32") as model:
-        for kv in (KVConfig(sparsity=0.0), KVConfig(sparsity=0.5, window=16)):
+        for kv in (KVConfig.preset("dense"), KVConfig(sparsity=0.5, window=16, value_dtype="auto")):
             params = {"max_new_tokens": 90, "temperature": 0.0}
             together = model.generate(prompts, kv=kv, **params)
             for prompt, result in zip(prompts, together):
@@ -548,7 +548,7 @@ def test_batch_errors_name_the_prompt(story: Path) -> None:
 
 def test_batch_waits_for_memory(story: Path) -> None:
     prompts = [ids_of(60, seed=i) for i in range(6)]
-    kv = KVConfig(sparsity=0.5)
+    kv = KVConfig(sparsity=0.5, value_dtype="auto")
     with mustafar.Model(story, dtype="f32") as model:
         expected = model.generate(prompts, kv=kv, max_new_tokens=100, **GREEDY)
         one = Session(model, kv)

@@ -22,14 +22,16 @@ import mustafar
 from mustafar import KVConfig, Session
 
 KVS = {
-    "dense": KVConfig(sparsity=0.0),
-    "group": KVConfig(sparsity=0.5),
-    "row": KVConfig(k_sparsity=0.7, v_sparsity=0.3, pattern="row", window=0, sink_tokens=4),
+    "dense": KVConfig.preset("dense"),
+    "group": KVConfig(sparsity=0.5, value_dtype="auto"),
+    "row": KVConfig(
+        k_sparsity=0.7, v_sparsity=0.3, pattern="row", window=0, sink_tokens=4, value_dtype="auto"
+    ),
     "int8": KVConfig(sparsity=0.5, value_dtype="int8"),
     "int4": KVConfig(sparsity=0.5, value_dtype="int4"),
-    "hadamard": KVConfig(sparsity=0.5, profile="hadamard"),
-    "output_aware": KVConfig(sparsity=0.5, k_policy="output_aware"),
-    "channel": KVConfig(sparsity=0.5, v_policy="channel_magnitude"),
+    "hadamard": KVConfig(sparsity=0.5, profile="hadamard", value_dtype="auto"),
+    "output_aware": KVConfig(sparsity=0.5, k_policy="output_aware", value_dtype="auto"),
+    "channel": KVConfig(sparsity=0.5, v_policy="channel_magnitude", value_dtype="auto"),
 }
 
 
@@ -47,7 +49,7 @@ def ids_of(n: int, seed: int = 1) -> list[int]:
 
 @pytest.fixture
 def saved(model: mustafar.Model, tmp_path: Path) -> tuple[Session, Path]:
-    session = Session(model, KVConfig(sparsity=0.5))
+    session = Session(model, KVConfig(sparsity=0.5, value_dtype="auto"))
     session.prefill(ids_of(170))
     path = tmp_path / "session.kv"
     session.save(path)
@@ -75,9 +77,9 @@ def test_goes_on_bit_identically(model: mustafar.Model, kv: str, n: int, tmp_pat
     "kv",
     [
         *KVS.values(),
-        KVConfig(sparsity=0.7),
-        KVConfig(sparsity=0.0, v_sparsity=0.7),
-        KVConfig(sparsity=0.7, k_sparsity=0.3, window=16, sink_tokens=4),
+        KVConfig(sparsity=0.7, value_dtype="auto"),
+        KVConfig(sparsity=0.0, v_sparsity=0.7, value_dtype="auto"),
+        KVConfig(sparsity=0.7, k_sparsity=0.3, window=16, sink_tokens=4, value_dtype="auto"),
     ],
     ids=str,
 )
@@ -97,7 +99,7 @@ def test_the_loaded_config_is_the_saved_one(
 
 def test_the_config_of_a_file_without_its_sparsity(model: mustafar.Model, tmp_path: Path) -> None:
     path = tmp_path / "s"
-    session = Session(model, KVConfig(k_sparsity=0.7, v_sparsity=0.3))
+    session = Session(model, KVConfig(k_sparsity=0.7, v_sparsity=0.3, value_dtype="auto"))
     session.save(path)
     rewrite(path, {}, without="sparsity")
     loaded = Session.load(model, path).kv

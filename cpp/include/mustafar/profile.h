@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,6 +13,14 @@
 #include "mustafar/model.h"
 
 namespace mustafar {
+
+// What a caller may hear of while a profile is made; any may be null.
+struct ProfileHooks {
+  // Tokens done and in all, now and then; what it throws ends the work and leaves nothing behind.
+  std::function<void(int64_t done, int64_t total)> progress;
+  std::function<void(const std::string& line)> note;     // a calibration begins, and why
+  std::function<void(const std::string& line)> warning;  // its profile could not be kept
+};
 
 class Profile {
  public:
@@ -41,9 +50,12 @@ class Profile {
   // power of two that divides it). Needs no calibration.
   static std::shared_ptr<const Profile> hadamard(const ModelConfig& config);
 
-  // "" or "none": null; "hadamard"; "model": kv_profile.safetensors in the model's folder; otherwise
-  // a file.
-  static std::shared_ptr<const Profile> resolve(const std::string& name, const Model& model);
+  // "" or "none": null; "hadamard"; "model": kv_profile.safetensors in the model's folder; "auto":
+  // calibrated on the model (which needs its tokenizer, else TokenizerError) with a text that ships
+  // with the library, the first time; kept in $XDG_CACHE_HOME (~/.cache)/mustafar/profiles;
+  // otherwise a file.
+  static std::shared_ptr<const Profile> resolve(const std::string& name, const Model& model,
+                                                const ProfileHooks& hooks = {});
 
   // Of everything that changes results: 16 hex digits.
   std::string hash() const;

@@ -1,0 +1,170 @@
+#include "cli/kv_setting.h"
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "cli/options.h"
+#include "cli/report.h"
+#include "mustafar/profile.h"
+
+namespace mustafar::cli {
+namespace {
+
+std::string trimmed(const std::string& text) {
+  const size_t first = text.find_first_not_of(" \t\r\n");
+  if (first == std::string::npos) return {};
+  return text.substr(first, text.find_last_not_of(" \t\r\n") - first + 1);
+}
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts;
+  std::istringstream stream(text);
+  for (std::string part; std::getline(stream, part, separator);) {
+    if (part = trimmed(part); !part.empty()) parts.push_back(part);
+  }
+  return parts;
+}
+
+[[noreturn]] void fail(const std::string& setting, const std::string& why) {
+  throw std::invalid_argument("setting \"" + setting + "\": " + why);
+}
+
+// A configuration whose profile is still a name.
+struct Draft {
+  KVConfig config;
+  std::string profile = "none";
+};
+
+// A preset, or the default.
+Draft named_setting(const std::string& name) {
+  if (name == "default") return {};
+  const KVPreset& preset = find_kv_preset(name);
+  return {preset.config, preset.profile};
+}
+
+template <typename Number, typename Parse>
+Number number(const std::string& text, const Parse& parse) {
+  size_t used = 0;
+  Number value = 0;
+  try {
+    value = parse(text, &used);
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  if (used == 0 || used != text.size()) throw std::invalid_argument("is not a number");
+  return value;
+}
+
+double real(const std::string& text) {
+  return number<double>(text,
+                        [](const std::string& t, size_t* used) { return std::stod(t, used); });
+}
+int32_t whole(const std::string& text) {
+  return number<int32_t>(text,
+                         [](const std::string& t, size_t* used) { return std::stoi(t, used); });
+}
+
+using Setter = std::function<void(Draft&, const std::string&)>;
+
+const std::map<std::string, Setter>& setters() {
+  static const std::map<std::string, Setter> all = {
+      {"sparsity",
+       [](Draft& d, const std::string& v) {
+         d.config.sparsity = real(v);
+         d.config.k_sparsity = d.config.v_sparsity = std::nullopt;
+       }},
+      {"k_sparsity", [](Draft& d, const std::string& v) { d.config.k_sparsity = real(v); }},
+      {"v_sparsity", [](Draft& d, const std::string& v) { d.config.v_sparsity = real(v); }},
+      {"bits",
+       [](Draft& d, const std::string& v) {
+         d.config.bits = real(v);
+         d.config.k_bits = d.config.v_bits = std::nullopt;
+       }},
+      {"k_bits", [](Draft& d, const std::string& v) { d.config.k_bits = real(v); }},
+      {"v_bits", [](Draft& d, const std::string& v) { d.config.v_bits = real(v); }},
+      {"pattern", [](Draft& d, const std::string& v) { d.config.pattern = parse_pattern(v); }},
+      {"window", [](Draft& d, const std::string& v) { d.config.window = whole(v); }},
+      {"sinks", [](Draft& d, const std::string& v) { d.config.sink_tokens = whole(v); }},
+      {"value_dtype",
+       [](Draft& d, const std::string& v) { d.config.value_dtype = parse_value_type(v); }},
+      {"k_policy",
+       [](Draft& d, const std::string& v) { d.config.k_policy = parse_prune_policy(v); }},
+      {"v_policy",
+       [](Draft& d, const std::string& v) { d.config.v_policy = parse_prune_policy(v); }},
+      {"profile", [](Draft& d, const std::string& v) { d.profile = v; }},
+  };
+  return all;
+}
+
+}  // namespace
+
+KVConfig parse_kv_setting(const std::string& text, const Model& model) {
+  Draft draft;
+  const std::vector<std::string> items = split(text, ',');
+  if (items.empty()) fail(text, "is empty");
+  for (size_t i = 0; i < items.size(); i++) {
+    const size_t equals = items[i].find('=');
+    const std::string key = trimmed(items[i].substr(0, equals));
+    if (equals == std::string::npos) {
+      if (i > 0) fail(text, "\"" + key + "\" must come first");
+      try {
+        draft = named_setting(key);
+      } catch (const std::invalid_argument& error) {
+        fail(text, error.what());
+      }
+      continue;
+    }
+    const auto setter = setters().find(key);
+    if (setter == setters().end()) {
+      std::string known;
+      for (const auto& [name, unused] : setters()) known += (known.empty() ? "" : ", ") + name;
+      fail(text, "unknown key \"" + key + "\"; the keys are " + known);
+    }
+    const std::string value = trimmed(items[i].substr(equals + 1));
+    try {
+      setter->second(draft, value);
+    } catch (const std::invalid_argument& error) {
+      fail(text, key + " \"" + value + "\" " + error.what());
+    }
+  }
+  try {
+    draft.config.validate();
+  } catch (const std::invalid_argument& error) {
+    fail(text, error.what());
+  }
+  draft.config.profile = resolve_profile(draft.profile, model);
+  return draft.config;
+}
+
+std::vector<std::string> split_kv_settings(const std::string& list) {
+  std::vector<std::string> settings;
+  for (const std::string& part : split(list, ';')) {
+    if (part.find('=') != std::string::npos) {
+      settings.push_back(part);
+    } else {
+      for (const std::string& name : split(part, ',')) settings.push_back(name);
+    }
+  }
+  return settings;
+}
+
+std::vector<std::string> read_kv_settings(const std::string& file) {
+  std::vector<std::string> settings;
+  for (const std::string& line : split(read_text(file), '\n')) {
+    const std::string setting = trimmed(line.substr(0, line.find('#')));
+    if (!setting.empty()) settings.push_back(setting);
+  }
+  return settings;
+}
+
+nlohmann::ordered_json identity_json(const KVConfig& config) {
+  nlohmann::ordered_json json = to_json(config);
+  json["profile"] = nullptr;
+  if (config.profile != nullptr) json["profile"] = config.profile->hash();
+  return json;
+}
+
+}  // namespace mustafar::cli

@@ -1,0 +1,117 @@
+#include "runtime/auto_profile.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "mustafar/calibration.h"
+#include "mustafar/error.h"
+#include "runtime/calibration_pieces.h"
+#include "runtime/calibration_text.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Of the options below; in the file's name, so that releases that differ keep a file each. The text
+// is known by its hash.
+constexpr const char* kVersion = "1";
+
+CalibrationOptions auto_options() {
+  CalibrationOptions options;
+  options.kind = "balanced";
+  options.scale_power = 0.5;
+  options.max_tokens = 8192;
+  return options;
+}
+
+// $XDG_CACHE_HOME or ~/.cache; none where neither is set. Relative paths do not count (XDG Base
+// Directory Specification).
+std::optional<fs::path> cache_folder() {
+  for (const auto& [variable, below] : {std::pair{"XDG_CACHE_HOME", ""}, {"HOME", ".cache"}}) {
+    const char* value = std::getenv(variable);
+    if (value != nullptr && fs::path(value).is_absolute()) {
+      return fs::path(value) / below / "mustafar" / "profiles";
+    }
+  }
+  return std::nullopt;
+}
+
+// The kept profile, or null; reason: why a file that is there can't be used.
+std::shared_ptr<const Profile> kept_profile(const fs::path& file, const Model& model,
+                                            const std::string& kind, const std::string& text_hash,
+                                            std::string& reason) {
+  std::error_code ignored;
+  if (!fs::exists(file, ignored)) return nullptr;
+  try {
+    auto profile = Profile::load(file);
+    profile->check(model.config(), model.impl()->fingerprint);
+    if (profile->kind == kind && profile->text_hash == text_hash) return profile;
+    reason = file.string() + ": calibrated differently";
+  } catch (const Error& error) {
+    reason = error.what();
+  }
+  return nullptr;
+}
+
+void keep(const Profile& profile, const std::optional<fs::path>& folder, const fs::path& file,
+          const ProfileHooks& hooks) {
+  std::string reason = "neither XDG_CACHE_HOME nor HOME is set";
+  try {
+    if (folder) {
+      fs::create_directories(*folder);
+      profile.save(file);
+      return;
+    }
+  } catch (const fs::filesystem_error& error) {
+    reason = error.what();
+  } catch (const Error& error) {
+    reason = error.what();
+  }
+  if (hooks.warning) {
+    hooks.warning("the calibrated KV profile could not be kept and will be made again: " + reason);
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHooks& hooks) {
+  Model::Impl& engine = *model.impl();
+  const std::lock_guard lock(engine.auto_profile_mutex);
+  if (engine.auto_profile != nullptr) return engine.auto_profile;
+
+  CalibrationOptions options = auto_options();
+  options.progress = hooks.progress;
+  std::vector<Prompt> pieces;
+  for (const std::string_view text : calibration_texts()) pieces.emplace_back(std::string(text));
+  const auto ids = calibration_pieces(model, pieces, options.max_tokens);
+  pieces.assign(ids.begin(), ids.end());
+
+  const std::optional<fs::path> folder = cache_folder();
+  const fs::path file = folder.value_or(fs::path()) /
+                        (engine.fingerprint + "-" + options.kind + "-" + kVersion + ".safetensors");
+  std::string reason;
+  if (folder) {
+    engine.auto_profile =
+        kept_profile(file, model, options.kind, calibration_text_hash(ids), reason);
+    if (engine.auto_profile != nullptr) return engine.auto_profile;
+  }
+  if (hooks.note) {
+    hooks.note("calibrating a KV profile for this model, once" +
+               (reason.empty() ? "" : " (" + reason + ")") +
+               (folder ? "; kept as " + file.string() : ""));
+  }
+  auto profile = std::make_shared<const Profile>(calibrate(model, pieces, options));
+  keep(*profile, folder, file, hooks);
+  engine.auto_profile = std::move(profile);
+  return engine.auto_profile;
+}
+
+}  // namespace mustafar
