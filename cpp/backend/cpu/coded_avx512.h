@@ -17,6 +17,7 @@ struct CodeChunk {
   alignas(64) uint8_t masks[64];
   alignas(64) uint8_t halves[64];  // 2^(w-1), 0 where the width is
   int32_t start;
+  bool narrow;  // they lie in 32 bytes
 };
 
 // Dims [64 * chunk, 64 * chunk + 64). widths: [head_dim].
@@ -24,6 +25,9 @@ inline void make_chunk(const uint8_t* widths, int32_t chunk, CodeChunk& out) {
   int32_t bit = 0;
   for (int32_t d = 0; d < 64 * chunk; d++) bit += widths[d];
   out.start = bit / 8;
+  int32_t last = bit;
+  for (int32_t i = 0; i < 64; i++) last += widths[64 * chunk + i];
+  out.narrow = last <= 8 * (out.start + 32);
   for (int32_t octet = 0; octet < 64; octet += 8) {
     const int32_t first = bit / 8;  // seven bits before and 56 of the octet fit eight bytes
     for (int32_t i = octet; i < octet + 8; i++) {
@@ -37,10 +41,15 @@ inline void make_chunk(const uint8_t* widths, int32_t chunk, CodeChunk& out) {
   }
 }
 
-// 64 codes less their halves, of a row. Reads 64 bytes from the chunk's start on.
+// 64 codes less their halves, of a row. Reads 64 bytes from the chunk's start on, or 32 where that
+// is said to do, which lie across two lines of cache half as often.
+template <bool kNarrow>
 inline __m512i unpack_codes(const CodeChunk& chunk, const uint8_t* row) {
-  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(chunk.bytes),
-                                                _mm512_loadu_si512(row + chunk.start));
+  const uint8_t* at = row + chunk.start;
+  const __m512i codes =
+      kNarrow ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))
+              : _mm512_loadu_si512(at);
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(chunk.bytes), codes);
   const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(chunk.shifts), bytes);
   return _mm512_sub_epi8(_mm512_and_si512(shifted, _mm512_load_si512(chunk.masks)),
                          _mm512_load_si512(chunk.halves));

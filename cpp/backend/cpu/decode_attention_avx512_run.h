@@ -83,6 +83,17 @@ Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, uint8_t* widened) 
   return rows;
 }
 
+// Codes of a chunk of 64 dims to columns [64 * c, 64 * c + 64) of out [64][head_dim].
+template <bool kNarrow>
+void widen_codes(const SlotLayout& layout, const CodeChunk& chunk, const uint8_t* values,
+                 uint8_t* out) {
+#pragma GCC unroll 4
+  for (int32_t t = 0; t < kTileTokens; t++) {
+    _mm512_store_si512(out + int64_t{t} * layout.head_dim,
+                       unpack_codes<kNarrow>(chunk, values + int64_t{t} * layout.row_bytes));
+  }
+}
+
 // The same of coded rows: as dense int8 of codes.
 Rows coded_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t* slot,
                 uint8_t* codes) {
@@ -96,11 +107,8 @@ Rows coded_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t
   rows.row_bytes = layout.head_dim;
   const uint8_t* values = slot + layout.values_offset;
   for (int32_t c = 0; c < layout.head_dim / 64; c++) {
-    const CodeChunk& chunk = chunks[c];
-    for (int32_t t = 0; t < kTileTokens; t++) {
-      _mm512_storeu_si512(codes + int64_t{t} * layout.head_dim + 64 * c,
-                          unpack_codes(chunk, values + int64_t{t} * layout.row_bytes));
-    }
+    (chunks[c].narrow ? widen_codes<true> : widen_codes<false>)(layout, chunks[c], values,
+                                                                codes + 64 * c);
   }
   return rows;
 }
