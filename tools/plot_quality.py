@@ -40,11 +40,13 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 def figures_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The perplexity rows of a file of `mustafar eval`."""
+    """The perplexity rows of the first text in a file of `mustafar eval`, usual sinks and window."""
+    rows = [row for row in results["rows"] if row["task"] == "ppl"]
     return [
         {"config": row["setting"], "of_dense": row["store"]["of_dense"], **row["result"]}
-        for row in results["rows"]
-        if row["task"] == "ppl"
+        for row in rows
+        if row["parameters"] == rows[0]["parameters"]
+        and (row["setting"]["sink_tokens"], row["setting"]["window"]) == (4, 32)
     ]
 
 
