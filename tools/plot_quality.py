@@ -40,7 +40,7 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 def figures_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The perplexity rows of the first text in a file of `mustafar eval`, usual sinks and window."""
+    """The perplexity rows of the first text in a file of `mustafar eval`, usual sinks, window."""
     rows = [row for row in results["rows"] if row["task"] == "ppl"]
     return [
         {"config": row["setting"], "of_dense": row["store"]["of_dense"], **row["result"]}
