@@ -49,7 +49,7 @@ void check_batch(const CacheShape& shape, bool fast) {
   const std::vector<RandomCache*> caches = {&a, &b, &c, &d};
   const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
   const std::vector<float> q = random_queries(row * 4, 7);
-  simt::set_seed(3);
+  set_schedule(3);
   const std::vector<float> out = decode_attend(caches, 0, q, fast);
   const double bound = std::max(testing::nmse_bound(shape.tail, shape.values),
                                 shape.tail == DType::kF32 ? 1e-10 : 0.0);
@@ -139,10 +139,10 @@ TEST(FastDecode, ResultsDoNotDependOnTheScheduleOrTheBatch) {
   RandomCache a(shape, 9, 30, 1), b(shape, 2, 5, 2);
   const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
   const std::vector<float> q = random_queries(row * 2, 7);
-  simt::set_seed(0);
+  set_schedule(0);
   const std::vector<float> alone = decode_attend({&a}, 0, {q.begin(), q.begin() + row}, true);
   for (uint32_t seed = 1; seed < 4; seed++) {
-    simt::set_seed(seed);
+    set_schedule(seed);
     const std::vector<float> both = decode_attend({&a, &b}, 0, q, true);
     EXPECT_TRUE(std::equal(alone.begin(), alone.end(), both.begin())) << "seed " << seed;
   }
@@ -193,9 +193,10 @@ TEST(PlainAttention, UndoesTheValueTransform) {
   const CacheShape shape = shape_of({kF32, kF32}, 8, 2, kHalf);
   RandomCache cache(shape, 1, 3, 5);
   const std::vector<float> q = random_queries(2 * 2 * 8, 8);
-  std::vector<float> matrix = random_queries(2 * 8 * 8, 9);
+  const std::vector<float> matrix = random_queries(2 * 8 * 8, 9);
+  const DeviceArray<float> matrix_copy(matrix);
   KVTransform transform;
-  transform.v_backward = matrix.data();
+  transform.v_backward = matrix_copy.device();
   const std::vector<double> plain = cache.attend(0, q.data());
   std::vector<double> expected(plain.size());
   for (int head = 0; head < 4; head++) {

@@ -20,16 +20,18 @@ struct Sequence {
   Sequence(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, int32_t fresh_tokens,
            int32_t first_row, int32_t n_rows, uint32_t seed)
       : cache(shape, n_blocks, dense_tokens, seed),
-        fresh(static_cast<size_t>(dtype_bytes(
-            shape.tail, int64_t{2} * shape.n_kv_heads * fresh_tokens * shape.head_dim))) {
+        fresh(dtype_bytes(shape.tail,
+                          int64_t{2} * shape.n_kv_heads * fresh_tokens * shape.head_dim),
+              "the fresh tokens") {
     std::mt19937 random(seed);
     const int64_t n = int64_t{2} * shape.n_kv_heads * fresh_tokens * shape.head_dim;
     for (int64_t i = 0; i < n; i++) {
-      store_float(fresh.data(), shape.tail, i, testing::random_normal(random));
+      store_float(fresh.host(), shape.tail, i, testing::random_normal(random));
     }
+    fresh.upload();
     SequenceStep& step = cache.step();
     step.n_rows = n_rows;
-    step.fresh = fresh.data();
+    step.fresh = fresh.device();
     step.fresh_capacity = fresh_tokens;
     step.fresh_pos0 = n_blocks * kBlockTokens + dense_tokens;
     step.pos0 = step.fresh_pos0 + first_row;
@@ -44,7 +46,7 @@ struct Sequence {
     const int64_t at =
         ((is_key ? 0 : 1) * shape.n_kv_heads + head) * step.fresh_capacity + (index - before);
     for (int32_t d = 0; d < shape.head_dim; d++) {
-      row[d] = load_float(fresh.data(), shape.tail, at * shape.head_dim + d);
+      row[d] = load_float(fresh.host(), shape.tail, at * shape.head_dim + d);
     }
     return row;
   }
@@ -75,22 +77,25 @@ struct Sequence {
   }
 
   RandomCache cache;
-  simt::GuardedMemory fresh;
+  DeviceMemory fresh;
 };
 
 void check_prefill(const CacheShape& shape, bool fast) {
   Sequence a(shape, 2, 9, 40, 13, 21, 1), b(shape, 0, 0, 3, 0, 3, 2);
-  std::vector<SequenceView> views;
+  std::vector<std::unique_ptr<DeviceCache>> copies;
+  std::vector<SequenceView> sequences;
   int32_t rows = 0;
   for (Sequence* s : {&a, &b}) {
     s->cache.step().row0 = rows;
     rows += s->cache.step().n_rows;
-    views.push_back(view_of(s->cache.step()));
+    copies.push_back(std::make_unique<DeviceCache>(s->cache));
+    sequences.push_back(copies.back()->view());
   }
   const int64_t width = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
   const std::vector<float> q = random_queries(rows * width, 5);
   AttentionArgs args;
-  args.sequences = views.data();
+  const DeviceArray<SequenceView> views(sequences, "the sequences");
+  args.sequences = views.device();
   args.n_sequences = 2;
   args.n_rows = rows;
   args.max_row_count = 21;
@@ -100,26 +105,27 @@ void check_prefill(const CacheShape& shape, bool fast) {
   args.n_heads = shape.n_kv_heads * shape.n_queries;
   args.head_dim = shape.head_dim;
   args.decode = false;
-  simt::GuardedMemory partials(rows * args.n_heads * (shape.head_dim + 2) * 4);
-  simt::GuardedMemory out(rows * width * 4);
-  std::memset(partials.data(), 0xff, partials.bytes());
-  std::memset(out.data(), 0xff, out.bytes());
-  args.q = q.data();
-  args.partials = reinterpret_cast<float*>(partials.data());
-  args.out = reinterpret_cast<float*>(out.data());
-  simt::set_seed(4);
+  const DeviceArray<float> queries(q, "the queries");
+  DeviceArray<float> partials(int64_t{rows} * args.n_heads * (shape.head_dim + 2), "the partials");
+  DeviceArray<float> out(rows * width, "the output");
+  args.q = queries.device();
+  args.partials = partials.device();
+  args.out = out.device();
+  set_schedule(4);
   if (fast) {
     ASSERT_TRUE(prefill_attention_fast(args, nullptr));
   } else {
     attention_plain(args, nullptr);
   }
   combine_attention(args, nullptr);
+  partials.download();
+  out.download();
   const double bound = testing::nmse_bound(shape.tail, shape.values);
   for (Sequence* s : {&a, &b}) {
     const SequenceStep& step = s->cache.step();
     for (int32_t r = 0; r < step.n_rows; r++) {
       const float* row_q = q.data() + (step.row0 + r) * width;
-      const float* row_out = args.out + (step.row0 + r) * width;
+      const float* row_out = out.host() + (step.row0 + r) * width;
       ASSERT_LE(testing::nmse(s->attend(r, row_q), row_out), bound) << "row " << r;
       if (r % 10 == 0 && s == &a) {
         EXPECT_GT(testing::nmse(s->attend(r, row_q, 70), row_out), bound) << "a token dropped";
