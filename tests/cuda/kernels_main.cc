@@ -1,5 +1,5 @@
-// The suites of the kernels (tests/simt) on a device. Every test is skipped, saying why, where there
-// is none, and where an earlier test of the process has broken the device's context.
+// The suites of the kernels (tests/simt) on a device. Every test is skipped, saying why, where
+// there is none, and where an earlier test of the process has broken the device's context.
 #include <gtest/gtest.h>
 
 #include <cstdio>

@@ -30,9 +30,9 @@ class DeviceCache {
       : step_(cache.step()),
         pages_(cache.layout().page_bytes * step_.n_blocks + kSlabSlack, "the pages"),
         table_(int64_t{step_.n_blocks}, "the page table"),
-        dense_(dtype_bytes(cache.shape().tail,
-                           int64_t{cache.shape().n_layers} * 2 * cache.shape().n_kv_heads *
-                               step_.dense_capacity * cache.shape().head_dim),
+        dense_(dtype_bytes(cache.shape().tail, int64_t{cache.shape().n_layers} * 2 *
+                                                   cache.shape().n_kv_heads * step_.dense_capacity *
+                                                   cache.shape().head_dim),
                "the dense buffer") {
     const int64_t page_bytes = cache.layout().page_bytes;
     for (int32_t b = 0; b < step_.n_blocks; b++) {

@@ -26,6 +26,7 @@ struct Case {
   DType tail, values;
   double sparsity;
   bool group_pattern;
+  bool many = false;  // several blocks at once, and more left than fills their place
 };
 
 // Two sequences of different lengths, two layers and KV heads, tokens in both dense and fresh.
@@ -41,10 +42,10 @@ class Fixture {
     row_bytes_ = dtype_bytes(c.tail, c.head_dim);
     for (int s = 0; s < 2; s++) {
       Sequence& q = sequences_[s];
-      q.dense_tokens = s == 0 ? 100 : 5;
-      q.fresh_tokens = s == 0 ? 0 : 90;
-      q.n_new_blocks = 1;
-      q.capacity = 160;
+      q.dense_tokens = s == 1 ? 5 : c.many ? 300 : 100;
+      q.fresh_tokens = s == 0 ? 0 : c.many ? 260 : 90;
+      q.n_new_blocks = s == 1 && c.many ? 3 : 1;
+      q.capacity = c.many ? 320 : 160;
       q.n_sinks = s == 0 ? 3 : 0;
       q.dense = fill(2 * 2 * kHeads * q.capacity);
       q.fresh = fill(2 * kHeads * (q.fresh_tokens + 1));
@@ -83,7 +84,7 @@ class Fixture {
     CompressArgs args;
     args.steps = steps_copy.device();
     args.n_steps = 2;
-    args.max_new_blocks = 1;
+    args.max_new_blocks = case_.many ? 3 : 1;
     args.layout = layout_;
     args.first_layer = first_layer;
     args.n_layers = n_layers;
@@ -240,7 +241,7 @@ std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
   return std::string(dtype_name(c.tail)) + "_" + dtype_name(c.values) + "_" +
          std::to_string(c.head_dim) + (c.group_pattern ? "_group_" : "_row_") +
-         std::to_string(static_cast<int>(c.sparsity * 1000));
+         std::to_string(static_cast<int>(c.sparsity * 1000)) + (c.many ? "_many" : "");
 }
 
 constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
@@ -255,6 +256,32 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{96, kF16, kF16, 0.7, false}, Case{256, kBF16, kBF16, 0.7, true},
                       Case{80, kF32, kF32, 0.3, false}, Case{128, kF32, kInt8, 0.7, true}),
     name_of_case);
+INSTANTIATE_TEST_SUITE_P(ManyBlocks, CompressTest,
+                         ::testing::Values(Case{128, kF16, kF16, 0.625, true, true},
+                                           Case{128, kBF16, kInt8, 0.75, true, true},
+                                           Case{24, kF32, kInt4, 0.5, true, true}),
+                         name_of_case);
+
+#if !defined(MUSTAFAR_SIMT)
+// Every tail with every kind of values at the head sizes that models have; on the harness those
+// above stand for them.
+std::vector<Case> every_case() {
+  std::vector<Case> cases;
+  for (const int32_t head_dim : {64, 80, 128, 256}) {
+    for (const DType tail : {kF16, kBF16}) {
+      for (const DType values : {tail, kInt8, kInt4}) {
+        for (const bool group : {true, false}) {
+          for (const double sparsity : {0.0, 0.5, 0.75}) {
+            if (sparsity > 0 || group) cases.push_back({head_dim, tail, values, sparsity, group});
+          }
+        }
+      }
+    }
+  }
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Every, CompressTest, ::testing::ValuesIn(every_case()), name_of_case);
+#endif
 
 TEST(Compress, NonFiniteRowsAreNamed) {
   Fixture f({64, kBF16, kInt8, 0.5, true}, 1);

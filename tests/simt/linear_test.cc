@@ -55,7 +55,7 @@ void check_linear(const Shape& s, bool tensor_cores) {
   if (!s.accumulate) y0.poison();
   y1.poison();
   LinearArgs args;
-  args.parts[0] = {w0.device(),   s.dtype, s.rows,      s.bias ? bias.floats() : nullptr,
+  args.parts[0] = {w0.device(), s.dtype, s.rows,      s.bias ? bias.floats() : nullptr,
                    y0.floats(), s.rows,  s.accumulate};
   args.parts[1] = {w1.device(), s.dtype, s.second_rows, nullptr, y1.floats(), s.second_rows, false};
   args.n_parts = 2;
@@ -148,7 +148,8 @@ TEST(Elementwise, RmsNormOfChosenRows) {
   Values x(5 * hidden, kF32, 1), weight(hidden, kF32, 2), out(2 * hidden, kF32, 3);
   const std::vector<int32_t> rows = {4, 1};
   const DeviceArray<int32_t> rows_copy(rows);
-  rms_norm(x.floats(), rows_copy.device(), weight.floats(), 1e-5f, 2, hidden, out.floats(), nullptr);
+  rms_norm(x.floats(), rows_copy.device(), weight.floats(), 1e-5f, 2, hidden, out.floats(),
+           nullptr);
   out.download();
   for (int i = 0; i < 2; i++) {
     double squares = 0;
