@@ -131,7 +131,8 @@ __device__ __forceinline__ int popcount(uint32_t x) {
 #endif
 }
 
-// PRMT: byte i of the result is byte (selector >> 4i & 7) of {low, high}.
+// PRMT: byte i of the result is byte (selector >> 4i & 7) of {low, high}, or, with bit 3 of that
+// digit, its sign. Bits above the fourth digit do not count; __byte_perm would mask them first.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(MUSTAFAR_SIMT)
   const uint64_t bytes = uint64_t{high} << 32 | low;
@@ -144,7 +145,9 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, ui
   }
   return result;
 #else
-  return __byte_perm(low, high, selector);
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
 #endif
 }
 
@@ -333,6 +336,17 @@ __device__ __forceinline__ void atomic_minimum(int32_t* at, int32_t value) {
   if (value < *at) *at = value;
 #else
   atomicMin(at, value);
+#endif
+}
+
+// *at, which nothing writes while the kernel runs.
+template <typename T>
+__device__ __forceinline__ T* load_constant_pointer(T* const* at) {
+#if defined(MUSTAFAR_SIMT)
+  return *at;
+#else
+  static_assert(sizeof(T*) == sizeof(unsigned long long));
+  return reinterpret_cast<T*>(__ldg(reinterpret_cast<const unsigned long long*>(at)));
 #endif
 }
 
