@@ -199,6 +199,13 @@ TEST_P(QueryHeadsTest, EqualDenseAttentionOverTheDequantisedRows) {
   check_batch(shape_of({kBF16, kInt4}, 64, GetParam(), kDense), true);
 }
 
+// The kernels that have a setting compiled in, with two sets of query heads.
+TEST(FastDecode, TwoSetsOfHeadsOfCompiledSettings) {
+  check_batch(shape_of({kF16, kF16}, 128, 8, kHalf), true);
+  check_batch(shape_of({kBF16, kInt8}, 128, 8, kHalf), true);
+  check_batch(shape_of({kF16, kInt4}, 128, 8, kHalf), true);
+}
+
 INSTANTIATE_TEST_SUITE_P(PerKVHead, QueryHeadsTest, ::testing::Values(1, 2, 3, 4, 5, 7, 8, 9, 16),
                          ::testing::PrintToStringParamName());
 
