@@ -146,8 +146,7 @@ TEST_P(LongDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
     std::vector<std::unique_ptr<RandomCache>> owned;
     std::vector<RandomCache*> caches;
     const std::vector<int32_t> lengths =
-        kOnDevice ? std::vector<int32_t>{255, 256, 0, 513, 31, 3, 64}
-                  : std::vector<int32_t>{40, 0};
+        kOnDevice ? std::vector<int32_t>{255, 256, 0, 513, 31, 3, 64} : std::vector<int32_t>{40, 0};
     for (const int32_t n_blocks : lengths) {
       owned.push_back(std::make_unique<RandomCache>(shape, n_blocks, 40 + n_blocks % 60,
                                                     static_cast<uint32_t>(n_blocks)));
