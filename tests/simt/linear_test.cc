@@ -130,8 +130,8 @@ void check_fused(DType dtype, int32_t n, int64_t rows, int64_t cols, bool gated)
   Values y(n * rows, kF32, 6), rest(n * rows, kF32, 7);
   y.poison();
   LinearArgs args;
-  args.parts[0] = {gate.data(), dtype, rows, bias.floats(), y.floats(), rows, false};
-  args.parts[1] = {up.data(), dtype, rows, nullptr, rest.floats(), rows, false};
+  args.parts[0] = {gate.device(), dtype, rows, bias.floats(), y.floats(), rows, false};
+  args.parts[1] = {up.device(), dtype, rows, nullptr, rest.floats(), rows, false};
   args.n_parts = gated ? 2 : 1;
   args.gated = gated;
   args.cols = cols;
@@ -140,6 +140,7 @@ void check_fused(DType dtype, int32_t n, int64_t rows, int64_t cols, bool gated)
   args.norm = norm.floats();
   args.eps = 1e-2f;
   gemv(args, nullptr);
+  y.download();
   for (int32_t i = 0; i < n; i++) {
     double squares = 0;
     for (int64_t j = 0; j < cols; j++) squares += double{x[i * cols + j]} * x[i * cols + j];
