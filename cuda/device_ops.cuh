@@ -20,6 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (::simt::thread_index())
 #define blockIdx (::simt::block_index())
 #define blockDim (::simt::block_dim())
@@ -172,6 +173,19 @@ __device__ __forceinline__ float bits_float(uint32_t x) {
   return float_of(x);
 #else
   return __uint_as_float(x);
+#endif
+}
+
+// Sixteen bytes that are read once and written by nobody meanwhile: past the L1.
+__device__ __forceinline__ uint4 load_streaming(const void* from) {
+#if defined(MUSTAFAR_SIMT)
+  return *static_cast<const uint4*>(from);
+#else
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
 #endif
 }
 
