@@ -25,6 +25,7 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/decode_dense.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
@@ -37,8 +38,8 @@ namespace mustafar::cuda {
 constexpr int kDecodeWarps = 4;
 
 // kTail: kF16 or kBF16. kBits: of stored values; 16: of the tail's type. kKeepK, kKeepV: kept
-// values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout.
-// kQuerySets: sets of 4 query heads that a block serves.
+// values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout;
+// 32 and 16: dense slots. kQuerySets: sets of 4 query heads that a block serves.
 template <DType kTailType, int kValueBits, int kHeadDim, int kKeepK, int kKeepV, int kQuerySets>
 struct DecodeShape {
   static constexpr DType kTail = kTailType;
@@ -50,9 +51,12 @@ struct DecodeShape {
   static constexpr int kVDims = kDim / 8;  // and of a V row
   static constexpr int kKRunWords = kKeepK * kBits / 32;
   static constexpr int kVRunWords = kKeepV * kBits / 32;
-  static constexpr bool kFixed = kKeepK != 0;
-  // As many as registers allow without spilling.
-  static constexpr int kBlocksPerMultiprocessor = kSets == 1              ? (kDim == 64 ? 6 : 4)
+  static constexpr bool kDense = kKeepK == 32;
+  static constexpr bool kFixed = kKeepK != 0 && !kDense;
+  static constexpr int kTable = kDense ? 0 : kTableBytes;
+  // As many as registers allow without spilling, or shared memory.
+  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16 && kDim == 128 ? 2
+                                                  : kSets == 1            ? (kDim == 64 ? 6 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
                                                                           : 2;
@@ -61,6 +65,15 @@ struct DecodeShape {
       16 * (2 * kDim / 8 + (4 * kKRunWords + 8 * kVRunWords) * 4 + (kBits == 16 ? 0 : 4));
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
+
+// The dim of row g of output tile t, and how far that of row g + 8 lies from it.
+template <typename Shape>
+__device__ __forceinline__ int output_dim(int t, int g) {
+  if constexpr (Shape::kDense) return DenseSlots<Shape>::output_dim(t, g);
+  return g * Shape::kVDims + 2 * t;
+}
+template <typename Shape>
+constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
 // The tiles [first, last) of the store, pages[tile].
 template <typename Shape>
@@ -81,17 +94,8 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   const StageCopier<Shape> copier({k_piece, v_piece, k_slot.values_offset, k_slot.scales_offset,
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
-  uint8_t* const stages_end = stages + kStages * stage_bytes;
-  uint8_t* fill = stages;                       // the stage that the next copy goes to
-  const uint8_t* k_stage = stages;              // the stage of the tile at hand
-  const uint8_t* const* const pages = s.pages;  // read once: the loop's writes might change s
-  const auto start = [&](int32_t tile) {
-    if (tile < last) copier.start(load_constant_pointer(pages + tile) + k_at, fill);
-    fill = fill + stage_bytes == stages_end ? stages : fill + stage_bytes;
-    cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; i++) start(first + i);
+  const auto copy = [&](const uint8_t* page, uint8_t* stage) { copier.start(page + k_at, stage); };
+  TileStream stream(s.pages, first, last, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   constexpr float kCodeUnit = Shape::kBits == 4 ? 0.0625f : 1.0f;
@@ -101,20 +105,18 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
     if constexpr (kCodes) {
-      const float scale =
-          load_query_int8<Shape::kKDims>(queries[set], c * Shape::kKDims, q[set]) * kCodeUnit;
-#pragma unroll
-      for (int n = 0; n < 2; n++) q_scale[set][n] = shuffle(scale, (2 * c % 4 + n) * 4);
+      const auto dim_of = [c](int i, int j, int n) {
+        return c * Shape::kKDims + 8 * i + 4 * j + n;
+      };
+      exchange_scales(load_query_int8(queries[set], dim_of, q[set]) * kCodeUnit, q_scale[set]);
     } else {
-      load_query<Shape::kTail, Shape::kKDims>(queries[set], c * Shape::kKDims, q[set]);
+      load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q[set]);
     }
   }
 
   for (int32_t tile = first; tile < last; tile++) {
-    cp_async_wait<kStages - 2>();
-    sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
-    start(tile + kStages - 1);
-    const uint8_t* v_stage = k_stage + k_piece.bytes();
+    const uint8_t* const k_stage = stream.next();
+    const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
     {
@@ -135,18 +137,13 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     }
     float log_scale[2] = {0.0f, 0.0f};
     if constexpr (kCodes) {
+      float k_scale[2], v_scale[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int token = row_token(g) + 8 * r;
-        const float k_scale = row_scale(k_piece, k_stage, token);
-#pragma unroll
-        for (int set = 0; set < Shape::kSets; set++) {
-          scores[set][2 * r] *= k_scale * q_scale[set][0];
-          scores[set][2 * r + 1] *= k_scale * q_scale[set][1];
-        }
-        // A row of zeros has scale 0: any small one keeps the logarithm finite.
-        log_scale[r] = log2_approx(fmaxf(row_scale(v_piece, v_stage, token) * kCodeUnit, 0x1p-60f));
+        k_scale[r] = row_scale(k_piece, k_stage, row_token(g) + 8 * r);
+        v_scale[r] = row_scale(v_piece, v_stage, row_token(g) + 8 * r) * kCodeUnit;
       }
+      scale_scores(k_scale, v_scale, q_scale, scores, log_scale);
     }
 
     constexpr DType kProduct = kCodes ? DType::kF16 : Shape::kTail;
@@ -170,16 +167,15 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
       }
     }
     add_values<kProduct, Shape::kSets>(words, p, softmax);
-    k_stage = k_stage + stage_bytes == stages_end ? stages : k_stage + stage_bytes;
   }
   cp_async_wait<0>();
 }
 
 // Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
 template <typename Shape>
-__device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t first,
-                             int32_t n_rows, const Query (&queries)[Shape::kSets],
-                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
+                            int32_t n_rows, const Query (&queries)[Shape::kSets],
+                            Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const auto row = [&](const uint8_t* base, int token) {
@@ -195,7 +191,7 @@ __device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
     uint32_t q[Shape::kKDims / 4][2];
-    load_query<Shape::kTail, Shape::kKDims>(queries[set], c * Shape::kKDims, q);
+    load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q);
     float scores[4];
     scores_2byte<Shape::kTail, Shape::kKDims>(rows, q, scores);
 #pragma unroll
@@ -208,7 +204,15 @@ __device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t
   uint32_t words[4][Shape::kTiles];
 #pragma unroll
   for (int t = 0; t < 4; t++) {
-    load_dense<16, Shape::kVDims>(row(values, c + 4 * t), g * Shape::kVDims, 0u, words[t]);
+    const uint8_t* const from = row(values, c + 4 * t);
+    if constexpr (Shape::kDense) {
+#pragma unroll
+      for (int i = 0; i < Shape::kTiles; i++) {
+        words[t][i] = *reinterpret_cast<const uint32_t*>(from + output_dim<Shape>(i, g) * 2);
+      }
+    } else {
+      load_dense<16, Shape::kVDims>(from, g * Shape::kVDims, 0u, words[t]);
+    }
   }
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
 }
@@ -245,8 +249,8 @@ __device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_he
       float* mine = merged + (warp * Shape::kQueries + i / 2 * kSetQueries + 2 * c + n) * kStride;
 #pragma unroll
       for (int t = 0; t < Shape::kTiles; t++) {
-        mine[g * Shape::kVDims + 2 * t] = s.out[t][n];
-        mine[g * Shape::kVDims + 2 * t + 1] = s.out[t][2 + n];
+        mine[output_dim<Shape>(t, g)] = s.out[t][n];
+        mine[output_dim<Shape>(t, g) + kPairStep<Shape>] = s.out[t][2 + n];
       }
       if (g == 0) {
         mine[Shape::kDim] = s.max[n];
@@ -293,8 +297,10 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
 
   uint8_t* table = shared_memory();
-  fill_expand_table(table);
-  sync_block();
+  if constexpr (!Shape::kDense) {
+    fill_expand_table(table);
+    sync_block();
+  }
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   Query queries[Shape::kSets];
 #pragma unroll
@@ -310,10 +316,16 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   }
 
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* stages = table + kTableBytes + warp * (kStages * stage_bytes + kStageSlack);
+  uint8_t* stages = table + Shape::kTable + warp * (kStages * stage_bytes + kStageSlack);
   if (first < s.n_blocks) {
-    attend_store<Shape>(args, s, kv_head, first, last < s.n_blocks ? last : s.n_blocks, queries,
-                        table + lane * 4, stages, stage_bytes, softmax);
+    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+    if constexpr (Shape::kDense) {
+      attend_dense_store<Shape>(s.pages, k_slot_offset(args.layout, args.layer, kv_head),
+                                args.layout.k.slot_bytes, first, end, queries, stages, softmax);
+    } else {
+      attend_store<Shape>(args, s, kv_head, first, end, queries, table + lane * 4, stages,
+                          stage_bytes, softmax);
+    }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
@@ -323,10 +335,14 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
-    attend_dense<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+    if constexpr (Shape::kDense && Shape::kBits == 16) {
+      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, stages, softmax);
+    } else {
+      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+    }
   }
   write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,
-                        reinterpret_cast<float*>(table + kTableBytes));
+                        reinterpret_cast<float*>(table + Shape::kTable));
 }
 
 template <typename Shape>
@@ -342,7 +358,7 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         kTableBytes + (staging > merging ? staging : merging), stream, args, stage_bytes);
+         Shape::kTable + (staging > merging ? staging : merging), stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>
@@ -365,6 +381,10 @@ inline bool keeps(const AttentionArgs& args, int32_t keep_k, int32_t keep_v) {
 // kBits-wide values under a tail of kTail: the settings that are compiled in, then any other.
 template <DType kTail, int kBits>
 void launch_values(const AttentionArgs& args, Stream stream) {
+  if (args.layout.k.dense && args.layout.v.dense) {
+    if (args.head_dim == 128) return launch_decode<kTail, kBits, 128, 32, 16>(args, stream);
+    return launch_decode<kTail, kBits, 64, 32, 16>(args, stream);
+  }
   if constexpr (kBits != 4) {  // int4 keeps 16 and 8 there, since its runs are whole words
     if (keeps(args, 12, 4)) return launch_decode<kTail, kBits, 128, 12, 4>(args, stream);
   }

@@ -11,6 +11,52 @@ constexpr int kDecodeTokens = 16;  // of a tile, per warp
 constexpr int kStages = 3;
 constexpr int kStageSlack = 16;  // bytes that a run of any length may read past its row
 
+// The tiles [first, last) of a store, kStages - 1 copies ahead. Copy: copy(page, stage) starts this
+// lane's part of a tile's.
+template <typename Copy>
+class TileStream {
+ public:
+  __device__ __forceinline__ TileStream(const uint8_t* const* pages, int32_t first, int32_t last,
+                                        uint8_t* stages, int32_t stage_bytes, const Copy& copy)
+      : pages_(pages),
+        to_copy_(first),
+        last_(last),
+        stage_bytes_(stage_bytes),
+        stages_(stages),
+        end_(stages + kStages * stage_bytes),
+        fill_(stages),
+        ready_(stages),
+        copy_(copy) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) start();
+  }
+
+  // The stage of the next tile, by the whole warp; it stays until the call after.
+  __device__ __forceinline__ const uint8_t* next() {
+    cp_async_wait<kStages - 2>();
+    sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
+    start();
+    const uint8_t* const stage = ready_;
+    ready_ = ready_ + stage_bytes_ == end_ ? stages_ : ready_ + stage_bytes_;
+    return stage;
+  }
+
+ private:
+  __device__ __forceinline__ void start() {
+    if (to_copy_ < last_) copy_(load_constant_pointer(pages_ + to_copy_), fill_);
+    to_copy_++;
+    fill_ = fill_ + stage_bytes_ == end_ ? stages_ : fill_ + stage_bytes_;
+    cp_async_commit();
+  }
+
+  const uint8_t* const* pages_;  // kept: the loop's writes might change the sequence's view
+  int32_t to_copy_, last_, stage_bytes_;
+  uint8_t *stages_, *end_;
+  uint8_t* fill_;         // the stage that the next copy goes to
+  const uint8_t* ready_;  // the stage of the next tile
+  const Copy& copy_;
+};
+
 // Where a warp's 16 rows of a slot lie in a stage.
 struct Piece {
   int32_t mask_bytes, value_bytes, scale_bytes;

@@ -5,7 +5,7 @@
 #
 #   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs]       folder: .gpu, arch: 90a
 #
-# The folder is made anew; about 40 MiB. CMAKE_ARGS: further arguments of CMake.
+# The folder is made anew; about 20 MiB. CMAKE_ARGS: further arguments of CMake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,17 +29,23 @@ fi
 cmake -S . -B $build -G Ninja "${options[@]}" ${CMAKE_ARGS:-} > /dev/null
 programs=(cpp/mustafar tests/mustafar_tests tests/cuda/mustafar_cuda_kernel_tests
   tools/mustafar_cuda_bench tools/mustafar_cuda_prefill_bench tools/mustafar_cuda_linear_bench)
-mkdir -p $build/logs
-cmake --build $build -j "$jobs" --target "${programs[@]##*/}"
+targets=(mustafar_command "${programs[@]:1}")
+cmake --build $build -j "$jobs" --target "${targets[@]##*/}"
 
-rm -rf "$out"
-mkdir -p "$out/bin" "$out/data"
-for program in "${programs[@]}"; do cp "$build/$program" "$out/bin/"; done
+rm -rf "$out" $build/bin
+mkdir -p $build/bin
+mkdir -p "$out/shared/data/models"
+for program in "${programs[@]}"; do ln -f "$build/$program" "$build/bin/"; done
+tar -czf "$out/bin.tar.gz" -C "$build" bin
 for model in ../shared/data/models/story ../shared/data/models/stories260K; do
-  if [ -d "$model" ]; then cp -rL "$model" "$out/data/"; fi
+  if [ -d "$model" ]; then cp -rL "$model" "$out/shared/data/models/"; fi
 done
-mapfile -t objects < <(find $build/cuda -name 'decode_attention_*.o')
-python3 tools/sass_count.py "${objects[@]}" --markdown "$out/sass.md" > /dev/null
+if command -v cuobjdump > /dev/null; then
+  mapfile -t objects < <(find $build/cuda -name 'decode_attention_*.o')
+  python3 tools/sass_count.py "${objects[@]}" --markdown "$out/sass.md" > /dev/null
+else
+  echo "no cuobjdump: instructions are not counted"
+fi
 version=$(nvcc --version | sed -n 's/^Cuda compilation tools, //p')
 dirty=$(git status --porcelain --untracked-files=no | head -1)
 {

@@ -202,6 +202,10 @@ TEST(FastDecode, TwoSetsOfHeadsOfCompiledSettings) {
   check_batch(shape_of({kF16, kF16}, 128, 8, kHalf), true);
   check_batch(shape_of({kBF16, kInt8}, 128, 8, kHalf), true);
   check_batch(shape_of({kF16, kInt4}, 128, 8, kHalf), true);
+  check_batch(shape_of({kBF16, kBF16}, 128, 8, kDense), true);
+  check_batch(shape_of({kF16, kInt8}, 128, 8, kDense), true);
+  check_batch(shape_of({kBF16, kInt8}, 64, 8, kDense), true);
+  check_batch(shape_of({kF16, kInt4}, 128, 8, kDense), true);
 }
 
 INSTANTIATE_TEST_SUITE_P(PerKVHead, QueryHeadsTest, ::testing::Values(1, 2, 3, 4, 5, 7, 8, 9, 16),
