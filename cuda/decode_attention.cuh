@@ -57,7 +57,7 @@ struct DecodeShape {
   static constexpr int kQueryBytes = kDense ? 0 : cuda::kQueryBytes<kDim, kQueries>;
   using Queries = std::conditional_t<kDense, GlobalQuery, Query<kDim, kTable>>[kSets];
   // As many as registers allow without spilling, or shared memory.
-  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16 && kDim == 128 ? 2
+  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
                                                   : kSets == 1            ? (kDim == 64 ? 6 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
@@ -288,10 +288,10 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-  const int32_t per_split = tiles_per_split(n_tiles);
-  const int32_t first = split * per_split;
-  if (first >= n_tiles) return;
-  const int32_t last = first + per_split < n_tiles ? first + per_split : n_tiles;
+  const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+  if (split >= n_splits) return;
+  const int32_t first = split_begin(split, n_splits, n_tiles);
+  const int32_t last = split_begin(split + 1, n_splits, n_tiles);
   const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
   const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
