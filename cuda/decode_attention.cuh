@@ -20,8 +20,8 @@
 // Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
 // new token: a few tiles in all) is read directly.
 //
-// Shared: expansion table 2 KiB; per warp kStages stages of 16 K rows and 16 V rows as stored; at
-// the end the warps' results over them.
+// Shared: expansion table 2 KiB; the queries; per warp kStages stages of 16 K rows and 16 V rows as
+// stored; at the end the warps' results over them.
 #pragma once
 
 #include "cuda/attention.h"
@@ -54,8 +54,10 @@ struct DecodeShape {
   static constexpr bool kDense = kKeepK == 32;
   static constexpr bool kFixed = kKeepK != 0 && !kDense;
   static constexpr int kTable = kDense ? 0 : kTableBytes;
+  static constexpr int kQueryBytes = kDense ? 0 : cuda::kQueryBytes<kDim, kQueries>;
+  using Queries = std::conditional_t<kDense, GlobalQuery, Query<kDim, kTable>>[kSets];
   // As many as registers allow without spilling, or shared memory.
-  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16 && kDim == 128 ? 2
+  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
                                                   : kSets == 1            ? (kDim == 64 ? 6 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
@@ -78,7 +80,7 @@ constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 // The tiles [first, last) of the store, pages[tile].
 template <typename Shape>
 __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, int kv_head,
-                             int32_t first, int32_t last, const Query (&queries)[Shape::kSets],
+                             int32_t first, int32_t last, const typename Shape::Queries& queries,
                              const uint8_t* lane_table, uint8_t* stages, int32_t stage_bytes,
                              Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -174,7 +176,7 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
 // Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
 template <typename Shape>
 __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
-                            int32_t n_rows, const Query (&queries)[Shape::kSets],
+                            int32_t n_rows, const typename Shape::Queries& queries,
                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
@@ -286,37 +288,41 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-  const int32_t per_split = tiles_per_split(n_tiles);
-  const int32_t first = split * per_split;
-  if (first >= n_tiles) return;
-  const int32_t last = first + per_split < n_tiles ? first + per_split : n_tiles;
+  const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+  if (split >= n_splits) return;
+  const int32_t first = split_begin(split, n_splits, n_tiles);
+  const int32_t last = split_begin(split + 1, n_splits, n_tiles);
   const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
   const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
   const int n_queries =
       heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
 
-  uint8_t* table = shared_memory();
-  if constexpr (!Shape::kDense) {
+  uint8_t* const table = shared_memory();
+  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const float* const q =
+      args.q +
+      (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
+  typename Shape::Queries queries;
+  if constexpr (Shape::kDense) {
+#pragma unroll
+    for (int set = 0; set < Shape::kSets; set++) {
+      const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
+      queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
+                      softmax_scale(Shape::kDim)};
+    }
+  } else {
+    fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
+                                                reinterpret_cast<float*>(table + Shape::kTable));
     fill_expand_table(table);
     sync_block();
-  }
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  Query queries[Shape::kSets];
 #pragma unroll
-  for (int set = 0; set < Shape::kSets; set++) {
-    const int column = lane >> 2, query = set * kSetQueries + column % kSetQueries;
-    queries[set].low = column >= kSetQueries;
-    queries[set].values = query < n_queries
-                              ? args.q + (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv +
-                                          first_query + query) *
-                                             Shape::kDim
-                              : nullptr;
-    queries[set].scale = 1.44269504f / sqrtf(static_cast<float>(Shape::kDim));
+    for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
   }
 
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* stages = table + Shape::kTable + warp * (kStages * stage_bytes + kStageSlack);
+  uint8_t* stages =
+      table + Shape::kTable + Shape::kQueryBytes + warp * (kStages * stage_bytes + kStageSlack);
   if (first < s.n_blocks) {
     const int32_t end = last < s.n_blocks ? last : s.n_blocks;
     if constexpr (Shape::kDense) {
@@ -342,7 +348,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     }
   }
   write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,
-                        reinterpret_cast<float*>(table + Shape::kTable));
+                        reinterpret_cast<float*>(table + Shape::kTable + Shape::kQueryBytes));
 }
 
 template <typename Shape>
@@ -358,7 +364,8 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kTable + (staging > merging ? staging : merging), stream, args, stage_bytes);
+         Shape::kQueryBytes + Shape::kTable + (staging > merging ? staging : merging), stream, args,
+         stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

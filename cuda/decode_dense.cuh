@@ -85,7 +85,7 @@ struct DenseQueries {
   uint32_t b[Shape::kSets][Slots::kSteps][2];
   float scale[Shape::kSets][2];  // of codes: of queries 2c % 4 and the next
 
-  __device__ __forceinline__ explicit DenseQueries(const Query (&queries)[Shape::kSets]) {
+  __device__ __forceinline__ explicit DenseQueries(const typename Shape::Queries& queries) {
 #pragma unroll
     for (int set = 0; set < Shape::kSets; set++) {
       if constexpr (Slots::kCodes) {
@@ -235,7 +235,7 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_store(
     const uint8_t* const* pages, int64_t slots, int32_t slot_bytes, int32_t first, int32_t last,
-    const Query (&queries)[Shape::kSets], uint8_t* stages,
+    const typename Shape::Queries& queries, uint8_t* stages,
     Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   using Slots = DenseSlots<Shape>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
@@ -266,7 +266,7 @@ __device__ __forceinline__ void attend_dense_store(
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_tail(const uint8_t* keys, const uint8_t* values,
                                                   int32_t first, int32_t n_rows,
-                                                  const Query (&queries)[Shape::kSets],
+                                                  const typename Shape::Queries& queries,
                                                   uint8_t* stage,
                                                   Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   using Slots = DenseSlots<Shape>;

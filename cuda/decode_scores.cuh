@@ -8,12 +8,53 @@ namespace mustafar::cuda {
 
 constexpr int kSetQueries = 4;  // query heads in the columns of one product
 
-// The columns of a lane's query: hi terms in 0-3, lo terms in 4-7.
+// The block's queries in shared memory, f32, the softmax's scale (base 2) in them, zeros past the
+// last. A lane wants its own run of dims of its own query: the gaps put the 16 of a set (4 queries,
+// 4 runs) into different banks. Read from global memory they cost a kernel half of its time, each
+// of a warp's loads touching 16 lines.
+template <int kDim>
+constexpr int kQueryStride = kDim + 4;
+template <int kDim, int kQueries>
+constexpr int kQueryBytes = kQueries* kQueryStride<kDim> * 4;
+
+__device__ __forceinline__ float softmax_scale(int head_dim) {
+  return 1.44269504f / sqrtf(static_cast<float>(head_dim));
+}
+
+__device__ __forceinline__ int query_index(int dim) { return dim + dim / 32; }
+
+// from: [n_queries][kDim]; by the whole block, a barrier must follow.
+template <int kDim, int kQueries>
+__device__ __forceinline__ void fetch_queries(const float* from, int n_queries, float* to) {
+  const float scale = softmax_scale(kDim);
+  for (int i = static_cast<int>(threadIdx.x); i < kQueries * kDim;
+       i += static_cast<int>(blockDim.x)) {
+    const int query = i / kDim, dim = i % kDim;
+    to[query * kQueryStride<kDim> + query_index(dim)] = query < n_queries ? from[i] * scale : 0.0f;
+  }
+}
+
+// The columns of a lane's query of a set: hi terms in 0-3, lo terms in 4-7. The block's queries lie
+// kAt bytes into shared memory; nothing is kept in registers.
+template <int kDim, int kAt>
 struct Query {
+  int set;
+
+  __device__ __forceinline__ bool low() const { return lane_id() >= 4 * kSetQueries; }
+  __device__ __forceinline__ float at(int dim) const {
+    const int query = set * kSetQueries + (lane_id() >> 2) % kSetQueries;
+    return reinterpret_cast<const float*>(shared_memory() +
+                                          kAt)[query * kQueryStride<kDim> + query_index(dim)];
+  }
+};
+
+// The same from global memory, for the order of dims of dense slots, where a load of a warp touches
+// a line of each query, and stages leave no shared memory.
+struct GlobalQuery {
   const float* values;  // [head_dim] of the query of column g, or null past the last query
-  bool low;             // second term
   float scale;          // of the softmax, in base 2
 
+  __device__ __forceinline__ bool low() const { return lane_id() >= 4 * kSetQueries; }
   __device__ __forceinline__ float at(int dim) const {
     return values != nullptr ? values[dim] * scale : 0.0f;
   }
@@ -21,7 +62,7 @@ struct Query {
 
 // B fragments of S^T = K Q^T, 2-byte. dim_of(i, j, n): the dim of this lane in step i, register j,
 // half n.
-template <DType kType, int kSteps, typename DimOf>
+template <DType kType, typename Query, int kSteps, typename DimOf>
 __device__ __forceinline__ void load_query(const Query& q, DimOf&& dim_of,
                                            uint32_t (&b)[kSteps][2]) {
 #pragma unroll
@@ -33,7 +74,7 @@ __device__ __forceinline__ void load_query(const Query& q, DimOf&& dim_of,
       for (int n = 0; n < 2; n++) {
         const float x = q.at(dim_of(i, j, n));
         const float high = half_float<kType>(static_cast<uint16_t>(pack2<kType>(x, 0.0f)));
-        term[n] = q.low ? x - high : high;
+        term[n] = q.low() ? x - high : high;
       }
       b[i][j] = pack2<kType>(term[0], term[1]);
     }
@@ -42,7 +83,7 @@ __device__ __forceinline__ void load_query(const Query& q, DimOf&& dim_of,
 
 // The same in int8, n being a byte. A query is scale * (128 high + low). Returns the scale of
 // column g's query.
-template <int kSteps, typename DimOf>
+template <typename Query, int kSteps, typename DimOf>
 __device__ __forceinline__ float load_query_int8(const Query& q, DimOf&& dim_of,
                                                  uint32_t (&b)[kSteps][2]) {
   float largest = 0.0f;
@@ -63,7 +104,7 @@ __device__ __forceinline__ float load_query_int8(const Query& q, DimOf&& dim_of,
         const float x = fminf(fmaxf(rintf(q.at(dim_of(i, j, n)) * inverse), -16256.0f), 16256.0f);
         const int whole = static_cast<int>(x);
         const int high = (whole + 64) >> 7;
-        const int term = q.low ? whole - high * 128 : high;
+        const int term = q.low() ? whole - high * 128 : high;
         word |= (static_cast<uint32_t>(term) & 0xffu) << (8 * n);
       }
       b[i][j] = word;
