@@ -77,11 +77,11 @@ __device__ __forceinline__ int output_dim(int t, int g) {
 template <typename Shape>
 constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
-// The tiles [first, last) of the store, pages[tile].
+// The store tiles of a plan.
 template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const SequenceView& s, int kv_head,
-                             int32_t first, int32_t last, const typename Shape::Queries& queries,
-                             const uint8_t* lane_table, uint8_t* stages, int32_t stage_bytes,
+__device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
+                             const typename Shape::Queries& queries, const uint8_t* lane_table,
+                             uint8_t* stages, int32_t stage_bytes,
                              Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
@@ -92,12 +92,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   const Piece v_piece =
       Shape::kFixed ? fixed_piece<Shape>(Shape::kVRunWords * 32) : piece_of(v_slot);
   if constexpr (Shape::kFixed) stage_bytes = Shape::kStageBytes;
-  const int64_t k_at = k_slot_offset(args.layout, args.layer, kv_head);
   const StageCopier<Shape> copier({k_piece, v_piece, k_slot.values_offset, k_slot.scales_offset,
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
-  const auto copy = [&](const uint8_t* page, uint8_t* stage) { copier.start(page + k_at, stage); };
-  TileStream stream(s.pages, first, last, stages, stage_bytes, copy);
+  const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
+  TileStream stream(plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   constexpr float kCodeUnit = Shape::kBits == 4 ? 0.0625f : 1.0f;
@@ -116,7 +115,7 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     }
   }
 
-  for (int32_t tile = first; tile < last; tile++) {
+  for (int32_t i = 0; i < plan.n_stored; i++) {
     const uint8_t* const k_stage = stream.next();
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
@@ -173,6 +172,19 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   cp_async_wait<0>();
 }
 
+// kWords words from a 16-byte boundary on.
+template <int kWords>
+__device__ __forceinline__ void load_run(const uint8_t* from, uint32_t (&words)[kWords]) {
+#pragma unroll
+  for (int i = 0; i < kWords / 4; i++) {
+    const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+}
+
 // Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
 template <typename Shape>
 __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
@@ -187,11 +199,12 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
   uint32_t rows[2][Shape::kKDims / 2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    load_dense<16, Shape::kKDims>(row(keys, row_token(g) + 8 * r), c * Shape::kKDims, 0u, rows[r]);
+    load_run(row(keys, row_token(g) + 8 * r) + c * Shape::kKDims * 2, rows[r]);
   }
   uint32_t p[Shape::kSets][2];
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
+    if (set > 0) sync_warp();  // loads of all sets at once would take too many registers
     uint32_t q[Shape::kKDims / 4][2];
     load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q);
     float scores[4];
@@ -213,7 +226,7 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
         words[t][i] = *reinterpret_cast<const uint32_t*>(from + output_dim<Shape>(i, g) * 2);
       }
     } else {
-      load_dense<16, Shape::kVDims>(from, g * Shape::kVDims, 0u, words[t]);
+      load_run(from + g * Shape::kVDims * 2, words[t]);
     }
   }
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
@@ -286,59 +299,78 @@ template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
   const SequenceView& s = args.sequences[blockIdx.z];
-  const int32_t split = static_cast<int32_t>(blockIdx.x);
-  const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
   const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
-  if (split >= n_splits) return;
-  const int32_t first = split_begin(split, n_splits, n_tiles);
-  const int32_t last = split_begin(split + 1, n_splits, n_tiles);
-  const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
-  const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
-  const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  const int n_queries =
-      heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
-
+  if (static_cast<int32_t>(blockIdx.x) >= n_splits) return;
   uint8_t* const table = shared_memory();
+  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable + Shape::kQueryBytes);
+  uint8_t* const rest = table + Shape::kTable + Shape::kQueryBytes + kPlanBytes;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const float* const q =
-      args.q +
-      (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
+
   typename Shape::Queries queries;
-  if constexpr (Shape::kDense) {
-#pragma unroll
-    for (int set = 0; set < Shape::kSets; set++) {
-      const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
-      queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
-                      softmax_scale(Shape::kDim)};
+  {
+    const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
+    const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
+    const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
+    const int heads_per_kv = args.n_heads / args.n_kv_heads;
+    const int left = heads_per_kv - first_query;
+    const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
+    const int32_t split = static_cast<int32_t>(blockIdx.x);
+    const int32_t first = split_begin(split, n_splits, n_tiles);
+    const int32_t last = split_begin(split + 1, n_splits, n_tiles);
+    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+    const int32_t n_stored = end > first ? end - first : 0;
+    const uint8_t* const* const pages = s.pages + first;
+    const int64_t slot_at = k_slot_offset(args.layout, args.layer, kv_head);
+    if (threadIdx.x == 0) {
+      plan.pages = pages;
+      plan.slot_at = slot_at;
+      plan.first = first;
+      plan.last = last;
+      plan.n_stored = n_stored;
+      plan.kv_head = kv_head;
+      plan.first_query = first_query;
+      plan.n_queries = n_queries;
     }
-  } else {
-    fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
-                                                reinterpret_cast<float*>(table + Shape::kTable));
-    fill_expand_table(table);
-    sync_block();
+    const int32_t i = static_cast<int32_t>(threadIdx.x);
+    if (i < n_stored && i < BlockPlan::kListed) {
+      plan.listed[i] = load_constant_pointer(pages + i) + slot_at;
+    }
+    const float* const q =
+        args.q +
+        (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
+    if constexpr (Shape::kDense) {
 #pragma unroll
-    for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
+      for (int set = 0; set < Shape::kSets; set++) {
+        const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
+        queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
+                        softmax_scale(Shape::kDim)};
+      }
+    } else {
+#pragma unroll
+      for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
+      fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
+                                                  reinterpret_cast<float*>(table + Shape::kTable));
+      fill_expand_table(table);
+    }
   }
+  sync_block();
 
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* stages =
-      table + Shape::kTable + Shape::kQueryBytes + warp * (kStages * stage_bytes + kStageSlack);
-  if (first < s.n_blocks) {
-    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+  uint8_t* const stages = rest + warp * (kStages * stage_bytes + kStageSlack);
+  if (plan.n_stored > 0) {
     if constexpr (Shape::kDense) {
-      attend_dense_store<Shape>(s.pages, k_slot_offset(args.layout, args.layer, kv_head),
-                                args.layout.k.slot_bytes, first, end, queries, stages, softmax);
+      attend_dense_store<Shape>(plan, args.layout.k.slot_bytes, queries, stages, softmax);
     } else {
-      attend_store<Shape>(args, s, kv_head, first, end, queries, table + lane * 4, stages,
-                          stage_bytes, softmax);
+      attend_store<Shape>(args, plan, queries, table + lane * 4, stages, stage_bytes, softmax);
     }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, plan.kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
-  for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
+      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, plan.kv_head, kRowBytes);
+  const int32_t last = plan.last;
+  for (int32_t tile = plan.first + plan.n_stored; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
     if constexpr (Shape::kDense && Shape::kBits == 16) {
@@ -347,8 +379,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
     }
   }
-  write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,
-                        reinterpret_cast<float*>(table + Shape::kTable + Shape::kQueryBytes));
+  write_partials<Shape>(args, s.row0, plan.kv_head, plan.first_query, plan.n_queries,
+                        static_cast<int32_t>(blockIdx.x), softmax, reinterpret_cast<float*>(rest));
 }
 
 template <typename Shape>
@@ -364,8 +396,8 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kQueryBytes + Shape::kTable + (staging > merging ? staging : merging), stream, args,
-         stage_bytes);
+         Shape::kTable + Shape::kQueryBytes + kPlanBytes + (staging > merging ? staging : merging),
+         stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>
