@@ -55,6 +55,9 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 // Flash attention for many rows (prefill_attention.cu); false for the same reasons.
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
 
+// The kernel before that (prefill_attention_before.cu), for the benchmark alone.
+bool prefill_attention_before(const AttentionArgs& args, Stream stream);
+
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);
 

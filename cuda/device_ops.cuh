@@ -334,6 +334,19 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #endif
 }
 
+// The same, or 16 zero bytes where there is nothing to copy; from is then not read.
+__device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
+#if defined(MUSTAFAR_SIMT)
+  alignas(16) static const uint8_t kZeros[16] = {};
+  simt::cp_async(to_shared, copy ? from : kZeros, 16);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  const uint32_t bytes = copy ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+#endif
+}
+
 __device__ __forceinline__ void cp_async_commit() {
 #if defined(MUSTAFAR_SIMT)
   simt::cp_async_commit();
