@@ -129,14 +129,25 @@ const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspac
   return workspace.sequences.send(views, stream_);
 }
 
-void CudaBackend::linear(const LinearArgs& args, bool decode, CudaWorkspace& workspace) {
-  if (args.n == 0) return;
+void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace) {
+  if (whole.n == 0) return;
   const bool products =
-      dtype_ != DType::kF32 && gemm_takes(args) && (decode ? args.n > kGemvBatch : args.n > 1);
+      dtype_ != DType::kF32 && gemm_takes(whole) && (decode ? whole.n > kGemvBatch : whole.n > 1);
   if (!products) {
-    gemv(args, stream_);
+    gemv(whole, stream_);
     return;
   }
+  LinearArgs args = whole;
+  if (args.norm != nullptr) {
+    args.x = normalise(args.x, args.norm, nullptr, args.n, args.cols, workspace);
+  }
+  multiply(args, workspace);
+  if (args.gated) {
+    silu_multiply(args.parts[0].y, args.parts[1].y, args.n * args.parts[0].rows, stream_);
+  }
+}
+
+void CudaBackend::multiply(const LinearArgs& args, CudaWorkspace& workspace) {
   void* packed = workspace.packed.ensure<uint16_t>(args.n * args.cols);
   if (cublaslt_ == nullptr) {
     gemm(args, packed, stream_);
@@ -179,13 +190,14 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
-  const float* normed = normalise(x, w.attention_norm, nullptr, n, w.q.cols, ws);
   float* k = ws.keys.ensure<float>(n * w.k.rows);
   float* v = ws.values.ensure<float>(n * w.v.rows);
-  linear(
+  LinearArgs products =
       product_of({part_of(w.q, w.q_bias, q), part_of(w.k, w.k_bias, k), part_of(w.v, w.v_bias, v)},
-                 w.q.cols, normed, n),
-      batch.decode, ws);
+                 w.q.cols, x, n);
+  products.norm = w.attention_norm;
+  products.eps = eps_;
+  linear(products, batch.decode, ws);
 
   RopeArgs rope;
   rope.sequences = send_sequences(batch, ws);
@@ -268,13 +280,14 @@ void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch,
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
-  const float* normed = normalise(x, w.mlp_norm, nullptr, n, w.gate.cols, ws);
   float* gate = ws.gate.ensure<float>(n * w.gate.rows);
   float* up = ws.up.ensure<float>(n * w.up.rows);
-  linear(product_of({part_of(w.gate, w.gate_bias, gate), part_of(w.up, w.up_bias, up)}, w.gate.cols,
-                    normed, n),
-         batch.decode, ws);
-  silu_multiply(gate, up, n * w.gate.rows, stream_);
+  LinearArgs products = product_of(
+      {part_of(w.gate, w.gate_bias, gate), part_of(w.up, w.up_bias, up)}, w.gate.cols, x, n);
+  products.norm = w.mlp_norm;
+  products.eps = eps_;
+  products.gated = true;
+  linear(products, batch.decode, ws);
   linear(product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n),
          batch.decode, ws);
 }
@@ -291,9 +304,14 @@ void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<c
     if (rows[i] != i) list = ws.rows.send(rows, stream_);
     if (list != nullptr) break;
   }
-  const float* normed = normalise(x, weights.final_norm, list, n, head.cols, ws);
-  linear(product_of({part_of(head, nullptr, logits)}, head.cols, normed, n),
-         batch.decode || rows.size() <= batch.sequences.size(), ws);
+  LinearArgs product = product_of({part_of(head, nullptr, logits)}, head.cols, x, n);
+  if (list == nullptr) {
+    product.norm = weights.final_norm;
+    product.eps = eps_;
+  } else {
+    product.x = normalise(x, weights.final_norm, list, n, head.cols, ws);
+  }
+  linear(product, batch.decode || rows.size() <= batch.sequences.size(), ws);
 }
 
 void CudaBackend::top_logits(const float* logits, int64_t vocab, int32_t k,

@@ -80,7 +80,10 @@ class CudaBackend final : public Backend {
     Graph graph = nullptr;
   };
 
-  void linear(const LinearArgs& args, bool decode, CudaWorkspace& workspace);
+  // By gemv for few rows, else by the steps that gemv does in one, around multiply.
+  void linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace);
+  // Tensor-core products alone: of args, the matrices, biases and x.
+  void multiply(const LinearArgs& args, CudaWorkspace& workspace);
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
                          int64_t hidden, CudaWorkspace& workspace);

@@ -82,10 +82,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
   uint8_t* const stages_end = stages + kStages * stage_bytes;
-  uint8_t* fill = stages;           // the stage that the next copy goes to
-  const uint8_t* k_stage = stages;  // the stage of the tile at hand
+  uint8_t* fill = stages;                       // the stage that the next copy goes to
+  const uint8_t* k_stage = stages;              // the stage of the tile at hand
+  const uint8_t* const* const pages = s.pages;  // read once: the loop's writes might change s
   const auto start = [&](int32_t tile) {
-    if (tile < last) copier.start(s.pages[tile] + k_at, fill);
+    if (tile < last) copier.start(load_constant_pointer(pages + tile) + k_at, fill);
     fill = fill + stage_bytes == stages_end ? stages : fill + stage_bytes;
     cp_async_commit();
   };
@@ -364,12 +365,10 @@ inline bool keeps(const AttentionArgs& args, int32_t keep_k, int32_t keep_v) {
 // kBits-wide values under a tail of kTail: the settings that are compiled in, then any other.
 template <DType kTail, int kBits>
 void launch_values(const AttentionArgs& args, Stream stream) {
-  if constexpr (kBits != 4) {
+  if constexpr (kBits != 4) {  // int4 keeps 16 and 8 there, since its runs are whole words
     if (keeps(args, 12, 4)) return launch_decode<kTail, kBits, 128, 12, 4>(args, stream);
   }
-  if constexpr (kBits == 16) {
-    if (keeps(args, 16, 8)) return launch_decode<kTail, kBits, 128, 16, 8>(args, stream);
-  }
+  if (keeps(args, 16, 8)) return launch_decode<kTail, kBits, 128, 16, 8>(args, stream);
   if (args.head_dim == 128) {
     launch_decode<kTail, kBits, 128, 0, 0>(args, stream);
   } else {

@@ -40,7 +40,12 @@ struct CopyPlan {
   int warp;
 
   // Bytes from the K slot to what belongs at byte `at` of the stage.
-  __device__ __forceinline__ int32_t source(int32_t at) const {
+  __device__ __forceinline__ uint32_t source(int32_t at) const {
+    return static_cast<uint32_t>(signed_source(at));
+  }
+
+ private:
+  __device__ __forceinline__ int32_t signed_source(int32_t at) const {
     if (at < k.mask_bytes) return warp * k.mask_bytes + at;
     at -= k.mask_bytes;
     if (at < k.value_bytes) return k_values + warp * k.value_bytes + at;
@@ -88,7 +93,7 @@ class StageCopier {
       Shape::kFixed ? (Shape::kStageBytes + kWarpSize * 16 - 1) / (kWarpSize * 16) : 1;
   static constexpr int kLastBytes = Shape::kStageBytes - (kChunks - 1) * kWarpSize * 16;
   CopyPlan plan_;
-  int32_t source_[kChunks];
+  uint32_t source_[kChunks];  // unsigned: no sign to extend in the loop
 };
 
 // A lane's dims of one staged row. kDims from first_dim on; run: its index among the row's runs.

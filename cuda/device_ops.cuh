@@ -20,6 +20,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define threadIdx (::simt::thread_index())
 #define blockIdx (::simt::block_index())
 #define blockDim (::simt::block_dim())
@@ -130,7 +131,8 @@ __device__ __forceinline__ int popcount(uint32_t x) {
 #endif
 }
 
-// PRMT: byte i of the result is byte (selector >> 4i & 7) of {low, high}.
+// PRMT: byte i of the result is byte (selector >> 4i & 7) of {low, high}, or, with bit 3 of that
+// digit, its sign. Bits above the fourth digit do not count; __byte_perm would mask them first.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(MUSTAFAR_SIMT)
   const uint64_t bytes = uint64_t{high} << 32 | low;
@@ -143,7 +145,9 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, ui
   }
   return result;
 #else
-  return __byte_perm(low, high, selector);
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
 #endif
 }
 
@@ -169,6 +173,19 @@ __device__ __forceinline__ float bits_float(uint32_t x) {
   return float_of(x);
 #else
   return __uint_as_float(x);
+#endif
+}
+
+// Sixteen bytes that are read once and written by nobody meanwhile: past the L1.
+__device__ __forceinline__ uint4 load_streaming(const void* from) {
+#if defined(MUSTAFAR_SIMT)
+  return *static_cast<const uint4*>(from);
+#else
+  uint4 words;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "l"(from));
+  return words;
 #endif
 }
 
@@ -319,6 +336,17 @@ __device__ __forceinline__ void atomic_minimum(int32_t* at, int32_t value) {
   if (value < *at) *at = value;
 #else
   atomicMin(at, value);
+#endif
+}
+
+// *at, which nothing writes while the kernel runs.
+template <typename T>
+__device__ __forceinline__ T* load_constant_pointer(T* const* at) {
+#if defined(MUSTAFAR_SIMT)
+  return *at;
+#else
+  static_assert(sizeof(T*) == sizeof(unsigned long long));
+  return reinterpret_cast<T*>(__ldg(reinterpret_cast<const unsigned long long*>(at)));
 #endif
 }
 

@@ -63,9 +63,9 @@ constexpr int kExpandedWords = kBits == 16 ? kDims / 2 : kDims / 4;
 // run: the first word. bias: xor-ed into every byte of 1-byte values, zeros included.
 template <int kBits, int kDims, int kRunWords>
 struct RegisterRun {
-  static_assert(kBits == 16 || kBits == 8);
-  static constexpr int kPlanes = kBits / 8;
-  static constexpr int kPlaneWords = (kRunWords + kPlanes - 1) / kPlanes;
+  static constexpr int kPlanes = kBits == 16 ? 2 : 1;
+  static constexpr int kPlaneWords =
+      kBits == 4 ? 2 * kRunWords : (kRunWords + kPlanes - 1) / kPlanes;
 
   static __device__ __forceinline__ void expand(const uint32_t* run, uint32_t mask,
                                                 const uint8_t* lane_table, uint32_t bias,
@@ -77,6 +77,15 @@ struct RegisterRun {
         const uint32_t a = run[2 * i], b = 2 * i + 1 < kRunWords ? run[2 * i + 1] : 0u;
         planes[0][i] = byte_permute(a, b, 0x6420);
         planes[1][i] = byte_permute(a, b, 0x7531);
+      }
+    } else if constexpr (kBits == 4) {
+      // Values 0, 2, 4, 6 of a word and 1, 3, 5, 7, each in the high half of its byte.
+#pragma unroll
+      for (int i = 0; i < kRunWords; i++) {
+        const uint32_t even = (run[i] << 4 & 0xf0f0f0f0u) ^ bias;
+        const uint32_t odd = (run[i] & 0xf0f0f0f0u) ^ bias;
+        planes[0][2 * i] = byte_permute(even, odd, 0x5140);
+        planes[0][2 * i + 1] = byte_permute(even, odd, 0x7362);
       }
     } else {
 #pragma unroll

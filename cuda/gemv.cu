@@ -1,8 +1,16 @@
 // y = W x for few rows of x: reads W once per 8 of them, at 16 bytes a load.
 //
-// Grid: x groups of output rows over all matrices of the launch; 4 warps, each takes 4 output rows,
-// its lanes stride over the columns; sums in f32, lanes first, then across the warp. The order of a
+// Grid: x groups of kRows output rows over all matrices of the launch. The 4 warps of a block share
+// the rows and take the columns in turn, so that even a matrix of 4,096 rows has enough loads in
+// flight; a lane has the next columns' weights on their way while it works on these. Sums in f32:
+// lanes first, then across the warp, then across the warps through shared memory. The order of a
 // sum depends on nothing but the number of columns.
+//
+// Two neighbours are done in passing. RMSNorm before: W (x s n) = s (W (x n)), so every warp adds
+// up the squares of the columns it reads anyway and the scale s comes in at the end. SiLU after: a
+// group is the same rows of gate and up.
+//
+// Shared: sums and squares of each warp, kWarps x kBatch x (kRows + 1) f32.
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
@@ -11,131 +19,232 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kRows = 4;  // output rows of a warp
+constexpr int kRows = 4;  // output rows of a block
 
-// kValues weights at index i of a row.
-template <DType kType, int kValues>
-__device__ __forceinline__ void load_weights(const void* row, int64_t i, float (&w)[kValues]) {
-  if constexpr (kValues == 1) {
-    w[0] = load_element(row, kType, i);
-  } else if constexpr (kType == DType::kF32) {
-    const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(row) + i);
-    w[0] = four.x;
-    w[1] = four.y;
-    w[2] = four.z;
-    w[3] = four.w;
-  } else {
-    const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(row) + i);
+template <DType kType, bool kVector>
+constexpr int kValues = !kVector               ? 1
+                        : kType == DType::kF32 ? 4
+                                               : 8;
+
+// A lane's share of a row as it lies in memory.
+template <DType kType, bool kVector>
+struct Weights {
+  uint4 words;
+
+  __device__ __forceinline__ void load(const uint8_t* row, int64_t i) {
+    if constexpr (kVector) {
+      words = load_streaming(row + i * (kType == DType::kF32 ? 4 : 2));
+    } else {
+      words.x = float_bits(load_element(row, kType, i));
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&w)[kValues<kType, kVector>]) const {
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+    if constexpr (!kVector || kType == DType::kF32) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      w[2 * j] = half_float<kType>(static_cast<uint16_t>(word[j]));
-      w[2 * j + 1] = half_float<kType>(static_cast<uint16_t>(word[j] >> 16));
+      for (int j = 0; j < kValues<kType, kVector>; j++) w[j] = bits_float(word[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        w[2 * j] = half_float<kType>(static_cast<uint16_t>(word[j]));
+        w[2 * j + 1] = half_float<kType>(static_cast<uint16_t>(word[j] >> 16));
+      }
+    }
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = from[0];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; j++) {
+      const float4 four = reinterpret_cast<const float4*>(from)[j];
+      values[4 * j] = four.x;
+      values[4 * j + 1] = four.y;
+      values[4 * j + 2] = four.z;
+      values[4 * j + 3] = four.w;
     }
   }
 }
 
+// The matrix and row of row r of a group, and whether it exists; one past the end repeats the last.
+struct RowPlace {
+  const LinearPart* part;
+  int64_t row;
+  bool exists;
+};
+
+__device__ __forceinline__ RowPlace row_place(const LinearArgs& args, int64_t group, int r) {
+  if (args.gated) {
+    const LinearPart& part = args.parts[r % 2];
+    const int64_t row = group * (kRows / 2) + r / 2;
+    return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
+  }
+  int i = 0;
+  for (; i + 1 < args.n_parts; i++) {
+    const int64_t groups = (args.parts[i].rows + kRows - 1) / kRows;
+    if (group < groups) break;
+    group -= groups;
+  }
+  const LinearPart& part = args.parts[i];
+  const int64_t row = group * kRows + r;
+  return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
+}
+
+// The sums of this warp's columns, and of the squares of x, each over the whole warp.
 template <DType kType, int kBatch, bool kVector>
-__device__ void run_rows(const LinearArgs& args, const LinearPart& part, int64_t first_row,
-                         int32_t first_x, int32_t n) {
-  constexpr int kValues = !kVector ? 1 : kType == DType::kF32 ? 4 : 8;
-  const int lane = lane_id();
+__device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
+                            float (&sums)[kBatch][kRows], float (&squares)[kBatch]) {
+  constexpr int kCount = kValues<kType, kVector>;
+  constexpr int kStep = kWarps * kWarpSize * kCount;
   const int64_t cols = args.cols;
   const int64_t row_bytes = cols * (kType == DType::kF32 ? 4 : 2);
   const uint8_t* rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const int64_t row = first_row + r < part.rows ? first_row + r : part.rows - 1;
-    rows[r] = static_cast<const uint8_t*>(part.weights) + row * row_bytes;
+    const RowPlace place = row_place(args, blockIdx.x, r);
+    rows[r] = static_cast<const uint8_t*>(place.part->weights) + place.row * row_bytes;
   }
-  float sums[kRows][kBatch] = {};
-  for (int64_t i = int64_t{lane} * kValues; i < cols; i += kWarpSize * kValues) {
-    float w[kRows][kValues];
+  Weights<kType, kVector> next[kRows];
+  int64_t i = int64_t{threadIdx.x} * kCount;
+  if (i < cols) {
 #pragma unroll
-    for (int r = 0; r < kRows; r++) load_weights<kType, kValues>(rows[r], i, w[r]);
+    for (int r = 0; r < kRows; r++) next[r].load(rows[r], i);
+  }
+  for (; i < cols; i += kStep) {
+    float w[kRows][kCount];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) next[r].unpack(w[r]);
+    if (i + kStep < cols) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) next[r].load(rows[r], i + kStep);
+    }
+    float norm[kCount];
+    if (args.norm != nullptr) load_floats(args.norm + i, norm);
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       if (b >= n) continue;
-      const float* x = args.x + (first_x + b) * cols + i;
+      float x[kCount];
+      load_floats(args.x + (first_x + b) * cols + i, x);
+      if (args.norm != nullptr) {
 #pragma unroll
-      for (int j = 0; j < kValues; j++) {
-        const float value = x[j];
+        for (int j = 0; j < kCount; j++) {
+          squares[b] += x[j] * x[j];
+          x[j] *= norm[j];
+        }
+      }
 #pragma unroll
-        for (int r = 0; r < kRows; r++) sums[r][b] += w[r][j] * value;
+      for (int j = 0; j < kCount; j++) {
+#pragma unroll
+        for (int r = 0; r < kRows; r++) sums[b][r] += w[r][j] * x[j];
       }
     }
   }
 #pragma unroll
-  for (int r = 0; r < kRows; r++) {
+  for (int b = 0; b < kBatch; b++) {
+    if (b >= n) continue;
 #pragma unroll
-    for (int b = 0; b < kBatch; b++) {
-      if (b >= n) continue;
-      const float sum = warp_sum(sums[r][b]);
-      const int64_t row = first_row + r;
-      if (lane != 0 || row >= part.rows) continue;
-      float* y = part.y + (first_x + b) * part.y_stride + row;
-      const float value = sum + (part.bias != nullptr ? part.bias[row] : 0.0f);
-      *y = part.accumulate ? *y + value : value;
-    }
+    for (int r = 0; r < kRows; r++) sums[b][r] = warp_sum(sums[b][r]);
+    if (args.norm != nullptr) squares[b] = warp_sum(squares[b]);
   }
 }
 
-template <int kBatch>
+template <DType kType, int kBatch, bool kVector>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
-    gemv_kernel(LinearArgs args, int32_t first_x, int32_t n, bool vector) {
-  int64_t group = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
-  LinearPart part;
-  bool found = false;
+    gemv_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n) {
+  float sums[kBatch][kRows] = {}, squares[kBatch] = {};
+  sum_columns<kType, kBatch, kVector>(args, first_x, n, sums, squares);
+  float* const shared = reinterpret_cast<float*>(shared_memory());
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  if (lane_id() == 0) {
 #pragma unroll
-  for (int i = 0; i < kMaxFused; i++) {
-    const int64_t groups = (args.parts[i].rows + kRows - 1) / kRows;
-    if (found || i >= args.n_parts) continue;
-    if (group < groups) {
-      part = args.parts[i];
-      found = true;
-    } else {
-      group -= groups;
+    for (int b = 0; b < kBatch; b++) {
+      float* const mine = shared + (warp * kBatch + b) * (kRows + 1);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) mine[r] = sums[b][r];
+      mine[kRows] = squares[b];
     }
   }
-  if (!found) return;
-  const int64_t row = group * kRows;
-  const auto run = [&](auto wide) {
-    constexpr bool kVector = decltype(wide)::value;
-    switch (part.dtype) {
-      case DType::kF32:
-        run_rows<DType::kF32, kBatch, kVector>(args, part, row, first_x, n);
-        break;
-      case DType::kF16:
-        run_rows<DType::kF16, kBatch, kVector>(args, part, row, first_x, n);
-        break;
-      default:
-        run_rows<DType::kBF16, kBatch, kVector>(args, part, row, first_x, n);
-        break;
-    }
+  sync_block();
+  const int b = static_cast<int>(threadIdx.x) / kRows, r = static_cast<int>(threadIdx.x) % kRows;
+  if (b >= n) return;
+  const auto total = [&](int column) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) sum += shared[(w * kBatch + b) * (kRows + 1) + column];
+    return sum;
   };
-  if (vector) {
-    run(std::true_type());
-  } else {
-    run(std::false_type());
+  const float scale = args.norm != nullptr
+                          ? 1.0f / sqrtf(total(kRows) / static_cast<float>(args.cols) + args.eps)
+                          : 1.0f;
+  const RowPlace place = row_place(args, blockIdx.x, r);
+  const auto value = [&](const RowPlace& at, int column) {
+    return total(column) * scale + (at.part->bias != nullptr ? at.part->bias[at.row] : 0.0f);
+  };
+  if (!place.exists) return;
+  float* const y = place.part->y + (first_x + b) * place.part->y_stride + place.row;
+  float result = value(place, r);
+  if (args.gated) {
+    if (r % 2 != 0) return;
+    const float up = value(row_place(args, blockIdx.x, r + 1), r + 1);
+    result = result / (1.0f + expf(-result)) * up;
+  }
+  *y = place.part->accumulate ? *y + result : result;
+}
+
+template <DType kType, bool kVector>
+void run(const LinearArgs& args, int64_t groups, Stream stream) {
+  for (int32_t first = 0; first < args.n; first += kGemvRows) {
+    const int32_t n = args.n - first < kGemvRows ? args.n - first : kGemvRows;
+    const auto start = [&](auto kernel, int batch) {
+      launch("gemv", kernel, {groups}, kWarps * kWarpSize, kWarps * batch * (kRows + 1) * 4, stream,
+             args, first, n);
+    };
+    if (n == 1) {
+      start(gemv_kernel<kType, 1, kVector>, 1);
+    } else if (n == 2) {
+      start(gemv_kernel<kType, 2, kVector>, 2);
+    } else if (n <= 4) {
+      start(gemv_kernel<kType, 4, kVector>, 4);
+    } else {
+      start(gemv_kernel<kType, 8, kVector>, 8);
+    }
   }
 }
 
 }  // namespace
 
 void gemv(const LinearArgs& args, Stream stream) {
+  static_assert(kGemvRows * kRows <= kWarps * kWarpSize);
+  const DType dtype = args.parts[0].dtype;
   int64_t groups = 0;
-  bool vector = true;
+  bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
+                reinterpret_cast<uintptr_t>(args.norm) % 16 == 0;
   for (int i = 0; i < args.n_parts; i++) {
     const LinearPart& part = args.parts[i];
-    groups += (part.rows + kRows - 1) / kRows;
-    vector = vector && args.cols * (part.dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
+    if (part.dtype != dtype) throw Error("gemv: the matrices of one launch differ in type");
+    const int64_t rows = args.gated ? kRows / 2 : kRows;
+    if (!args.gated || i == 0) groups += (part.rows + rows - 1) / rows;
+    vector = vector && args.cols * (dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(part.weights) % 16 == 0;
   }
-  const Grid grid{(groups + kWarps - 1) / kWarps};
-  for (int32_t first = 0; first < args.n; first += kGemvRows) {
-    const int32_t n = args.n - first < kGemvRows ? args.n - first : kGemvRows;
-    const auto kernel = n == 1 ? gemv_kernel<1> : n <= 4 ? gemv_kernel<4> : gemv_kernel<8>;
-    launch("gemv", kernel, grid, kWarps * kWarpSize, 0, stream, args, first, n, vector);
+  const auto typed = [&](auto wide) {
+    constexpr bool kVector = decltype(wide)::value;
+    switch (dtype) {
+      case DType::kF32:
+        return run<DType::kF32, kVector>(args, groups, stream);
+      case DType::kF16:
+        return run<DType::kF16, kVector>(args, groups, stream);
+      default:
+        return run<DType::kBF16, kVector>(args, groups, stream);
+    }
+  };
+  if (vector) {
+    typed(std::true_type());
+  } else {
+    typed(std::false_type());
   }
 }
 

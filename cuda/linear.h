@@ -29,9 +29,16 @@ struct LinearArgs {
   int64_t cols = 0;          // of every part
   const float* x = nullptr;  // [n][cols]
   int32_t n = 0;             // rows of the batch
+
+  // Of gemv alone: RMSNorm of x before, with these weights [cols] unless null; and with gated, two
+  // parts of equal rows of which the first's y becomes silu(first) * second, the second's unused.
+  const float* norm = nullptr;
+  float eps = 0.0f;
+  bool gated = false;
 };
 
-// f32 arithmetic; a row's result does not depend on the other rows of the batch.
+// f32 arithmetic; a row's result does not depend on the other rows of the batch. The parts have one
+// type.
 void gemv(const LinearArgs& args, Stream stream);
 
 // Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for

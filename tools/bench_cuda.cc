@@ -2,13 +2,12 @@
 // compressed caches, each checked against the plain kernel first. Prints JSON lines; one that could
 // not be measured has an "error". The exit status is 1 if there was one, or a wrong result.
 //
-//   mustafar_cuda_bench [seconds per measurement] [shape ...]     shape:
-//   batch,context,heads,kv_heads
+//   mustafar_cuda_bench [-s setting] [seconds per measurement] [shape ...]
 //
-// A step is a graph of one attend per layer over layers whose pages exceed the L2 many times, so
-// that every layer is read cold.
+// shape: batch,context,heads,kv_heads[,layers]; setting: part of a name, such as "int8". A step is
+// a graph of one attend per layer over layers whose pages exceed the L2 many times, so that every
+// layer is read cold. A context that does not fit the device is an error of its row alone.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -23,6 +22,7 @@
 #include "cuda/device.h"
 #include "format/block_format.h"
 #include "mustafar/error.h"
+#include "tools/bench_cuda_timing.h"
 
 namespace {
 
@@ -37,6 +37,7 @@ constexpr int32_t kDistinctPages = 8;             // the rest of a sequence repe
 
 struct Shape {
   int32_t batch, context, n_heads, n_kv_heads;
+  int32_t n_layers;  // 0: as many as are read cold
 };
 
 struct Setting {
@@ -45,35 +46,12 @@ struct Setting {
   DType values;
 };
 
-double seconds_of(Stream stream, Graph graph, double budget) {
-  using Clock = std::chrono::steady_clock;
-  const auto timed = [&](int n) {
-    const auto start = Clock::now();
-    for (int i = 0; i < n; i++) run_graph(graph, stream);
-    synchronize(stream);
-    return std::chrono::duration<double>(Clock::now() - start).count() / n;
-  };
-  timed(2);
-  const double once = timed(3);
-  const int n = std::clamp(static_cast<int>(budget / 7 / once), 1, 1000);
-  std::vector<double> samples;
-  for (int i = 0; i < 7; i++) samples.push_back(timed(n));
-  std::nth_element(samples.begin(), samples.begin() + 3, samples.end());
-  return samples[3];
-}
-
-// Bytes per second of a device-to-device copy, counting both directions.
-double copy_bandwidth(Stream stream, double budget) {
-  const int64_t bytes = int64_t{4} << 30;
-  DeviceBuffer from, to;
-  from.ensure<uint8_t>(bytes);
-  to.ensure<uint8_t>(bytes);
-  const Graph graph =
-      record_graph(stream, [&] { copy_on_device(to.data(), from.data(), bytes, stream); });
-  const double seconds = seconds_of(stream, graph, budget);
-  destroy_graph(graph);
-  return 2.0 * static_cast<double>(bytes) / seconds;
-}
+constexpr Setting kSettings[] = {
+    {"dense f16", 0, 0, DType::kF16},           {"dense int8", 0, 0, DType::kInt8},
+    {"dense int4", 0, 0, DType::kInt4},         {"f16 56 %", 0.5, 0.5, DType::kF16},
+    {"f16 37.5 %", 0.625, 0.75, DType::kF16},   {"int8 32.8 %", 0.5, 0.5, DType::kInt8},
+    {"int8 22.7 %", 0.625, 0.75, DType::kInt8}, {"int4 19.5 %", 0.5, 0.5, DType::kInt4},
+};
 
 // Whether the result was right.
 bool run(const Shape& shape, const Setting& setting, double bandwidth, double budget,
@@ -87,7 +65,9 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   const int64_t layer_bytes =
       int64_t{shape.n_kv_heads} * (k.slot_bytes + v.slot_bytes) * n_blocks * shape.batch;
   const int32_t n_layers =
-      static_cast<int32_t>(std::clamp<int64_t>(kColdBytes / layer_bytes + 1, 2, 32));
+      shape.n_layers > 0
+          ? shape.n_layers
+          : static_cast<int32_t>(std::clamp<int64_t>(kColdBytes / layer_bytes + 1, 2, 32));
   const StoreLayout layout = make_store_layout(n_layers, shape.n_kv_heads, k, v);
 
   // Random tokens, compressed into a few pages, copied to all.
@@ -220,21 +200,32 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
 
 int main(int argc, char** argv) {
   try {
-    const double budget = argc > 1 ? std::atof(argv[1]) : 0.3;
+    double budget = 0.3;
+    std::string only;
     std::vector<Shape> shapes;
-    for (int i = 2; i < argc; i++) {
+    for (int i = 1; i < argc; i++) {
+      const std::string argument = argv[i];
       Shape s{};
-      if (std::sscanf(argv[i], "%d,%d,%d,%d", &s.batch, &s.context, &s.n_heads, &s.n_kv_heads) !=
-          4) {
-        std::fprintf(stderr, "expected batch,context,heads,kv_heads, got %s\n", argv[i]);
+      if (argument == "-s" && i + 1 < argc) {
+        only = argv[++i];
+      } else if (argument.find(',') == std::string::npos && std::atof(argv[i]) > 0) {
+        budget = std::atof(argv[i]);
+      } else if (std::sscanf(argv[i], "%d,%d,%d,%d,%d", &s.batch, &s.context, &s.n_heads,
+                             &s.n_kv_heads, &s.n_layers) >= 4) {
+        shapes.push_back(s);
+      } else {
+        std::fprintf(stderr,
+                     "usage: %s [-s setting] [seconds] [batch,context,heads,kv_heads[,layers] "
+                     "...], not %s\n",
+                     argv[0], argv[i]);
         return 2;
       }
-      shapes.push_back(s);
     }
     // The shapes of the goals, then the rest.
     if (shapes.empty()) {
-      shapes = {{8, 32768, 32, 8}, {1, 32768, 32, 8},  {1, 131072, 32, 8}, {8, 4096, 32, 8},
-                {32, 4096, 32, 8}, {8, 32768, 32, 32}, {1, 32768, 32, 32}, {32, 32768, 32, 8}};
+      shapes = {{8, 32768, 32, 8, 0},  {1, 32768, 32, 8, 0},  {1, 131072, 32, 8, 0},
+                {8, 4096, 32, 8, 0},   {32, 4096, 32, 8, 0},  {8, 32768, 32, 32, 0},
+                {1, 32768, 32, 32, 0}, {32, 32768, 32, 8, 0}, {8, 32768, 64, 8, 0}};
     }
     const DeviceProperties device = open_device();
     const Stream stream = make_stream();
@@ -243,11 +234,8 @@ int main(int argc, char** argv) {
     std::printf("{\"device\": \"%s\", \"sm\": %d, \"copy_bandwidth\": %.4g}\n", device.name.c_str(),
                 device.compute_capability, bandwidth);
     for (const Shape& shape : shapes) {
-      for (const Setting& setting :
-           {Setting{"dense f16", 0, 0, DType::kF16}, Setting{"f16 56 %", 0.5, 0.5, DType::kF16},
-            Setting{"f16 37.5 %", 0.625, 0.75, DType::kF16},
-            Setting{"int8 22.7 %", 0.625, 0.75, DType::kInt8},
-            Setting{"int4 19.5 %", 0.5, 0.5, DType::kInt4}}) {
+      for (const Setting& setting : kSettings) {
+        if (std::string(setting.name).find(only) == std::string::npos) continue;
         try {
           all_good = run(shape, setting, bandwidth, budget, stream) && all_good;
         } catch (const Error& error) {

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""PyTorch's dense fp16 decode attention (flash, cuDNN) at the shapes of mustafar_cuda_bench.
+"""PyTorch's dense fp16 attention (flash, cuDNN) at the shapes of the GPU benchmarks: decode, prefill.
 
-Prints JSON lines. Layers' caches are rotated so that every call reads cold memory.
+    bench_torch_attention.py [batch,context,heads,kv_heads ...]
+
+Prints JSON lines. In decode, layers' caches are rotated so that every call reads cold memory.
 """
 
 from __future__ import annotations
@@ -60,8 +62,43 @@ def measure(batch: int, context: int, heads: int, kv_heads: int, backend: SDPBac
     return sorted(times)[3]
 
 
+def measure_prefill(tokens: int, backend: SDPBackend) -> float:
+    """Microseconds of one causal layer over a prompt, 32/8 heads x 128: the median of seven."""
+    query = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(2, 1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> None:
+        functional.scaled_dot_product_attention(
+            query, cache[0], cache[1], is_causal=True, enable_gqa=True
+        )
+
+    times = []
+    with sdpa_kernel([backend]):
+        for _ in range(3):
+            step()
+        for _ in range(7):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000)
+    return sorted(times)[3]
+
+
 def main() -> int:
-    for shape in SHAPES:
+    shapes = [tuple(int(n) for n in text.split(",")) for text in sys.argv[1:]] or SHAPES
+    for tokens in (4096, 32768):
+        for name, backend in BACKENDS.items():
+            entry: dict[str, object] = {"kernel": f"torch {name}", "prefill": tokens}
+            try:
+                us = measure_prefill(tokens, backend)
+                entry["us"] = round(us, 1)
+                entry["tflops"] = round(4 * 128 * 32 * tokens * (tokens + 1) / 2 / us * 1e-6, 1)
+            except RuntimeError as error:
+                entry["error"] = str(error).splitlines()[0]
+            print(json.dumps(entry), flush=True)
+    for shape in shapes:
         for name, backend in BACKENDS.items():
             row: dict[str, object] = {
                 "kernel": f"torch {name}",

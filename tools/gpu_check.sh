@@ -1,45 +1,87 @@
 #!/usr/bin/env bash
-# Builds for the GPU at hand, tests, measures and checks on it; one results folder, written anew after
-# every stage. Fits into 9 minutes on a 16-core machine with an H200; no network needed.
+# Tests, measures and checks on the GPU at hand what tools/gpu_prebuild.sh built, without a compiler,
+# libraries of ours or a network; one results folder, written anew after every stage.
 #
-#   tools/gpu_check.sh [-n] [-o folder] [-a 90a] [-t seconds] [-d folder] [stage ...]
+#   tools/gpu_check.sh [-n] [-p prebuilt] [-o results] [-t seconds] [stage ...]
 #
-# Stages, all by default: build test bench torch sanitize sass. -n prints what would run. -t: seconds in
-# all. -d: where libraries that the machine lacks were unpacked (headers and archives of PCRE2,
-# nlohmann-json and GoogleTest, e.g. by dpkg -x), searched first.
+# Where a GPU is lent for 15 minutes, in two calls with the prebuilt folder carried along:
+#
+#   tools/gpu_check.sh -o "$OUT" -t 280 first
+#   tools/gpu_check.sh -o "$OUT" -t 400 second
+#
+# Stages: environment smoke kernels sessions bench prefill linear torch model profile step more
+# sanitize; "first" (the default) is the first eleven, "second" adds the last two. -n prints what would
+# run. -p: .gpu. -t: seconds in all, 280.
 #
 # A stage that fails, outlives its limit or finds no tool does not stop the next one. Exit status: 0
 # all passed, 1 one failed, 3 none failed but one could not run.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
-out=${OUT:-results}/gpu_check
-arch=90a total=540 libraries='' dry=''
-while getopts "no:a:t:d:" option; do
+out=${OUT:-results/gpu_check}
+prebuilt=.gpu total=280 dry=''
+while getopts "no:p:t:" option; do
   case $option in
     n) dry=yes ;;
     o) out=$OPTARG ;;
-    a) arch=$OPTARG ;;
+    p) prebuilt=$OPTARG ;;
     t) total=$OPTARG ;;
-    d) libraries=$OPTARG ;;
     *) exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
-stages=("$@")
-[ ${#stages[@]} -eq 0 ] && stages=(build test bench torch sanitize sass)
-build=build/gpu-check
+first=(environment smoke kernels sessions bench prefill linear torch model profile step)
+stages=()
+for stage in "${@:-first}"; do
+  case $stage in
+    first) stages+=("${first[@]}") ;;
+    second) stages+=("${first[@]}" more sanitize) ;;
+    *) stages+=("$stage") ;;
+  esac
+done
 scratch=$(mktemp -d)
+bin=$scratch/bin
 trap 'rm -rf "$scratch"' EXIT
 raw=$scratch/raw  # what the stages print; packed into one file of the results
 python=$(command -v python3 || true)
 failed=0 missing=0
+# The trained tests look for checkpoints beside their source tree.
+export MUSTAFAR_SOURCE_DIR=$scratch/repo
+mkdir "$scratch/repo"
+ln -s "$PWD/python" "$scratch/repo/python"
+ln -s "$(realpath -m "$prebuilt")/shared" "$scratch/shared"
+if [ -e "$prebuilt/bin.tar.gz" ]; then tar -xzf "$prebuilt/bin.tar.gz" -C "$scratch"; fi
 
 # note STAGE TEXT: how a stage ended.
 note() { echo "$1: $2" | tee -a "$raw/stages.txt"; }
 unavailable() {
   note "$1" "not available: $2"
   missing=1
+}
+
+# verdict NAME STATUS SECONDS LIMIT: notes how a command ended whose output is NAME.log.
+verdict() {
+  local name=$1 status=$2 took=$3 limit=$4 skipped tests=''
+  case $status in
+    0)
+      skipped=$(sed -n 's/^\[  SKIPPED \] \([0-9]*\) test.*/\1/p' "$raw/$name.log" | head -1)
+      if [ -n "$skipped" ]; then
+        tests=", $skipped tests SKIPPED"
+        if ! grep -q '^\[  PASSED  \] [1-9]' "$raw/$name.log"; then
+          unavailable "$name" "every test was skipped"
+          return 1
+        fi
+      fi
+      note "$name" "passed in $took s$tests"
+      return 0
+      ;;
+    124) note "$name" "failed: stopped after $limit s" ;;
+    *) note "$name" "failed with status $status in $took s" ;;
+  esac
+  failed=1
+  grep -aE '^\[  FAILED  \]|[Ee]rror|ERROR' "$raw/$name.log" | head -5
+  tail -3 "$raw/$name.log"
+  return 1
 }
 
 # step NAME SECONDS COMMAND...: a part of a stage, its output in NAME.log.
@@ -57,26 +99,37 @@ step() {
   fi
   [ "$limit" -gt $left ] && limit=$left
   timeout "$limit" "$@" > "$raw/$name.log" 2>&1 || status=$?
-  local took=$((SECONDS - start)) tests='' skipped
-  case $status in
-    0)
-      skipped=$(sed -n 's/^\[  SKIPPED \] \([0-9]*\) test.*/\1/p' "$raw/$name.log" | head -1)
-      if [ -n "$skipped" ]; then
-        tests=", $skipped tests SKIPPED"
-        if ! grep -q '^\[  PASSED  \] [1-9]' "$raw/$name.log"; then
-          unavailable "$name" "every test was skipped"
-          return 1
-        fi
-      fi
-      note "$name" "passed in $took s$tests"
-      ;;
-    124) note "$name" "failed: stopped after $limit s" ;;
-    *) note "$name" "failed with status $status in $took s" ;;
-  esac
-  [ $status -eq 0 ] && return 0
-  failed=1
-  tail -5 "$raw/$name.log"
-  return 1
+  verdict "$name" $status $((SECONDS - start)) "$limit"
+}
+
+# suites PROGRAM SECONDS FILTER: the test suites that match, each in a process of its own, several at a
+# time: what one breaks on the device does not spoil the next.
+suites() {
+  local program=$1 limit=$2 filter=$3 suite start=$SECONDS
+  if [ -n "$dry" ]; then
+    echo "$program $filter ($limit s), suite by suite"
+    return 0
+  fi
+  [ $((total - SECONDS)) -lt "$limit" ] && limit=$((total - SECONDS))
+  [ "$limit" -lt 5 ] && { note "$program" "not run: the $total s are over"; missing=1; return 1; }
+  local names=()
+  mapfile -t names < <("$bin/$program" --gtest_list_tests "--gtest_filter=$filter" |
+    sed -n 's/^\([^ ]*\)\.\( .*\)\?$/\1/p')
+  for suite in "${names[@]}"; do
+    while [ "$(jobs -rp | wc -l)" -ge 8 ]; do sleep 0.1; done
+    (
+      name=${suite//\//_}
+      status=0
+      timeout "$limit" "$bin/$program" "--gtest_filter=$suite.*" > "$raw/$name.log" 2>&1 || status=$?
+      echo "$status $SECONDS" > "$scratch/$name.end"
+    ) &
+  done
+  wait
+  for suite in "${names[@]}"; do
+    local name=${suite//\//_} status took
+    read -r status took < "$scratch/$name.end"
+    verdict "$name" "$status" $((took - start)) "$limit"
+  done
 }
 
 # needs STAGE WHAT CONDITION...: whether a stage can run; says so where it can't.
@@ -84,68 +137,135 @@ needs() {
   local stage=$1 what=$2
   shift 2
   "$@" > /dev/null 2>&1 && return 0
-  if [ -n "$dry" ]; then echo "$stage: not available: $what"; else unavailable "$stage" "$what"; fi
+  if [ -n "$dry" ]; then
+    echo "$stage: not available here: $what"
+    return 0
+  fi
+  unavailable "$stage" "$what"
   return 1
 }
 has_gpu() { nvidia-smi -L; }
 has_torch() {
   [ -n "$python" ] && "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'
 }
-built() { [ -n "$dry" ] || [ -x "$1" ]; }
-
-stage_build() {
-  needs build nvcc command -v nvcc || return
-  needs build cmake command -v cmake || return
-  local options=(-DCMAKE_BUILD_TYPE=Release -DMUSTAFAR_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch"
-    -DMUSTAFAR_BUILD_TESTS=ON -DMUSTAFAR_BUILD_PYTHON=OFF -DMUSTAFAR_BUILD_CLI=OFF)
-  command -v ninja > /dev/null && options+=(-G Ninja)
-  [ -n "$libraries" ] && options+=("-DCMAKE_PREFIX_PATH=$(realpath "$libraries")/usr")
-  step configure 60 cmake -S . -B $build/tree "${options[@]}" || return
-  step build 240 cmake --build $build/tree -j "$(nproc)" \
-    --target mustafar_tests mustafar_cuda_bench
+# program STAGE NAME: whether a GPU and the prebuilt program are there.
+program() {
+  needs "$1" "an NVIDIA GPU" has_gpu && needs "$1" "$2 in $prebuilt/bin.tar.gz (tools/gpu_prebuild.sh)" test -x "$bin/$2"
 }
 
-stage_test() {
-  needs test "an NVIDIA GPU" has_gpu || return
-  needs test "the test program" built $build/tree/tests/mustafar_tests || return
-  step test 90 $build/tree/tests/mustafar_tests --gtest_filter='Cuda*'
+stage_environment() {
+  needs environment "an NVIDIA GPU" has_gpu || return
+  step environment 20 bash -c 'nvidia-smi; uname -r; nproc; free -g'
 }
 
+# One small shape at every setting: a broken kernel shows here, and compute-sanitizer says where.
+stage_smoke() {
+  program smoke mustafar_cuda_bench || return
+  step smoke 40 "$bin/mustafar_cuda_bench" 0.02 2,1000,32,8,2 && [ -z "$dry" ] && return
+  needs smoke_memcheck compute-sanitizer command -v compute-sanitizer || return
+  step smoke_memcheck 60 compute-sanitizer "$bin/mustafar_cuda_bench" 0.01 2,300,32,8,2
+}
+
+stage_kernels() {
+  program kernels mustafar_cuda_kernel_tests || return
+  suites mustafar_cuda_kernel_tests 90 '*'
+}
+
+stage_sessions() {
+  program sessions mustafar_tests || return
+  suites mustafar_tests 90 'Cuda*:*WholeModel*-*Slow*'
+}
+
+bench_shapes() {
+  local shape
+  for shape in "$@"; do
+    step "bench_${shape//,/_}" 60 "$bin/mustafar_cuda_bench" 0.15 "$shape"
+  done
+}
+shapes=(8,32768,32,8 1,32768,32,8 1,16640,32,8 8,4096,32,8 8,32768,64,8)
+more_shapes=(1,131072,32,8 32,4096,32,8 8,32768,32,32 32,32768,32,8)
 stage_bench() {
-  needs bench "an NVIDIA GPU" has_gpu || return
-  needs bench "the benchmark" built $build/tree/tools/mustafar_cuda_bench || return
-  step bench 120 $build/tree/tools/mustafar_cuda_bench 0.2
+  program bench mustafar_cuda_bench || return
+  bench_shapes "${shapes[@]}"
+}
+stage_more() {
+  program more mustafar_cuda_bench || return
+  bench_shapes "${more_shapes[@]}" 2,32768,32,8,32
+  needs more_torch "PyTorch with CUDA" has_torch || return
+  step torch_more 60 "$python" tools/bench_torch_attention.py "${more_shapes[@]}"
+}
+
+stage_prefill() {
+  program prefill mustafar_cuda_prefill_bench || return
+  step prefill 60 "$bin/mustafar_cuda_prefill_bench"
+}
+
+stage_linear() {
+  program linear mustafar_cuda_linear_bench || return
+  step linear 60 "$bin/mustafar_cuda_linear_bench" 0.03
 }
 
 stage_torch() {
   needs torch "PyTorch with CUDA" has_torch || return
-  step torch 60 "$python" tools/bench_torch_attention.py
+  step torch 60 "$python" tools/bench_torch_attention.py "${shapes[@]}"
+}
+
+# Whole models of random weights, end to end.
+stage_model() {
+  program model mustafar || return
+  step model_8b 100 "$bin/mustafar" bench --shape llama-3-8b --device cuda --dtype bf16 -r 3 -p 2048 \
+    -n 64 --kv dense lossless -o md
+  step model_1b 60 "$bin/mustafar" bench --shape llama-3.2-1b --device cuda --dtype bf16 -r 3 -p 2048 \
+    -n 64 -d 0,32768 --kv dense lossless mustafar -o md
+}
+
+# What bounds the kernels, by the hardware's counters.
+stage_profile() {
+  program profile mustafar_cuda_bench || return
+  needs profile ncu command -v ncu || return
+  local setting sections=(--section SpeedOfLight --section MemoryWorkloadAnalysis --section Occupancy
+    --section LaunchStats --section WarpStateStats --section SchedulerStats
+    --section ComputeWorkloadAnalysis)
+  for setting in "dense f16" "dense int8" "f16 37.5" "int8 22.7"; do
+    step "ncu_${setting// /_}" 40 ncu --clock-control none -k regex:decode_attention -c 1 \
+      "${sections[@]}" "$bin/mustafar_cuda_bench" -s "$setting" 0.01 8,32768,32,8
+  done
+  step ncu_prefill 40 ncu --clock-control none -k regex:prefill_attention -c 2 "${sections[@]}" \
+    "$bin/mustafar_cuda_prefill_bench"
+}
+
+# Time of every kernel of two decode steps of two layers of an 8B model.
+stage_step() {
+  program step mustafar || return
+  needs step ncu command -v ncu || return
+  step step 60 ncu --clock-control none --metrics gpu__time_duration.sum -c 120 --csv \
+    "$bin/mustafar" bench --shape llama-3-8b:2 --device cuda --dtype bf16 -r 1 -p 0 -n 4 -d 4096 \
+    --kv lossless
 }
 
 stage_sanitize() {
+  program sanitize mustafar_cuda_kernel_tests || return
   needs sanitize compute-sanitizer command -v compute-sanitizer || return
-  needs sanitize "an NVIDIA GPU" has_gpu || return
-  needs sanitize "the test program" built $build/tree/tests/mustafar_tests || return
   local tool
   for tool in memcheck racecheck synccheck; do
-    step $tool 40 compute-sanitizer --tool $tool --error-exitcode 9 \
-      $build/tree/tests/mustafar_tests --gtest_filter='CudaSession.EqualsTheCpu*'
+    step $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+      "$bin/mustafar_cuda_kernel_tests" "--gtest_filter=${MUSTAFAR_SANITIZE_FILTER:-*128*}"
   done
-}
-
-stage_sass() {
-  needs sass Python command -v python3 || return
-  needs sass cuobjdump command -v cuobjdump || return
-  needs sass "the kernels" built $build/tree/tests/mustafar_tests || return
-  local objects=()
-  mapfile -t objects < <(find $build/tree/cuda -name 'decode_attention_*.o' 2> /dev/null)
-  step sass 60 "$python" tools/sass_count.py "${objects[@]}" --ptxas "$raw/build.log" \
-    --markdown "$raw/sass.md"
 }
 
 for stage in "${stages[@]}"; do
   declare -F "stage_$stage" > /dev/null || { echo "no stage $stage" >&2; exit 2; }
 done
+# cuBLASLt as PyTorch brings it, where the loader's own places have none.
+if [ -z "${MUSTAFAR_CUBLASLT:-}" ] && [ -n "$python" ]; then
+  library=$("$python" -c 'import glob, site, sys
+for folder in site.getsitepackages() + sys.path:
+    found = glob.glob(folder + "/nvidia/*/lib/libcublasLt.so.*")
+    if found:
+        print(found[0])
+        break' 2> /dev/null)
+  [ -n "$library" ] && export MUSTAFAR_CUBLASLT=$library
+fi
 if [ -n "$dry" ]; then
   for stage in "${stages[@]}"; do "stage_$stage"; done
   exit 0
@@ -153,15 +273,13 @@ fi
 
 mkdir -p "$raw" "$out" || exit 2
 : > "$raw/stages.txt"
-version=$(nvcc --version 2> /dev/null | sed -n 's/^Cuda compilation tools, //p')
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2> /dev/null | head -1)
 {
-  echo "commit $(git rev-parse HEAD 2> /dev/null || echo unknown)"
-  echo "cuda_hash $(cat cuda/*.cu cuda/*.cuh cuda/*.cc cuda/*.h | sha256sum | cut -c1-16)"
+  cat "$prebuilt/build.txt" 2> /dev/null || echo "build not available"
   echo "gpu ${gpu:-not available}"
-  echo "nvcc ${version:-not available}"
-  echo "architecture sm_$arch"
+  echo "cublaslt ${MUSTAFAR_CUBLASLT:-where the loader finds it}"
 } > "$raw/machine.txt"
+cp "$prebuilt/sass.md" "$raw/" 2> /dev/null
 for stage in "${stages[@]}"; do
   "stage_$stage"
   tar -czf "$out/raw.tar.gz" -C "$scratch" raw

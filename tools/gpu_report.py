@@ -126,13 +126,26 @@ def table_lines(rows: list[Row], best: dict[Shape, Row]) -> list[str]:
     return lines
 
 
+def any_table(rows: list[Row]) -> list[str]:
+    """Rows of any keys, a column each, in the order in which keys first come."""
+    if not rows:
+        return ["not measured"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    for row in rows:
+        cells = (str(row.get(key, "")).replace("|", "/") for key in keys)
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def report(raw: Path) -> tuple[str, dict[str, Any]]:
     """Markdown and JSON of a folder of raw outputs; parts that are not there are said to be."""
     machine = dict(line.split(" ", 1) for line in (raw / "machine.txt").read_text().splitlines())
     stages = dict(
         line.split(": ", 1) for line in (raw / "stages.txt").read_text().splitlines() if line
     )
-    printed = rows_of(raw / "bench.log") + rows_of(raw / "torch.log")
+    logs = sorted([*raw.glob("bench*.log"), *raw.glob("torch*.log")])
+    printed = [row for log in logs for row in rows_of(log)]
     rows = [r for r in printed if all(key in r for key in (*SHAPE, "kernel", "setting"))]
     devices = [r for r in printed if "copy_bandwidth" in r]
     best = best_dense(rows)
@@ -144,6 +157,13 @@ def report(raw: Path) -> tuple[str, dict[str, Any]]:
     lines += ["", "## Goals", "", *goals]
     lines += ["", "## Decode attention", ""]
     lines += table_lines(rows, best) if rows else ["not measured"]
+    for title, name in (("Prefill attention", "prefill"), ("Linear layers", "linear")):
+        other = rows_of(raw / f"{name}.log")
+        if name == "prefill":
+            other += [row for row in printed if "prefill" in row]
+        lines += ["", f"## {title}", "", *any_table(other)]
+    for log in sorted(raw.glob("model_*.log")):
+        lines += ["", f"## {log.stem}", "", log.read_text(errors="replace").rstrip()]
     sass = raw / "sass.md"
     if sass.exists():
         lines += ["", "## Instructions", "", sass.read_text().rstrip()]

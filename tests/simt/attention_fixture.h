@@ -1,14 +1,17 @@
 // Runs the attention kernels over RandomCache sequences (tests/cpp/kv_test_util.h).
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <vector>
 
 #include "cuda/attention.h"
 #include "cuda/step_views.h"
+#include "device_memory.h"
 #include "kv_test_util.h"
-#include "simt.h"
 
 namespace mustafar::cuda {
 
@@ -19,22 +22,65 @@ inline std::vector<float> random_queries(int64_t n, uint32_t seed) {
   return q;
 }
 
+// A cache as it is now, in device memory: its pages in reverse, so that none follows its
+// predecessor.
+class DeviceCache {
+ public:
+  explicit DeviceCache(testing::RandomCache& cache)
+      : step_(cache.step()),
+        pages_(cache.layout().page_bytes * step_.n_blocks + kSlabSlack, "the pages"),
+        table_(int64_t{step_.n_blocks}, "the page table"),
+        dense_(dtype_bytes(cache.shape().tail, int64_t{cache.shape().n_layers} * 2 *
+                                                   cache.shape().n_kv_heads * step_.dense_capacity *
+                                                   cache.shape().head_dim),
+               "the dense buffer") {
+    const int64_t page_bytes = cache.layout().page_bytes;
+    for (int32_t b = 0; b < step_.n_blocks; b++) {
+      const int64_t at = (step_.n_blocks - 1 - b) * page_bytes;
+      std::memcpy(pages_.host() + at, cache.page(b), page_bytes);
+      table_.host()[b] = pages_.device() + at;
+    }
+    std::memcpy(dense_.host(), step_.dense, dense_.bytes());
+    pages_.upload();
+    table_.upload();
+    dense_.upload();
+  }
+
+  // Of the step as it was; its transform, if any, already names device memory.
+  SequenceView view() const {
+    SequenceView view = view_of(step_);
+    view.pages = table_.device();
+    view.dense = dense_.device();
+    return view;
+  }
+
+ private:
+  SequenceStep step_;
+  DeviceMemory pages_;
+  DeviceArray<const uint8_t*> table_;
+  DeviceMemory dense_;
+};
+
 // One decode step, a row per cache; output and partials poisoned and guarded. fast: by the
-// tensor-core kernels (which must take the layout), else by the plain one.
+// tensor-core kernels (which must take the layout), else by the plain one. transform: its matrices
+// are on the device.
 inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>& caches,
                                         int32_t layer, const std::vector<float>& q, bool fast,
                                         const KVTransform* transform = nullptr) {
   const testing::CacheShape& shape = caches[0]->shape();
-  std::vector<SequenceView> views;
+  std::vector<std::unique_ptr<DeviceCache>> copies;
+  std::vector<SequenceView> sequences;
   AttentionArgs args;
   for (size_t i = 0; i < caches.size(); i++) {
     SequenceStep& step = caches[i]->step();
     step.row0 = static_cast<int32_t>(i);
     step.transform = transform;
-    views.push_back(view_of(step));
+    copies.push_back(std::make_unique<DeviceCache>(*caches[i]));
+    sequences.push_back(copies.back()->view());
     args.max_splits = std::max(args.max_splits, n_decode_splits(step.n_blocks, step.dense_tokens));
   }
-  args.sequences = views.data();
+  const DeviceArray<SequenceView> views(sequences, "the sequences");
+  args.sequences = views.device();
   args.n_sequences = args.n_rows = static_cast<int32_t>(caches.size());
   args.layout = caches[0]->layout();
   args.tail_dtype = shape.tail;
@@ -42,26 +88,22 @@ inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>
   args.n_kv_heads = shape.n_kv_heads;
   args.n_heads = shape.n_kv_heads * shape.n_queries;
   args.head_dim = shape.head_dim;
-  simt::GuardedMemory q_memory(q.size() * 4), out(q.size() * 4);
-  simt::GuardedMemory partials(int64_t{args.n_rows} * args.n_heads * args.max_splits *
-                               (args.head_dim + 2) * 4);
-  std::memcpy(q_memory.data(), q.data(), q.size() * 4);
-  std::memset(partials.data(), 0xff, partials.bytes());
-  std::memset(out.data(), 0xff, out.bytes());
-  args.q = reinterpret_cast<const float*>(q_memory.data());
-  args.partials = reinterpret_cast<float*>(partials.data());
-  args.out = reinterpret_cast<float*>(out.data());
+  const DeviceArray<float> queries(q, "the queries");
+  DeviceArray<float> out(static_cast<int64_t>(q.size()), "the output");
+  DeviceArray<float> partials(
+      int64_t{args.n_rows} * args.n_heads * args.max_splits * (args.head_dim + 2), "the partials");
+  args.q = queries.device();
+  args.partials = partials.device();
+  args.out = out.device();
   if (fast) {
     EXPECT_TRUE(decode_attention_fast(args, nullptr));
   } else {
     attention_plain(args, nullptr);
   }
   combine_attention(args, nullptr);
-  partials.check("partials");
-  out.check("output");
-  std::vector<float> result(q.size());
-  std::memcpy(result.data(), out.data(), out.bytes());
-  return result;
+  partials.download();
+  out.download();
+  return {out.host(), out.host() + q.size()};
 }
 
 }  // namespace mustafar::cuda

@@ -11,10 +11,10 @@
 #include "backend/cpu/commit.h"
 #include "cuda/compress.h"
 #include "cuda/step_views.h"
+#include "device_memory.h"
 #include "kv_test_util.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
-#include "simt.h"
 
 namespace mustafar::cuda {
 namespace {
@@ -48,19 +48,17 @@ class Commit {
     layout_ = make_store_layout(kLayers, kHeads, slot(true, c.k), slot(false, c.v));
     dense_ = rows(kLayers * 2 * kHeads * kDenseCapacity);
     fresh_ = rows(2 * kHeads * kFreshTokens);
-    magnitude_.resize(size_t{kLayers} * kHeads * kQueryWindow * c.head_dim);
-    weights_.resize(size_t{kLayers} * kHeads * c.head_dim);
-    for (float& x : magnitude_) x = std::fabs(random_normal(random_));
-    for (float& x : weights_) x = std::fabs(random_normal(random_));
-    transform_.k_weight = transform_.v_weight = weights_.data();
+    magnitude_ = sizes(int64_t{kLayers} * kHeads * kQueryWindow * c.head_dim);
+    weights_ = sizes(int64_t{kLayers} * kHeads * c.head_dim);
+    transform_.k_weight = transform_.v_weight = weights_->host();
     sequence_.layout = &layout_;
-    sequence_.dense = dense_->data();
+    sequence_.dense = dense_->host();
     sequence_.dense_capacity = kDenseCapacity;
     sequence_.dense_tokens = kDenseTokens;
     sequence_.n_sinks = kSinks;
-    sequence_.fresh = fresh_->data();
+    sequence_.fresh = fresh_->host();
     sequence_.fresh_capacity = kFreshTokens;
-    sequence_.query_magnitude = magnitude_.data();
+    sequence_.query_magnitude = magnitude_->host();
     sequence_.query_window = kQueryWindow;
     step_.sequence = &sequence_;
     step_.dense_tokens = kDenseTokens;
@@ -76,7 +74,7 @@ class Commit {
   // Value d of row `index` of the run, head 0 of layer 1.
   void set(int kind, int32_t index, int32_t d, float x) {
     ASSERT_GE(index, kDenseTokens);
-    store_float(fresh_->data(), case_.tail,
+    store_float(fresh_->host(), case_.tail,
                 (int64_t{kind} * kHeads * kFreshTokens + index - kDenseTokens) * case_.head_dim + d,
                 x);
   }
@@ -85,58 +83,71 @@ class Commit {
   std::vector<uint8_t> on_cpu() {
     ThreadPool pool(1);
     HostBuffer scratch;
-    return page([&] {
-      commit_blocks(pool, detect_isa(), case_.tail, 0, {&step_, 1}, 0, kLayers, scratch);
-    });
+    HostBuffer page(layout_.page_bytes), dense_out(dense_->bytes());
+    std::memset(page.data(), 0xff, layout_.page_bytes);
+    uint8_t* const address = page.as<uint8_t>();
+    step_.new_pages = &address;
+    step_.dense_out = dense_out.data();
+    commit_blocks(pool, detect_isa(), case_.tail, 0, {&step_, 1}, 0, kLayers, scratch);
+    return {address, address + layout_.page_bytes};
   }
 
   std::vector<uint8_t> on_device() {
-    return page([&] {
-      const CommitView view = view_of(step_);
-      CompressArgs args;
-      args.steps = &view;
-      args.n_steps = 1;
-      args.max_new_blocks = kNewBlocks;
-      args.layout = layout_;
-      args.n_layers = kLayers;
-      args.tail_dtype = case_.tail;
-      args.bad_row = &bad_row;
-      compress(args, nullptr);
-    });
+    DeviceMemory page(layout_.page_bytes, "the page");
+    const DeviceArray<uint8_t*> address(std::vector<uint8_t*>{page.device()});
+    dense_->upload();
+    fresh_->upload();
+    CommitView view = view_of(step_);
+    view.sequence.dense = dense_->device();
+    view.sequence.fresh = fresh_->device();
+    view.sequence.query_magnitude = magnitude_->device();
+    if (sequence_.transform != nullptr) {
+      view.sequence.k_weight = view.sequence.v_weight = weights_->device();
+    }
+    view.new_pages = address.device();
+    view.dense_out = nullptr;  // move_rest()'s
+    const DeviceArray<CommitView> steps(std::vector<CommitView>{view});
+    DeviceArray<int32_t> bad(std::vector<int32_t>{bad_row}, "bad_row");
+    CompressArgs args;
+    args.steps = steps.device();
+    args.n_steps = 1;
+    args.max_new_blocks = kNewBlocks;
+    args.layout = layout_;
+    args.n_layers = kLayers;
+    args.tail_dtype = case_.tail;
+    args.bad_row = bad.device();
+    compress(args, nullptr);
+    page.download();
+    bad.download();
+    bad_row = *bad.host();
+    return {page.host(), page.host() + layout_.page_bytes};
   }
 
   const StoreLayout& layout() const { return layout_; }
   int32_t bad_row = kAllFinite;
 
  private:
-  std::unique_ptr<simt::GuardedMemory> rows(int64_t n) {
+  std::unique_ptr<DeviceMemory> rows(int64_t n) {
     const int64_t values = n * case_.head_dim;
-    auto memory = std::make_unique<simt::GuardedMemory>(dtype_bytes(case_.tail, values));
+    auto memory = std::make_unique<DeviceMemory>(dtype_bytes(case_.tail, values), "rows");
     for (int64_t i = 0; i < values; i++) {  // ties and zeros are common
       const float x = random_normal(random_);
-      store_float(memory->data(), case_.tail, i, random_() % 4 == 0 ? std::round(x) : x);
+      store_float(memory->host(), case_.tail, i, random_() % 4 == 0 ? std::round(x) : x);
     }
     return memory;
   }
 
-  template <typename Fill>
-  std::vector<uint8_t> page(Fill&& fill) {
-    simt::GuardedMemory memory(layout_.page_bytes);
-    std::memset(memory.data(), 0xff, memory.bytes());
-    simt::GuardedMemory dense_out(dense_->bytes());
-    uint8_t* const address = memory.data();
-    step_.new_pages = &address;
-    step_.dense_out = dense_out.data();
-    fill();
-    memory.check("the page");
-    return {memory.data(), memory.data() + memory.bytes()};
+  std::unique_ptr<DeviceArray<float>> sizes(int64_t n) {
+    std::vector<float> values(n);
+    for (float& x : values) x = std::fabs(random_normal(random_));
+    return std::make_unique<DeviceArray<float>>(values);
   }
 
   Case case_;
   std::mt19937 random_;
   StoreLayout layout_;
-  std::unique_ptr<simt::GuardedMemory> dense_, fresh_;
-  std::vector<float> magnitude_, weights_;
+  std::unique_ptr<DeviceMemory> dense_, fresh_;
+  std::unique_ptr<DeviceArray<float>> magnitude_, weights_;
   KVTransform transform_;
   SequenceStep sequence_;
   CommitStep step_;
@@ -154,7 +165,7 @@ TEST_P(CompressRaggedTest, EqualsTheCpuBackendByteForByte) {
       commit.set(1, 51, 3, -NAN);
     }
     const std::vector<uint8_t> expected = commit.on_cpu();
-    simt::set_seed(profile ? 2 : 1);
+    set_schedule(profile ? 2 : 1);
     const std::vector<uint8_t> page = commit.on_device();
     ASSERT_EQ(page.size(), expected.size());
     const auto differs = std::mismatch(page.begin(), page.end(), expected.begin());

@@ -10,11 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "device_memory.h"
 #include "format/pack.h"
 #include "format/prune.h"
 #include "kv_test_util.h"
 #include "mustafar/kv_config.h"
-#include "simt.h"
 
 namespace mustafar::cuda {
 namespace {
@@ -26,6 +26,7 @@ struct Case {
   DType tail, values;
   double sparsity;
   bool group_pattern;
+  bool many = false;  // several blocks at once, and more left than fills their place
 };
 
 // Two sequences of different lengths, two layers and KV heads, tokens in both dense and fresh.
@@ -41,18 +42,19 @@ class Fixture {
     row_bytes_ = dtype_bytes(c.tail, c.head_dim);
     for (int s = 0; s < 2; s++) {
       Sequence& q = sequences_[s];
-      q.dense_tokens = s == 0 ? 100 : 5;
-      q.fresh_tokens = s == 0 ? 0 : 90;
-      q.n_new_blocks = 1;
-      q.capacity = 160;
+      q.dense_tokens = s == 1 ? 5 : c.many ? 300 : 100;
+      q.fresh_tokens = s == 0 ? 0 : c.many ? 260 : 90;
+      q.n_new_blocks = s == 1 && c.many ? 3 : 1;
+      q.capacity = c.many ? 320 : 160;
       q.n_sinks = s == 0 ? 3 : 0;
       q.dense = fill(2 * 2 * kHeads * q.capacity);
       q.fresh = fill(2 * kHeads * (q.fresh_tokens + 1));
-      q.pages = std::make_unique<simt::GuardedMemory>(layout_.page_bytes * q.n_new_blocks);
-      std::memset(q.pages->data(), 0xff, q.pages->bytes());
+      q.pages = std::make_unique<DeviceMemory>(layout_.page_bytes * q.n_new_blocks, "the pages");
+      std::vector<uint8_t*> addresses;
       for (int b = 0; b < q.n_new_blocks; b++) {
-        q.addresses.push_back(q.pages->data() + b * layout_.page_bytes);
+        addresses.push_back(q.pages->device() + b * layout_.page_bytes);
       }
+      q.addresses = std::make_unique<DeviceArray<uint8_t*>>(addresses);
     }
   }
 
@@ -62,40 +64,51 @@ class Fixture {
     for (int s = 0; s < 2; s++) {
       Sequence& q = sequences_[s];
       CommitView& step = steps[s];
-      step.sequence.dense = q.dense->data();
-      step.sequence.fresh = q.fresh->data();
+      step.sequence.dense = q.dense->device();
+      step.sequence.fresh = q.fresh->device();
+      q.dense->upload();  // with what set() changed
+      q.fresh->upload();
       step.sequence.dense_capacity = q.capacity;
       step.sequence.fresh_capacity = q.fresh_tokens + 1;
       step.sequence.n_sinks = q.n_sinks;
-      step.new_pages = q.addresses.data();
+      step.new_pages = q.addresses->device();
       step.dense_tokens = q.dense_tokens;
       step.fresh_tokens = q.fresh_tokens;
       step.n_new_blocks = q.n_new_blocks;
       step.end_pos = 1000;
-      if (!in_place) q.out = std::make_unique<simt::GuardedMemory>(q.dense->bytes());
-      step.dense_out = in_place ? q.dense->data() : q.out->data();
+      if (!in_place) q.out = std::make_unique<DeviceMemory>(q.dense->bytes(), "dense_out");
+      step.dense_out = in_place ? q.dense->device() : q.out->device();
     }
+    const DeviceArray<CommitView> steps_copy(steps, "the steps");
+    DeviceArray<int32_t> bad(std::vector<int32_t>{bad_row}, "bad_row");
     CompressArgs args;
-    args.steps = steps.data();
+    args.steps = steps_copy.device();
     args.n_steps = 2;
-    args.max_new_blocks = 1;
+    args.max_new_blocks = case_.many ? 3 : 1;
     args.layout = layout_;
     args.first_layer = first_layer;
     args.n_layers = n_layers;
     args.tail_dtype = case_.tail;
-    args.bad_row = &bad_row;
+    args.bad_row = bad.device();
     if (!only_move) compress(args, nullptr);
     move_rest(args, nullptr);
+    bad.download();
+    bad_row = *bad.host();
+    for (Sequence& q : sequences_) {
+      q.pages->download();
+      q.dense->download();
+      if (!in_place) q.out->download();
+    }
   }
 
   // Row `index` of the run dense ++ fresh, as it was at first.
   const uint8_t* row(int s, int32_t layer, int kind, int32_t head, int32_t index) const {
     const Sequence& q = sequences_[s];
     if (index < q.dense_tokens) {
-      return q.dense->data() +
+      return q.dense->host() +
              (((layer * 2 + kind) * kHeads + head) * q.capacity + index) * row_bytes_;
     }
-    return q.fresh->data() +
+    return q.fresh->host() +
            ((kind * kHeads + head) * (q.fresh_tokens + 1) + index - q.dense_tokens) * row_bytes_;
   }
 
@@ -120,7 +133,7 @@ class Fixture {
   }
 
   const uint8_t* slot(int s, int32_t layer, int kind, int32_t head, int32_t block) const {
-    return sequences_[s].addresses[block] +
+    return sequences_[s].pages->host() + block * layout_.page_bytes +
            (kind == 0 ? k_slot_offset(layout_, layer, head) : v_slot_offset(layout_, layer, head));
   }
 
@@ -130,8 +143,8 @@ class Fixture {
 
   struct Sequence {
     int32_t dense_tokens, fresh_tokens, n_new_blocks, capacity, n_sinks;
-    std::unique_ptr<simt::GuardedMemory> dense, fresh, pages, out;
-    std::vector<uint8_t*> addresses;
+    std::unique_ptr<DeviceMemory> dense, fresh, pages, out;
+    std::unique_ptr<DeviceArray<uint8_t*>> addresses;  // of the pages
   };
   Sequence sequences_[2];
   StoreLayout layout_;
@@ -139,13 +152,13 @@ class Fixture {
   int32_t bad_row = kAllFinite;
 
  private:
-  std::unique_ptr<simt::GuardedMemory> fill(int64_t rows) {
-    auto memory = std::make_unique<simt::GuardedMemory>(rows * row_bytes_);
+  std::unique_ptr<DeviceMemory> fill(int64_t rows) {
+    auto memory = std::make_unique<DeviceMemory>(rows * row_bytes_, "rows");
     for (int64_t i = 0; i < rows * case_.head_dim; i++) {
       // Ties and zeros are common.
       const float x = random_normal(random_);
       const float value = random_() % 4 == 0 ? std::round(x) : x;
-      store_float(memory->data(), case_.tail, i, value);
+      store_float(memory->host(), case_.tail, i, value);
     }
     return memory;
   }
@@ -179,7 +192,7 @@ TEST_P(CompressTest, EqualsTheCpuPackerByteForByte) {
     each([&](int s, int kind, int head, int b) {
       expected.push_back(f.expected_slot(s, 1, kind, head, b));
     });
-    simt::set_seed(seed);
+    set_schedule(seed);
     f.run(1, 1, /*in_place=*/false);
     size_t i = 0;
     each([&](int s, int kind, int head, int b) {
@@ -215,7 +228,7 @@ TEST_P(CompressTest, MovesTheRest) {
     size_t n = 0;
     each([&](int s, int kind, int head, int i, int) {
       const Fixture::Sequence& q = f.sequences_[s];
-      const uint8_t* base = in_place ? q.dense->data() : q.out->data();
+      const uint8_t* base = in_place ? q.dense->host() : q.out->host();
       const uint8_t* row = base + ((kind * kHeads + head) * q.capacity + i) * f.row_bytes_;
       ASSERT_EQ(std::memcmp(row, expected[n].data(), expected[n].size()), 0)
           << "sequence " << s << " kind " << kind << " row " << i << " in place " << in_place;
@@ -228,7 +241,7 @@ std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
   return std::string(dtype_name(c.tail)) + "_" + dtype_name(c.values) + "_" +
          std::to_string(c.head_dim) + (c.group_pattern ? "_group_" : "_row_") +
-         std::to_string(static_cast<int>(c.sparsity * 1000));
+         std::to_string(static_cast<int>(c.sparsity * 1000)) + (c.many ? "_many" : "");
 }
 
 constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
@@ -243,6 +256,32 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{96, kF16, kF16, 0.7, false}, Case{256, kBF16, kBF16, 0.7, true},
                       Case{80, kF32, kF32, 0.3, false}, Case{128, kF32, kInt8, 0.7, true}),
     name_of_case);
+INSTANTIATE_TEST_SUITE_P(ManyBlocks, CompressTest,
+                         ::testing::Values(Case{128, kF16, kF16, 0.625, true, true},
+                                           Case{128, kBF16, kInt8, 0.75, true, true},
+                                           Case{24, kF32, kInt4, 0.5, true, true}),
+                         name_of_case);
+
+#if !defined(MUSTAFAR_SIMT)
+// Every tail with every kind of values at the head sizes that models have; on the harness those
+// above stand for them.
+std::vector<Case> every_case() {
+  std::vector<Case> cases;
+  for (const int32_t head_dim : {64, 80, 128, 256}) {
+    for (const DType tail : {kF16, kBF16}) {
+      for (const DType values : {tail, kInt8, kInt4}) {
+        for (const bool group : {true, false}) {
+          for (const double sparsity : {0.0, 0.5, 0.75}) {
+            if (sparsity > 0 || group) cases.push_back({head_dim, tail, values, sparsity, group});
+          }
+        }
+      }
+    }
+  }
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Every, CompressTest, ::testing::ValuesIn(every_case()), name_of_case);
+#endif
 
 TEST(Compress, NonFiniteRowsAreNamed) {
   Fixture f({64, kBF16, kInt8, 0.5, true}, 1);

@@ -29,6 +29,7 @@ constexpr Setting kHalf{"half", 0.5, 0.5, true};
 constexpr Setting kDense{"dense", 0.0, 0.0, true};
 constexpr Setting kMixed{"mixed", 0.0, 0.3, true};
 constexpr Setting kRow{"row", 0.7, 0.7, false};
+constexpr Setting kSparse{"sparse", 0.75, 0.75, true};
 
 CacheShape shape_of(const Types& types, int32_t head_dim, int32_t n_queries, const Setting& s) {
   CacheShape shape;
@@ -49,7 +50,7 @@ void check_batch(const CacheShape& shape, bool fast) {
   const std::vector<RandomCache*> caches = {&a, &b, &c, &d};
   const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
   const std::vector<float> q = random_queries(row * 4, 7);
-  simt::set_seed(3);
+  set_schedule(3);
   const std::vector<float> out = decode_attend(caches, 0, q, fast);
   const double bound = std::max(testing::nmse_bound(shape.tail, shape.values),
                                 shape.tail == DType::kF32 ? 1e-10 : 0.0);
@@ -98,6 +99,97 @@ INSTANTIATE_TEST_SUITE_P(OtherTails, FastDecodeTest,
                                             ::testing::Values(kFirstClass), ::testing::Values(128)),
                          name_of_case);
 
+// Every kernel there is: tail, values, setting, head_dim and one set of up to 4 query heads or two.
+// The harness takes every eleventh, in CI beside those above; a device all.
+using Variant = std::tuple<Types, Setting, int32_t, int32_t>;  // head_dim, queries
+class EveryDecodeTest : public ::testing::TestWithParam<Variant> {};
+
+TEST_P(EveryDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [types, setting, head_dim, n_queries] = GetParam();
+  check_batch(shape_of(types, head_dim, n_queries, setting), true);
+}
+
+std::vector<Variant> every_variant() {
+  std::vector<Variant> variants;
+  int n = 0;
+  for (const Types types : {Types{kF16, kF16}, Types{kBF16, kBF16}, Types{kF16, kInt8},
+                            Types{kBF16, kInt8}, Types{kF16, kInt4}, Types{kBF16, kInt4}}) {
+    for (const Setting& setting : {kFirstClass, kHalf, kDense, kMixed, kRow, kSparse}) {
+      for (const int32_t head_dim : {64, 128}) {
+        for (const int32_t n_queries : {4, 8}) {
+          if (kOnDevice || n++ % 11 == 3) variants.push_back({types, setting, head_dim, n_queries});
+        }
+      }
+    }
+  }
+  return variants;
+}
+
+std::string name_of_variant(const ::testing::TestParamInfo<Variant>& info) {
+  const auto& [types, setting, head_dim, n_queries] = info.param;
+  return std::string(dtype_name(types.tail)) + "_" + dtype_name(types.values) + "_" + setting.name +
+         "_" + std::to_string(head_dim) + "x" + std::to_string(n_queries);
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, EveryDecodeTest, ::testing::ValuesIn(every_variant()),
+                         name_of_variant);
+
+// Contexts of many splits beside short ones; on a device of the length and with the heads that
+// models have.
+class LongDecodeTest : public ::testing::TestWithParam<Types> {};
+
+TEST_P(LongDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  for (const Setting& setting : {kFirstClass, kHalf, kDense}) {
+    SCOPED_TRACE(setting.name);
+    if (!kOnDevice && setting.k_sparsity != 0.625) continue;
+    CacheShape shape = shape_of(GetParam(), 128, 4, setting);
+    shape.n_kv_heads = kOnDevice ? 8 : 1;
+    std::vector<std::unique_ptr<RandomCache>> owned;
+    std::vector<RandomCache*> caches;
+    const std::vector<int32_t> lengths =
+        kOnDevice ? std::vector<int32_t>{255, 256, 129, 0, 513, 31, 3, 64, 1, 2}
+                  : std::vector<int32_t>{40, 0};
+    for (const int32_t n_blocks : lengths) {
+      owned.push_back(std::make_unique<RandomCache>(shape, n_blocks, 40 + n_blocks % 60,
+                                                    static_cast<uint32_t>(n_blocks)));
+      caches.push_back(owned.back().get());
+    }
+    const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
+    const std::vector<float> q = random_queries(row * static_cast<int64_t>(caches.size()), 7);
+    const std::vector<float> out = decode_attend(caches, 0, q, true);
+    for (size_t i = 0; i < caches.size(); i++) {
+      EXPECT_LE(nmse(caches[i]->attend(0, q.data() + i * row), out.data() + i * row),
+                testing::nmse_bound(shape.tail, shape.values))
+          << lengths[i] << " blocks";
+    }
+    const std::vector<float> again = decode_attend(caches, 0, q, true);
+    EXPECT_TRUE(std::equal(out.begin(), out.end(), again.begin())) << "a second run differs";
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, LongDecodeTest,
+                         ::testing::Values(Types{kF16, kF16}, Types{kBF16, kBF16},
+                                           Types{kBF16, kInt8}, Types{kBF16, kInt4}),
+                         [](const ::testing::TestParamInfo<Types>& info) {
+                           return std::string(dtype_name(info.param.tail)) + "_" +
+                                  dtype_name(info.param.values);
+                         });
+
+TEST(FastDecode, EveryLayerReadsItsOwnRows) {
+  for (const Types types : {Types{kF16, kF16}, Types{kBF16, kInt8}, Types{kBF16, kInt4}}) {
+    CacheShape shape = shape_of(types, 128, 4, kFirstClass);
+    shape.n_layers = 3;
+    RandomCache cache(shape, 2, 9, 1);
+    const std::vector<float> q = random_queries(2 * 4 * 128, 7);
+    for (int32_t layer = 0; layer < 3; layer++) {
+      const std::vector<float> out = decode_attend({&cache}, layer, q, true);
+      const double bound = testing::nmse_bound(types.tail, types.values);
+      EXPECT_LE(nmse(cache.attend(layer, q.data()), out.data()), bound) << layer;
+      EXPECT_GT(nmse(cache.attend((layer + 1) % 3, q.data()), out.data()), bound) << layer;
+    }
+  }
+}
+
 // Any number of query heads per KV head, of which up to 8 share a block.
 class QueryHeadsTest : public ::testing::TestWithParam<int32_t> {};
 
@@ -105,6 +197,13 @@ TEST_P(QueryHeadsTest, EqualDenseAttentionOverTheDequantisedRows) {
   check_batch(shape_of({kBF16, kBF16}, 64, GetParam(), kHalf), true);
   check_batch(shape_of({kF16, kInt8}, 128, GetParam(), kFirstClass), true);
   check_batch(shape_of({kBF16, kInt4}, 64, GetParam(), kDense), true);
+}
+
+// The kernels that have a setting compiled in, with two sets of query heads.
+TEST(FastDecode, TwoSetsOfHeadsOfCompiledSettings) {
+  check_batch(shape_of({kF16, kF16}, 128, 8, kHalf), true);
+  check_batch(shape_of({kBF16, kInt8}, 128, 8, kHalf), true);
+  check_batch(shape_of({kF16, kInt4}, 128, 8, kHalf), true);
 }
 
 INSTANTIATE_TEST_SUITE_P(PerKVHead, QueryHeadsTest, ::testing::Values(1, 2, 3, 4, 5, 7, 8, 9, 16),
@@ -139,10 +238,10 @@ TEST(FastDecode, ResultsDoNotDependOnTheScheduleOrTheBatch) {
   RandomCache a(shape, 9, 30, 1), b(shape, 2, 5, 2);
   const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
   const std::vector<float> q = random_queries(row * 2, 7);
-  simt::set_seed(0);
+  set_schedule(0);
   const std::vector<float> alone = decode_attend({&a}, 0, {q.begin(), q.begin() + row}, true);
   for (uint32_t seed = 1; seed < 4; seed++) {
-    simt::set_seed(seed);
+    set_schedule(seed);
     const std::vector<float> both = decode_attend({&a, &b}, 0, q, true);
     EXPECT_TRUE(std::equal(alone.begin(), alone.end(), both.begin())) << "seed " << seed;
   }
@@ -182,20 +281,30 @@ INSTANTIATE_TEST_SUITE_P(Wide, PlainAttentionTest,
                          ::testing::Combine(::testing::Values(Types{kF16, kInt8}),
                                             ::testing::Values(kDense), ::testing::Values(256)),
                          name_of_case);
+INSTANTIATE_TEST_SUITE_P(WideSparse, PlainAttentionTest,
+                         ::testing::Combine(::testing::Values(Types{kBF16, kBF16},
+                                                              Types{kF16, kInt4}),
+                                            ::testing::Values(kFirstClass), ::testing::Values(256)),
+                         name_of_case);
 
 TEST(PlainAttention, RaggedSlots) {
-  CacheShape shape = shape_of({kBF16, kInt8}, 64, 2, kHalf);
-  shape.ragged = true;
-  check_batch(shape, false);
+  for (const Types types : {Types{kBF16, kInt8}, Types{kF16, kInt4}, Types{kBF16, kBF16}}) {
+    CacheShape shape = shape_of(types, 64, 2, kHalf);
+    shape.ragged = true;
+    check_batch(shape, false);
+    shape.head_dim = 128;
+    if (kOnDevice) check_batch(shape, false);
+  }
 }
 
 TEST(PlainAttention, UndoesTheValueTransform) {
   const CacheShape shape = shape_of({kF32, kF32}, 8, 2, kHalf);
   RandomCache cache(shape, 1, 3, 5);
   const std::vector<float> q = random_queries(2 * 2 * 8, 8);
-  std::vector<float> matrix = random_queries(2 * 8 * 8, 9);
+  const std::vector<float> matrix = random_queries(2 * 8 * 8, 9);
+  const DeviceArray<float> matrix_copy(matrix);
   KVTransform transform;
-  transform.v_backward = matrix.data();
+  transform.v_backward = matrix_copy.device();
   const std::vector<double> plain = cache.attend(0, q.data());
   std::vector<double> expected(plain.size());
   for (int head = 0; head < 4; head++) {

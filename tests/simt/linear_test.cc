@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cuda/elementwise.h"
+#include "device_memory.h"
 #include "kv_test_util.h"
-#include "simt.h"
 
 namespace mustafar::cuda {
 namespace {
@@ -20,23 +20,21 @@ using testing::rounded;
 
 constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
 
-// Guarded device memory of floats, or of values in another type.
-class Values {
+// Random numbers of any type on the device, with a mirror to read.
+class Values : public DeviceMemory {
  public:
   Values(int64_t count, DType dtype, uint32_t seed, float scale = 1.0f)
-      : memory_(static_cast<size_t>(dtype_bytes(dtype, count))), dtype_(dtype) {
+      : DeviceMemory(dtype_bytes(dtype, count), "values"), dtype_(dtype) {
     std::mt19937 random(seed);
     for (int64_t i = 0; i < count; i++) {
-      store_float(memory_.data(), dtype, i, random_normal(random) * scale);
+      store_float(host(), dtype, i, random_normal(random) * scale);
     }
+    upload();
   }
-  float operator[](int64_t i) const { return load_float(memory_.data(), dtype_, i); }
-  float* floats() { return reinterpret_cast<float*>(memory_.data()); }
-  void* data() { return memory_.data(); }
-  void poison() { std::memset(memory_.data(), 0xff, memory_.bytes()); }
+  float operator[](int64_t i) const { return load_float(host(), dtype_, i); }
+  float* floats() { return reinterpret_cast<float*>(device()); }
 
  private:
-  simt::GuardedMemory memory_;
   DType dtype_;
 };
 
@@ -57,9 +55,9 @@ void check_linear(const Shape& s, bool tensor_cores) {
   if (!s.accumulate) y0.poison();
   y1.poison();
   LinearArgs args;
-  args.parts[0] = {w0.data(),   s.dtype, s.rows,      s.bias ? bias.floats() : nullptr,
+  args.parts[0] = {w0.device(), s.dtype, s.rows,      s.bias ? bias.floats() : nullptr,
                    y0.floats(), s.rows,  s.accumulate};
-  args.parts[1] = {w1.data(), s.dtype, s.second_rows, nullptr, y1.floats(), s.second_rows, false};
+  args.parts[1] = {w1.device(), s.dtype, s.second_rows, nullptr, y1.floats(), s.second_rows, false};
   args.n_parts = 2;
   args.cols = s.cols;
   args.x = x.floats();
@@ -67,10 +65,12 @@ void check_linear(const Shape& s, bool tensor_cores) {
   if (tensor_cores) {
     ASSERT_TRUE(gemm_takes(args));
     Values packed(s.n * s.cols, s.dtype, 7);
-    gemm(args, packed.data(), nullptr);
+    gemm(args, packed.device(), nullptr);
   } else {
     gemv(args, nullptr);
   }
+  y0.download();
+  y1.download();
   for (int part = 0; part < 2; part++) {
     const Values& w = part == 0 ? w0 : w1;
     const Values& y = part == 0 ? y0 : y1;
@@ -106,19 +106,65 @@ TEST(Gemv, ARowDoesNotDependOnTheBatch) {
   Values w(rows * cols, kF32, 1), x(9 * cols, kF32, 2), alone(rows, kF32, 3),
       all(9 * rows, kF32, 4);
   LinearArgs args;
-  args.parts[0] = {w.data(), kF32, rows, nullptr, all.floats(), rows, false};
+  args.parts[0] = {w.device(), kF32, rows, nullptr, all.floats(), rows, false};
   args.n_parts = 1;
   args.cols = cols;
   args.x = x.floats();
   args.n = 9;
   gemv(args, nullptr);
+  all.download();
   for (const int i : {0, 6, 8}) {
     args.n = 1;
     args.x = x.floats() + i * cols;
     args.parts[0].y = alone.floats();
     gemv(args, nullptr);
-    EXPECT_EQ(std::memcmp(alone.floats(), all.floats() + i * rows, rows * 4), 0) << i;
+    alone.download();
+    EXPECT_EQ(std::memcmp(alone.host(), all.host() + i * rows * 4, rows * 4), 0) << i;
   }
+}
+
+// RMSNorm before and SiLU after, in one launch.
+void check_fused(DType dtype, int32_t n, int64_t rows, int64_t cols, bool gated) {
+  Values gate(rows * cols, dtype, 1, 0.3f), up(rows * cols, dtype, 2, 0.3f);
+  Values x(n * cols, kF32, 3), norm(cols, kF32, 4), bias(rows, kF32, 5);
+  Values y(n * rows, kF32, 6), rest(n * rows, kF32, 7);
+  y.poison();
+  LinearArgs args;
+  args.parts[0] = {gate.device(), dtype, rows, bias.floats(), y.floats(), rows, false};
+  args.parts[1] = {up.device(), dtype, rows, nullptr, rest.floats(), rows, false};
+  args.n_parts = gated ? 2 : 1;
+  args.gated = gated;
+  args.cols = cols;
+  args.x = x.floats();
+  args.n = n;
+  args.norm = norm.floats();
+  args.eps = 1e-2f;
+  gemv(args, nullptr);
+  y.download();
+  for (int32_t i = 0; i < n; i++) {
+    double squares = 0;
+    for (int64_t j = 0; j < cols; j++) squares += double{x[i * cols + j]} * x[i * cols + j];
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-2);
+    for (int64_t row = 0; row < rows; row++) {
+      double g = bias[row], u = 0;
+      for (int64_t j = 0; j < cols; j++) {
+        const double value = x[i * cols + j] * scale * norm[j];
+        g += value * gate[row * cols + j];
+        u += value * up[row * cols + j];
+      }
+      const double want = gated ? g / (1 + std::exp(-g)) * u : g;
+      ASSERT_NEAR(y[i * rows + row], want, 1e-5 * (1 + std::fabs(want)) * (1 + std::fabs(u)))
+          << "row " << row << " of batch row " << i;
+    }
+  }
+}
+
+TEST(Gemv, NormAndGateInPassing) {
+  check_fused(kBF16, 1, 18, 264, true);
+  check_fused(kF16, 5, 7, 72, true);
+  check_fused(kF32, 2, 9, 43, true);  // columns that fill no vector, half a group
+  check_fused(kBF16, 11, 33, 520, false);
+  check_fused(kF32, 1, 5, 2100, false);
 }
 
 TEST(Gemm, EqualsThePlainProduct) {
@@ -132,7 +178,7 @@ TEST(Gemm, RefusesWhatItCannotTake) {
   LinearArgs args;
   args.n_parts = 1;
   args.cols = 12;
-  args.parts[0].weights = w.data();
+  args.parts[0].weights = w.device();
   args.parts[0].dtype = kBF16;
   EXPECT_FALSE(gemm_takes(args));
   args.cols = 16;
@@ -144,8 +190,11 @@ TEST(Gemm, RefusesWhatItCannotTake) {
 TEST(Elementwise, RmsNormOfChosenRows) {
   const int64_t hidden = 300;
   Values x(5 * hidden, kF32, 1), weight(hidden, kF32, 2), out(2 * hidden, kF32, 3);
-  const int32_t rows[] = {4, 1};
-  rms_norm(x.floats(), rows, weight.floats(), 1e-5f, 2, hidden, out.floats(), nullptr);
+  const std::vector<int32_t> rows = {4, 1};
+  const DeviceArray<int32_t> rows_copy(rows);
+  rms_norm(x.floats(), rows_copy.device(), weight.floats(), 1e-5f, 2, hidden, out.floats(),
+           nullptr);
+  out.download();
   for (int i = 0; i < 2; i++) {
     double squares = 0;
     for (int64_t j = 0; j < hidden; j++)
@@ -159,13 +208,16 @@ TEST(Elementwise, RmsNormOfChosenRows) {
 
 TEST(Elementwise, EmbedAndSilu) {
   Values table(7 * 50, kBF16, 1), out(2 * 50, kF32, 2);
-  const int32_t ids[] = {6, 2};
-  embed(table.data(), kBF16, ids, 2, 50, out.floats(), nullptr);
+  const std::vector<int32_t> ids = {6, 2};
+  const DeviceArray<int32_t> ids_copy(ids);
+  embed(table.device(), kBF16, ids_copy.device(), 2, 50, out.floats(), nullptr);
+  out.download();
   for (int i = 0; i < 100; i++) ASSERT_EQ(out[i], table[ids[i / 50] * 50 + i % 50]);
 
   Values gate(300, kF32, 3, 3.0f), up(300, kF32, 4);
   const Values before(300, kF32, 3, 3.0f);
   silu_multiply(gate.floats(), up.floats(), 300, nullptr);
+  gate.download();
   for (int i = 0; i < 300; i++) {
     ASSERT_NEAR(gate[i], before[i] / (1 + std::exp(-double{before[i]})) * up[i], 1e-5);
   }

@@ -8,8 +8,8 @@
 #include <random>
 #include <vector>
 
+#include "device_memory.h"
 #include "runtime/top_select.h"
-#include "simt.h"
 
 namespace mustafar::cuda {
 namespace {
@@ -21,18 +21,15 @@ struct Row {
 
 std::vector<Row> top_of(const std::vector<float>& logits, int64_t n, int32_t k) {
   const int64_t vocab = static_cast<int64_t>(logits.size()) / n;
-  simt::GuardedMemory in(logits.size() * 4), scratch(top_logits_scratch_bytes(n, vocab, k)),
-      out(n * top_logits_row_bytes(k));
-  std::memcpy(in.data(), logits.data(), logits.size() * 4);
-  std::memset(scratch.data(), 0xff, scratch.bytes());
-  std::memset(out.data(), 0xff, out.bytes());
-  top_logits(reinterpret_cast<const float*>(in.data()), n, vocab, k, scratch.data(), out.data(),
-             nullptr);
-  scratch.check("scratch");
-  out.check("output");
+  const DeviceArray<float> in(logits, "the logits");
+  DeviceMemory scratch(top_logits_scratch_bytes(n, vocab, k), "scratch");
+  DeviceMemory out(n * top_logits_row_bytes(k), "the output");
+  top_logits(in.device(), n, vocab, k, scratch.device(), out.device(), nullptr);
+  scratch.download();
+  out.download();
   std::vector<Row> rows(n);
   for (int64_t i = 0; i < n; i++) {
-    const uint8_t* from = out.data() + i * top_logits_row_bytes(k);
+    const uint8_t* from = out.host() + i * top_logits_row_bytes(k);
     std::memcpy(&rows[i].summary, from, sizeof(TopSummary));
     rows[i].pairs.resize(k);
     std::memcpy(rows[i].pairs.data(), from + sizeof(TopSummary), k * sizeof(TopPair));
@@ -62,7 +59,7 @@ TEST(TopLogits, EqualTheSamplersSelection) {
   for (const Case c : {Case{2, 1, 1}, Case{3, 1000, 1}, Case{2, 97, 97}, Case{2, 5000, 40},
                        Case{1, 32000, 1}, Case{2, 9000, 512}, Case{1, kTopChunk, 7}}) {
     const std::vector<float> logits = random_logits(c.n * c.vocab, static_cast<uint32_t>(c.vocab));
-    simt::set_seed(static_cast<uint32_t>(c.k));
+    set_schedule(static_cast<uint32_t>(c.k));
     const std::vector<Row> rows = top_of(logits, c.n, c.k);
     for (int64_t i = 0; i < c.n; i++) {
       SCOPED_TRACE(std::to_string(c.vocab) + " logits, k " + std::to_string(c.k));

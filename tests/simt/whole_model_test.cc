@@ -12,11 +12,12 @@
 
 #include "mustafar/error.h"
 #include "mustafar/session.h"
+#include "source_dir.h"
 
 namespace mustafar {
 namespace {
 
-const std::filesystem::path kSource = MUSTAFAR_SOURCE_DIR;
+const std::filesystem::path kSource = testing::source_dir();
 
 struct Trained {
   const char* name;

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Builds what tools/gpu_check.sh runs on a machine that has a GPU but neither a compiler nor our
+# libraries: programs for one architecture with everything but the driver and cuBLASLt linked in, the
+# checkpoints of the trained tests, and what only the compiler can say (instruction counts).
+#
+#   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs]       folder: .gpu, arch: 90a
+#
+# The folder is made anew; about 20 MiB. CMAKE_ARGS: further arguments of CMake.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+out=.gpu arch=90a jobs=$(nproc)
+while getopts "o:a:j:" option; do
+  case $option in
+    o) out=$OPTARG ;;
+    a) arch=$OPTARG ;;
+    j) jobs=$OPTARG ;;
+    *) exit 2 ;;
+  esac
+done
+build=build/gpu-prebuild
+options=(-DCMAKE_BUILD_TYPE=Release -DMUSTAFAR_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch"
+  -DMUSTAFAR_BUILD_TESTS=ON -DMUSTAFAR_BUILD_CLI=ON -DMUSTAFAR_BUILD_PYTHON=OFF
+  -DMUSTAFAR_WERROR=ON "-DCMAKE_EXE_LINKER_FLAGS=-static-libstdc++ -static-libgcc -s")
+if command -v ccache > /dev/null; then
+  options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
+fi
+# shellcheck disable=SC2086  # CMAKE_ARGS is a list
+cmake -S . -B $build -G Ninja "${options[@]}" ${CMAKE_ARGS:-} > /dev/null
+programs=(cpp/mustafar tests/mustafar_tests tests/cuda/mustafar_cuda_kernel_tests
+  tools/mustafar_cuda_bench tools/mustafar_cuda_prefill_bench tools/mustafar_cuda_linear_bench)
+targets=(mustafar_command "${programs[@]:1}")
+cmake --build $build -j "$jobs" --target "${targets[@]##*/}"
+
+rm -rf "$out" $build/bin
+mkdir -p $build/bin
+mkdir -p "$out/shared/data/models"
+for program in "${programs[@]}"; do ln -f "$build/$program" "$build/bin/"; done
+tar -czf "$out/bin.tar.gz" -C "$build" bin
+for model in ../shared/data/models/story ../shared/data/models/stories260K; do
+  if [ -d "$model" ]; then cp -rL "$model" "$out/shared/data/models/"; fi
+done
+if command -v cuobjdump > /dev/null; then
+  mapfile -t objects < <(find $build/cuda -name 'decode_attention_*.o')
+  python3 tools/sass_count.py "${objects[@]}" --markdown "$out/sass.md" > /dev/null
+else
+  echo "no cuobjdump: instructions are not counted"
+fi
+version=$(nvcc --version | sed -n 's/^Cuda compilation tools, //p')
+dirty=$(git status --porcelain --untracked-files=no | head -1)
+{
+  echo "commit $(git rev-parse HEAD)${dirty:+ with changes}"
+  echo "cuda_hash $(cat cuda/*.cu cuda/*.cuh cuda/*.cc cuda/*.h | sha256sum | cut -c1-16)"
+  echo "nvcc $version"
+  echo "architecture sm_$arch"
+} > "$out/build.txt"
+du -sh "$out"
+cat "$out/build.txt"
