@@ -296,6 +296,20 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 #endif
 }
 
+// Two f16 in one word; what is beyond their range becomes the largest.
+__device__ __forceinline__ uint32_t pack2_f16_saturated(float low, float high) {
+#if defined(MUSTAFAR_SIMT)
+  const auto saturated = [](float x) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  };
+  return pack2<DType::kF16>(saturated(low), saturated(high));
+#else
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
 template <DType kType>
 __device__ __forceinline__ float half_float(uint16_t bits) {
   return kType == DType::kF16 ? f16_float(bits) : bf16_float(bits);

@@ -19,37 +19,64 @@ template <int kDim>
 constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
 template <int kDim>
 constexpr int kSharedBytes =
-    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + 2 * kTileTokens * 4 + kTableBytes;
+    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes;
 
-// The block's 128 pairs: which row and head each is, and how many tokens it sees.
-struct Pairs {
-  int32_t first, all;             // all: of the sequence and KV head
-  int32_t heads, n_heads, head0;  // of the group, of the model, the group's first
-  int32_t row0, sees0;            // the sequence's first row, and what it sees
-
-  __device__ __forceinline__ int32_t clamped(int32_t pair) const {
-    return pair < all ? pair : all - 1;
-  }
-  __device__ __forceinline__ int64_t index(int32_t pair) const {  // of (row, head)
-    return int64_t{row0 + pair / heads} * n_heads + head0 + pair % heads;
-  }
-  __device__ __forceinline__ int32_t sees(int32_t pair) const { return sees0 + pair / heads; }
+// What the kernel is given beside AttentionArgs, worked out once on the host.
+struct PrefillPlan {
+  StoreTiles store;
+  int32_t heads_per_kv;
 };
 
-// The block's queries, scaled for base 2, as a tile of 128 rows.
-template <DType kType, int kDim>
-__device__ __forceinline__ void load_queries(const float* q, const Pairs& pairs, uint8_t* tile) {
+// The block's 128 pairs: which row and head each is, and how many tokens it sees.
+class Pairs {
+ public:
+  __device__ __forceinline__ Pairs(const AttentionArgs& args, const PrefillPlan& plan,
+                                   const SequenceView& s)
+      : args_(args),
+        plan_(plan),
+        // The longest come first.
+        first_(static_cast<int32_t>(gridDim.z - 1 - blockIdx.z) * kPairs),
+        all_(s.n_rows * plan.heads_per_kv),
+        sees0_(s.n_blocks * kBlockTokens + s.dense_tokens + s.pos0 - s.fresh_pos0 + 1) {}
+
+  __device__ __forceinline__ int32_t first() const { return first_; }
+  __device__ __forceinline__ int32_t all() const { return all_; }  // of the sequence and KV head
+  __device__ __forceinline__ int32_t clamped(int32_t pair) const {
+    return pair < all_ ? pair : all_ - 1;
+  }
+  __device__ __forceinline__ int32_t sees(int32_t pair) const {
+    return sees0_ + clamped(pair) / plan_.heads_per_kv;
+  }
+  // Of (row, head) in the batch.
+  __device__ __forceinline__ int64_t index(const SequenceView& s, int32_t pair) const {
+    const int32_t heads = plan_.heads_per_kv;
+    return int64_t{s.row0 + pair / heads} * args_.n_heads + static_cast<int>(blockIdx.x) * heads +
+           pair % heads;
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const PrefillPlan& plan_;
+  int32_t first_, all_, sees0_;
+};
+
+// The block's queries, scaled for base 2, as a tile of 128 rows of f16.
+template <int kDim>
+__device__ __forceinline__ void load_queries(const float* q, const SequenceView& s,
+                                             const Pairs& pairs, uint8_t* tile) {
   constexpr int kChunks = kDim / 8;
   const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < kPairs * kChunks; i += kPrefillThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     const float4* from = reinterpret_cast<const float4*>(
-        q + pairs.index(pairs.clamped(pairs.first + row)) * kDim + chunk * 8);
+        q + pairs.index(s, pairs.clamped(pairs.first() + row)) * kDim + chunk * 8);
     const float4 a = from[0], b = from[1];
     *reinterpret_cast<uint4*>(tile + tile_offset<kDim>(row, chunk)) = {
-        pack2<kType>(a.x * scale, a.y * scale), pack2<kType>(a.z * scale, a.w * scale),
-        pack2<kType>(b.x * scale, b.y * scale), pack2<kType>(b.z * scale, b.w * scale)};
+        pack2_f16_saturated(a.x * scale, a.y * scale),
+        pack2_f16_saturated(a.z * scale, a.w * scale),
+        pack2_f16_saturated(b.x * scale, b.y * scale),
+        pack2_f16_saturated(b.z * scale, b.w * scale)};
   }
 }
 
@@ -91,7 +118,12 @@ class TileSource {
     cp_async_commit();
   }
 
-  // A tile that has been copied to stage 1, into stage 0.
+  // Of a tile that is not expanded, after this thread's copies have come.
+  __device__ __forceinline__ void convert_keys(int in) const {
+    if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
+  }
+
+  // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
   __device__ __forceinline__ void expand(int32_t tile, const uint8_t* table, float* scales) const {
     uint8_t* keys = stage(0);
     uint8_t* values = keys + kTileBytes<kDim>;
@@ -100,12 +132,12 @@ class TileSource {
     if (how_ == StoreTiles::kExpanded) {
       const uint8_t* staged = stage(1);
       const uint8_t* lane_table = table + lane_id() * 4;
-      expand_slot<kType, kDim>(k, staged, lane_table, keys, scales);
-      expand_slot<kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales + kTileTokens);
+      expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
+      expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
     } else {
       const uint8_t* from = s_.pages[tile] + slots();
-      unpack_slot<kType, kDim>(k, from, keys, scales);
-      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales + kTileTokens);
+      unpack_slot<DType::kF16, kDim>(k, from, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales);
     }
   }
 
@@ -127,45 +159,35 @@ class TileSource {
 };
 
 // Blocks per multiprocessor are stated: two hide each other's barriers and expansion.
-template <DType kType, int kDim>
+// kScaled: value tiles hold integer codes, so their scales go to the weights.
+template <DType kType, int kDim, bool kScaled>
 __global__ void __launch_bounds__(kPrefillThreads, 2)
-    prefill_attention_kernel(AttentionArgs args, StoreTiles how) {
+    prefill_attention_kernel(AttentionArgs args, PrefillPlan plan) {
   constexpr int kRowBytes = kDim * 2;
   const SequenceView& s = args.sequences[blockIdx.y];
-  const int kv_head = static_cast<int>(blockIdx.x);
-  Pairs pairs;
-  pairs.heads = args.n_heads / args.n_kv_heads;
-  pairs.n_heads = args.n_heads;
-  pairs.head0 = kv_head * pairs.heads;
-  pairs.row0 = s.row0;
-  pairs.all = s.n_rows * pairs.heads;
-  pairs.sees0 = s.n_blocks * kBlockTokens + s.dense_tokens + s.pos0 - s.fresh_pos0 + 1;
-  pairs.first = static_cast<int32_t>(gridDim.z - 1 - blockIdx.z) * kPairs;  // the longest first
-  if (pairs.first >= pairs.all) return;
+  const Pairs pairs(args, plan, s);
+  if (pairs.first() >= pairs.all()) return;
 
   uint8_t* queries = shared_memory();
   uint8_t* stages = queries + kQueryBytes<kDim>;
-  float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [2 (K, V)][64]
-  uint8_t* table = reinterpret_cast<uint8_t*>(scales + 2 * kTileTokens);
-  const int32_t end = pairs.sees(pairs.clamped(pairs.first + kPairs - 1));
-  TileSource<kType, kDim> source(args, s, how, end, stages);
+  float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [64], of the values
+  uint8_t* table = reinterpret_cast<uint8_t*>(scales + kTileTokens);
+  const int32_t end = pairs.sees(pairs.first() + kPairs - 1);
+  TileSource<kType, kDim> source(args, s, plan.store, end, stages);
   source.start(0, 1);
-  load_queries<kType, kDim>(args.q, pairs, queries);
-  if (how == StoreTiles::kExpanded) fill_expand_table(table);
+  load_queries<kDim>(args.q, s, pairs, queries);
+  if (plan.store == StoreTiles::kExpanded) fill_expand_table(table);
 
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   const int32_t warp_pair =
-      pairs.first + static_cast<int32_t>(threadIdx.x) / kWarpSize * kWarpPairs;
+      pairs.first() + static_cast<int32_t>(threadIdx.x) / kWarpSize * kWarpPairs;
   // What the warp's first and last pairs see; nothing where it has none.
-  const int32_t warp_sees = pairs.sees(pairs.clamped(warp_pair));
-  const int32_t warp_end =
-      warp_pair < pairs.all ? pairs.sees(pairs.clamped(warp_pair + kWarpPairs - 1)) : 0;
+  const int32_t warp_sees = pairs.sees(warp_pair);
+  const int32_t warp_end = warp_pair < pairs.all() ? pairs.sees(warp_pair + kWarpPairs - 1) : 0;
   // This lane's rows for ldmatrix; the chunk of step i is found by an exclusive or with 32 i.
-  const int q_at = tile_offset<kDim>(warp_pair - pairs.first + lane % 16, lane / 16);
+  const int q_at = tile_offset<kDim>(warp_pair - pairs.first() + lane % 16, lane / 16);
   const int k_at = tile_offset<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   const int v_at = tile_offset<kDim>(lane % 8 + lane / 8 % 2 * 8, lane / 16);
-  const bool scaled_keys = kType == DType::kBF16 && has_scales(args.layout.k.dtype);
-  const bool scaled_values = kType == DType::kBF16 && has_scales(args.layout.v.dtype);
 
   // Of this lane's rows g, g + 8, g + 16, g + 24.
   float shift[4], sum[4];
@@ -181,13 +203,17 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
 #pragma unroll 1
   for (int32_t tile = 0; tile < n_tiles; tile++) {
     const int32_t first = tile * kTileTokens;
-    cp_async_wait<0>();
-    sync_block();  // the tile is here, and all are done with the one before
     const bool expands = source.expands(tile);
+    cp_async_wait<0>();
+    if (!expands) source.convert_keys(stage);
+    sync_block();  // the tile is here, and all are done with the one before
     if (expands) {
       source.expand(tile, table, scales);
       sync_block();
       stage = 0;
+    } else if (kScaled && tile == s.n_blocks) {  // dense rows from here on
+      if (threadIdx.x < kTileTokens) scales[threadIdx.x] = 1.0f;
+      sync_block();
     }
     const uint8_t* keys = source.stage(stage);
     const uint8_t* values = keys + kTileBytes<kDim>;
@@ -210,27 +236,16 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
         for (int m = 0; m < 2; m++) {
-          mma_16x8x16<kType>(scores[m][2 * j], a[m], low);
-          mma_16x8x16<kType>(scores[m][2 * j + 1], a[m], high);
+          mma_16x8x16<DType::kF16>(scores[m][2 * j], a[m], low);
+          mma_16x8x16<DType::kF16>(scores[m][2 * j + 1], a[m], high);
         }
       }
     }
 
-    if (expands && scaled_keys) {
-#pragma unroll
-      for (int j = 0; j < kTileTokens / 8; j++) {
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const float scale = scales[8 * j + 2 * c + n];
-#pragma unroll
-          for (int r = 0; r < 4; r++) scores[r / 2][j][r % 2 * 2 + n] *= scale;
-        }
-      }
-    }
     if (first + kTileTokens > warp_sees) {
 #pragma unroll
       for (int r = 0; r < 4; r++) {
-        const int32_t sees = pairs.sees(pairs.clamped(warp_pair + g + 8 * r)) - first - 2 * c;
+        const int32_t sees = pairs.sees(warp_pair + g + 8 * r) - first - 2 * c;
 #pragma unroll
         for (int j = 0; j < kTileTokens / 8; j++) {
 #pragma unroll
@@ -287,10 +302,10 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
     }
 #pragma unroll
     for (int j = 0; j < kTileTokens / 16; j++) {
-      if (expands && scaled_values) {
+      if constexpr (kScaled) {
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-          const float scale = scales[kTileTokens + 16 * j + 8 * (n / 2) + 2 * c + n % 2];
+          const float scale = scales[16 * j + 8 * (n / 2) + 2 * c + n % 2];
 #pragma unroll
           for (int r = 0; r < 4; r++) scores[r / 2][2 * j + n / 2][r % 2 * 2 + n % 2] *= scale;
         }
@@ -323,8 +338,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
     sum[r] += shuffle_xor(sum[r], 1);
     sum[r] += shuffle_xor(sum[r], 2);
     const int32_t pair = warp_pair + g + 8 * r;
-    if (pair >= pairs.all) continue;
-    float* partial = args.partials + pairs.index(pair) * args.max_splits * (kDim + 2);
+    if (pair >= pairs.all()) continue;
+    float* partial = args.partials + pairs.index(s, pair) * args.max_splits * (kDim + 2);
 #pragma unroll
     for (int i = 0; i < kDim / 8; i++) {
       partial[8 * i + 2 * c] = out[r / 2][i][r % 2 * 2];
@@ -342,22 +357,21 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream) {
   const bool half_tail = args.tail_dtype == DType::kF16 || args.tail_dtype == DType::kBF16;
   if (!half_tail || (args.head_dim != 64 && args.head_dim != 128)) return false;
-  const int64_t pairs = int64_t{args.max_row_count} * (args.n_heads / args.n_kv_heads);
+  const int32_t heads_per_kv = args.n_heads / args.n_kv_heads;
+  const int64_t pairs = int64_t{args.max_row_count} * heads_per_kv;
   const Grid grid{args.n_kv_heads, args.n_sequences, (pairs + kPairs - 1) / kPairs};
   const auto run = [&](auto kernel, int64_t shared_bytes, int64_t stage_bytes) {
     launch("prefill_attention", kernel, grid, kPrefillThreads, shared_bytes, stream, args,
-           store_tiles(args.layout, args.tail_dtype, stage_bytes));
+           PrefillPlan{store_tiles(args.layout, args.tail_dtype, stage_bytes), heads_per_kv});
   };
-  const bool f16 = args.tail_dtype == DType::kF16;
-  if (args.head_dim == 64) {
-    run(f16 ? prefill_attention_kernel<DType::kF16, 64>
-            : prefill_attention_kernel<DType::kBF16, 64>,
-        kSharedBytes<64>, kStageBytes<64>);
-  } else {
-    run(f16 ? prefill_attention_kernel<DType::kF16, 128>
-            : prefill_attention_kernel<DType::kBF16, 128>,
-        kSharedBytes<128>, kStageBytes<128>);
-  }
+  const auto run_dim = [&]<int kDim>() {
+    const bool scaled = has_scales(args.layout.v.dtype);
+    run(args.tail_dtype == DType::kF16 ? prefill_attention_kernel<DType::kF16, kDim, false>
+        : scaled                       ? prefill_attention_kernel<DType::kBF16, kDim, true>
+                                       : prefill_attention_kernel<DType::kBF16, kDim, false>,
+        kSharedBytes<kDim>, kStageBytes<kDim>);
+  };
+  args.head_dim == 64 ? run_dim.template operator()<64>() : run_dim.template operator()<128>();
   return true;
 }
 

@@ -86,6 +86,25 @@ __device__ __forceinline__ void copy_dense(const DenseRun& run, int32_t first, i
   }
 }
 
+__device__ __forceinline__ uint32_t bf16_to_f16(uint32_t pair) {
+  return pack2_f16_saturated(bits_float(pair << 16), bits_float(pair & 0xffff0000u));
+}
+
+// A tile of bf16 rows to f16, in place: each thread those bytes that it copied itself, so that its
+// own wait is enough.
+template <int kDim>
+__device__ __forceinline__ void convert_copied_rows(uint8_t* tile) {
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
+  const int thread = static_cast<int>(threadIdx.x);
+  uint8_t* at = tile + tile_offset<kDim>(thread / kChunks, thread % kChunks);
+#pragma unroll
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    uint4* chunk = reinterpret_cast<uint4*>(at + i * kRows * kDim * 2);
+    const uint4 x = *chunk;
+    *chunk = {bf16_to_f16(x.x), bf16_to_f16(x.y), bf16_to_f16(x.z), bf16_to_f16(x.w)};
+  }
+}
+
 // bytes: a multiple of 16.
 __device__ __forceinline__ void copy_bytes(const uint8_t* from, int32_t bytes, uint8_t* to) {
 #pragma unroll 4
@@ -169,27 +188,26 @@ template <DType kType>
 __device__ __forceinline__ void codes_to_halves(const uint32_t (&bytes)[kRunDims / 4], float scale,
                                                 uint32_t (&out)[kRunDims / 2]) {
   // The float 2^23 + byte, exact.
-  const auto code = [](uint32_t word, uint32_t i) {
-    return bits_float(byte_permute(word, 0x4b000000u, 0x7540u | i)) - 8388736.0f;
+  const auto value = [scale](uint32_t word, uint32_t i) {
+    return (bits_float(byte_permute(word, 0x4b000000u, 0x7540u | i)) - 8388736.0f) * scale;
   };
 #pragma unroll
   for (int i = 0; i < kRunDims / 4; i++) {
 #pragma unroll
     for (uint32_t j = 0; j < 2; j++) {
-      out[2 * i + j] =
-          pack2<kType>(code(bytes[i], 2 * j) * scale, code(bytes[i], 2 * j + 1) * scale);
+      out[2 * i + j] = pack2<kType>(value(bytes[i], 2 * j), value(bytes[i], 2 * j + 1));
     }
   }
 }
 
-// A staged slot into a tile, by the whole block. bf16 holds an integer code exactly but not code
-// times scale, so with a bf16 tail the tile holds codes (int4: 16 times the code) and scales[64]
-// get what to multiply by; with f16 the tile holds products.
-template <DType kType, int kDim>
+// A staged slot into a tile of kTile, by the whole block; kTail: the tail's type. Integer codes
+// come times their scale where the tile is f16. bf16 holds a code exactly but not code times scale:
+// such a tile gets codes (int4: 16 times the code) and scales[64] what to multiply by.
+template <DType kTail, DType kTile, int kDim>
 __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_t* staged,
                                             const uint8_t* lane_table, uint8_t* tile,
                                             float* scales) {
-  constexpr bool kCodes = kType == DType::kBF16;
+  constexpr bool kCodes = kTile == DType::kBF16;
   constexpr int kRuns = kDim / kRunDims, kRowsPerWarp = kWarpSize / kRuns;
   constexpr uint32_t kBias = 0x80808080u;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -201,8 +219,12 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
   for (int row = warp * kRowsPerWarp + lane_row; row < kTileTokens;
        row += kPrefillWarps * kRowsPerWarp) {
     uint32_t out[kRunDims / 2];
-    if (slot.dtype == kType) {
+    if (slot.dtype == kTail) {
       expand_run<16>(slot, staged, row, run, lane_table, 0u, out);
+      if constexpr (kTail != kTile) {
+#pragma unroll
+        for (int i = 0; i < kRunDims / 2; i++) out[i] = bf16_to_f16(out[i]);
+      }
     } else {
       uint32_t bytes[kRunDims / 4];
       if (slot.dtype == DType::kInt8) {
@@ -212,7 +234,7 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
       }
       const float scale = stored_scale(slot, staged, row) * unit;
       if (kCodes && run == 0) scales[row] = scale;
-      codes_to_halves<kType>(bytes, kCodes ? 1.0f : scale, out);
+      codes_to_halves<kTile>(bytes, kCodes ? 1.0f : scale, out);
     }
 #pragma unroll
     for (int i = 0; i < kRunDims / 8; i++) {
@@ -223,10 +245,10 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
 }
 
 // The same of any slot, from global memory.
-template <DType kType, int kDim>
+template <DType kTile, int kDim>
 __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_t* from,
                                             uint8_t* tile, float* scales) {
-  constexpr bool kCodes = kType == DType::kBF16;
+  constexpr bool kCodes = kTile == DType::kBF16;
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < kTileTokens;
        row += kPrefillWarps) {
@@ -234,7 +256,7 @@ __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_
     if (kCodes && lane_id() == 0) scales[row] = scale;
     unpack_row_to(slot, from, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
       reinterpret_cast<uint16_t*>(tile + tile_offset<kDim>(row, d / 8))[d % 8] =
-          kType == DType::kF16 ? float_f16(x) : float_bf16(x);
+          kCodes ? float_bf16(x) : static_cast<uint16_t>(pack2_f16_saturated(x, 0.0f));
     });
   }
 }
