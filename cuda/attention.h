@@ -29,13 +29,10 @@ struct AttentionArgs {
   bool decode = true;         // one row a sequence, its token in the dense buffer
 };
 
-// Tiles (64 tokens) of one split of a decode step over n_tiles: short contexts still spread over
-// the GPU, long ones amortise a block's fixed costs.
-MUSTAFAR_HOST_DEVICE inline int32_t tiles_per_split(int32_t n_tiles) {
-  int32_t tiles = 4;
-  while (tiles < 32 && tiles * 64 < n_tiles) tiles *= 2;
-  return tiles;
-}
+// A split has at least so many tiles of 64 tokens, which amortises a block's fixed costs, and there
+// are at most so many splits, which fill a GPU at batch 1 with 8 KV heads.
+constexpr int32_t kMinSplitTiles = 4;
+constexpr int32_t kMaxSplits = 64;
 
 // Tiles of a decode step: blocks, then the dense buffer with the new token.
 MUSTAFAR_HOST_DEVICE inline int32_t n_decode_tiles(int32_t n_blocks, int32_t dense_tokens) {
@@ -44,8 +41,14 @@ MUSTAFAR_HOST_DEVICE inline int32_t n_decode_tiles(int32_t n_blocks, int32_t den
 
 MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t dense_tokens) {
   const int32_t tiles = n_decode_tiles(n_blocks, dense_tokens);
-  const int32_t per_split = tiles_per_split(tiles);
-  return (tiles + per_split - 1) / per_split;
+  const int32_t splits = (tiles + kMinSplitTiles - 1) / kMinSplitTiles;
+  return splits < kMaxSplits ? splits : kMaxSplits;
+}
+
+// First tile of split `split` of n_splits; that of split n_splits is the end. Splits differ by one
+// tile at most.
+MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits, int32_t n_tiles) {
+  return static_cast<int32_t>(int64_t{split} * n_tiles / n_splits);
 }
 
 // Tensor-core kernels of one decode step (decode_attention.cu); false where the layout has none:

@@ -80,10 +80,10 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   const int32_t split = args.decode ? static_cast<int32_t>(blockIdx.x) : 0;
   if (args.decode) {
     const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-    const int32_t per_split = tiles_per_split(n_tiles);
-    if (split * per_split >= n_tiles) return;
-    first_token = split * per_split * kBlockTokens;
-    const int32_t end = (split + 1) * per_split * kBlockTokens;
+    const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+    if (split >= n_splits) return;
+    first_token = split_begin(split, n_splits, n_tiles) * kBlockTokens;
+    const int32_t end = split_begin(split + 1, n_splits, n_tiles) * kBlockTokens;
     if (end < last_token) last_token = end;
   }
 

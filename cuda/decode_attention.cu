@@ -7,48 +7,67 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kSplitsAtOnce = 256;  // whose weights fit in shared memory
+constexpr int kCombineThreads = 256;
 
-// Grid: x head, y row. Shared: weights [kSplitsAtOnce], then the merged output [head_dim].
-__global__ void __launch_bounds__(kThreads) combine_kernel(AttentionArgs args) {
+// Grid: x head, y row. Shared: weights [kMaxSplits], then partial sums [kParts][head_dim], of which
+// the first becomes the merged output. A thread takes two neighbouring dims of every kParts-th
+// split.
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
   const int32_t n_splits = args.decode ? n_decode_splits(s->n_blocks, s->dense_tokens) : 1;
-  const int32_t stride = args.head_dim + 2;
+  const int32_t stride = args.head_dim + 2;  // even, as head_dim: pairs are aligned
   const float* partials =
       args.partials + (int64_t{row} * args.n_heads + head) * args.max_splits * stride;
   float* weights = reinterpret_cast<float*>(shared_memory());
-  float* merged = weights + kSplitsAtOnce;
+  float* merged = weights + kMaxSplits;
   const int thread = static_cast<int>(threadIdx.x);
 
-  float max = -INFINITY;
-  for (int32_t i = 0; i < n_splits; i++) max = fmaxf(max, partials[i * stride + args.head_dim]);
-  const float shift = max == -INFINITY ? 0.0f : max;
-  float sum = 0.0f;
-  for (int d = thread; d < args.head_dim; d += kThreads) merged[d] = 0.0f;
-  for (int32_t first = 0; first < n_splits; first += kSplitsAtOnce) {
-    const int32_t n = n_splits - first < kSplitsAtOnce ? n_splits - first : kSplitsAtOnce;
-    sync_block();
-    for (int i = thread; i < n; i += kThreads) {
-      weights[i] = exp2_approx(partials[(first + i) * stride + args.head_dim] - shift);
+  if (thread < kWarpSize) {
+    float maxima[kMaxSplits / kWarpSize], max = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / kWarpSize; i++) {
+      const int32_t split = i * kWarpSize + thread;
+      maxima[i] = split < n_splits ? partials[split * stride + args.head_dim] : -INFINITY;
+      max = fmaxf(max, maxima[i]);
     }
-    sync_block();
-    for (int32_t i = 0; i < n; i++) {
-      sum += weights[i] * partials[(first + i) * stride + args.head_dim + 1];
+    max = warp_max(max);
+    const float shift = max == -INFINITY ? 0.0f : max;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / kWarpSize; i++) {
+      const int32_t split = i * kWarpSize + thread;
+      weights[split] = exp2_approx(maxima[i] - shift);
+      if (split < n_splits) sum += weights[split] * partials[split * stride + args.head_dim + 1];
     }
-    for (int d = thread; d < args.head_dim; d += kThreads) {
-      float value = merged[d];
-      for (int32_t i = 0; i < n; i++) value += weights[i] * partials[(first + i) * stride + d];
-      merged[d] = value;
-    }
+    const float inverse = 1.0f / warp_sum(sum);
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / kWarpSize; i++) weights[i * kWarpSize + thread] *= inverse;
   }
-  const float inverse = 1.0f / sum;
-  for (int d = thread; d < args.head_dim; d += kThreads) merged[d] *= inverse;
+  sync_block();
+  const int pairs = args.head_dim / 2, parts = kCombineThreads / pairs;
+  if (thread < parts * pairs) {
+    const int part = thread / pairs, d = thread % pairs * 2;
+    float2 value = {0.0f, 0.0f};
+#pragma unroll 8
+    for (int32_t i = part; i < n_splits; i += parts) {
+      const float2 two = *reinterpret_cast<const float2*>(partials + i * stride + d);
+      value.x += weights[i] * two.x;
+      value.y += weights[i] * two.y;
+    }
+    merged[part * args.head_dim + d] = value.x;
+    merged[part * args.head_dim + d + 1] = value.y;
+  }
+  sync_block();
+  for (int d = thread; d < args.head_dim; d += kCombineThreads) {
+    float value = merged[d];
+    for (int part = 1; part < parts; part++) value += merged[part * args.head_dim + d];
+    merged[d] = value;
+  }
   sync_block();
   float* out = args.out + (int64_t{row} * args.n_heads + head) * args.head_dim;
   const int32_t kv_head = head / (args.n_heads / args.n_kv_heads);
-  for (int d = thread; d < args.head_dim; d += kThreads) {
+  for (int d = thread; d < args.head_dim; d += kCombineThreads) {
     float value = merged[stored_index(d, s->v_groups, args.head_dim)];
     if (s->v_backward != nullptr) {
       const float* matrix = s->v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) *
@@ -114,8 +133,8 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 }
 
 void combine_attention(const AttentionArgs& args, Stream stream) {
-  launch("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kThreads,
-         (kSplitsAtOnce + args.head_dim) * 4, stream, args);
+  launch("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
+         (kMaxSplits + 2 * kCombineThreads) * 4, stream, args);
 }
 
 void record_query_magnitude(const AttentionArgs& args, Stream stream) {

@@ -20,11 +20,12 @@
 // Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
 // new token: a few tiles in all) is read directly.
 //
-// Shared: expansion table 2 KiB; per warp kStages stages of 16 K rows and 16 V rows as stored; at
-// the end the warps' results over them.
+// Shared: expansion table 2 KiB; the queries; per warp kStages stages of 16 K rows and 16 V rows as
+// stored; at the end the warps' results over them.
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/decode_dense.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
@@ -37,8 +38,8 @@ namespace mustafar::cuda {
 constexpr int kDecodeWarps = 4;
 
 // kTail: kF16 or kBF16. kBits: of stored values; 16: of the tail's type. kKeepK, kKeepV: kept
-// values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout.
-// kQuerySets: sets of 4 query heads that a block serves.
+// values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout;
+// 32 and 16: dense slots. kQuerySets: sets of 4 query heads that a block serves.
 template <DType kTailType, int kValueBits, int kHeadDim, int kKeepK, int kKeepV, int kQuerySets>
 struct DecodeShape {
   static constexpr DType kTail = kTailType;
@@ -50,9 +51,14 @@ struct DecodeShape {
   static constexpr int kVDims = kDim / 8;  // and of a V row
   static constexpr int kKRunWords = kKeepK * kBits / 32;
   static constexpr int kVRunWords = kKeepV * kBits / 32;
-  static constexpr bool kFixed = kKeepK != 0;
-  // As many as registers allow without spilling.
-  static constexpr int kBlocksPerMultiprocessor = kSets == 1              ? (kDim == 64 ? 6 : 4)
+  static constexpr bool kDense = kKeepK == 32;
+  static constexpr bool kFixed = kKeepK != 0 && !kDense;
+  static constexpr int kTable = kDense ? 0 : kTableBytes;
+  static constexpr int kQueryBytes = kDense ? 0 : cuda::kQueryBytes<kDim, kQueries>;
+  using Queries = std::conditional_t<kDense, GlobalQuery, Query<kDim, kTable>>[kSets];
+  // As many as registers allow without spilling, or shared memory.
+  static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
+                                                  : kSets == 1            ? (kDim == 64 ? 6 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
                                                                           : 2;
@@ -62,11 +68,20 @@ struct DecodeShape {
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
 
-// The tiles [first, last) of the store, pages[tile].
+// The dim of row g of output tile t, and how far that of row g + 8 lies from it.
 template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const SequenceView& s, int kv_head,
-                             int32_t first, int32_t last, const Query (&queries)[Shape::kSets],
-                             const uint8_t* lane_table, uint8_t* stages, int32_t stage_bytes,
+__device__ __forceinline__ int output_dim(int t, int g) {
+  if constexpr (Shape::kDense) return DenseSlots<Shape>::output_dim(t, g);
+  return g * Shape::kVDims + 2 * t;
+}
+template <typename Shape>
+constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
+
+// The store tiles of a plan.
+template <typename Shape>
+__device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
+                             const typename Shape::Queries& queries, const uint8_t* lane_table,
+                             uint8_t* stages, int32_t stage_bytes,
                              Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
@@ -77,21 +92,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   const Piece v_piece =
       Shape::kFixed ? fixed_piece<Shape>(Shape::kVRunWords * 32) : piece_of(v_slot);
   if constexpr (Shape::kFixed) stage_bytes = Shape::kStageBytes;
-  const int64_t k_at = k_slot_offset(args.layout, args.layer, kv_head);
   const StageCopier<Shape> copier({k_piece, v_piece, k_slot.values_offset, k_slot.scales_offset,
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
-  uint8_t* const stages_end = stages + kStages * stage_bytes;
-  uint8_t* fill = stages;                       // the stage that the next copy goes to
-  const uint8_t* k_stage = stages;              // the stage of the tile at hand
-  const uint8_t* const* const pages = s.pages;  // read once: the loop's writes might change s
-  const auto start = [&](int32_t tile) {
-    if (tile < last) copier.start(load_constant_pointer(pages + tile) + k_at, fill);
-    fill = fill + stage_bytes == stages_end ? stages : fill + stage_bytes;
-    cp_async_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; i++) start(first + i);
+  const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
+  TileStream stream(plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   constexpr float kCodeUnit = Shape::kBits == 4 ? 0.0625f : 1.0f;
@@ -101,20 +106,18 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
     if constexpr (kCodes) {
-      const float scale =
-          load_query_int8<Shape::kKDims>(queries[set], c * Shape::kKDims, q[set]) * kCodeUnit;
-#pragma unroll
-      for (int n = 0; n < 2; n++) q_scale[set][n] = shuffle(scale, (2 * c % 4 + n) * 4);
+      const auto dim_of = [c](int i, int j, int n) {
+        return c * Shape::kKDims + 8 * i + 4 * j + n;
+      };
+      exchange_scales(load_query_int8(queries[set], dim_of, q[set]) * kCodeUnit, q_scale[set]);
     } else {
-      load_query<Shape::kTail, Shape::kKDims>(queries[set], c * Shape::kKDims, q[set]);
+      load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q[set]);
     }
   }
 
-  for (int32_t tile = first; tile < last; tile++) {
-    cp_async_wait<kStages - 2>();
-    sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
-    start(tile + kStages - 1);
-    const uint8_t* v_stage = k_stage + k_piece.bytes();
+  for (int32_t i = 0; i < plan.n_stored; i++) {
+    const uint8_t* const k_stage = stream.next();
+    const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
     {
@@ -135,18 +138,13 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     }
     float log_scale[2] = {0.0f, 0.0f};
     if constexpr (kCodes) {
+      float k_scale[2], v_scale[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int token = row_token(g) + 8 * r;
-        const float k_scale = row_scale(k_piece, k_stage, token);
-#pragma unroll
-        for (int set = 0; set < Shape::kSets; set++) {
-          scores[set][2 * r] *= k_scale * q_scale[set][0];
-          scores[set][2 * r + 1] *= k_scale * q_scale[set][1];
-        }
-        // A row of zeros has scale 0: any small one keeps the logarithm finite.
-        log_scale[r] = log2_approx(fmaxf(row_scale(v_piece, v_stage, token) * kCodeUnit, 0x1p-60f));
+        k_scale[r] = row_scale(k_piece, k_stage, row_token(g) + 8 * r);
+        v_scale[r] = row_scale(v_piece, v_stage, row_token(g) + 8 * r) * kCodeUnit;
       }
+      scale_scores(k_scale, v_scale, q_scale, scores, log_scale);
     }
 
     constexpr DType kProduct = kCodes ? DType::kF16 : Shape::kTail;
@@ -170,16 +168,28 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
       }
     }
     add_values<kProduct, Shape::kSets>(words, p, softmax);
-    k_stage = k_stage + stage_bytes == stages_end ? stages : k_stage + stage_bytes;
   }
   cp_async_wait<0>();
 }
 
+// kWords words from a 16-byte boundary on.
+template <int kWords>
+__device__ __forceinline__ void load_run(const uint8_t* from, uint32_t (&words)[kWords]) {
+#pragma unroll
+  for (int i = 0; i < kWords / 4; i++) {
+    const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
+}
+
 // Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
 template <typename Shape>
-__device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t first,
-                             int32_t n_rows, const Query (&queries)[Shape::kSets],
-                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
+                            int32_t n_rows, const typename Shape::Queries& queries,
+                            Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const auto row = [&](const uint8_t* base, int token) {
@@ -189,13 +199,14 @@ __device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t
   uint32_t rows[2][Shape::kKDims / 2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    load_dense<16, Shape::kKDims>(row(keys, row_token(g) + 8 * r), c * Shape::kKDims, 0u, rows[r]);
+    load_run(row(keys, row_token(g) + 8 * r) + c * Shape::kKDims * 2, rows[r]);
   }
   uint32_t p[Shape::kSets][2];
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
+    if (set > 0) sync_warp();  // loads of all sets at once would take too many registers
     uint32_t q[Shape::kKDims / 4][2];
-    load_query<Shape::kTail, Shape::kKDims>(queries[set], c * Shape::kKDims, q);
+    load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q);
     float scores[4];
     scores_2byte<Shape::kTail, Shape::kKDims>(rows, q, scores);
 #pragma unroll
@@ -208,7 +219,15 @@ __device__ void attend_dense(const uint8_t* keys, const uint8_t* values, int32_t
   uint32_t words[4][Shape::kTiles];
 #pragma unroll
   for (int t = 0; t < 4; t++) {
-    load_dense<16, Shape::kVDims>(row(values, c + 4 * t), g * Shape::kVDims, 0u, words[t]);
+    const uint8_t* const from = row(values, c + 4 * t);
+    if constexpr (Shape::kDense) {
+#pragma unroll
+      for (int i = 0; i < Shape::kTiles; i++) {
+        words[t][i] = *reinterpret_cast<const uint32_t*>(from + output_dim<Shape>(i, g) * 2);
+      }
+    } else {
+      load_run(from + g * Shape::kVDims * 2, words[t]);
+    }
   }
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
 }
@@ -245,8 +264,8 @@ __device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_he
       float* mine = merged + (warp * Shape::kQueries + i / 2 * kSetQueries + 2 * c + n) * kStride;
 #pragma unroll
       for (int t = 0; t < Shape::kTiles; t++) {
-        mine[g * Shape::kVDims + 2 * t] = s.out[t][n];
-        mine[g * Shape::kVDims + 2 * t + 1] = s.out[t][2 + n];
+        mine[output_dim<Shape>(t, g)] = s.out[t][n];
+        mine[output_dim<Shape>(t, g) + kPairStep<Shape>] = s.out[t][2 + n];
       }
       if (g == 0) {
         mine[Shape::kDim] = s.max[n];
@@ -280,53 +299,88 @@ template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
   const SequenceView& s = args.sequences[blockIdx.z];
-  const int32_t split = static_cast<int32_t>(blockIdx.x);
-  const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-  const int32_t per_split = tiles_per_split(n_tiles);
-  const int32_t first = split * per_split;
-  if (first >= n_tiles) return;
-  const int32_t last = first + per_split < n_tiles ? first + per_split : n_tiles;
-  const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
-  const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
-  const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  const int n_queries =
-      heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
-
-  uint8_t* table = shared_memory();
-  fill_expand_table(table);
-  sync_block();
+  const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+  if (static_cast<int32_t>(blockIdx.x) >= n_splits) return;
+  uint8_t* const table = shared_memory();
+  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable + Shape::kQueryBytes);
+  uint8_t* const rest = table + Shape::kTable + Shape::kQueryBytes + kPlanBytes;
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  Query queries[Shape::kSets];
+
+  typename Shape::Queries queries;
+  {
+    const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
+    const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
+    const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
+    const int heads_per_kv = args.n_heads / args.n_kv_heads;
+    const int left = heads_per_kv - first_query;
+    const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
+    const int32_t split = static_cast<int32_t>(blockIdx.x);
+    const int32_t first = split_begin(split, n_splits, n_tiles);
+    const int32_t last = split_begin(split + 1, n_splits, n_tiles);
+    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+    const int32_t n_stored = end > first ? end - first : 0;
+    const uint8_t* const* const pages = s.pages + first;
+    const int64_t slot_at = k_slot_offset(args.layout, args.layer, kv_head);
+    if (threadIdx.x == 0) {
+      plan.pages = pages;
+      plan.slot_at = slot_at;
+      plan.first = first;
+      plan.last = last;
+      plan.n_stored = n_stored;
+      plan.kv_head = kv_head;
+      plan.first_query = first_query;
+      plan.n_queries = n_queries;
+    }
+    const int32_t i = static_cast<int32_t>(threadIdx.x);
+    if (i < n_stored && i < BlockPlan::kListed) {
+      plan.listed[i] = load_constant_pointer(pages + i) + slot_at;
+    }
+    const float* const q =
+        args.q +
+        (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
+    if constexpr (Shape::kDense) {
 #pragma unroll
-  for (int set = 0; set < Shape::kSets; set++) {
-    const int column = lane >> 2, query = set * kSetQueries + column % kSetQueries;
-    queries[set].low = column >= kSetQueries;
-    queries[set].values = query < n_queries
-                              ? args.q + (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv +
-                                          first_query + query) *
-                                             Shape::kDim
-                              : nullptr;
-    queries[set].scale = 1.44269504f / sqrtf(static_cast<float>(Shape::kDim));
+      for (int set = 0; set < Shape::kSets; set++) {
+        const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
+        queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
+                        softmax_scale(Shape::kDim)};
+      }
+    } else {
+#pragma unroll
+      for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
+      fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
+                                                  reinterpret_cast<float*>(table + Shape::kTable));
+      fill_expand_table(table);
+    }
   }
+  sync_block();
 
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* stages = table + kTableBytes + warp * (kStages * stage_bytes + kStageSlack);
-  if (first < s.n_blocks) {
-    attend_store<Shape>(args, s, kv_head, first, last < s.n_blocks ? last : s.n_blocks, queries,
-                        table + lane * 4, stages, stage_bytes, softmax);
+  uint8_t* const stages = rest + warp * (kStages * stage_bytes + kStageSlack);
+  if (plan.n_stored > 0) {
+    if constexpr (Shape::kDense) {
+      attend_dense_store<Shape>(plan, args.layout.k.slot_bytes, queries, stages, softmax);
+    } else {
+      attend_store<Shape>(args, plan, queries, table + lane * 4, stages, stage_bytes, softmax);
+    }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, plan.kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
-  for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
+      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, plan.kv_head, kRowBytes);
+  const int32_t last = plan.last;
+  for (int32_t tile = plan.first + plan.n_stored; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
-    attend_dense<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+    if constexpr (Shape::kDense && Shape::kBits == 16) {
+      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, stages, softmax);
+    } else {
+      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+    }
   }
-  write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,
-                        reinterpret_cast<float*>(table + kTableBytes));
+  write_partials<Shape>(args, s.row0, plan.kv_head, plan.first_query, plan.n_queries,
+                        static_cast<int32_t>(blockIdx.x), softmax, reinterpret_cast<float*>(rest));
 }
 
 template <typename Shape>
@@ -342,7 +396,8 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         kTableBytes + (staging > merging ? staging : merging), stream, args, stage_bytes);
+         Shape::kTable + Shape::kQueryBytes + kPlanBytes + (staging > merging ? staging : merging),
+         stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>
@@ -365,6 +420,10 @@ inline bool keeps(const AttentionArgs& args, int32_t keep_k, int32_t keep_v) {
 // kBits-wide values under a tail of kTail: the settings that are compiled in, then any other.
 template <DType kTail, int kBits>
 void launch_values(const AttentionArgs& args, Stream stream) {
+  if (args.layout.k.dense && args.layout.v.dense) {
+    if (args.head_dim == 128) return launch_decode<kTail, kBits, 128, 32, 16>(args, stream);
+    return launch_decode<kTail, kBits, 64, 32, 16>(args, stream);
+  }
   if constexpr (kBits != 4) {  // int4 keeps 16 and 8 there, since its runs are whole words
     if (keeps(args, 12, 4)) return launch_decode<kTail, kBits, 128, 12, 4>(args, stream);
   }

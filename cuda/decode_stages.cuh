@@ -11,6 +11,68 @@ constexpr int kDecodeTokens = 16;  // of a tile, per warp
 constexpr int kStages = 3;
 constexpr int kStageSlack = 16;  // bytes that a run of any length may read past its row
 
+// A block's share of the work, in shared memory: through the loop over the tiles registers are few,
+// and a page's address asked of global memory there would be waited for at every tile.
+struct BlockPlan {
+  static constexpr int kListed = 32;
+
+  const uint8_t* listed[kListed];  // K slot of the KV head in each of the first tiles
+  const uint8_t* const* pages;     // of the first tile on
+  int64_t slot_at;                 // bytes from a page to the slot
+  int32_t first, n_stored;         // first tile; how many of the tiles are the store's
+  int32_t last;                    // end of the tiles
+  int32_t kv_head, first_query, n_queries;
+
+  __device__ __forceinline__ const uint8_t* slot(int32_t i) const {
+    return i < kListed ? listed[i] : load_constant_pointer(pages + i) + slot_at;
+  }
+};
+constexpr int kPlanBytes = (sizeof(BlockPlan) + 15) / 16 * 16;
+
+// The store tiles of a block's plan, kStages - 1 copies ahead. Copy: copy(slot, stage) starts this
+// lane's part of a tile's.
+template <typename Copy>
+class TileStream {
+ public:
+  __device__ __forceinline__ TileStream(const BlockPlan& plan, uint8_t* stages, int32_t stage_bytes,
+                                        const Copy& copy)
+      : plan_(plan),
+        stage_bytes_(stage_bytes),
+        stages_(stages),
+        end_(stages + kStages * stage_bytes),
+        fill_(stages),
+        ready_(stages),
+        copy_(copy) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) start();
+  }
+
+  // The stage of the next tile, by the whole warp; it stays until the call after.
+  __device__ __forceinline__ const uint8_t* next() {
+    cp_async_wait<kStages - 2>();
+    sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
+    start();
+    const uint8_t* const stage = ready_;
+    ready_ = ready_ + stage_bytes_ == end_ ? stages_ : ready_ + stage_bytes_;
+    return stage;
+  }
+
+ private:
+  __device__ __forceinline__ void start() {
+    if (to_copy_ < plan_.n_stored) copy_(plan_.slot(to_copy_), fill_);
+    to_copy_++;
+    fill_ = fill_ + stage_bytes_ == end_ ? stages_ : fill_ + stage_bytes_;
+    cp_async_commit();
+  }
+
+  const BlockPlan& plan_;
+  int32_t to_copy_ = 0, stage_bytes_;
+  uint8_t *stages_, *end_;
+  uint8_t* fill_;         // the stage that the next copy goes to
+  const uint8_t* ready_;  // the stage of the next tile
+  const Copy& copy_;
+};
+
 // Where a warp's 16 rows of a slot lie in a stage.
 struct Piece {
   int32_t mask_bytes, value_bytes, scale_bytes;

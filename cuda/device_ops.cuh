@@ -31,6 +31,9 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -340,6 +343,21 @@ __device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
 #else
   uint32_t word;
   asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+#endif
+}
+
+// f16 pairs: a * b + c in each half, rounded once.
+__device__ __forceinline__ uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(MUSTAFAR_SIMT)
+  const auto half = [](uint32_t word, int i) {
+    return f16_to_f32(static_cast<uint16_t>(word >> (16 * i)));
+  };
+  return pack2<DType::kF16>(std::fma(half(a, 0), half(b, 0), half(c, 0)),
+                            std::fma(half(a, 1), half(b, 1), half(c, 1)));
+#else
+  uint32_t word;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
   return word;
 #endif
 }

@@ -150,6 +150,8 @@ def kernel_label(mangled: str) -> str | None:
     tail_name = {1: "f16", 2: "bf16"}[tail]
     values = tail_name if bits == 16 else f"int{bits}"
     keep = f"K {keep_k}/32 V {keep_v}/16" if keep_k else "any keep"
+    if keep_k == 32:
+        keep = "dense"
     return f"{values} ({tail_name} tail) x {dim}, {keep}, {4 * sets} heads"
 
 

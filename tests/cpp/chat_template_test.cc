@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mustafar/error.h"
+#include "source_dir.h"
 
 namespace mustafar {
 namespace {
@@ -196,8 +197,7 @@ TEST(ChatTemplateTest, BuiltinsParseAndRender) {
 // Every prefix of a published template, and every template with a byte changed, parses or fails
 // with the typed error.
 TEST(ChatTemplateTest, BrokenSourcesAreErrors) {
-  const fs::path folder =
-      fs::path(MUSTAFAR_SOURCE_DIR) / ".." / "shared" / "data" / "chat_templates";
+  const fs::path folder = testing::source_dir() / ".." / "shared" / "data" / "chat_templates";
   if (!fs::is_directory(folder)) GTEST_SKIP() << folder << " is absent";
   int failed = 0;
   const auto attempt = [&](const std::string& source) {

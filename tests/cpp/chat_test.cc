@@ -12,6 +12,7 @@
 
 #include "model_folder.h"
 #include "mustafar/error.h"
+#include "source_dir.h"
 #include "tiny_model.h"
 
 namespace mustafar {
@@ -19,8 +20,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const fs::path kStory =
-    fs::path(MUSTAFAR_SOURCE_DIR) / ".." / "shared" / "data" / "models" / "story";
+const fs::path kStory = testing::test_models() / "story";
 
 // Special tokens of the story model around every message.
 constexpr const char* kTemplate =

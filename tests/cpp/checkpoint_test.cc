@@ -14,6 +14,7 @@
 
 #include "model_folder.h"
 #include "mustafar/error.h"
+#include "source_dir.h"
 
 namespace mustafar {
 namespace {
@@ -348,8 +349,7 @@ TEST_F(CheckpointTest, LoadsWithProgressAndNoticesTruncation) {
 }
 
 TEST(SharedCheckpointTest, OpensTrainedModels) {
-  const std::filesystem::path models =
-      std::filesystem::path(MUSTAFAR_SOURCE_DIR) / "../shared/data/models";
+  const std::filesystem::path models = testing::test_models();
   if (!std::filesystem::exists(models)) GTEST_SKIP() << models << " is not there";
   const Checkpoint story = Checkpoint::open(models / "story");
   EXPECT_TRUE(story.config().tie_word_embeddings);

@@ -41,6 +41,7 @@ std::string missing_device() {
                 device.compute_capability, device.n_multiprocessors);
     return "";
   } catch (const mustafar::Error& error) {
+    std::printf("no device for these tests: %s\n", error.what());
     return error.what();
   }
 }

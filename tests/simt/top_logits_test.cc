@@ -56,8 +56,10 @@ TEST(TopLogits, EqualTheSamplersSelection) {
     int32_t k;
   };
   // One chunk and many; one merge and two.
-  for (const Case c : {Case{2, 1, 1}, Case{3, 1000, 1}, Case{2, 97, 97}, Case{2, 5000, 40},
-                       Case{1, 32000, 1}, Case{2, 9000, 512}, Case{1, kTopChunk, 7}}) {
+  std::vector<Case> cases = {{2, 1, 1},     {3, 1000, 1},   {2, 97, 97},      {2, 5000, 40},
+                             {1, 32000, 1}, {2, 9000, 512}, {1, kTopChunk, 7}};
+  if (kOnDevice) cases.insert(cases.end(), {{8, 128256, 40}, {32, 128256, 1}, {3, 49152, 512}});
+  for (const Case& c : cases) {
     const std::vector<float> logits = random_logits(c.n * c.vocab, static_cast<uint32_t>(c.vocab));
     set_schedule(static_cast<uint32_t>(c.k));
     const std::vector<Row> rows = top_of(logits, c.n, c.k);

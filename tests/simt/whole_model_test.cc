@@ -17,18 +17,17 @@
 namespace mustafar {
 namespace {
 
-const std::filesystem::path kSource = testing::source_dir();
-
 struct Trained {
   const char* name;
   std::filesystem::path folder;
   const char* text;
 };
 
-const Trained kStory{"story", kSource / "../shared/data/models/story", "Once upon a time"};
-const Trained kStories260K{"stories260K", kSource / "../shared/data/models/stories260K",
+const Trained kStory{"story", testing::test_models() / "story", "Once upon a time"};
+const Trained kStories260K{"stories260K", testing::test_models() / "stories260K",
                            "Once upon a time"};
-const Trained kDemo{"demo", kSource / "python/mustafar/models/demo", "import os\n\ndef main():\n"};
+const Trained kDemo{"demo", testing::source_dir() / "python/mustafar/models/demo",
+                    "import os\n\ndef main():\n"};
 
 class WholeModel : public ::testing::TestWithParam<Trained> {
  protected:
