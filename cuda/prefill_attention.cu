@@ -18,7 +18,7 @@ constexpr int kQueryBytes = kPairs* kDim * 2;
 template <int kDim>
 constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
 template <int kDim>
-constexpr int kSharedBytes =
+constexpr int kSharedBytes =  // the stages take the block's output at the end
     kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes;
 
 // What the kernel is given beside AttentionArgs, worked out once on the host.
@@ -337,6 +337,37 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   for (int r = 0; r < 4; r++) {
     sum[r] += shuffle_xor(sum[r], 1);
     sum[r] += shuffle_xor(sum[r], 2);
+  }
+  if (args.writes_out) {
+    sync_block();  // the stages are free
+    float* rows = reinterpret_cast<float*>(source.stage(0)) + (warp_pair - pairs.first()) * kDim;
+    const int32_t members = kDim / s.v_groups;  // of a group: the inverse of stored_index
+#pragma unroll
+    for (int r = 0; r < 4; r++) sum[r] = 1.0f / sum[r];
+#pragma unroll
+    for (int i = 0; i < kDim / 8; i++) {
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const int32_t stored = 8 * i + 2 * c + n;
+        const int32_t d = stored % members * s.v_groups + stored / members;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const int row = g + 8 * r;
+          rows[row * kDim + (d ^ (row & 7) * 4)] = out[r / 2][i][r % 2 * 2 + n] * sum[r];
+        }
+      }
+    }
+    sync_warp();
+    for (int i = lane; i < kWarpPairs * kDim / 4; i += kWarpSize) {
+      const int row = i / (kDim / 4), chunk = i % (kDim / 4);
+      if (warp_pair + row >= pairs.all()) break;
+      reinterpret_cast<float4*>(args.out + pairs.index(s, warp_pair + row) * kDim)[chunk] =
+          reinterpret_cast<const float4*>(rows + row * kDim)[chunk ^ (row & 7)];
+    }
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
     const int32_t pair = warp_pair + g + 8 * r;
     if (pair >= pairs.all()) continue;
     float* partial = args.partials + pairs.index(s, pair) * args.max_splits * (kDim + 2);
