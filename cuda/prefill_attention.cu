@@ -66,9 +66,10 @@ __device__ __forceinline__ void load_queries(const float* q, const SequenceView&
                                              const Pairs& pairs, uint8_t* tile) {
   constexpr int kChunks = kDim / 8;
   const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
-#pragma unroll 2
-  for (int i = static_cast<int>(threadIdx.x); i < kPairs * kChunks; i += kPrefillThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 8  // their loads under way together
+  for (int i = 0; i < kChunks; i++) {
+    const int row = (i * kPrefillThreads + thread) / kChunks, chunk = thread % kChunks;
     const float4* from = reinterpret_cast<const float4*>(
         q + pairs.index(s, pairs.clamped(pairs.first() + row)) * kDim + chunk * 8);
     const float4 a = from[0], b = from[1];
