@@ -13,6 +13,8 @@ constexpr int kCombineThreads = 256;
 // the first becomes the merged output. A thread takes two neighbouring dims of every kParts-th
 // split.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
+  let_next_start();
+  wait_for_previous();
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
@@ -133,7 +135,7 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 }
 
 void combine_attention(const AttentionArgs& args, Stream stream) {
-  launch("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
+  launch_overlapping("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
          (kMaxSplits + 2 * kCombineThreads) * 4, stream, args);
 }
 

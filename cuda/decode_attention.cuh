@@ -298,6 +298,8 @@ __device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_he
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
+  let_next_start();
+  wait_for_previous();
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
   if (static_cast<int32_t>(blockIdx.x) >= n_splits) return;
@@ -394,7 +396,7 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t merging = int64_t{kDecodeWarps} * Shape::kQueries * (Shape::kDim + 2) * 4;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
-  launch("decode_attention", decode_attention_kernel<Shape>,
+  launch_overlapping("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
          Shape::kTable + Shape::kQueryBytes + kPlanBytes + (staging > merging ? staging : merging),
          stream, args, stage_bytes);
