@@ -256,11 +256,15 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
         args.n_sequences = count;
         args.layout = *batch.sequences[first].layout;
         args.max_row_count = 1;
+        args.writes_out = !args.decode;
         for (int32_t i = first; i < first + count; i++) {
           args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
+          const KVTransform* transform = batch.sequences[i].transform;
+          if (transform != nullptr && transform->v_backward != nullptr) args.writes_out = false;
         }
         const bool done = args.decode ? decode_attention_fast(args, stream_)
                                       : prefill_attention_fast(args, stream_);
+        if (done && args.writes_out) return;
         if (!done) attention_plain(args, stream_);
         combine_attention(args, stream_);
       });

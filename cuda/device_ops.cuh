@@ -312,6 +312,20 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 #endif
 }
 
+// Two f16 in one word; what is beyond their range becomes the largest.
+__device__ __forceinline__ uint32_t pack2_f16_saturated(float low, float high) {
+#if defined(MUSTAFAR_SIMT)
+  const auto saturated = [](float x) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  };
+  return pack2<DType::kF16>(saturated(low), saturated(high));
+#else
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#endif
+}
+
 template <DType kType>
 __device__ __forceinline__ float half_float(uint16_t bits) {
   return kType == DType::kF16 ? f16_float(bits) : bf16_float(bits);
@@ -390,6 +404,19 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #else
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+// The same, or 16 zero bytes where there is nothing to copy; from is then not read.
+__device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
+#if defined(MUSTAFAR_SIMT)
+  alignas(16) static const uint8_t kZeros[16] = {};
+  simt::cp_async(to_shared, copy ? from : kZeros, 16);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  const uint32_t bytes = copy ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 #endif
 }
 
