@@ -48,7 +48,9 @@ MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t de
 // First tile of split `split` of n_splits; that of split n_splits is the end. Splits differ by one
 // tile at most.
 MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits, int32_t n_tiles) {
-  return static_cast<int32_t>(int64_t{split} * n_tiles / n_splits);
+  const uint32_t each = static_cast<uint32_t>(n_tiles) / static_cast<uint32_t>(n_splits);
+  const int32_t longer = n_tiles - static_cast<int32_t>(each) * n_splits;  // the first so many
+  return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
 // Tensor-core kernels of one decode step (decode_attention.cu); false where the layout has none:

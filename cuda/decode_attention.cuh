@@ -35,8 +35,6 @@
 
 namespace mustafar::cuda {
 
-constexpr int kDecodeWarps = 4;
-
 // kTail: kF16 or kBF16. kBits: of stored values; 16: of the tail's type. kKeepK, kKeepV: kept
 // values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout;
 // 32 and 16: dense slots. kQuerySets: sets of 4 query heads that a block serves.
@@ -54,8 +52,10 @@ struct DecodeShape {
   static constexpr bool kDense = kKeepK == 32;
   static constexpr bool kFixed = kKeepK != 0 && !kDense;
   static constexpr int kTable = kDense ? 0 : kTableBytes;
-  static constexpr int kQueryBytes = kDense ? 0 : cuda::kQueryBytes<kDim, kQueries>;
-  using Queries = std::conditional_t<kDense, GlobalQuery, Query<kDim, kTable>>[kSets];
+  // Stages of 2-byte dense rows leave no room for the queries: these lie in warp 0's last stage,
+  // which is not filled before they have been read.
+  static constexpr bool kQueriesInStage = kDense && kBits == 16;
+  static constexpr int kQueryBytes = kQueriesInStage ? 0 : cuda::kQueryBytes<kDim, kSets>;
   // As many as registers allow without spilling, or shared memory.
   static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
                                                   : kSets == 1            ? (kDim == 64 ? 6 : 4)
@@ -80,8 +80,8 @@ constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 // The tiles [first, last) of the store, pages[tile].
 template <typename Shape>
 __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, int kv_head,
-                             int32_t first, int32_t last, const typename Shape::Queries& queries,
-                             const uint8_t* lane_table, uint8_t* stages, int32_t stage_bytes,
+                             int32_t first, int32_t last, const BlockQueries<Shape>& queries,
+                             uint8_t* table, uint8_t* stages, int32_t stage_bytes,
                              Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
@@ -100,24 +100,24 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   TileStream stream(s.pages, first, last, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
+  fill_expand_table(table);  // while the first copies are under way
+  queries.template split<kCodes ? 8 : 16>();
+  sync_block();
+  const uint8_t* const lane_table = table + lane * 4;
   constexpr float kCodeUnit = Shape::kBits == 4 ? 0.0625f : 1.0f;
   constexpr int kSteps = kCodes ? Shape::kKDims / 8 : Shape::kKDims / 4;
   uint32_t q[Shape::kSets][kSteps][2];
   float q_scale[Shape::kSets][2];  // of queries 2c % 4 and the next
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
+    load_query<kCodes ? 8 : 16, Shape::kDim>(queries.shared, set, q[set]);
     if constexpr (kCodes) {
-      const auto dim_of = [c](int i, int j, int n) {
-        return c * Shape::kKDims + 8 * i + 4 * j + n;
-      };
-      exchange_scales(load_query_int8(queries[set], dim_of, q[set]) * kCodeUnit, q_scale[set]);
-    } else {
-      load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q[set]);
+      load_query_scales<Shape::kDim, Shape::kSets>(queries.shared, set, kCodeUnit, q_scale[set]);
     }
   }
 
   for (int32_t tile = first; tile < last; tile++) {
-    const uint8_t* const k_stage = stream.next();
+    const uint8_t* const k_stage = stream.next(tile);
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
@@ -173,10 +173,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   cp_async_wait<0>();
 }
 
-// Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
+// Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked. queries:
+// split in 2-byte terms.
 template <typename Shape>
 __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
-                            int32_t n_rows, const typename Shape::Queries& queries,
+                            int32_t n_rows, const uint8_t* queries,
                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
@@ -193,7 +194,7 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
     uint32_t q[Shape::kKDims / 4][2];
-    load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q);
+    load_query<16, Shape::kDim>(queries, set, q);
     float scores[4];
     scores_2byte<Shape::kTail, Shape::kKDims>(rows, q, scores);
 #pragma unroll
@@ -251,33 +252,51 @@ __device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_he
       float* mine = merged + (warp * Shape::kQueries + i / 2 * kSetQueries + 2 * c + n) * kStride;
 #pragma unroll
       for (int t = 0; t < Shape::kTiles; t++) {
-        mine[output_dim<Shape>(t, g)] = s.out[t][n];
-        mine[output_dim<Shape>(t, g) + kPairStep<Shape>] = s.out[t][2 + n];
+        float* const at = mine + output_dim<Shape>(t, g);
+        if constexpr (kPairStep<Shape> == 1) {
+          *reinterpret_cast<float2*>(at) = {s.out[t][n], s.out[t][2 + n]};
+        } else {
+          at[0] = s.out[t][n];
+          at[kPairStep<Shape>] = s.out[t][2 + n];
+        }
       }
-      if (g == 0) {
-        mine[Shape::kDim] = s.max[n];
-        mine[Shape::kDim + 1] = s.sum[n];
-      }
+      if (g == 0) *reinterpret_cast<float2*>(mine + Shape::kDim) = {s.max[n], s.sum[n]};
     }
   }
   sync_block();
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  for (int i = static_cast<int>(threadIdx.x); i < n_queries * kStride;
-       i += static_cast<int>(blockDim.x)) {
-    const int query = i / kStride, d = i % kStride;
+#pragma unroll 1
+  for (int query = warp; query < n_queries; query += kDecodeWarps) {
+    const float* const parts = merged + query * kStride;
+    constexpr int kPart = Shape::kQueries * kStride;  // from a warp's to the next
+    float2 max_sum[kDecodeWarps];
     float max = -INFINITY;
+#pragma unroll
     for (int w = 0; w < kDecodeWarps; w++) {
-      max = fmaxf(max, merged[(w * Shape::kQueries + query) * kStride + Shape::kDim]);
+      max_sum[w] = *reinterpret_cast<const float2*>(parts + w * kPart + Shape::kDim);
+      max = fmaxf(max, max_sum[w].x);
     }
-    float value = 0.0f;
-    for (int w = 0; w < kDecodeWarps; w++) {
-      const float* part = merged + (w * Shape::kQueries + query) * kStride;
-      if (part[Shape::kDim] == -INFINITY) continue;  // a warp without tokens
-      value += exp2_approx(part[Shape::kDim] - max) * part[d];
+    float weight[kDecodeWarps], sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; w++) {  // a warp without tokens: 0
+      weight[w] = max_sum[w].x == -INFINITY ? 0.0f : exp2_approx(max_sum[w].x - max);
+      sum += weight[w] * max_sum[w].y;
     }
     const int head = kv_head * heads_per_kv + first_query + query;
-    args.partials[((int64_t{row} * args.n_heads + head) * args.max_splits + split) * kStride + d] =
-        d == Shape::kDim ? max : value;
+    float* const to =
+        args.partials + ((int64_t{row} * args.n_heads + head) * args.max_splits + split) * kStride;
+#pragma unroll
+    for (int d = 2 * lane; d < Shape::kDim; d += 2 * kWarpSize) {
+      float2 value = {0.0f, 0.0f};
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; w++) {
+        const float2 part = *reinterpret_cast<const float2*>(parts + w * kPart + d);
+        value.x += weight[w] * part.x;
+        value.y += weight[w] * part.y;
+      }
+      *reinterpret_cast<float2*>(to + d) = value;
+    }
+    if (lane == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max, sum};
   }
 }
 
@@ -299,27 +318,12 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
 
   uint8_t* const table = shared_memory();
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const float* const q =
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const BlockQueries<Shape> queries = {
       args.q +
-      (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
-  typename Shape::Queries queries;
-  if constexpr (Shape::kDense) {
-#pragma unroll
-    for (int set = 0; set < Shape::kSets; set++) {
-      const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
-      queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
-                      softmax_scale(Shape::kDim)};
-    }
-  } else {
-    fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
-                                                reinterpret_cast<float*>(table + Shape::kTable));
-    fill_expand_table(table);
-    sync_block();
-#pragma unroll
-    for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
-  }
-
+          (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim,
+      n_queries,
+      table + Shape::kTable + (Shape::kQueriesInStage ? (kStages - 1) * stage_bytes : 0)};
   Softmax<Shape::kTiles> softmax[Shape::kSets];
   uint8_t* stages =
       table + Shape::kTable + Shape::kQueryBytes + warp * (kStages * stage_bytes + kStageSlack);
@@ -329,8 +333,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       attend_dense_store<Shape>(s.pages, k_slot_offset(args.layout, args.layer, kv_head),
                                 args.layout.k.slot_bytes, first, end, queries, stages, softmax);
     } else {
-      attend_store<Shape>(args, s, kv_head, first, end, queries, table + lane * 4, stages,
-                          stage_bytes, softmax);
+      attend_store<Shape>(args, s, kv_head, first, end, queries, table, stages, stage_bytes,
+                          softmax);
     }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
@@ -338,13 +342,19 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
       s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
+  if (last > s.n_blocks) {
+    sync_block();  // no warp reads the queries of the store any more
+    queries.template split<16>();
+    sync_block();
+  }
   for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
     if constexpr (Shape::kDense && Shape::kBits == 16) {
-      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, stages, softmax);
+      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, stages,
+                               softmax);
     } else {
-      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, softmax);
     }
   }
   write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,

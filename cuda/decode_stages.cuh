@@ -19,41 +19,35 @@ class TileStream {
   __device__ __forceinline__ TileStream(const uint8_t* const* pages, int32_t first, int32_t last,
                                         uint8_t* stages, int32_t stage_bytes, const Copy& copy)
       : pages_(pages),
-        to_copy_(first),
         last_(last),
         stage_bytes_(stage_bytes),
+        used_((kStages - 1) * stage_bytes),
         stages_(stages),
-        end_(stages + kStages * stage_bytes),
-        fill_(stages),
-        ready_(stages),
         copy_(copy) {
 #pragma unroll
-    for (int i = 0; i < kStages - 1; i++) start();
+    for (int i = 0; i < kStages - 1; i++) start(first + i, i * stage_bytes);
   }
 
-  // The stage of the next tile, by the whole warp; it stays until the call after.
-  __device__ __forceinline__ const uint8_t* next() {
+  // The stage of tile `tile`, which is `first`, then one more than before, by the whole warp. It
+  // stays until the call after.
+  __device__ __forceinline__ const uint8_t* next(int32_t tile) {
     cp_async_wait<kStages - 2>();
     sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
-    start();
-    const uint8_t* const stage = ready_;
-    ready_ = ready_ + stage_bytes_ == end_ ? stages_ : ready_ + stage_bytes_;
-    return stage;
+    start(tile + kStages - 1, used_);
+    used_ = used_ == (kStages - 1) * stage_bytes_ ? 0 : used_ + stage_bytes_;
+    return stages_ + used_;
   }
 
  private:
-  __device__ __forceinline__ void start() {
-    if (to_copy_ < last_) copy_(load_constant_pointer(pages_ + to_copy_), fill_);
-    to_copy_++;
-    fill_ = fill_ + stage_bytes_ == end_ ? stages_ : fill_ + stage_bytes_;
+  __device__ __forceinline__ void start(int32_t tile, int32_t stage) {
+    if (tile < last_) copy_(load_constant_pointer(pages_ + tile), stages_ + stage);
     cp_async_commit();
   }
 
   const uint8_t* const* pages_;  // kept: the loop's writes might change the sequence's view
-  int32_t to_copy_, last_, stage_bytes_;
-  uint8_t *stages_, *end_;
-  uint8_t* fill_;         // the stage that the next copy goes to
-  const uint8_t* ready_;  // the stage of the next tile
+  int32_t last_, stage_bytes_;
+  int32_t used_;  // bytes to the stage of the last tile
+  uint8_t* stages_;
   const Copy& copy_;
 };
 
