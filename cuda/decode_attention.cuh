@@ -20,12 +20,13 @@
 // Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
 // new token: a few tiles in all) is read directly.
 //
-// Shared: expansion table 2 KiB; the queries; per warp kStages stages of 16 K rows and 16 V rows as
-// stored; at the end the warps' results over them.
+// Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K rows
+// and 16 V rows as stored; at the end the warps' results over them.
 #pragma once
 
 #include "cuda/attention.h"
 #include "cuda/decode_dense.cuh"
+#include "cuda/decode_results.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
@@ -51,14 +52,17 @@ struct DecodeShape {
   static constexpr int kVRunWords = kKeepV * kBits / 32;
   static constexpr bool kDense = kKeepK == 32;
   static constexpr bool kFixed = kKeepK != 0 && !kDense;
+  // Shared memory: the table, the block's plan, the queries, the stages.
   static constexpr int kTable = kDense ? 0 : kTableBytes;
   // Stages of 2-byte dense rows leave no room for the queries: these lie in warp 0's last stage,
   // which is not filled before they have been read.
   static constexpr bool kQueriesInStage = kDense && kBits == 16;
-  static constexpr int kQueryBytes = kQueriesInStage ? 0 : cuda::kQueryBytes<kDim, kSets>;
+  static constexpr int kQueriesAt = kTable + kPlanBytes;
+  static constexpr int kStagesAt =
+      kQueriesAt + (kQueriesInStage ? 0 : cuda::kQueryBytes<kDim, kSets>);
   // As many as registers allow without spilling, or shared memory.
   static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
-                                                  : kSets == 1            ? (kDim == 64 ? 6 : 4)
+                                                  : kSets == 1            ? (kDim == 64 ? 5 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
                                                                           : 2;
@@ -68,21 +72,11 @@ struct DecodeShape {
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
 
-// The dim of row g of output tile t, and how far that of row g + 8 lies from it.
+// Tiles of the store. plan: with their slots once the block has passed a barrier.
 template <typename Shape>
-__device__ __forceinline__ int output_dim(int t, int g) {
-  if constexpr (Shape::kDense) return DenseSlots<Shape>::output_dim(t, g);
-  return g * Shape::kVDims + 2 * t;
-}
-template <typename Shape>
-constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
-
-// The tiles [first, last) of the store, pages[tile].
-template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const SequenceView& s, int kv_head,
-                             int32_t first, int32_t last, const BlockQueries<Shape>& queries,
-                             uint8_t* table, uint8_t* stages, int32_t stage_bytes,
-                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const BlockPlan& plan,
+                             const BlockQueries<Shape>& queries, uint8_t* table, uint8_t* stages,
+                             int32_t stage_bytes, Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
   const SlotLayout& k_slot = args.layout.k;
@@ -92,12 +86,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
   const Piece v_piece =
       Shape::kFixed ? fixed_piece<Shape>(Shape::kVRunWords * 32) : piece_of(v_slot);
   if constexpr (Shape::kFixed) stage_bytes = Shape::kStageBytes;
-  const int64_t k_at = k_slot_offset(args.layout, args.layer, kv_head);
   const StageCopier<Shape> copier({k_piece, v_piece, k_slot.values_offset, k_slot.scales_offset,
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
-  const auto copy = [&](const uint8_t* page, uint8_t* stage) { copier.start(page + k_at, stage); };
-  TileStream stream(s.pages, first, last, stages, stage_bytes, copy);
+  const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
+  TileStream stream(run, plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   fill_expand_table(table);  // while the first copies are under way
@@ -116,8 +109,11 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     }
   }
 
-  for (int32_t tile = first; tile < last; tile++) {
-    const uint8_t* const k_stage = stream.next(tile);
+  // Kept where registers allow: worked out again in every tile they cost 8 instructions.
+  const int k_token = Shape::kSets == 1 ? kept(row_token(g)) : row_token(g);
+  const int v_token = Shape::kSets == 1 ? kept(c) : c;
+  for (int32_t i = 0; i < run.n; i++) {
+    const uint8_t* const k_stage = stream.next(i);
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
@@ -126,7 +122,7 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         expand_row<Shape::kBits, Shape::kKDims, Shape::kKRunWords>(
-            k_slot, k_piece, k_stage, row_token(g) + 8 * r, c, lane_table, 0u, rows[r]);
+            k_slot, k_piece, k_stage, k_token + 8 * r, c, lane_table, 0u, rows[r]);
       }
 #pragma unroll
       for (int set = 0; set < Shape::kSets; set++) {
@@ -142,8 +138,8 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
       float k_scale[2], v_scale[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        k_scale[r] = row_scale(k_piece, k_stage, row_token(g) + 8 * r);
-        v_scale[r] = row_scale(v_piece, v_stage, row_token(g) + 8 * r) * kCodeUnit;
+        k_scale[r] = row_scale(k_piece, k_stage, k_token + 8 * r);
+        v_scale[r] = row_scale(v_piece, v_stage, k_token + 8 * r) * kCodeUnit;
       }
       scale_scores(k_scale, v_scale, q_scale, scores, log_scale);
     }
@@ -157,7 +153,7 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     uint32_t words[4][Shape::kTiles];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
-      const int token = c + 4 * t;
+      const int token = v_token + 4 * t;
       if constexpr (kCodes) {
         uint32_t bytes[Shape::kVDims / 4];
         expand_row<Shape::kBits, Shape::kVDims, Shape::kVRunWords>(
@@ -171,6 +167,19 @@ __device__ void attend_store(const AttentionArgs& args, const SequenceView& s, i
     add_values<kProduct, Shape::kSets>(words, p, softmax);
   }
   cp_async_wait<0>();
+}
+
+// kWords words from a 16-byte boundary on.
+template <int kWords>
+__device__ __forceinline__ void load_run(const uint8_t* from, uint32_t (&words)[kWords]) {
+#pragma unroll
+  for (int i = 0; i < kWords / 4; i++) {
+    const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+    words[4 * i] = four.x;
+    words[4 * i + 1] = four.y;
+    words[4 * i + 2] = four.z;
+    words[4 * i + 3] = four.w;
+  }
 }
 
 // Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked. queries:
@@ -188,11 +197,12 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
   uint32_t rows[2][Shape::kKDims / 2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    load_dense<16, Shape::kKDims>(row(keys, row_token(g) + 8 * r), c * Shape::kKDims, 0u, rows[r]);
+    load_run(row(keys, row_token(g) + 8 * r) + c * Shape::kKDims * 2, rows[r]);
   }
   uint32_t p[Shape::kSets][2];
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
+    if (set > 0) sync_warp();  // loads of all sets at once would take too many registers
     uint32_t q[Shape::kKDims / 4][2];
     load_query<16, Shape::kDim>(queries, set, q);
     float scores[4];
@@ -214,90 +224,10 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
         words[t][i] = *reinterpret_cast<const uint32_t*>(from + output_dim<Shape>(i, g) * 2);
       }
     } else {
-      load_dense<16, Shape::kVDims>(from, g * Shape::kVDims, 0u, words[t]);
+      load_run(from + g * Shape::kVDims * 2, words[t]);
     }
   }
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
-}
-
-// Merges the warps and writes the partials of this block's queries. merged: shared, [warp][query]
-// [head_dim + 2] f32.
-template <typename Shape>
-__device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_head, int first_query,
-                               int n_queries, int32_t split,
-                               Softmax<Shape::kTiles> (&softmax)[Shape::kSets], float* merged) {
-  constexpr int kStride = Shape::kDim + 2;
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int g = lane >> 2, c = lane & 3;
-#pragma unroll
-  for (int set = 0; set < Shape::kSets; set++) {
-    Softmax<Shape::kTiles>& s = softmax[set];
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-#pragma unroll
-      for (int m = 4; m <= 16; m *= 2) s.sum[n] += shuffle_xor(s.sum[n], m);
-    }
-#pragma unroll
-    for (int t = 0; t < Shape::kTiles; t++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) s.out[t][i] += shuffle_xor(s.out[t][i], 2);
-    }
-  }
-  sync_block();  // every warp is done with its stages
-  if (c < 2) {
-#pragma unroll
-    for (int i = 0; i < 2 * Shape::kSets; i++) {
-      const int n = i % 2;
-      const Softmax<Shape::kTiles>& s = softmax[i / 2];
-      float* mine = merged + (warp * Shape::kQueries + i / 2 * kSetQueries + 2 * c + n) * kStride;
-#pragma unroll
-      for (int t = 0; t < Shape::kTiles; t++) {
-        float* const at = mine + output_dim<Shape>(t, g);
-        if constexpr (kPairStep<Shape> == 1) {
-          *reinterpret_cast<float2*>(at) = {s.out[t][n], s.out[t][2 + n]};
-        } else {
-          at[0] = s.out[t][n];
-          at[kPairStep<Shape>] = s.out[t][2 + n];
-        }
-      }
-      if (g == 0) *reinterpret_cast<float2*>(mine + Shape::kDim) = {s.max[n], s.sum[n]};
-    }
-  }
-  sync_block();
-  const int heads_per_kv = args.n_heads / args.n_kv_heads;
-#pragma unroll 1
-  for (int query = warp; query < n_queries; query += kDecodeWarps) {
-    const float* const parts = merged + query * kStride;
-    constexpr int kPart = Shape::kQueries * kStride;  // from a warp's to the next
-    float2 max_sum[kDecodeWarps];
-    float max = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; w++) {
-      max_sum[w] = *reinterpret_cast<const float2*>(parts + w * kPart + Shape::kDim);
-      max = fmaxf(max, max_sum[w].x);
-    }
-    float weight[kDecodeWarps], sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; w++) {  // a warp without tokens: 0
-      weight[w] = max_sum[w].x == -INFINITY ? 0.0f : exp2_approx(max_sum[w].x - max);
-      sum += weight[w] * max_sum[w].y;
-    }
-    const int head = kv_head * heads_per_kv + first_query + query;
-    float* const to =
-        args.partials + ((int64_t{row} * args.n_heads + head) * args.max_splits + split) * kStride;
-#pragma unroll
-    for (int d = 2 * lane; d < Shape::kDim; d += 2 * kWarpSize) {
-      float2 value = {0.0f, 0.0f};
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; w++) {
-        const float2 part = *reinterpret_cast<const float2*>(parts + w * kPart + d);
-        value.x += weight[w] * part.x;
-        value.y += weight[w] * part.y;
-      }
-      *reinterpret_cast<float2*>(to + d) = value;
-    }
-    if (lane == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max, sum};
-  }
 }
 
 // Blocks per multiprocessor are stated: left to choose, ptxas aims higher on sm_100 and spills.
@@ -314,27 +244,39 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
   const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  const int n_queries =
-      heads_per_kv - first_query < Shape::kQueries ? heads_per_kv - first_query : Shape::kQueries;
+  const int left = heads_per_kv - first_query;
+  const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
+  const int first_head = kv_head * heads_per_kv + first_query;
 
   uint8_t* const table = shared_memory();
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+  if (thread == 0) {
+    plan.row = s.row0;
+    plan.split = split;
+    plan.n_splits = n_splits;
+    plan.first_head = first_head;
+    plan.n_heads = n_queries;
+  }
   const BlockQueries<Shape> queries = {
-      args.q +
-          (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim,
-      n_queries,
-      table + Shape::kTable + (Shape::kQueriesInStage ? (kStages - 1) * stage_bytes : 0)};
+      args.q + (int64_t{s.row0} * args.n_heads + first_head) * Shape::kDim, n_queries,
+      table + (Shape::kQueriesInStage ? Shape::kStagesAt + (kStages - 1) * stage_bytes
+                                      : Shape::kQueriesAt)};
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* stages =
-      table + Shape::kTable + Shape::kQueryBytes + warp * (kStages * stage_bytes + kStageSlack);
-  if (first < s.n_blocks) {
-    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+  uint8_t* const stages_of_warps = table + Shape::kStagesAt;
+  uint8_t* stages = stages_of_warps + warp * (kStages * stage_bytes + kStageSlack);
+  const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+  const TileRun run = {s.pages + first, k_slot_offset(args.layout, args.layer, kv_head),
+                       end > first ? end - first : 0};
+  if (thread == 0) plan.run = run;
+  if (thread < run.n && thread < BlockPlan::kListed) {
+    plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
+  }
+  if (run.n > 0) {
     if constexpr (Shape::kDense) {
-      attend_dense_store<Shape>(s.pages, k_slot_offset(args.layout, args.layer, kv_head),
-                                args.layout.k.slot_bytes, first, end, queries, stages, softmax);
+      attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax);
     } else {
-      attend_store<Shape>(args, s, kv_head, first, end, queries, table, stages, stage_bytes,
-                          softmax);
+      attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
@@ -357,8 +299,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, softmax);
     }
   }
-  write_partials<Shape>(args, s.row0, kv_head, first_query, n_queries, split, softmax,
-                        reinterpret_cast<float*>(table + Shape::kTable + Shape::kQueryBytes));
+  float* const merged = reinterpret_cast<float*>(stages_of_warps);
+  write_partials<Shape>(args, plan, softmax, merged);
+  if (args.arrivals != nullptr) merge_if_last<Shape>(args, plan, merged);
 }
 
 template <typename Shape>
@@ -369,13 +312,12 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   };
   const int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
   const int64_t staging = int64_t{kDecodeWarps} * (kStages * stage_bytes + kStageSlack);
-  const int64_t merging = int64_t{kDecodeWarps} * Shape::kQueries * (Shape::kDim + 2) * 4;
+  const int64_t merging = merging_bytes<Shape>;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch("decode_attention", decode_attention_kernel<Shape>,
          {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kQueryBytes + Shape::kTable + (staging > merging ? staging : merging), stream, args,
-         stage_bytes);
+         Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

@@ -242,20 +242,19 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
   add_dense_values<Shape>(stage + Slots::kRowsBytes, place, p, softmax);
 }
 
-// The tiles [first, last) of a store of dense slots. slots: bytes from a page to the K slot.
+// Tiles of the store, dense slots. plan: with their slots once the block has passed a barrier.
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_store(
-    const uint8_t* const* pages, int64_t slots, int32_t slot_bytes, int32_t first, int32_t last,
+    const TileRun& run, const BlockPlan& plan, int32_t slot_bytes,
     const BlockQueries<Shape>& queries, uint8_t* stages,
     Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   using Slots = DenseSlots<Shape>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
-  slots += warp * Slots::kRowsBytes;
   // Of the four chunks of scales, two of K and two of V.
   const int32_t scales = kBlockTokens * Slots::kRowBytes - warp * Slots::kRowsBytes +
                          (lane >> 1) * slot_bytes + warp * kDecodeTokens * 2 + (lane & 1) * 16;
-  const auto copy = [&](const uint8_t* page, uint8_t* stage) {
-    const uint8_t* const k = page + slots;
+  const auto copy = [&](const uint8_t* slot, uint8_t* stage) {
+    const uint8_t* const k = slot + warp * Slots::kRowsBytes;
     copy_rows<Slots::kRowBytes>(stage, [&](int n) { return k + n * 16; });
     const uint8_t* const v = k + slot_bytes;
     copy_rows<Slots::kRowBytes>(stage + Slots::kRowsBytes, [&](int n) { return v + n * 16; });
@@ -263,7 +262,7 @@ __device__ __forceinline__ void attend_dense_store(
       if (lane < 4) cp_async16(stage + 2 * Slots::kRowsBytes + lane * 16, k + scales);
     }
   };
-  TileStream stream(pages, first, last, stages, Slots::kStageBytes, copy);
+  TileStream stream(run, plan, stages, Slots::kStageBytes, copy);
   queries.template split<Slots::kCodes ? 8 : 16>();
   sync_block();
   const DenseQueries<Shape> q(queries.shared);
@@ -272,8 +271,8 @@ __device__ __forceinline__ void attend_dense_store(
     sync_block();
   }
   const int32_t place = load_place<Slots::kRowBytes>();
-  for (int32_t tile = first; tile < last; tile++) {
-    attend_dense_tile<Shape>(stream.next(tile), place, kDecodeTokens, q, softmax);
+  for (int32_t i = 0; i < run.n; i++) {
+    attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax);
   }
   cp_async_wait<0>();
 }

@@ -99,8 +99,8 @@ INSTANTIATE_TEST_SUITE_P(OtherTails, FastDecodeTest,
                                             ::testing::Values(kFirstClass), ::testing::Values(128)),
                          name_of_case);
 
-// Every kernel there is: tail, values, setting, head_dim and one set of up to 4 query heads or two.
-// The harness takes every eleventh, in CI beside those above; a device all.
+// Every kernel there is: tail, values, setting, head_dim and query heads (one set of up to 4, two
+// sets, two blocks). The harness takes every eleventh, in CI beside those above; a device all.
 using Variant = std::tuple<Types, Setting, int32_t, int32_t>;  // head_dim, queries
 class EveryDecodeTest : public ::testing::TestWithParam<Variant> {};
 
@@ -116,7 +116,8 @@ std::vector<Variant> every_variant() {
                             Types{kBF16, kInt8}, Types{kF16, kInt4}, Types{kBF16, kInt4}}) {
     for (const Setting& setting : {kFirstClass, kHalf, kDense, kMixed, kRow, kSparse}) {
       for (const int32_t head_dim : {64, 128}) {
-        for (const int32_t n_queries : {4, 8}) {
+        for (const int32_t n_queries : {4, 8, 12}) {
+          if (!kOnDevice && n_queries == 12) continue;
           if (kOnDevice || n++ % 11 == 3) variants.push_back({types, setting, head_dim, n_queries});
         }
       }

@@ -86,7 +86,9 @@ struct Chunk {
   int32_t n_blocks = 2, fresh_tokens = 40, first_row = 13, n_rows = 21;
 };
 
-void check_prefill(const CacheShape& shape, bool fast, const Chunk& chunk = {}) {
+// By the tensor-core kernel where there is one for the shape, which must then take it.
+void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
+  const bool fast = (shape.head_dim == 64 || shape.head_dim == 128) && shape.tail != DType::kF32;
   Sequence a(shape, chunk.n_blocks, 9, chunk.fresh_tokens, chunk.first_row, chunk.n_rows, 1);
   Sequence b(shape, 0, 0, 3, 0, 3, 2);
   std::vector<std::unique_ptr<DeviceCache>> copies;
@@ -153,7 +155,7 @@ class PrefillTest : public ::testing::TestWithParam<Case> {};
 TEST_P(PrefillTest, EqualsCausalAttentionOverTheDequantisedRows) {
   CacheShape shape;
   std::tie(shape.tail, shape.values, shape.head_dim, shape.n_queries) = GetParam();
-  check_prefill(shape, shape.head_dim % 64 == 0 && shape.tail != DType::kF32);
+  check_prefill(shape);
 }
 
 std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
@@ -167,7 +169,8 @@ INSTANTIATE_TEST_SUITE_P(
     Shapes, PrefillTest,
     ::testing::Values(Case{kF16, kF16, 64, 2}, Case{kBF16, DType::kInt8, 64, 3},
                       Case{kBF16, kBF16, 128, 4}, Case{kF16, DType::kInt4, 128, 1},
-                      Case{kF32, kF32, 64, 2}, Case{kF32, kF32, 8, 2}, Case{kBF16, kBF16, 80, 3}),
+                      Case{kF32, kF32, 64, 2}, Case{kF32, kF32, 8, 2}, Case{kBF16, kBF16, 80, 3},
+                      Case{kF16, DType::kInt8, 256, 1}),
     name_of_case);
 
 // Every kernel over every kind of prefix; the harness takes every eleventh, in CI beside those
@@ -185,7 +188,7 @@ CacheShape shape_of(const Variant& variant) {
 }
 
 TEST_P(EveryPrefillTest, EqualsCausalAttentionOverTheDequantisedRows) {
-  check_prefill(shape_of(GetParam()), true);
+  check_prefill(shape_of(GetParam()));
 }
 
 std::vector<Variant> every_variant() {
@@ -224,14 +227,13 @@ class LongPrefillTest : public ::testing::TestWithParam<Variant> {};
 
 TEST_P(LongPrefillTest, EqualsCausalAttentionOverTheDequantisedRows) {
   CacheShape shape = shape_of(GetParam());
-  const bool fast = shape.head_dim % 64 == 0 && shape.tail != kF32;
   if (kOnDevice) {
-    check_prefill(shape, fast, {5, 300, 64, 230});
-    check_prefill(shape, fast, {0, 257, 0, 257});
-    check_prefill(shape, fast, {16, 65, 0, 65});
+    check_prefill(shape, {5, 300, 64, 230});
+    check_prefill(shape, {0, 257, 0, 257});
+    check_prefill(shape, {16, 65, 0, 65});
   } else {
     shape.n_kv_heads = 1;
-    check_prefill(shape, fast, {3, 100, 20, 70});
+    check_prefill(shape, {3, 100, 20, 70});
   }
 }
 
@@ -251,10 +253,13 @@ TEST(Prefill, RaggedSlots) {
   shape.tail = kBF16;
   shape.values = DType::kInt4;
   shape.head_dim = 64;
-  check_prefill(shape, true);
+  check_prefill(shape);
+  shape.head_dim = 128;
+  shape.n_queries = 1;
+  check_prefill(shape);
   shape.tail = shape.values = kF32;
   shape.head_dim = 24;
-  check_prefill(shape, false);
+  check_prefill(shape);
 }
 
 }  // namespace
