@@ -30,7 +30,8 @@ struct AttentionArgs {
   // [n_rows][n_heads] zeros on the device, or null: how many splits of a few heads are done. Given
   // these, decode_attention_fast merges the splits too, and leaves zeros again.
   uint32_t* arrivals = nullptr;
-  bool decode = true;  // one row a sequence, its token in the dense buffer
+  bool decode = true;       // one row a sequence, its token in the dense buffer
+  bool writes_out = false;  // of prefill_attention_fast: no combine follows
 };
 
 // A split has at least so many tiles of 64 tokens, which amortises a block's fixed costs, and there
@@ -62,8 +63,12 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 // bf16 tail, values of the tail's type, int8 or int4, not ragged.
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
-// Flash attention for many rows (prefill_attention.cu); false for the same reasons.
+// Flash attention for many rows (prefill_attention.cu); false for the same reasons. With writes_out
+// it writes out itself and no partials: where no sequence has a v_backward.
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
+
+// The kernel before that (prefill_attention_before.cu), for the benchmark alone.
+bool prefill_attention_before(const AttentionArgs& args, Stream stream);
 
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);

@@ -265,11 +265,16 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
         args.n_sequences = count;
         args.layout = *batch.sequences[first].layout;
         args.max_row_count = 1;
+        args.writes_out = !args.decode;
         for (int32_t i = first; i < first + count; i++) {
           args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
+          const KVTransform* transform = batch.sequences[i].transform;
+          if (transform != nullptr && transform->v_backward != nullptr) args.writes_out = false;
         }
-        if (args.decode && decode_attention_fast(args, stream_)) return;  // splits merged
-        if (args.decode || !prefill_attention_fast(args, stream_)) attention_plain(args, stream_);
+        const bool done = args.decode ? decode_attention_fast(args, stream_)
+                                      : prefill_attention_fast(args, stream_);
+        if (done && (args.decode || args.writes_out)) return;  // splits merged
+        if (!done) attention_plain(args, stream_);
         combine_attention(args, stream_);
       });
 }

@@ -20,8 +20,8 @@
 // Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
 // new token: a few tiles in all) is read directly.
 //
-// Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K rows
-// and 16 V rows as stored; at the end the warps' results over them.
+// Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K
+// rows and 16 V rows as stored; at the end the warps' results over them.
 #pragma once
 
 #include "cuda/attention.h"
@@ -234,6 +234,8 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
+  let_next_start();
+  wait_for_previous();
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
@@ -315,9 +317,10 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t merging = merging_bytes<Shape>;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
-  launch("decode_attention", decode_attention_kernel<Shape>,
-         {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
+  launch_overlapping(
+      "decode_attention", decode_attention_kernel<Shape>,
+      {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
+      Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

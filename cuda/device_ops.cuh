@@ -90,6 +90,21 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
+// Of a kernel started by launch_overlapping: until here it may run beside the kernel before it in the
+// stream, whose writes are to be seen after. Every block that does not return at once calls it.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(MUSTAFAR_SIMT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on the next kernel may start, where there is room.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(MUSTAFAR_SIMT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" :::);
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ T shuffle(T value, int source_lane) {
 #if defined(MUSTAFAR_SIMT)
@@ -282,10 +297,8 @@ __device__ __forceinline__ uint16_t float_f16(float x) {
 #if defined(MUSTAFAR_SIMT)
   return f32_to_f16(x);
 #else
-  const uint32_t u = __float_as_uint(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) {
-    return static_cast<uint16_t>((u >> 16 & 0x8000u) | 0x7e00u | (u >> 13 & 0x1ffu));
-  }
+  // A NaN that was loaded from f16 has become the device's own: its sign and payload are lost.
+  if ((__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u) return 0x7e00u;
   return __half_as_ushort(__float2half_rn(x));
 #endif
 }
@@ -303,6 +316,20 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   }
+  return word;
+#endif
+}
+
+// Two f16 in one word; what is beyond their range becomes the largest.
+__device__ __forceinline__ uint32_t pack2_f16_saturated(float low, float high) {
+#if defined(MUSTAFAR_SIMT)
+  const auto saturated = [](float x) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  };
+  return pack2<DType::kF16>(saturated(low), saturated(high));
+#else
+  uint32_t word;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 #endif
 }
@@ -412,6 +439,19 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #else
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+// The same, or 16 zero bytes where there is nothing to copy; from is then not read.
+__device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
+#if defined(MUSTAFAR_SIMT)
+  alignas(16) static const uint8_t kZeros[16] = {};
+  simt::cp_async(to_shared, copy ? from : kZeros, 16);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  const uint32_t bytes = copy ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
 #endif
 }
 

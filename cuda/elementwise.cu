@@ -61,6 +61,8 @@ __device__ void cos_sin(float angle, float& cosine, float& sine) {
 
 // Grid: x head (queries, then keys, then values), y row. Shared: the head's vector [head_dim].
 __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args) {
+  let_next_start();
+  wait_for_previous();
   const int32_t row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* found = find_sequence(args.sequences, args.n_sequences, row);
   if (found == nullptr) return;
@@ -141,6 +143,16 @@ bool has_code_for_device() {
 #endif
 }
 
+int code_architecture() {
+#if defined(MUSTAFAR_SIMT)
+  return 0;
+#else
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, embed_kernel), "cudaFuncGetAttributes");
+  return attributes.ptxVersion;
+#endif
+}
+
 void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
            float* out, Stream stream) {
   launch("embed", embed_kernel, {n}, kThreads, 0, stream, table, dtype, token_ids, hidden, out);
@@ -158,7 +170,7 @@ void silu_multiply(float* gate, const float* up, int64_t count, Stream stream) {
 }
 
 void rope_append(const RopeArgs& args, Stream stream) {
-  launch("rope_append", rope_append_kernel, {args.n_heads + 2 * args.n_kv_heads, args.n_rows},
+  launch_overlapping("rope_append", rope_append_kernel, {args.n_heads + 2 * args.n_kv_heads, args.n_rows},
          kRopeThreads, args.head_dim * 4, stream, args);
 }
 

@@ -1,4 +1,5 @@
-// y = W x for few rows of x: reads W once per 8 of them, at 16 bytes a load.
+// y = W x for few rows of x: reads W once per 8 of them, at 16 bytes a load. For f32, and for what
+// gemv_tensor.cu does not take.
 //
 // Grid: x groups of kRows output rows over all matrices of the launch. The 4 warps of a block share
 // the rows and take the columns in turn, so that even a matrix of 4,096 rows has enough loads in
@@ -12,6 +13,7 @@
 //
 // Shared: sums and squares of each warp, kWarps x kBatch x (kRows + 1) f32.
 #include "cuda/device_ops.cuh"
+#include "cuda/gemv_rows.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
 
@@ -19,7 +21,8 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kRows = 4;  // output rows of a block
+constexpr int kRows = 4;    // output rows of a block
+constexpr int kBatchX = 8;  // rows of x that a pass takes
 
 template <DType kType, bool kVector>
 constexpr int kValues = !kVector               ? 1
@@ -69,30 +72,6 @@ __device__ __forceinline__ void load_floats(const float* from, float (&values)[k
   }
 }
 
-// The matrix and row of row r of a group, and whether it exists; one past the end repeats the last.
-struct RowPlace {
-  const LinearPart* part;
-  int64_t row;
-  bool exists;
-};
-
-__device__ __forceinline__ RowPlace row_place(const LinearArgs& args, int64_t group, int r) {
-  if (args.gated) {
-    const LinearPart& part = args.parts[r % 2];
-    const int64_t row = group * (kRows / 2) + r / 2;
-    return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
-  }
-  int i = 0;
-  for (; i + 1 < args.n_parts; i++) {
-    const int64_t groups = (args.parts[i].rows + kRows - 1) / kRows;
-    if (group < groups) break;
-    group -= groups;
-  }
-  const LinearPart& part = args.parts[i];
-  const int64_t row = group * kRows + r;
-  return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
-}
-
 // The sums of this warp's columns, and of the squares of x, each over the whole warp.
 template <DType kType, int kBatch, bool kVector>
 __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
@@ -104,7 +83,7 @@ __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
   const uint8_t* rows[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    const RowPlace place = row_place(args, blockIdx.x, r);
+    const RowPlace place = row_place<kRows>(args, blockIdx.x, r);
     rows[r] = static_cast<const uint8_t*>(place.part->weights) + place.row * row_bytes;
   }
   Weights<kType, kVector> next[kRows];
@@ -113,6 +92,8 @@ __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
 #pragma unroll
     for (int r = 0; r < kRows; r++) next[r].load(rows[r], i);
   }
+  let_next_start();
+  wait_for_previous();
   for (; i < cols; i += kStep) {
     float w[kRows][kCount];
 #pragma unroll
@@ -176,31 +157,18 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     for (int w = 0; w < kWarps; w++) sum += shared[(w * kBatch + b) * (kRows + 1) + column];
     return sum;
   };
-  const float scale = args.norm != nullptr
-                          ? 1.0f / sqrtf(total(kRows) / static_cast<float>(args.cols) + args.eps)
-                          : 1.0f;
-  const RowPlace place = row_place(args, blockIdx.x, r);
-  const auto value = [&](const RowPlace& at, int column) {
-    return total(column) * scale + (at.part->bias != nullptr ? at.part->bias[at.row] : 0.0f);
-  };
-  if (!place.exists) return;
-  float* const y = place.part->y + (first_x + b) * place.part->y_stride + place.row;
-  float result = value(place, r);
-  if (args.gated) {
-    if (r % 2 != 0) return;
-    const float up = value(row_place(args, blockIdx.x, r + 1), r + 1);
-    result = result / (1.0f + expf(-result)) * up;
-  }
-  *y = place.part->accumulate ? *y + result : result;
+  store_row<kRows>(args, blockIdx.x, r, first_x + b,
+                   args.norm != nullptr ? norm_scale(args, total(kRows)) : 1.0f, total);
 }
 
 template <DType kType, bool kVector>
-void run(const LinearArgs& args, int64_t groups, Stream stream) {
-  for (int32_t first = 0; first < args.n; first += kGemvRows) {
-    const int32_t n = args.n - first < kGemvRows ? args.n - first : kGemvRows;
+void run(const LinearArgs& args, Stream stream) {
+  const int64_t groups = row_groups<kRows>(args);
+  for (int32_t first = 0; first < args.n; first += kBatchX) {
+    const int32_t n = args.n - first < kBatchX ? args.n - first : kBatchX;
     const auto start = [&](auto kernel, int batch) {
-      launch("gemv", kernel, {groups}, kWarps * kWarpSize, kWarps * batch * (kRows + 1) * 4, stream,
-             args, first, n);
+      launch_overlapping("gemv", kernel, {groups}, kWarps * kWarpSize,
+                         kWarps * batch * (kRows + 1) * 4, stream, args, first, n);
     };
     if (n == 1) {
       start(gemv_kernel<kType, 1, kVector>, 1);
@@ -217,28 +185,29 @@ void run(const LinearArgs& args, int64_t groups, Stream stream) {
 }  // namespace
 
 void gemv(const LinearArgs& args, Stream stream) {
-  static_assert(kGemvRows * kRows <= kWarps * kWarpSize);
+  static_assert(kBatchX * kRows <= kWarps * kWarpSize);
   const DType dtype = args.parts[0].dtype;
-  int64_t groups = 0;
   bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                 reinterpret_cast<uintptr_t>(args.norm) % 16 == 0;
   for (int i = 0; i < args.n_parts; i++) {
     const LinearPart& part = args.parts[i];
     if (part.dtype != dtype) throw Error("gemv: the matrices of one launch differ in type");
-    const int64_t rows = args.gated ? kRows / 2 : kRows;
-    if (!args.gated || i == 0) groups += (part.rows + rows - 1) / rows;
     vector = vector && args.cols * (dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(part.weights) % 16 == 0;
+  }
+  if (vector && dtype != DType::kF32) {
+    gemv_tensor(args, stream);
+    return;
   }
   const auto typed = [&](auto wide) {
     constexpr bool kVector = decltype(wide)::value;
     switch (dtype) {
       case DType::kF32:
-        return run<DType::kF32, kVector>(args, groups, stream);
+        return run<DType::kF32, kVector>(args, stream);
       case DType::kF16:
-        return run<DType::kF16, kVector>(args, groups, stream);
+        return run<DType::kF16, kVector>(args, stream);
       default:
-        return run<DType::kBF16, kVector>(args, groups, stream);
+        return run<DType::kBF16, kVector>(args, stream);
     }
   };
   if (vector) {

@@ -1,232 +1,384 @@
 // Flash attention for many query rows on the tensor cores: prefill, over store, dense buffer and
 // the call's own tokens, causal.
-//
-// Grid: x chunk of 64 pairs, y KV head, z sequence. A pair is one query row and one query head of
-// the KV head's group, so that a compressed tile is expanded once for the whole group; 4 warps, 16
-// pairs each. Tiles of 64 tokens are expanded (or copied) to shared memory in the tail's type, a
-// warp per row; S = Q K^T and O = P V by 16x8x16 products, the online softmax in registers in
-// base 2. Rows of shared memory are D + 8 values apart, which keeps ldmatrix free of bank
-// conflicts.
-//
-// bf16 holds an integer code exactly but not code times scale, so with a bf16 tail the tiles hold
-// codes and the scales go to the scores and to P.
-//
-// Shared: K and V tiles [64][D + 8], their rows' scales [64] f32 each. Limits: f16 or bf16 tail,
-// head_dim 64 or 128; any store.
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
-#include "cuda/unpack.cuh"
+#include "cuda/prefill_tiles.cuh"
 
 namespace mustafar::cuda {
 namespace {
 
-constexpr int kPairs = 64;
-constexpr int kTokens = 64;
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kWarpPairs = 32;  // two products' rows
+constexpr int kPairs = kPrefillWarps * kWarpPairs;
+constexpr float kHeadroom = 8.0f;  // a weight of up to 2^8 keeps the old maximum
+constexpr float kNoScore = -1e30f;
 
-// Tokens [first, last) of one kind into shared memory; zeros past the end.
-template <DType kType, int kDim>
-__device__ void load_tile(const AttentionArgs& args, const SequenceView& s, const DenseRun& run,
-                          int kind, int kv_head, int32_t first, int32_t last, uint16_t* tile,
-                          float* scales) {
-  const SlotLayout& slot = kind == 0 ? args.layout.k : args.layout.v;
-  const int64_t at = kind == 0 ? k_slot_offset(args.layout, args.layer, kv_head)
-                               : v_slot_offset(args.layout, args.layer, kv_head);
-  const int32_t stored = s.n_blocks * kBlockTokens;
-  for (int t = static_cast<int>(threadIdx.x) / kWarpSize; t < kTokens; t += kWarps) {
-    const int32_t token = first + t;
-    uint16_t* row = tile + t * (kDim + 8);
-    if (token < stored) {
-      const uint8_t* block = s.pages[token / kBlockTokens] + at;
-      const float scale = stored_scale(slot, block, token % kBlockTokens);
-      const bool codes = kType == DType::kBF16;
-      if (lane_id() == 0) scales[t] = codes ? scale : 1.0f;
-      unpack_row_to(slot, block, token % kBlockTokens, codes ? 1.0f : scale, [row](int d, float x) {
-        row[d] = kType == DType::kF16 ? float_f16(x) : float_bf16(x);
-      });
-    } else {
-      if (lane_id() == 0) scales[t] = 1.0f;
-      const uint32_t* from =
-          token < last ? reinterpret_cast<const uint32_t*>(run.row(token - stored)) : nullptr;
-      for (int i = lane_id(); i < kDim / 2; i += kWarpSize) {
-        reinterpret_cast<uint32_t*>(row)[i] = from != nullptr ? from[i] : 0u;
-      }
-    }
+template <int kDim>
+constexpr int kQueryBytes = kPairs* kDim * 2;
+template <int kDim>
+constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
+template <int kDim>
+constexpr int kSharedBytes =  // the stages take the block's output at the end
+    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes;
+
+// What the kernel is given beside AttentionArgs, worked out once on the host.
+struct PrefillPlan {
+  StoreTiles store;
+  int32_t heads_per_kv;
+};
+
+// The block's 128 pairs: which row and head each is, and how many tokens it sees.
+class Pairs {
+ public:
+  __device__ __forceinline__ Pairs(const AttentionArgs& args, const PrefillPlan& plan,
+                                   const SequenceView& s)
+      : args_(args),
+        plan_(plan),
+        // The longest come first.
+        first_(static_cast<int32_t>(gridDim.z - 1 - blockIdx.z) * kPairs),
+        all_(s.n_rows * plan.heads_per_kv),
+        sees0_(s.n_blocks * kBlockTokens + s.dense_tokens + s.pos0 - s.fresh_pos0 + 1) {}
+
+  __device__ __forceinline__ int32_t first() const { return first_; }
+  __device__ __forceinline__ int32_t all() const { return all_; }  // of the sequence and KV head
+  __device__ __forceinline__ int32_t clamped(int32_t pair) const {
+    return pair < all_ ? pair : all_ - 1;
+  }
+  __device__ __forceinline__ int32_t sees(int32_t pair) const {
+    return sees0_ + clamped(pair) / plan_.heads_per_kv;
+  }
+  // Of (row, head) in the batch.
+  __device__ __forceinline__ int64_t index(const SequenceView& s, int32_t pair) const {
+    const int32_t heads = plan_.heads_per_kv;
+    return int64_t{s.row0 + pair / heads} * args_.n_heads + static_cast<int>(blockIdx.x) * heads +
+           pair % heads;
+  }
+
+ private:
+  const AttentionArgs& args_;
+  const PrefillPlan& plan_;
+  int32_t first_, all_, sees0_;
+};
+
+// The block's queries, scaled for base 2, as a tile of 128 rows of f16.
+template <int kDim>
+__device__ __forceinline__ void load_queries(const float* q, const SequenceView& s,
+                                             const Pairs& pairs, uint8_t* tile) {
+  constexpr int kChunks = kDim / 8;
+  const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 8  // their loads under way together
+  for (int i = 0; i < kChunks; i++) {
+    const int row = (i * kPrefillThreads + thread) / kChunks, chunk = thread % kChunks;
+    const float4* from = reinterpret_cast<const float4*>(
+        q + pairs.index(s, pairs.clamped(pairs.first() + row)) * kDim + chunk * 8);
+    const float4 a = from[0], b = from[1];
+    *reinterpret_cast<uint4*>(tile + tile_offset<kDim>(row, chunk)) = {
+        pack2_f16_saturated(a.x * scale, a.y * scale),
+        pack2_f16_saturated(a.z * scale, a.w * scale),
+        pack2_f16_saturated(b.x * scale, b.y * scale),
+        pack2_f16_saturated(b.z * scale, b.w * scale)};
   }
 }
 
-// Blocks per multiprocessor are stated: left to choose, ptxas aims at four for f16 x 64 and spills.
+// Tiles of one sequence, layer and KV head, copied one ahead into two stages of K and V.
 template <DType kType, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
-    prefill_attention_kernel(AttentionArgs args) {
-  constexpr int kStride = kDim + 8;
-  const SequenceView& s = args.sequences[blockIdx.z];
-  const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  const int32_t all_pairs = s.n_rows * heads_per_kv;
-  const int32_t first_pair = static_cast<int32_t>(blockIdx.x) * kPairs;
-  if (first_pair >= all_pairs) return;
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int g = lane >> 2, c = lane & 3;
+class TileSource {
+ public:
+  __device__ __forceinline__ TileSource(const AttentionArgs& args, const SequenceView& s,
+                                        StoreTiles how, int32_t end, uint8_t* stages)
+      : args_(args), s_(s), how_(how), end_(end), stages_(stages) {
+    if (s.n_blocks > 0) page_ = s.pages[0];
+  }
 
-  // A pair's row and head in the batch, and how many tokens it sees.
-  const int32_t stored = s.n_blocks * kBlockTokens;
-  const int32_t before = stored + s.dense_tokens;
-  const auto index_of = [&](int32_t pair) {
-    return int64_t{s.row0 + pair / heads_per_kv} * args.n_heads + kv_head * heads_per_kv +
-           pair % heads_per_kv;
-  };
-  const auto visible = [&](int32_t pair) {
-    return before + s.pos0 + pair / heads_per_kv - s.fresh_pos0 + 1;
-  };
-  const int32_t end_pair = first_pair + kPairs < all_pairs ? first_pair + kPairs : all_pairs;
-  const int32_t last_token = visible(end_pair - 1);
-  int32_t pairs[2], sees[2];  // of this lane's rows g and g + 8
-  // bf16 keeps a query in two terms: with one, its rounding would be the largest error.
-  constexpr int kTerms = kType == DType::kBF16 ? 2 : 1;
-  uint32_t q[kTerms][kDim / 16][4];
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
-#pragma unroll
-  for (int r = 0; r < 2; r++) {
-    pairs[r] = first_pair + warp * 16 + g + 8 * r;
-    const int32_t pair = pairs[r] < all_pairs ? pairs[r] : all_pairs - 1;
-    sees[r] = visible(pair);
-    const float* row = args.q + index_of(pair) * kDim;
-#pragma unroll
-    for (int i = 0; i < kDim / 16; i++) {
-      const float* x = row + 16 * i + 2 * c;
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        float rest[2] = {x[8 * j] * scale, x[8 * j + 1] * scale};
-#pragma unroll
-        for (int term = 0; term < kTerms; term++) {
-          const uint32_t word = pack2<kType>(rest[0], rest[1]);
-          q[term][i][2 * j + r] = word;
-          rest[0] -= half_float<kType>(static_cast<uint16_t>(word));
-          rest[1] -= half_float<kType>(static_cast<uint16_t>(word >> 16));
-        }
+  __device__ __forceinline__ bool expands(int32_t tile) const {
+    return tile < s_.n_blocks && how_ != StoreTiles::kCopied;
+  }
+  __device__ __forceinline__ uint8_t* stage(int i) const { return stages_ + i * kStageBytes<kDim>; }
+
+  // Starts the copies of a tile. Tiles come in order, stage 1 is given to those of the store that
+  // are expanded. The sequence is read anew for every tile: it would take many registers.
+  __device__ __forceinline__ void start(int32_t tile, int to) {
+    uint8_t* keys = stage(to);
+    uint8_t* values = keys + kTileBytes<kDim>;
+    const int32_t n_blocks = s_.n_blocks;
+    if (tile >= n_blocks) {
+      const int32_t first = (tile - n_blocks) * kTileTokens;
+      const int32_t end = end_ - n_blocks * kBlockTokens;
+      copy_dense<kDim>(dense_rows(0), first, end, keys);
+      copy_dense<kDim>(dense_rows(1), first, end, values);
+    } else {
+      if (how_ == StoreTiles::kCopied) {
+        copy_rows<kDim>(page_ + slots(), keys);
+        copy_rows<kDim>(page_ + slots() + args_.layout.k.slot_bytes, values);
+      } else if (how_ == StoreTiles::kExpanded) {
+        copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
       }
+      if (tile + 1 < n_blocks) page_ = s_.pages[tile + 1];
+    }
+    cp_async_commit();
+  }
+
+  // Of a tile that is not expanded, after this thread's copies have come.
+  __device__ __forceinline__ void convert_keys(int in) const {
+    if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
+  }
+
+  // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
+  __device__ __forceinline__ void expand(int32_t tile, const uint8_t* table, float* scales) const {
+    uint8_t* keys = stage(0);
+    uint8_t* values = keys + kTileBytes<kDim>;
+    const SlotLayout& k = args_.layout.k;
+    const SlotLayout& v = args_.layout.v;
+    if (how_ == StoreTiles::kExpanded) {
+      const uint8_t* staged = stage(1);
+      const uint8_t* lane_table = table + lane_id() * 4;
+      expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
+      expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
+    } else {
+      const uint8_t* from = s_.pages[tile] + slots();
+      unpack_slot<DType::kF16, kDim>(k, from, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales);
     }
   }
 
-  uint16_t* keys = reinterpret_cast<uint16_t*>(shared_memory());
-  uint16_t* values = keys + kTokens * kStride;
-  float* key_scales = reinterpret_cast<float*>(values + kTokens * kStride);
-  float* value_scales = key_scales + kTokens;
-  const bool scaled_keys = has_scales(args.layout.k.dtype);
-  const bool scaled_values = has_scales(args.layout.v.dtype);
-  const int64_t row_bytes = kDim * 2;
-  const DenseRun key_run =
-      dense_run(s, s.dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
-  const DenseRun value_run =
-      dense_run(s, s.dense_tokens, args.layer, 1, args.n_kv_heads, kv_head, row_bytes);
-  float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-  float out[kDim / 8][4] = {};
+ private:
+  __device__ __forceinline__ int kv_head() const { return static_cast<int>(blockIdx.x); }
+  __device__ __forceinline__ int64_t slots() const {
+    return k_slot_offset(args_.layout, args_.layer, kv_head());
+  }
+  __device__ __forceinline__ DenseRun dense_rows(int kind) const {
+    return dense_run(s_, s_.dense_tokens, args_.layer, kind, args_.n_kv_heads, kv_head(), kDim * 2);
+  }
 
-  for (int32_t first = 0; first < last_token; first += kTokens) {
-    sync_block();  // all are done with the last tile
-    load_tile<kType, kDim>(args, s, key_run, 0, kv_head, first, last_token, keys, key_scales);
-    load_tile<kType, kDim>(args, s, value_run, 1, kv_head, first, last_token, values, value_scales);
-    sync_block();
+  const AttentionArgs& args_;
+  const SequenceView& s_;
+  StoreTiles how_;
+  int32_t end_;  // of the tokens that the block sees
+  uint8_t* stages_;
+  const uint8_t* page_ = nullptr;  // of the tile to start next, read a tile ahead
+};
 
-    float scores[kTokens / 8][4] = {};
+// Blocks per multiprocessor are stated: two hide each other's barriers and expansion.
+// kScaled: value tiles hold integer codes, so their scales go to the weights.
+template <DType kType, int kDim, bool kScaled>
+__global__ void __launch_bounds__(kPrefillThreads, 2)
+    prefill_attention_kernel(AttentionArgs args, PrefillPlan plan) {
+  constexpr int kRowBytes = kDim * 2;
+  const SequenceView& s = args.sequences[blockIdx.y];
+  const Pairs pairs(args, plan, s);
+  if (pairs.first() >= pairs.all()) return;
+
+  uint8_t* queries = shared_memory();
+  uint8_t* stages = queries + kQueryBytes<kDim>;
+  float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [64], of the values
+  uint8_t* table = reinterpret_cast<uint8_t*>(scales + kTileTokens);
+  const int32_t end = pairs.sees(pairs.first() + kPairs - 1);
+  TileSource<kType, kDim> source(args, s, plan.store, end, stages);
+  source.start(0, 1);
+  load_queries<kDim>(args.q, s, pairs, queries);
+  if (plan.store == StoreTiles::kExpanded) fill_expand_table(table);
+
+  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
+  const int32_t warp_pair =
+      pairs.first() + static_cast<int32_t>(threadIdx.x) / kWarpSize * kWarpPairs;
+  // What the warp's first and last pairs see; nothing where it has none.
+  const int32_t warp_sees = pairs.sees(warp_pair);
+  const int32_t warp_end = warp_pair < pairs.all() ? pairs.sees(warp_pair + kWarpPairs - 1) : 0;
+  // This lane's rows for ldmatrix; the chunk of step i is found by an exclusive or with 32 i.
+  const int q_at = tile_offset<kDim>(warp_pair - pairs.first() + lane % 16, lane / 16);
+  const int k_at = tile_offset<kDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  const int v_at = tile_offset<kDim>(lane % 8 + lane / 8 % 2 * 8, lane / 16);
+
+  // Of this lane's rows g, g + 8, g + 16, g + 24.
+  float shift[4], sum[4];
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    shift[r] = kNoScore;
+    sum[r] = 0.0f;
+  }
+  float out[2][kDim / 8][4] = {};
+
+  const int32_t n_tiles = (end + kTileTokens - 1) / kTileTokens;
+  int stage = 1;
+#pragma unroll 1
+  for (int32_t tile = 0; tile < n_tiles; tile++) {
+    const int32_t first = tile * kTileTokens;
+    const bool expands = source.expands(tile);
+    cp_async_wait<0>();
+    if (!expands) source.convert_keys(stage);
+    sync_block();  // the tile is here, and all are done with the one before
+    if (expands) {
+      source.expand(tile, table, scales);
+      sync_block();
+      stage = 0;
+    } else if (kScaled && tile == s.n_blocks) {  // dense rows from here on
+      if (threadIdx.x < kTileTokens) scales[threadIdx.x] = 1.0f;
+      sync_block();
+    }
+    const uint8_t* keys = source.stage(stage);
+    const uint8_t* values = keys + kTileBytes<kDim>;
+    stage ^= 1;
+    if (tile + 1 < n_tiles) source.start(tile + 1, stage);
+    if (first >= warp_end) continue;
+
+    float scores[2][kTileTokens / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < kDim / 16; i++) {
+      uint32_t a[2][4];
 #pragma unroll
-      for (int j = 0; j < kTokens / 16; j++) {
+      for (int m = 0; m < 2; m++) {
+        load_matrices<false>(a[m], queries + (q_at ^ 32 * i) + m * 16 * kRowBytes);
+      }
+#pragma unroll
+      for (int j = 0; j < kTileTokens / 16; j++) {
         uint32_t b[4];
-        const int token = 16 * j + lane % 8 + lane / 16 * 8, dim = 16 * i + lane / 8 % 2 * 8;
-        load_matrices<false>(b, keys + token * kStride + dim);
+        load_matrices<false>(b, keys + (k_at ^ 32 * i) + j * 16 * kRowBytes);
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
 #pragma unroll
-        for (int term = 0; term < kTerms; term++) {
-          mma_16x8x16<kType>(scores[2 * j], q[term][i], low);
-          mma_16x8x16<kType>(scores[2 * j + 1], q[term][i], high);
+        for (int m = 0; m < 2; m++) {
+          mma_16x8x16<DType::kF16>(scores[m][2 * j], a[m], low);
+          mma_16x8x16<DType::kF16>(scores[m][2 * j + 1], a[m], high);
         }
       }
     }
 
-    if (scaled_keys) {
+    if (first + kTileTokens > warp_sees) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; j++) {
+      for (int r = 0; r < 4; r++) {
+        const int32_t sees = pairs.sees(warp_pair + g + 8 * r) - first - 2 * c;
 #pragma unroll
-        for (int n = 0; n < 4; n++) scores[j][n] *= key_scales[8 * j + 2 * c + n % 2];
+        for (int j = 0; j < kTileTokens / 8; j++) {
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            if (8 * j + n >= sees) scores[r / 2][j][r % 2 * 2 + n] = -INFINITY;
+          }
+        }
       }
     }
 
+    // A maximum that is passed by little may stay: weights are then more than 1, all by one factor.
+    float highest[4];
+    bool passed = false;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      float tile_max = max[r];
+    for (int r = 0; r < 4; r++) {
+      highest[r] = scores[r / 2][0][r % 2 * 2];
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; j++) {
+      for (int j = 0; j < kTileTokens / 8; j++) {
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-          float& score = scores[j][2 * r + n];
-          if (first + 8 * j + 2 * c + n >= sees[r]) score = -INFINITY;
-          tile_max = fmaxf(tile_max, score);
+          highest[r] = fmaxf(highest[r], scores[r / 2][j][r % 2 * 2 + n]);
         }
       }
-      tile_max = fmaxf(tile_max, shuffle_xor(tile_max, 1));
-      tile_max = fmaxf(tile_max, shuffle_xor(tile_max, 2));
-      const float shift = tile_max == -INFINITY ? 0.0f : tile_max;
-      const float rescale = exp2_approx(max[r] - shift);
-      max[r] = tile_max;
-      sum[r] *= rescale;
+      passed = passed || highest[r] > shift[r] + kHeadroom;
+    }
+    if (ballot(passed) != 0u) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; j++) {
+      for (int r = 0; r < 4; r++) {
+        highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 1));
+        highest[r] = fmaxf(highest[r], shuffle_xor(highest[r], 2));
+        const float raised = fmaxf(highest[r], shift[r]);
+        const float rescale = exp2_approx(shift[r] - raised);
+        shift[r] = raised;
+        sum[r] *= rescale;
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          scores[j][2 * r + n] = exp2_approx(scores[j][2 * r + n] - shift);
-          sum[r] += scores[j][2 * r + n];
+        for (int i = 0; i < kDim / 8; i++) {
+          out[r / 2][i][r % 2 * 2] *= rescale;
+          out[r / 2][i][r % 2 * 2 + 1] *= rescale;
         }
-      }
-#pragma unroll
-      for (int i = 0; i < kDim / 8; i++) {
-        out[i][2 * r] *= rescale;
-        out[i][2 * r + 1] *= rescale;
       }
     }
 
-    if (scaled_values) {
 #pragma unroll
-      for (int j = 0; j < kTokens / 8; j++) {
+    for (int r = 0; r < 4; r++) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) scores[j][n] *= value_scales[8 * j + 2 * c + n % 2];
+      for (int j = 0; j < kTileTokens / 8; j++) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          float& score = scores[r / 2][j][r % 2 * 2 + n];
+          score = exp2_approx(score - shift[r]);
+          sum[r] += score;
+        }
       }
     }
 #pragma unroll
-    for (int j = 0; j < kTokens / 16; j++) {
-      const uint32_t p[4] = {pack2<kType>(scores[2 * j][0], scores[2 * j][1]),
-                             pack2<kType>(scores[2 * j][2], scores[2 * j][3]),
-                             pack2<kType>(scores[2 * j + 1][0], scores[2 * j + 1][1]),
-                             pack2<kType>(scores[2 * j + 1][2], scores[2 * j + 1][3])};
+    for (int j = 0; j < kTileTokens / 16; j++) {
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const float scale = scales[16 * j + 8 * (n / 2) + 2 * c + n % 2];
+#pragma unroll
+          for (int r = 0; r < 4; r++) scores[r / 2][2 * j + n / 2][r % 2 * 2 + n % 2] *= scale;
+        }
+      }
+      uint32_t p[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+          const float* pair = &scores[m][2 * j + n / 2][n % 2 * 2];
+          p[m][n] = pack2<kType>(pair[0], pair[1]);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kDim / 16; i++) {
         uint32_t b[4];
-        const int token = 16 * j + lane % 8 + lane / 8 % 2 * 8, dim = 16 * i + lane / 16 * 8;
-        load_matrices<true>(b, values + token * kStride + dim);
+        load_matrices<true>(b, values + (v_at ^ 32 * i) + j * 16 * kRowBytes);
         const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
-        mma_16x8x16<kType>(out[2 * i], p, low);
-        mma_16x8x16<kType>(out[2 * i + 1], p, high);
+#pragma unroll
+        for (int m = 0; m < 2; m++) {
+          mma_16x8x16<kType>(out[m][2 * i], p[m], low);
+          mma_16x8x16<kType>(out[m][2 * i + 1], p[m], high);
+        }
       }
     }
   }
 
 #pragma unroll
-  for (int r = 0; r < 2; r++) {
+  for (int r = 0; r < 4; r++) {
     sum[r] += shuffle_xor(sum[r], 1);
     sum[r] += shuffle_xor(sum[r], 2);
-    if (pairs[r] >= all_pairs) continue;
-    float* partial = args.partials + index_of(pairs[r]) * args.max_splits * (kDim + 2);
+  }
+  if (args.writes_out) {
+    sync_block();  // the stages are free
+    float* rows = reinterpret_cast<float*>(source.stage(0)) + (warp_pair - pairs.first()) * kDim;
+    const int32_t members = kDim / s.v_groups;  // of a group: the inverse of stored_index
+#pragma unroll
+    for (int r = 0; r < 4; r++) sum[r] = 1.0f / sum[r];
 #pragma unroll
     for (int i = 0; i < kDim / 8; i++) {
-      partial[8 * i + 2 * c] = out[i][2 * r];
-      partial[8 * i + 2 * c + 1] = out[i][2 * r + 1];
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const int32_t stored = 8 * i + 2 * c + n;
+        const int32_t d = stored % members * s.v_groups + stored / members;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const int row = g + 8 * r;
+          rows[row * kDim + (d ^ (row & 7) * 4)] = out[r / 2][i][r % 2 * 2 + n] * sum[r];
+        }
+      }
+    }
+    sync_warp();
+    for (int i = lane; i < kWarpPairs * kDim / 4; i += kWarpSize) {
+      const int row = i / (kDim / 4), chunk = i % (kDim / 4);
+      if (warp_pair + row >= pairs.all()) break;
+      reinterpret_cast<float4*>(args.out + pairs.index(s, warp_pair + row) * kDim)[chunk] =
+          reinterpret_cast<const float4*>(rows + row * kDim)[chunk ^ (row & 7)];
+    }
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < 4; r++) {
+    const int32_t pair = warp_pair + g + 8 * r;
+    if (pair >= pairs.all()) continue;
+    float* partial = args.partials + pairs.index(s, pair) * args.max_splits * (kDim + 2);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; i++) {
+      partial[8 * i + 2 * c] = out[r / 2][i][r % 2 * 2];
+      partial[8 * i + 2 * c + 1] = out[r / 2][i][r % 2 * 2 + 1];
     }
     if (c == 0) {
-      partial[kDim] = max[r];
+      partial[kDim] = shift[r];
       partial[kDim + 1] = sum[r];
     }
   }
@@ -237,19 +389,21 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream) {
   const bool half_tail = args.tail_dtype == DType::kF16 || args.tail_dtype == DType::kBF16;
   if (!half_tail || (args.head_dim != 64 && args.head_dim != 128)) return false;
-  const int64_t pairs = int64_t{args.max_row_count} * (args.n_heads / args.n_kv_heads);
-  const Grid grid{(pairs + kPairs - 1) / kPairs, args.n_kv_heads, args.n_sequences};
-  const auto run = [&](auto kernel) {
-    launch("prefill_attention", kernel, grid, kThreads, kTokens * ((args.head_dim + 8) * 4 + 8),
-           stream, args);
+  const int32_t heads_per_kv = args.n_heads / args.n_kv_heads;
+  const int64_t pairs = int64_t{args.max_row_count} * heads_per_kv;
+  const Grid grid{args.n_kv_heads, args.n_sequences, (pairs + kPairs - 1) / kPairs};
+  const auto run = [&](auto kernel, int64_t shared_bytes, int64_t stage_bytes) {
+    launch("prefill_attention", kernel, grid, kPrefillThreads, shared_bytes, stream, args,
+           PrefillPlan{store_tiles(args.layout, args.tail_dtype, stage_bytes), heads_per_kv});
   };
-  if (args.tail_dtype == DType::kF16) {
-    args.head_dim == 64 ? run(prefill_attention_kernel<DType::kF16, 64>)
-                        : run(prefill_attention_kernel<DType::kF16, 128>);
-  } else {
-    args.head_dim == 64 ? run(prefill_attention_kernel<DType::kBF16, 64>)
-                        : run(prefill_attention_kernel<DType::kBF16, 128>);
-  }
+  const auto run_dim = [&]<int kDim>() {
+    const bool scaled = has_scales(args.layout.v.dtype);
+    run(args.tail_dtype == DType::kF16 ? prefill_attention_kernel<DType::kF16, kDim, false>
+        : scaled                       ? prefill_attention_kernel<DType::kBF16, kDim, true>
+                                       : prefill_attention_kernel<DType::kBF16, kDim, false>,
+        kSharedBytes<kDim>, kStageBytes<kDim>);
+  };
+  args.head_dim == 64 ? run_dim.template operator()<64>() : run_dim.template operator()<128>();
   return true;
 }
 

@@ -55,6 +55,26 @@ constexpr Setting kSettings[] = {{"bf16 37.5 %", 0.625, 0.75, DType::kBF16},
                                  {"bf16 dense", 0, 0, DType::kBF16}};
 constexpr int32_t kAllSettings = -1;
 
+// As the backend calls it.
+bool attend(AttentionArgs args, Stream stream) {
+  args.writes_out = true;
+  return prefill_attention_fast(args, stream);
+}
+
+bool attend_before(AttentionArgs args, Stream stream) {
+  if (!prefill_attention_before(args, stream)) return false;
+  combine_attention(args, stream);
+  return true;
+}
+
+struct Kernel {
+  const char* name;
+  bool (*attend)(AttentionArgs args, Stream stream);
+};
+
+constexpr Kernel kKernels[] = {{"prefill_attention", attend},
+                               {"prefill_attention_before", attend_before}};
+
 // Median seconds of a run, after two that do not count.
 double seconds_of(Stream stream, Graph graph, double budget) {
   using Clock = std::chrono::steady_clock;
@@ -120,7 +140,8 @@ void fill_pages(const StoreLayout& layout, const SequenceView& sequence, const D
 }
 
 // NMSE of the checked rows against the plain kernel. args: filled, its partials and out for use.
-double error_of(const AttentionArgs& args, const SequenceView& view, Stream stream) {
+double error_of(const Kernel& kernel, const AttentionArgs& args, const SequenceView& view,
+                Stream stream) {
   const int64_t width = int64_t{args.n_heads} * kHeadDim, n = args.n_rows * width;
   std::vector<SequenceView> parts;
   const int32_t count = std::min(kCheckedRows, view.n_rows);
@@ -140,8 +161,7 @@ double error_of(const AttentionArgs& args, const SequenceView& view, Stream stre
   for (const bool fast : {true, false}) {
     fill_bytes(args.out, 0xff, n * 4, stream);
     if (fast) {
-      if (!prefill_attention_fast(args, stream)) throw Error("no fast kernel takes this setting");
-      combine_attention(args, stream);
+      if (!kernel.attend(args, stream)) throw Error("no fast kernel takes this setting");
     } else {
       AttentionArgs plain = args;
       plain.sequences = static_cast<const SequenceView*>(views.data());
@@ -222,26 +242,27 @@ bool run(const Shape& shape, const Setting& setting, double budget, Stream strea
   args.partials = partials.ensure<float>(int64_t{shape.rows} * shape.n_heads * (kHeadDim + 2));
   numbers.to_device(q.data(), shape.rows * width, false, stream);
 
-  const double nmse = error_of(args, s, stream);
-  const bool good = nmse <= 1e-5;
-  const Graph graph = record_graph(stream, [&] {
-    prefill_attention_fast(args, stream);
-    combine_attention(args, stream);
-  });
-  const double seconds = seconds_of(stream, graph, budget);
-  destroy_graph(graph);
-  const double first_sees = static_cast<double>(s.fresh_pos0) + shape.before + 1;
-  const double pairs = shape.rows * (first_sees + (shape.rows - 1) / 2.0);
-  const double flop = 4.0 * kHeadDim * shape.n_heads * pairs;
-  std::printf(
-      "{\"kernel\": \"prefill_attention\", \"setting\": \"%s\", \"rows\": %d, \"before\": %d, "
-      "\"prefix\": %d, \"heads\": %d, \"kv_heads\": %d, \"us\": %.1f, \"gflop\": %.1f, "
-      "\"tflop_per_s\": %.1f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
-      n_blocks > 0 ? setting.name : "no prefix", shape.rows, shape.before, n_blocks * kBlockTokens,
-      shape.n_heads, shape.n_kv_heads, seconds * 1e6, flop / 1e9, flop / seconds / 1e12, nmse,
-      good ? "true" : "false");
-  std::fflush(stdout);
-  return good;
+  bool all_good = true;
+  for (const Kernel& kernel : kKernels) {
+    const double nmse = error_of(kernel, args, s, stream);
+    const bool good = nmse <= 1e-5;
+    all_good = all_good && good;
+    const Graph graph = record_graph(stream, [&] { kernel.attend(args, stream); });
+    const double seconds = seconds_of(stream, graph, budget);
+    destroy_graph(graph);
+    const double first_sees = static_cast<double>(s.fresh_pos0) + shape.before + 1;
+    const double pairs = shape.rows * (first_sees + (shape.rows - 1) / 2.0);
+    const double flop = 4.0 * kHeadDim * shape.n_heads * pairs;
+    std::printf(
+        "{\"kernel\": \"%s\", \"setting\": \"%s\", \"rows\": %d, \"before\": %d, "
+        "\"prefix\": %d, \"heads\": %d, \"kv_heads\": %d, \"us\": %.1f, \"gflop\": %.1f, "
+        "\"tflop_per_s\": %.1f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
+        kernel.name, n_blocks > 0 ? setting.name : "no prefix", shape.rows, shape.before,
+        n_blocks * kBlockTokens, shape.n_heads, shape.n_kv_heads, seconds * 1e6, flop / 1e9,
+        flop / seconds / 1e12, nmse, good ? "true" : "false");
+    std::fflush(stdout);
+  }
+  return all_good;
 }
 
 }  // namespace

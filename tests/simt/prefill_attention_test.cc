@@ -147,6 +147,25 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
       }
     }
   }
+  if (!fast) return;
+
+  // What the kernel writes out itself is what combine makes of its partials, with the dims of
+  // values stored in groups put back.
+  sequences[0].v_groups = shape.head_dim / 16;
+  const DeviceArray<SequenceView> grouped(sequences, "the sequences");
+  DeviceArray<float> whole(rows * width, "the output written at once");
+  args.sequences = grouped.device();
+  combine_attention(args, nullptr);
+  out.download();
+  args.writes_out = true;
+  args.partials = nullptr;
+  args.out = whole.device();
+  ASSERT_TRUE(prefill_attention_fast(args, nullptr));
+  whole.download();
+  for (int64_t i = 0; i < rows * width; i++) {
+    const float expected = out.host()[i];
+    ASSERT_NEAR(whole.host()[i], expected, 1e-6f * std::max(1.0f, std::abs(expected))) << i;
+  }
 }
 
 using Case = std::tuple<DType, DType, int32_t, int32_t>;  // tail, values, head_dim, queries
@@ -246,6 +265,17 @@ INSTANTIATE_TEST_SUITE_P(Types, LongPrefillTest,
                                            Variant{Case{kBF16, kBF16, 64, 2}, 0.7, 0.7, false},
                                            Variant{Case{kBF16, kBF16, 80, 2}, 0.5, 0.5, true}),
                          name_of_variant);
+
+// Slots that come to shared memory in ways of their own.
+INSTANTIATE_TEST_SUITE_P(
+    Prefixes, LongPrefillTest,
+    ::testing::Values(Variant{Case{kF16, kF16, 64, 3}, 0, 0.75, true},  // one kind dense
+                      Variant{Case{kBF16, DType::kInt8, 128, 1}, 0.625, 0, true},
+                      Variant{Case{kBF16, kBF16, 128, 8}, 0.5, 0.5, true},
+                      Variant{Case{kBF16, kBF16, 128, 1}, 0.02, 0.02, true},  // too large to stage
+                      Variant{Case{kF16, kF32, 64, 2}, 0.5, 0.5, true},       // of a third type
+                      Variant{Case{kBF16, kF16, 128, 3}, 0.625, 0.75, true}),
+    [](const auto& info) { return name_of_variant(info) + "_" + std::to_string(info.index); });
 
 TEST(Prefill, RaggedSlots) {
   CacheShape shape;

@@ -1,0 +1,71 @@
+// Which row of which matrix is row r of a GEMV block.
+#pragma once
+
+#include "cuda/device_ops.cuh"
+#include "cuda/linear.h"
+
+namespace mustafar::cuda {
+
+// One past the end repeats the last row and does not exist.
+struct RowPlace {
+  const LinearPart* part;
+  int64_t row;
+  bool exists;
+};
+
+// Of kRows neighbours of one matrix, or of kRows / 2 of both gated ones: gate's, then up's.
+template <int kRows>
+__device__ __forceinline__ RowPlace row_place(const LinearArgs& args, int64_t group, int r) {
+  if (args.gated) {
+    const LinearPart& part = args.parts[r / (kRows / 2)];
+    const int64_t row = group * (kRows / 2) + r % (kRows / 2);
+    return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
+  }
+  int i = 0;
+  for (; i + 1 < args.n_parts; i++) {
+    const int64_t groups = (args.parts[i].rows + kRows - 1) / kRows;
+    if (group < groups) break;
+    group -= groups;
+  }
+  const LinearPart& part = args.parts[i];
+  const int64_t row = group * kRows + r;
+  return {&part, row < part.rows ? row : part.rows - 1, row < part.rows};
+}
+
+// Blocks of kRows rows each.
+template <int kRows>
+int64_t row_groups(const LinearArgs& args) {
+  if (args.gated) return (args.parts[0].rows + kRows / 2 - 1) / (kRows / 2);
+  int64_t groups = 0;
+  for (int i = 0; i < args.n_parts; i++) groups += (args.parts[i].rows + kRows - 1) / kRows;
+  return groups;
+}
+
+// Stores what row r of a group comes to: sum(r) is its product with one row of x, unscaled and
+// without bias.
+template <int kRows, typename Sum>
+__device__ __forceinline__ void store_row(const LinearArgs& args, int64_t group, int r,
+                                          int64_t x_row, float scale, Sum&& sum) {
+  const RowPlace place = row_place<kRows>(args, group, r);
+  if (!place.exists || (args.gated && r >= kRows / 2)) return;
+  const auto value = [&](const RowPlace& at, int row) {
+    return sum(row) * scale + (at.part->bias != nullptr ? at.part->bias[at.row] : 0.0f);
+  };
+  float result = value(place, r);
+  if (args.gated) {
+    const int up = r + kRows / 2;
+    result = result / (1.0f + expf(-result)) * value(row_place<kRows>(args, group, up), up);
+  }
+  float* const y = place.part->y + x_row * place.part->y_stride + place.row;
+  *y = place.part->accumulate ? *y + result : result;
+}
+
+// Of RMSNorm, from the sum of squares.
+__device__ __forceinline__ float norm_scale(const LinearArgs& args, float squares) {
+  return 1.0f / sqrtf(squares / static_cast<float>(args.cols) + args.eps);
+}
+
+// y = W x on the tensor cores (gemv_tensor.cu): f16 or bf16 matrices of rows of whole 16 bytes.
+void gemv_tensor(const LinearArgs& args, Stream stream);
+
+}  // namespace mustafar::cuda

@@ -1,0 +1,264 @@
+// Tiles of 64 tokens for the prefill kernel: K or V rows in the tail's type in shared memory,
+// copied there (dense rows) or expanded from a staged slot by the whole block.
+//
+// A row is kDim 2-byte values; its 16-byte chunk n stands at chunk n ^ (row % 8). So the 8 rows
+// that ldmatrix reads at one chunk, and the 8 chunks that 8 lanes write, lie in different banks.
+#pragma once
+
+#include "cuda/attention.h"
+#include "cuda/device_ops.cuh"
+#include "cuda/expand.cuh"
+#include "cuda/unpack.cuh"
+
+namespace mustafar::cuda {
+
+constexpr int kTileTokens = kBlockTokens;
+constexpr int kPrefillWarps = 4;
+constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
+
+template <int kDim>
+constexpr int kTileBytes = kTileTokens* kDim * 2;
+
+// Bytes from a tile's start to a chunk of a row.
+template <int kDim>
+__device__ __forceinline__ int tile_offset(int row, int chunk) {
+  return row * kDim * 2 + ((chunk ^ (row & 7)) << 4);
+}
+
+// How tiles of the store come to shared memory.
+enum class StoreTiles {
+  kCopied,    // dense slots of the tail's type: as dense rows are
+  kExpanded,  // both slots staged as they are, then expanded by table
+  kUnpacked,  // any other: value by value from global memory
+};
+
+inline StoreTiles store_tiles(const StoreLayout& layout, DType tail, int64_t stage_bytes) {
+  const auto copied = [&](const SlotLayout& s) { return s.dense && s.dtype == tail; };
+  const auto expanded = [&](const SlotLayout& s) {
+    return s.dtype == tail || s.dtype == DType::kInt8 || s.dtype == DType::kInt4;
+  };
+  if (copied(layout.k) && copied(layout.v)) return StoreTiles::kCopied;
+  // A run may be read past its end, by 8 bytes.
+  const int64_t bytes = int64_t{layout.k.slot_bytes} + layout.v.slot_bytes + 16;
+  return expanded(layout.k) && expanded(layout.v) && bytes <= stage_bytes ? StoreTiles::kExpanded
+                                                                          : StoreTiles::kUnpacked;
+}
+
+// ---- copies ----
+
+// 64 rows that lie end to end.
+template <int kDim>
+__device__ __forceinline__ void copy_rows(const uint8_t* from, uint8_t* tile) {
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;  // of a pass: 8 or 16
+  const int thread = static_cast<int>(threadIdx.x);
+  uint8_t* to = tile + tile_offset<kDim>(thread / kChunks, thread % kChunks);
+  from += thread * 16;
+#pragma unroll
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    cp_async16(to + i * kRows * kDim * 2, from + i * kRows * kDim * 2);
+  }
+}
+
+// Rows [first, first + 64) of a run, zeros from `end` on (values times a weight of 0 must be 0).
+template <int kDim>
+__device__ __forceinline__ void gather_rows(const DenseRun& run, int32_t first, int32_t end,
+                                            uint8_t* tile) {
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
+  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
+  uint8_t* to = tile + tile_offset<kDim>(row, thread % kChunks);
+#pragma unroll 1
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    const int32_t at = first + row + i * kRows;
+    const uint8_t* from = run.row(at < end ? at : end - 1) + thread % kChunks * 16;
+    cp_async16_or_zero(to + i * kRows * kDim * 2, from, at < end);
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void copy_dense(const DenseRun& run, int32_t first, int32_t end,
+                                           uint8_t* tile) {
+  const bool one_piece = first + kTileTokens <= run.dense_tokens ||
+                         (first >= run.dense_tokens && run.fresh != nullptr);
+  if (first + kTileTokens <= end && one_piece) {
+    copy_rows<kDim>(run.row(first), tile);
+  } else {
+    gather_rows<kDim>(run, first, end, tile);
+  }
+}
+
+__device__ __forceinline__ uint32_t bf16_to_f16(uint32_t pair) {
+  return pack2_f16_saturated(bits_float(pair << 16), bits_float(pair & 0xffff0000u));
+}
+
+// A tile of bf16 rows to f16, in place: each thread those bytes that it copied itself, so that its
+// own wait is enough.
+template <int kDim>
+__device__ __forceinline__ void convert_copied_rows(uint8_t* tile) {
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
+  const int thread = static_cast<int>(threadIdx.x);
+  uint8_t* at = tile + tile_offset<kDim>(thread / kChunks, thread % kChunks);
+#pragma unroll
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    uint4* chunk = reinterpret_cast<uint4*>(at + i * kRows * kDim * 2);
+    const uint4 x = *chunk;
+    *chunk = {bf16_to_f16(x.x), bf16_to_f16(x.y), bf16_to_f16(x.z), bf16_to_f16(x.w)};
+  }
+}
+
+// bytes: a multiple of 16.
+__device__ __forceinline__ void copy_bytes(const uint8_t* from, int32_t bytes, uint8_t* to) {
+#pragma unroll 4
+  for (int32_t at = static_cast<int32_t>(threadIdx.x) * 16; at < bytes;
+       at += kPrefillThreads * 16) {
+    cp_async16(to + at, from + at);
+  }
+}
+
+// ---- expansion ----
+
+constexpr int kRunDims = 32;  // of one row, expanded by one thread: one word of the mask
+
+// Words of a run where every run of a row has as many; 0: runs of any length and alignment.
+__device__ __forceinline__ int run_words(const SlotLayout& slot, int bits) {
+  if (slot.ragged || slot.dense || slot.group > kRunDims) return 0;
+  return kRunDims / slot.group * slot.keep * bits / 32;
+}
+
+template <int kBits, int kWords>
+__device__ __forceinline__ void expand_held(const uint32_t* run, uint32_t mask,
+                                            const uint8_t* lane_table, uint32_t bias,
+                                            uint32_t (&out)[kExpandedWords<kBits, kRunDims>]) {
+  uint32_t held[kWords];
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(run + i);
+      held[i] = four.x;
+      held[i + 1] = four.y;
+      held[i + 2] = four.z;
+      held[i + 3] = four.w;
+    }
+  } else if constexpr (kWords % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) {
+      const uint2 two = *reinterpret_cast<const uint2*>(run + i);
+      held[i] = two.x;
+      held[i + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i++) held[i] = run[i];
+  }
+  RegisterRun<kBits, kRunDims, kWords>::expand(held, mask, lane_table, bias, out);
+}
+
+// Dims [32 run, 32 run + 32) of a staged row. The settings that presets use are held in registers.
+template <int kBits>
+__device__ __forceinline__ void expand_run(const SlotLayout& slot, const uint8_t* staged, int row,
+                                           int run, const uint8_t* lane_table, uint32_t bias,
+                                           uint32_t (&out)[kExpandedWords<kBits, kRunDims>]) {
+  const uint8_t* values = staged + slot.values_offset;
+  if (slot.dense) {
+    load_dense<kBits, kRunDims>(values + row * slot.row_bytes, run * kRunDims, bias, out);
+    return;
+  }
+  const uint32_t* masks = reinterpret_cast<const uint32_t*>(staged) + row * slot.mask_words;
+  const uint32_t mask = masks[run];
+  if constexpr (kBits != 4) {
+    const int words = run_words(slot, kBits);
+    const uint32_t* from =
+        reinterpret_cast<const uint32_t*>(values + row * slot.row_bytes) + run * words;
+    constexpr int kUnit = kBits / 8;  // words of a quarter kept
+    if (words == 2 * kUnit) return expand_held<kBits, 2 * kUnit>(from, mask, lane_table, bias, out);
+    if (words == 3 * kUnit) return expand_held<kBits, 3 * kUnit>(from, mask, lane_table, bias, out);
+    if (words == 4 * kUnit) return expand_held<kBits, 4 * kUnit>(from, mask, lane_table, bias, out);
+  }
+  int start = kept_before(masks, run * kRunDims);
+  if (slot.ragged) {
+    start += reinterpret_cast<const uint16_t*>(staged + slot.offsets_offset)[row];
+  } else {
+    values += row * slot.row_bytes;
+  }
+  MemoryRun<kBits, kRunDims>::expand(reinterpret_cast<const uint32_t*>(values), start, mask,
+                                     lane_table, bias, out);
+}
+
+// Bytes biased by 128 to 2-byte floats: their codes times scale.
+template <DType kType>
+__device__ __forceinline__ void codes_to_halves(const uint32_t (&bytes)[kRunDims / 4], float scale,
+                                                uint32_t (&out)[kRunDims / 2]) {
+  // The float 2^23 + byte, exact.
+  const auto value = [scale](uint32_t word, uint32_t i) {
+    return (bits_float(byte_permute(word, 0x4b000000u, 0x7540u | i)) - 8388736.0f) * scale;
+  };
+#pragma unroll
+  for (int i = 0; i < kRunDims / 4; i++) {
+#pragma unroll
+    for (uint32_t j = 0; j < 2; j++) {
+      out[2 * i + j] = pack2<kType>(value(bytes[i], 2 * j), value(bytes[i], 2 * j + 1));
+    }
+  }
+}
+
+// A staged slot into a tile of kTile, by the whole block; kTail: the tail's type. Integer codes
+// come times their scale where the tile is f16. bf16 holds a code exactly but not code times scale:
+// such a tile gets codes (int4: 16 times the code) and scales[64] what to multiply by.
+template <DType kTail, DType kTile, int kDim>
+__device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_t* staged,
+                                            const uint8_t* lane_table, uint8_t* tile,
+                                            float* scales) {
+  constexpr bool kCodes = kTile == DType::kBF16;
+  constexpr int kRuns = kDim / kRunDims, kRowsPerWarp = kWarpSize / kRuns;
+  constexpr uint32_t kBias = 0x80808080u;
+  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  // Of every 8 neighbouring lanes the two lowest runs and rows mod 4 differ: no bank is hit twice.
+  const int run = kRuns == 4 ? (lane & 1) | (lane >> 2 & 2) : lane & 1;
+  const int lane_row = kRuns == 4 ? (lane >> 1 & 3) | (lane >> 2 & 4) : lane >> 1;
+  const float unit = slot.dtype == DType::kInt4 ? 0.0625f : 1.0f;
+#pragma unroll 1
+  for (int row = warp * kRowsPerWarp + lane_row; row < kTileTokens;
+       row += kPrefillWarps * kRowsPerWarp) {
+    uint32_t out[kRunDims / 2];
+    if (slot.dtype == kTail) {
+      expand_run<16>(slot, staged, row, run, lane_table, 0u, out);
+      if constexpr (kTail != kTile) {
+#pragma unroll
+        for (int i = 0; i < kRunDims / 2; i++) out[i] = bf16_to_f16(out[i]);
+      }
+    } else {
+      uint32_t bytes[kRunDims / 4];
+      if (slot.dtype == DType::kInt8) {
+        expand_run<8>(slot, staged, row, run, lane_table, kBias, bytes);
+      } else {
+        expand_run<4>(slot, staged, row, run, lane_table, kBias, bytes);
+      }
+      const float scale = stored_scale(slot, staged, row) * unit;
+      if (kCodes && run == 0) scales[row] = scale;
+      codes_to_halves<kTile>(bytes, kCodes ? 1.0f : scale, out);
+    }
+#pragma unroll
+    for (int i = 0; i < kRunDims / 8; i++) {
+      *reinterpret_cast<uint4*>(tile + tile_offset<kDim>(row, run * kRunDims / 8 + i)) = {
+          out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
+    }
+  }
+}
+
+// The same of any slot, from global memory.
+template <DType kTile, int kDim>
+__device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_t* from,
+                                            uint8_t* tile, float* scales) {
+  constexpr bool kCodes = kTile == DType::kBF16;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < kTileTokens;
+       row += kPrefillWarps) {
+    const float scale = stored_scale(slot, from, row);
+    if (kCodes && lane_id() == 0) scales[row] = scale;
+    unpack_row_to(slot, from, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
+      reinterpret_cast<uint16_t*>(tile + tile_offset<kDim>(row, d / 8))[d % 8] =
+          kCodes ? float_bf16(x) : static_cast<uint16_t>(pack2_f16_saturated(x, 0.0f));
+    });
+  }
+}
+
+}  // namespace mustafar::cuda
