@@ -19,7 +19,8 @@ template <int kDim>
 constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
 template <int kDim>
 constexpr int kSharedBytes =  // the stages take the block's output at the end
-    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes;
+    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes +
+    16 * ((sizeof(DenseRows) + 15) / 16);
 
 // What the kernel is given beside AttentionArgs, worked out once on the host.
 struct PrefillPlan {
@@ -85,28 +86,35 @@ __device__ __forceinline__ void load_queries(const float* q, const SequenceView&
 template <DType kType, int kDim>
 class TileSource {
  public:
+  // rows: in shared memory, filled by one thread; a barrier must follow. They would take many
+  // registers.
   __device__ __forceinline__ TileSource(const AttentionArgs& args, const SequenceView& s,
-                                        StoreTiles how, int32_t end, uint8_t* stages)
-      : args_(args), s_(s), how_(how), end_(end), stages_(stages) {
-    if (s.n_blocks > 0) page_ = s.pages[0];
+                                        StoreTiles how, int32_t end, uint8_t* stages,
+                                        DenseRows* rows)
+      : args_(args),
+        s_(s),
+        how_(how),
+        n_blocks_(s.n_blocks),
+        end_(end),
+        stages_(stages),
+        rows_(rows) {
+    if (n_blocks_ > 0) page_ = s.pages[0];
+    if (threadIdx.x == 0) *rows = dense_rows(args, s, kv_head(), kDim * 2);
   }
 
   __device__ __forceinline__ bool expands(int32_t tile) const {
-    return tile < s_.n_blocks && how_ != StoreTiles::kCopied;
+    return tile < n_blocks_ && how_ != StoreTiles::kCopied;
   }
   __device__ __forceinline__ uint8_t* stage(int i) const { return stages_ + i * kStageBytes<kDim>; }
 
   // Starts the copies of a tile. Tiles come in order, stage 1 is given to those of the store that
-  // are expanded. The sequence is read anew for every tile: it would take many registers.
+  // are expanded.
   __device__ __forceinline__ void start(int32_t tile, int to) {
     uint8_t* keys = stage(to);
     uint8_t* values = keys + kTileBytes<kDim>;
-    const int32_t n_blocks = s_.n_blocks;
-    if (tile >= n_blocks) {
-      const int32_t first = (tile - n_blocks) * kTileTokens;
-      const int32_t end = end_ - n_blocks * kBlockTokens;
-      copy_dense<kDim>(dense_rows(0), first, end, keys);
-      copy_dense<kDim>(dense_rows(1), first, end, values);
+    if (tile >= n_blocks_) {
+      copy_dense<kDim>(*rows_, (tile - n_blocks_) * kTileTokens, end_ - n_blocks_ * kBlockTokens,
+                       keys, values);
     } else {
       if (how_ == StoreTiles::kCopied) {
         copy_rows<kDim>(page_ + slots(), keys);
@@ -114,7 +122,7 @@ class TileSource {
       } else if (how_ == StoreTiles::kExpanded) {
         copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
       }
-      if (tile + 1 < n_blocks) page_ = s_.pages[tile + 1];
+      if (tile + 1 < n_blocks_) page_ = s_.pages[tile + 1];
     }
     cp_async_commit();
   }
@@ -147,15 +155,13 @@ class TileSource {
   __device__ __forceinline__ int64_t slots() const {
     return k_slot_offset(args_.layout, args_.layer, kv_head());
   }
-  __device__ __forceinline__ DenseRun dense_rows(int kind) const {
-    return dense_run(s_, s_.dense_tokens, args_.layer, kind, args_.n_kv_heads, kv_head(), kDim * 2);
-  }
 
   const AttentionArgs& args_;
   const SequenceView& s_;
   StoreTiles how_;
-  int32_t end_;  // of the tokens that the block sees
+  int32_t n_blocks_, end_;  // end: of the tokens that the block sees
   uint8_t* stages_;
+  DenseRows* rows_;
   const uint8_t* page_ = nullptr;  // of the tile to start next, read a tile ahead
 };
 
@@ -174,7 +180,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [64], of the values
   uint8_t* table = reinterpret_cast<uint8_t*>(scales + kTileTokens);
   const int32_t end = pairs.sees(pairs.first() + kPairs - 1);
-  TileSource<kType, kDim> source(args, s, plan.store, end, stages);
+  TileSource<kType, kDim> source(args, s, plan.store, end, stages,
+                                 reinterpret_cast<DenseRows*>(table + kTableBytes));
+  sync_block();
   source.start(0, 1);
   load_queries<kDim>(args.q, s, pairs, queries);
   if (plan.store == StoreTiles::kExpanded) fill_expand_table(table);

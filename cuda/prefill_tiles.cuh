@@ -59,30 +59,55 @@ __device__ __forceinline__ void copy_rows(const uint8_t* from, uint8_t* tile) {
   }
 }
 
-// Rows [first, first + 64) of a run, zeros from `end` on (values times a weight of 0 must be 0).
-template <int kDim>
-__device__ __forceinline__ void gather_rows(const DenseRun& run, int32_t first, int32_t end,
-                                            uint8_t* tile) {
-  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
-  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
-  uint8_t* to = tile + tile_offset<kDim>(row, thread % kChunks);
-#pragma unroll 1
-  for (int i = 0; i < kTileTokens / kRows; i++) {
-    const int32_t at = first + row + i * kRows;
-    const uint8_t* from = run.row(at < end ? at : end - 1) + thread % kChunks * 16;
-    cp_async16_or_zero(to + i * kRows * kDim * 2, from, at < end);
-  }
+// The dense rows of one sequence, layer and KV head: the dense buffer's, then the call's own.
+struct DenseRows {
+  const uint8_t* dense;  // keys
+  const uint8_t* fresh;
+  int64_t dense_to_values;  // bytes from a key to its token's value
+  int64_t fresh_to_values;
+  int32_t dense_tokens;
+};
+
+__device__ __forceinline__ DenseRows dense_rows(const AttentionArgs& args, const SequenceView& s,
+                                                int kv_head, int64_t row_bytes) {
+  const DenseRun keys =
+      dense_run(s, s.dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
+  const int64_t heads_bytes = args.n_kv_heads * row_bytes;
+  return {keys.dense, keys.fresh, heads_bytes * s.dense_capacity, heads_bytes * s.fresh_capacity,
+          s.dense_tokens};
 }
 
+// Keys and values of dense rows [first, first + 64), zeros from `end` on (values times a weight of
+// 0 must be 0).
 template <int kDim>
-__device__ __forceinline__ void copy_dense(const DenseRun& run, int32_t first, int32_t end,
-                                           uint8_t* tile) {
-  const bool one_piece = first + kTileTokens <= run.dense_tokens ||
-                         (first >= run.dense_tokens && run.fresh != nullptr);
-  if (first + kTileTokens <= end && one_piece) {
-    copy_rows<kDim>(run.row(first), tile);
-  } else {
-    gather_rows<kDim>(run, first, end, tile);
+__device__ __forceinline__ void copy_dense(const DenseRows& rows, int32_t first, int32_t end,
+                                           uint8_t* keys, uint8_t* values) {
+  constexpr int kRowBytes = kDim * 2;
+  const auto key = [&rows](int32_t at) {
+    return at < rows.dense_tokens ? rows.dense + int64_t{at} * kRowBytes
+                                  : rows.fresh + int64_t{at - rows.dense_tokens} * kRowBytes;
+  };
+  const auto to_values = [&rows](int32_t at) {
+    return at < rows.dense_tokens ? rows.dense_to_values : rows.fresh_to_values;
+  };
+  const int32_t piece_end =
+      first < rows.dense_tokens && rows.dense_tokens < end ? rows.dense_tokens : end;
+  if (first + kTileTokens <= piece_end) {
+    const uint8_t* from = key(first);
+    copy_rows<kDim>(from, keys);
+    copy_rows<kDim>(from + to_values(first), values);
+    return;
+  }
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
+  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
+  const int to = tile_offset<kDim>(row, thread % kChunks);
+#pragma unroll 1
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    const int32_t wanted = first + row + i * kRows;
+    const int32_t at = wanted < end ? wanted : end - 1;
+    const uint8_t* from = key(at) + thread % kChunks * 16;
+    cp_async16_or_zero(keys + to + i * kRows * kRowBytes, from, wanted < end);
+    cp_async16_or_zero(values + to + i * kRows * kRowBytes, from + to_values(at), wanted < end);
   }
 }
 
