@@ -289,10 +289,8 @@ __device__ __forceinline__ uint16_t float_f16(float x) {
 #if defined(MUSTAFAR_SIMT)
   return f32_to_f16(x);
 #else
-  const uint32_t u = __float_as_uint(x);
-  if ((u & 0x7fffffffu) > 0x7f800000u) {
-    return static_cast<uint16_t>((u >> 16 & 0x8000u) | 0x7e00u | (u >> 13 & 0x1ffu));
-  }
+  // A NaN that was loaded from f16 has become the device's own: its sign and payload are lost.
+  if ((__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u) return 0x7e00u;
   return __half_as_ushort(__float2half_rn(x));
 #endif
 }

@@ -63,7 +63,7 @@ __device__ __forceinline__ void load_eight(const float* from, float (&values)[8]
 }
 
 template <DType kType, int kTiles>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
     gemv_tensor_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;

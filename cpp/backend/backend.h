@@ -171,6 +171,9 @@ class Backend {
   virtual std::string device() const = 0;       // "cpu" or "cuda"
   virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
   virtual bool host_memory() const = 0;         // device pointers can be read by the host
+  // Rows of a prompt that pass through a layer together: enough for the matrix products to run at
+  // full speed, few enough that activations stay small whatever the prompt's length.
+  virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }  // coded rows are stored and attended to
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 

@@ -258,8 +258,9 @@ void Bench::run_depth(Engine& engine, int64_t depth) {
 
 void Bench::report(Engine& engine, const BenchSetting& setting, const Filled& filled,
                    const BenchTest& test, int64_t depth, std::vector<double> samples) {
-  constexpr double kPrefillRows = 512;  // rows that share one reading of the weights
   const Model& model = engine.model();
+  // Rows of a prompt that share one reading of the weights (Backend::prefill_rows).
+  const double rows_together = model.device() == "cuda" ? 2048 : 512;
   BenchRow row;
   row.model = engine.name();
   row.model_size = engine.stored_bytes();
@@ -277,7 +278,7 @@ void Bench::report(Engine& engine, const BenchSetting& setting, const Filled& fi
   row.n_depth = depth;
   row.samples_ns = std::move(samples);
   row.bytes_per_pass = static_cast<double>(engine.bytes_read_per_step() + filled.bytes_read);
-  row.passes = std::ceil(static_cast<double>(test.n_prompt) / kPrefillRows) +
+  row.passes = std::ceil(static_cast<double>(test.n_prompt) / rows_together) +
                static_cast<double>(test.n_gen);
   row.replicas = static_cast<int>(filled.sessions.size());
   row.working_set = static_cast<int64_t>(row.bytes_per_pass) * row.replicas;

@@ -4,13 +4,6 @@
 #include <utility>
 
 namespace mustafar {
-namespace {
-
-// Rows that pass through a layer together in prefill: enough for the matrix products to run at full
-// speed, few enough that activations stay small whatever the prompt's length.
-constexpr int64_t kPrefillRows = 512;
-
-}  // namespace
 
 ForwardBuffers::ForwardBuffers(Backend& backend)
     : backend_(backend), workspace_(backend.make_workspace()) {}
@@ -152,8 +145,9 @@ bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
   }
 
   // Rows see keys and values of earlier rows only, so a chunk can pass through the whole layer.
-  for (int64_t first = 0; first < n_rows_; first += kPrefillRows) {
-    const int64_t rows = std::min(kPrefillRows, n_rows_ - first);
+  const int64_t together = llama_.backend_.prefill_rows();
+  for (int64_t first = 0; first < n_rows_; first += together) {
+    const int64_t rows = std::min(together, n_rows_ - first);
     const std::vector<SequenceStep> steps = chunk_of(calls, first, rows);
     const Batch batch{steps, static_cast<int32_t>(rows), /*decode=*/false};
     llama_.run_layer(layer_, batch, x_ + first * config.hidden_size, buffers_, observer_);
