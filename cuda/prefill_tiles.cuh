@@ -148,7 +148,7 @@ constexpr int kRunDims = 32;  // of one row, expanded by one thread: one word of
 
 // Words of a run where every run of a row has as many; 0: runs of any length and alignment.
 __device__ __forceinline__ int run_words(const SlotLayout& slot, int bits) {
-  if (slot.ragged || slot.dense || slot.group > kRunDims) return 0;
+  if (slot.ragged || slot.dense || kRunDims % slot.group != 0) return 0;
   const int run_bits = kRunDims / slot.group * slot.keep * bits;
   return run_bits % 32 == 0 ? run_bits / 32 : 0;
 }
