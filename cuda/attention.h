@@ -64,11 +64,8 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
 // Flash attention for many rows (prefill_attention.cu); false for the same reasons. With writes_out
-// it writes out itself and no partials: where no sequence has a v_backward.
+// it writes out itself and no partials, in V's basis where a sequence has a v_backward.
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
-
-// The kernel before that (prefill_attention_before.cu), for the benchmark alone.
-bool prefill_attention_before(const AttentionArgs& args, Stream stream);
 
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);
