@@ -234,6 +234,14 @@ __device__ __forceinline__ float divide_rounded(float a, float b) {
 #endif
 }
 
+__device__ __forceinline__ float sqrt_rounded(float x) {
+#if defined(MUSTAFAR_SIMT)
+  return std::sqrt(x);
+#else
+  return __fsqrt_rn(x);
+#endif
+}
+
 // 2^x, to about 2 units in the last place; 0 for -Inf.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(MUSTAFAR_SIMT)

@@ -111,7 +111,7 @@ class TileSource {
       if (how_ == StoreTiles::kCopied) {
         copy_rows<kDim>(page_ + slots(), keys);
         copy_rows<kDim>(page_ + slots() + args_.layout.k.slot_bytes, values);
-      } else if (how_ == StoreTiles::kExpanded) {
+      } else if (how_ != StoreTiles::kUnpacked) {
         copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
       }
       if (tile + 1 < n_blocks) page_ = s_.pages[tile + 1];
@@ -122,6 +122,16 @@ class TileSource {
   // Of a tile that is not expanded, after this thread's copies have come.
   __device__ __forceinline__ void convert_keys(int in) const {
     if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
+  }
+
+  // What expand() reads, at table: the expansion table or that of coded dims, K then V. By the
+  // whole block, a barrier must follow.
+  __device__ __forceinline__ void fill_table(uint8_t* table) const {
+    if (how_ == StoreTiles::kExpanded) fill_expand_table(table);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    if (how_ != StoreTiles::kCoded || warp > 1) return;
+    load_code_dims(code_table(s_.codes, args_.layout, args_.layer, kv_head(), warp == 0), kDim,
+                   reinterpret_cast<CodeDim*>(table) + warp * kDim);
   }
 
   // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
@@ -136,9 +146,10 @@ class TileSource {
       expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
       expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
     } else {
-      const uint8_t* from = s_.pages[tile] + slots();
-      unpack_slot<DType::kF16, kDim>(k, from, keys, nullptr);
-      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales);
+      const uint8_t* from = how_ == StoreTiles::kCoded ? stage(1) : s_.pages[tile] + slots();
+      const CodeDim* codes = reinterpret_cast<const CodeDim*>(table);
+      unpack_slot<DType::kF16, kDim>(k, from, codes, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, codes + kDim, values, scales);
     }
   }
 
@@ -177,7 +188,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   TileSource<kType, kDim> source(args, s, plan.store, end, stages);
   source.start(0, 1);
   load_queries<kDim>(args.q, s, pairs, queries);
-  if (plan.store == StoreTiles::kExpanded) fill_expand_table(table);
+  source.fill_table(table);
 
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   const int32_t warp_pair =

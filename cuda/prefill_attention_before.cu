@@ -46,7 +46,7 @@ __device__ void load_tile(const AttentionArgs& args, const SequenceView& s, cons
       const float scale = stored_scale(slot, block, token % kBlockTokens);
       const bool codes = kType == DType::kBF16;
       if (lane_id() == 0) scales[t] = codes ? scale : 1.0f;
-      unpack_row_to(slot, block, token % kBlockTokens, codes ? 1.0f : scale, [row](int d, float x) {
+      unpack_row_to(slot, block, nullptr, token % kBlockTokens, codes ? 1.0f : scale, [row](int d, float x) {
         row[d] = kType == DType::kF16 ? float_f16(x) : float_bf16(x);
       });
     } else {
@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
 
 bool prefill_attention_before(const AttentionArgs& args, Stream stream) {
   const bool half_tail = args.tail_dtype == DType::kF16 || args.tail_dtype == DType::kBF16;
-  if (!half_tail || (args.head_dim != 64 && args.head_dim != 128)) return false;
+  const bool coded = args.layout.k.dtype == DType::kCoded;
+  if (!half_tail || coded || (args.head_dim != 64 && args.head_dim != 128)) return false;
   const int64_t pairs = int64_t{args.max_row_count} * (args.n_heads / args.n_kv_heads);
   const Grid grid{(pairs + kPairs - 1) / kPairs, args.n_kv_heads, args.n_sequences};
   const auto run = [&](auto kernel) {

@@ -29,6 +29,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 enum class StoreTiles {
   kCopied,    // dense slots of the tail's type: as dense rows are
   kExpanded,  // both slots staged as they are, then expanded by table
+  kCoded,     // the same, of coded rows
   kUnpacked,  // any other: value by value from global memory
 };
 
@@ -40,6 +41,9 @@ inline StoreTiles store_tiles(const StoreLayout& layout, DType tail, int64_t sta
   if (copied(layout.k) && copied(layout.v)) return StoreTiles::kCopied;
   // A run may be read past its end, by 8 bytes.
   const int64_t bytes = int64_t{layout.k.slot_bytes} + layout.v.slot_bytes + 16;
+  if (layout.k.dtype == DType::kCoded && layout.v.dtype == DType::kCoded && bytes <= stage_bytes) {
+    return StoreTiles::kCoded;
+  }
   return expanded(layout.k) && expanded(layout.v) && bytes <= stage_bytes ? StoreTiles::kExpanded
                                                                           : StoreTiles::kUnpacked;
 }
@@ -244,17 +248,18 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
   }
 }
 
-// The same of any slot, from global memory.
+// The same of any slot that is not coded, from global memory, and of coded ones that are staged
+// (codes: [head_dim] in shared memory).
 template <DType kTile, int kDim>
 __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_t* from,
-                                            uint8_t* tile, float* scales) {
+                                            const CodeDim* codes, uint8_t* tile, float* scales) {
   constexpr bool kCodes = kTile == DType::kBF16;
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < kTileTokens;
        row += kPrefillWarps) {
     const float scale = stored_scale(slot, from, row);
     if (kCodes && lane_id() == 0) scales[row] = scale;
-    unpack_row_to(slot, from, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
+    unpack_row_to(slot, from, codes, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
       reinterpret_cast<uint16_t*>(tile + tile_offset<kDim>(row, d / 8))[d % 8] =
           kCodes ? float_bf16(x) : static_cast<uint16_t>(pack2_f16_saturated(x, 0.0f));
     });

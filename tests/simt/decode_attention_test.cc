@@ -300,6 +300,15 @@ TEST(PlainAttention, RaggedSlots) {
   }
 }
 
+TEST(PlainAttention, CodedRows) {
+  for (const int32_t head_dim : {8, 64, 80, 256}) {
+    CacheShape shape = shape_of({kF32, DType::kCoded}, head_dim, 2, kDense);
+    shape.k_bits = head_dim == 256 ? 7.0 : 3.0;
+    shape.v_bits = 4.3;
+    check_batch(shape, false);
+  }
+}
+
 TEST(PlainAttention, UndoesTheValueTransform) {
   const CacheShape shape = shape_of({kF32, kF32}, 8, 2, kHalf);
   RandomCache cache(shape, 1, 3, 5);

@@ -277,6 +277,25 @@ INSTANTIATE_TEST_SUITE_P(
                       Variant{Case{kBF16, kF16, 128, 3}, 0.625, 0.75, true}),
     [](const auto& info) { return name_of_variant(info) + "_" + std::to_string(info.index); });
 
+TEST(Prefill, CodedRows) {
+  CacheShape shape;
+  shape.values = DType::kCoded;
+  for (const DType tail : {kF16, kBF16}) {
+    for (const int32_t head_dim : {64, 128}) {
+      shape.tail = tail;
+      shape.head_dim = head_dim;
+      shape.k_bits = head_dim == 64 ? 3.0 : 4.3;
+      check_prefill(shape);
+    }
+  }
+  shape.n_queries = 1;
+  shape.k_bits = shape.v_bits = 7.0;
+  check_prefill(shape);
+  shape.tail = kF32;
+  shape.head_dim = 24;
+  check_prefill(shape);
+}
+
 TEST(Prefill, RaggedSlots) {
   CacheShape shape;
   shape.ragged = true;
