@@ -2,7 +2,8 @@
 //
 // A sequence's tokens are cut into splits, whole tiles of 64 tokens, by its length alone, so that a
 // result does not depend on the batch. A kernel leaves a partial softmax (max, sum, output) per
-// row, head and split; combine() merges them and undoes the value transform.
+// row, head and split; the last block of a few heads in decode, or combine_attention, merges them
+// and undoes the value transform.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,11 @@ struct AttentionArgs {
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
-  bool decode = true;         // one row a sequence, its token in the dense buffer
-  bool writes_out = false;    // of prefill_attention_fast: no combine follows
+  // [n_rows][n_heads] zeros on the device, or null: how many splits of a few heads are done. Given
+  // these, decode_attention_fast merges the splits too, and leaves zeros again.
+  uint32_t* arrivals = nullptr;
+  bool decode = true;       // one row a sequence, its token in the dense buffer
+  bool writes_out = false;  // of prefill_attention_fast: no combine follows
 };
 
 // A split has at least so many tiles of 64 tokens, which amortises a block's fixed costs, and there
@@ -49,11 +53,14 @@ MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t de
 // First tile of split `split` of n_splits; that of split n_splits is the end. Splits differ by one
 // tile at most.
 MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits, int32_t n_tiles) {
-  return static_cast<int32_t>(int64_t{split} * n_tiles / n_splits);
+  const uint32_t each = static_cast<uint32_t>(n_tiles) / static_cast<uint32_t>(n_splits);
+  const int32_t longer = n_tiles - static_cast<int32_t>(each) * n_splits;  // the first so many
+  return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
-// Tensor-core kernels of one decode step (decode_attention.cu); false where the layout has none:
-// head_dim 64 or 128, f16 or bf16 tail, values of the tail's type, int8 or int4, not ragged.
+// Tensor-core kernels of one decode step (decode_attention.cu), which fill out where args.arrivals
+// is given and else leave partials; false where the layout has none: head_dim 64 or 128, f16 or
+// bf16 tail, values of the tail's type, int8 or int4, not ragged.
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
 // Flash attention for many rows (prefill_attention.cu); false for the same reasons. With writes_out
@@ -66,7 +73,7 @@ bool prefill_attention_before(const AttentionArgs& args, Stream stream);
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);
 
-// Merges the partials of every row and head into out.
+// Merges the partials of every row and head into out (merge_splits.cuh).
 void combine_attention(const AttentionArgs& args, Stream stream);
 
 // |q| of the newest rows into SequenceView::query_magnitude, a KV head's query heads summed.

@@ -2,6 +2,7 @@
 // policies.
 #include "cuda/attention.h"
 #include "cuda/decode_attention.cuh"
+#include "cuda/merge_splits.cuh"
 
 namespace mustafar::cuda {
 namespace {
@@ -9,9 +10,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kCombineThreads = 256;
 
-// Grid: x head, y row. Shared: weights [kMaxSplits], then partial sums [kParts][head_dim], of which
-// the first becomes the merged output. A thread takes two neighbouring dims of every kParts-th
-// split.
+// Grid: x head, y row. Shared: merge_splits'.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
   let_next_start();
   wait_for_previous();
@@ -19,67 +18,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs 
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
   const int32_t n_splits = args.decode ? n_decode_splits(s->n_blocks, s->dense_tokens) : 1;
-  const int32_t stride = args.head_dim + 2;  // even, as head_dim: pairs are aligned
-  const float* partials =
-      args.partials + (int64_t{row} * args.n_heads + head) * args.max_splits * stride;
-  float* weights = reinterpret_cast<float*>(shared_memory());
-  float* merged = weights + kMaxSplits;
-  const int thread = static_cast<int>(threadIdx.x);
-
-  if (thread < kWarpSize) {
-    float maxima[kMaxSplits / kWarpSize], max = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / kWarpSize; i++) {
-      const int32_t split = i * kWarpSize + thread;
-      maxima[i] = split < n_splits ? partials[split * stride + args.head_dim] : -INFINITY;
-      max = fmaxf(max, maxima[i]);
-    }
-    max = warp_max(max);
-    const float shift = max == -INFINITY ? 0.0f : max;
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / kWarpSize; i++) {
-      const int32_t split = i * kWarpSize + thread;
-      weights[split] = exp2_approx(maxima[i] - shift);
-      if (split < n_splits) sum += weights[split] * partials[split * stride + args.head_dim + 1];
-    }
-    const float inverse = 1.0f / warp_sum(sum);
-#pragma unroll
-    for (int i = 0; i < kMaxSplits / kWarpSize; i++) weights[i * kWarpSize + thread] *= inverse;
-  }
-  sync_block();
-  const int pairs = args.head_dim / 2, parts = kCombineThreads / pairs;
-  if (thread < parts * pairs) {
-    const int part = thread / pairs, d = thread % pairs * 2;
-    float2 value = {0.0f, 0.0f};
-#pragma unroll 8
-    for (int32_t i = part; i < n_splits; i += parts) {
-      const float2 two = *reinterpret_cast<const float2*>(partials + i * stride + d);
-      value.x += weights[i] * two.x;
-      value.y += weights[i] * two.y;
-    }
-    merged[part * args.head_dim + d] = value.x;
-    merged[part * args.head_dim + d + 1] = value.y;
-  }
-  sync_block();
-  for (int d = thread; d < args.head_dim; d += kCombineThreads) {
-    float value = merged[d];
-    for (int part = 1; part < parts; part++) value += merged[part * args.head_dim + d];
-    merged[d] = value;
-  }
-  sync_block();
-  float* out = args.out + (int64_t{row} * args.n_heads + head) * args.head_dim;
-  const int32_t kv_head = head / (args.n_heads / args.n_kv_heads);
-  for (int d = thread; d < args.head_dim; d += kCombineThreads) {
-    float value = merged[stored_index(d, s->v_groups, args.head_dim)];
-    if (s->v_backward != nullptr) {
-      const float* matrix = s->v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) *
-                                                args.head_dim * args.head_dim;
-      value = 0.0f;
-      for (int32_t j = 0; j < args.head_dim; j++)
-        value += merged[j] * matrix[j * args.head_dim + d];
-    }
-    out[d] = value;
-  }
+  merge_splits<kCombineThreads>(args, *s, row, head, 1, args.head_dim, n_splits,
+                                kCombineThreads / (args.head_dim / 2),
+                                reinterpret_cast<float*>(shared_memory()));
 }
 
 // Grid: x KV head, y row, z sequence; thread d sums |q| of dim d over the group's query heads.
@@ -135,8 +76,9 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 }
 
 void combine_attention(const AttentionArgs& args, Stream stream) {
-  launch_overlapping("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
-         (kMaxSplits + 2 * kCombineThreads) * 4, stream, args);
+  launch_overlapping(
+      "combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
+      merge_bytes(1, args.head_dim, kCombineThreads / (args.head_dim / 2)), stream, args);
 }
 
 void record_query_magnitude(const AttentionArgs& args, Stream stream) {

@@ -20,12 +20,13 @@
 // Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
 // new token: a few tiles in all) is read directly.
 //
-// Shared: expansion table 2 KiB; the queries; per warp kStages stages of 16 K rows and 16 V rows as
-// stored; at the end the warps' results over them.
+// Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K
+// rows and 16 V rows as stored; at the end the warps' results over them.
 #pragma once
 
 #include "cuda/attention.h"
 #include "cuda/decode_dense.cuh"
+#include "cuda/decode_results.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
@@ -34,8 +35,6 @@
 #include "cuda/launch.cuh"
 
 namespace mustafar::cuda {
-
-constexpr int kDecodeWarps = 4;
 
 // kTail: kF16 or kBF16. kBits: of stored values; 16: of the tail's type. kKeepK, kKeepV: kept
 // values of a 32-dim K group and a 16-dim V group at head_dim 128 when compiled in, 0: any layout;
@@ -53,12 +52,17 @@ struct DecodeShape {
   static constexpr int kVRunWords = kKeepV * kBits / 32;
   static constexpr bool kDense = kKeepK == 32;
   static constexpr bool kFixed = kKeepK != 0 && !kDense;
+  // Shared memory: the table, the block's plan, the queries, the stages.
   static constexpr int kTable = kDense ? 0 : kTableBytes;
-  static constexpr int kQueryBytes = kDense ? 0 : cuda::kQueryBytes<kDim, kQueries>;
-  using Queries = std::conditional_t<kDense, GlobalQuery, Query<kDim, kTable>>[kSets];
+  // Stages of 2-byte dense rows leave no room for the queries: these lie in warp 0's last stage,
+  // which is not filled before they have been read.
+  static constexpr bool kQueriesInStage = kDense && kBits == 16;
+  static constexpr int kQueriesAt = kTable + kPlanBytes;
+  static constexpr int kStagesAt =
+      kQueriesAt + (kQueriesInStage ? 0 : cuda::kQueryBytes<kDim, kSets>);
   // As many as registers allow without spilling, or shared memory.
   static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
-                                                  : kSets == 1            ? (kDim == 64 ? 6 : 4)
+                                                  : kSets == 1            ? (kDim == 64 ? 5 : 4)
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
                                                                           : 2;
@@ -68,21 +72,11 @@ struct DecodeShape {
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
 
-// The dim of row g of output tile t, and how far that of row g + 8 lies from it.
+// Tiles of the store. plan: with their slots once the block has passed a barrier.
 template <typename Shape>
-__device__ __forceinline__ int output_dim(int t, int g) {
-  if constexpr (Shape::kDense) return DenseSlots<Shape>::output_dim(t, g);
-  return g * Shape::kVDims + 2 * t;
-}
-template <typename Shape>
-constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
-
-// The store tiles of a plan.
-template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
-                             const typename Shape::Queries& queries, const uint8_t* lane_table,
-                             uint8_t* stages, int32_t stage_bytes,
-                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const BlockPlan& plan,
+                             const BlockQueries<Shape>& queries, uint8_t* table, uint8_t* stages,
+                             int32_t stage_bytes, Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
   const SlotLayout& k_slot = args.layout.k;
@@ -96,27 +90,30 @@ __device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
-  TileStream stream(plan, stages, stage_bytes, copy);
+  TileStream stream(run, plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
+  fill_expand_table(table);  // while the first copies are under way
+  queries.template split<kCodes ? 8 : 16>();
+  sync_block();
+  const uint8_t* const lane_table = table + lane * 4;
   constexpr float kCodeUnit = Shape::kBits == 4 ? 0.0625f : 1.0f;
   constexpr int kSteps = kCodes ? Shape::kKDims / 8 : Shape::kKDims / 4;
   uint32_t q[Shape::kSets][kSteps][2];
   float q_scale[Shape::kSets][2];  // of queries 2c % 4 and the next
 #pragma unroll
   for (int set = 0; set < Shape::kSets; set++) {
+    load_query<kCodes ? 8 : 16, Shape::kDim>(queries.shared, set, q[set]);
     if constexpr (kCodes) {
-      const auto dim_of = [c](int i, int j, int n) {
-        return c * Shape::kKDims + 8 * i + 4 * j + n;
-      };
-      exchange_scales(load_query_int8(queries[set], dim_of, q[set]) * kCodeUnit, q_scale[set]);
-    } else {
-      load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q[set]);
+      load_query_scales<Shape::kDim, Shape::kSets>(queries.shared, set, kCodeUnit, q_scale[set]);
     }
   }
 
-  for (int32_t i = 0; i < plan.n_stored; i++) {
-    const uint8_t* const k_stage = stream.next();
+  // Kept where registers allow: worked out again in every tile they cost 8 instructions.
+  const int k_token = Shape::kSets == 1 ? kept(row_token(g)) : row_token(g);
+  const int v_token = Shape::kSets == 1 ? kept(c) : c;
+  for (int32_t i = 0; i < run.n; i++) {
+    const uint8_t* const k_stage = stream.next(i);
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
@@ -125,7 +122,7 @@ __device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         expand_row<Shape::kBits, Shape::kKDims, Shape::kKRunWords>(
-            k_slot, k_piece, k_stage, row_token(g) + 8 * r, c, lane_table, 0u, rows[r]);
+            k_slot, k_piece, k_stage, k_token + 8 * r, c, lane_table, 0u, rows[r]);
       }
 #pragma unroll
       for (int set = 0; set < Shape::kSets; set++) {
@@ -141,8 +138,8 @@ __device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
       float k_scale[2], v_scale[2];
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        k_scale[r] = row_scale(k_piece, k_stage, row_token(g) + 8 * r);
-        v_scale[r] = row_scale(v_piece, v_stage, row_token(g) + 8 * r) * kCodeUnit;
+        k_scale[r] = row_scale(k_piece, k_stage, k_token + 8 * r);
+        v_scale[r] = row_scale(v_piece, v_stage, k_token + 8 * r) * kCodeUnit;
       }
       scale_scores(k_scale, v_scale, q_scale, scores, log_scale);
     }
@@ -156,7 +153,7 @@ __device__ void attend_store(const AttentionArgs& args, const BlockPlan& plan,
     uint32_t words[4][Shape::kTiles];
 #pragma unroll
     for (int t = 0; t < 4; t++) {
-      const int token = c + 4 * t;
+      const int token = v_token + 4 * t;
       if constexpr (kCodes) {
         uint32_t bytes[Shape::kVDims / 4];
         expand_row<Shape::kBits, Shape::kVDims, Shape::kVRunWords>(
@@ -185,10 +182,11 @@ __device__ __forceinline__ void load_run(const uint8_t* from, uint32_t (&words)[
   }
 }
 
-// Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked.
+// Rows [first, n_rows) of the dense buffer of which this warp has 16; the rest is masked. queries:
+// split in 2-byte terms.
 template <typename Shape>
 __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t first,
-                            int32_t n_rows, const typename Shape::Queries& queries,
+                            int32_t n_rows, const uint8_t* queries,
                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
@@ -206,7 +204,7 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
   for (int set = 0; set < Shape::kSets; set++) {
     if (set > 0) sync_warp();  // loads of all sets at once would take too many registers
     uint32_t q[Shape::kKDims / 4][2];
-    load_query<Shape::kTail>(queries[set], run_dim<Shape::kKDims>, q);
+    load_query<16, Shape::kDim>(queries, set, q);
     float scores[4];
     scores_2byte<Shape::kTail, Shape::kKDims>(rows, q, scores);
 #pragma unroll
@@ -232,68 +230,6 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
 }
 
-// Merges the warps and writes the partials of this block's queries. merged: shared, [warp][query]
-// [head_dim + 2] f32.
-template <typename Shape>
-__device__ void write_partials(const AttentionArgs& args, int32_t row, int kv_head, int first_query,
-                               int n_queries, int32_t split,
-                               Softmax<Shape::kTiles> (&softmax)[Shape::kSets], float* merged) {
-  constexpr int kStride = Shape::kDim + 2;
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int g = lane >> 2, c = lane & 3;
-#pragma unroll
-  for (int set = 0; set < Shape::kSets; set++) {
-    Softmax<Shape::kTiles>& s = softmax[set];
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-#pragma unroll
-      for (int m = 4; m <= 16; m *= 2) s.sum[n] += shuffle_xor(s.sum[n], m);
-    }
-#pragma unroll
-    for (int t = 0; t < Shape::kTiles; t++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) s.out[t][i] += shuffle_xor(s.out[t][i], 2);
-    }
-  }
-  sync_block();  // every warp is done with its stages
-  if (c < 2) {
-#pragma unroll
-    for (int i = 0; i < 2 * Shape::kSets; i++) {
-      const int n = i % 2;
-      const Softmax<Shape::kTiles>& s = softmax[i / 2];
-      float* mine = merged + (warp * Shape::kQueries + i / 2 * kSetQueries + 2 * c + n) * kStride;
-#pragma unroll
-      for (int t = 0; t < Shape::kTiles; t++) {
-        mine[output_dim<Shape>(t, g)] = s.out[t][n];
-        mine[output_dim<Shape>(t, g) + kPairStep<Shape>] = s.out[t][2 + n];
-      }
-      if (g == 0) {
-        mine[Shape::kDim] = s.max[n];
-        mine[Shape::kDim + 1] = s.sum[n];
-      }
-    }
-  }
-  sync_block();
-  const int heads_per_kv = args.n_heads / args.n_kv_heads;
-  for (int i = static_cast<int>(threadIdx.x); i < n_queries * kStride;
-       i += static_cast<int>(blockDim.x)) {
-    const int query = i / kStride, d = i % kStride;
-    float max = -INFINITY;
-    for (int w = 0; w < kDecodeWarps; w++) {
-      max = fmaxf(max, merged[(w * Shape::kQueries + query) * kStride + Shape::kDim]);
-    }
-    float value = 0.0f;
-    for (int w = 0; w < kDecodeWarps; w++) {
-      const float* part = merged + (w * Shape::kQueries + query) * kStride;
-      if (part[Shape::kDim] == -INFINITY) continue;  // a warp without tokens
-      value += exp2_approx(part[Shape::kDim] - max) * part[d];
-    }
-    const int head = kv_head * heads_per_kv + first_query + query;
-    args.partials[((int64_t{row} * args.n_heads + head) * args.max_splits + split) * kStride + d] =
-        d == Shape::kDim ? max : value;
-  }
-}
-
 // Blocks per multiprocessor are stated: left to choose, ptxas aims higher on sm_100 and spills.
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
@@ -301,88 +237,73 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   let_next_start();
   wait_for_previous();
   const SequenceView& s = args.sequences[blockIdx.z];
+  const int32_t split = static_cast<int32_t>(blockIdx.x);
+  const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
   const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
-  if (static_cast<int32_t>(blockIdx.x) >= n_splits) return;
+  if (split >= n_splits) return;
+  const int32_t first = split_begin(split, n_splits, n_tiles);
+  const int32_t last = split_begin(split + 1, n_splits, n_tiles);
+  const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
+  const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
+  const int heads_per_kv = args.n_heads / args.n_kv_heads;
+  const int left = heads_per_kv - first_query;
+  const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
+  const int first_head = kv_head * heads_per_kv + first_query;
+
   uint8_t* const table = shared_memory();
-  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable + Shape::kQueryBytes);
-  uint8_t* const rest = table + Shape::kTable + Shape::kQueryBytes + kPlanBytes;
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-
-  typename Shape::Queries queries;
-  {
-    const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-    const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
-    const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
-    const int heads_per_kv = args.n_heads / args.n_kv_heads;
-    const int left = heads_per_kv - first_query;
-    const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
-    const int32_t split = static_cast<int32_t>(blockIdx.x);
-    const int32_t first = split_begin(split, n_splits, n_tiles);
-    const int32_t last = split_begin(split + 1, n_splits, n_tiles);
-    const int32_t end = last < s.n_blocks ? last : s.n_blocks;
-    const int32_t n_stored = end > first ? end - first : 0;
-    const uint8_t* const* const pages = s.pages + first;
-    const int64_t slot_at = k_slot_offset(args.layout, args.layer, kv_head);
-    if (threadIdx.x == 0) {
-      plan.pages = pages;
-      plan.slot_at = slot_at;
-      plan.first = first;
-      plan.last = last;
-      plan.n_stored = n_stored;
-      plan.kv_head = kv_head;
-      plan.first_query = first_query;
-      plan.n_queries = n_queries;
-    }
-    const int32_t i = static_cast<int32_t>(threadIdx.x);
-    if (i < n_stored && i < BlockPlan::kListed) {
-      plan.listed[i] = load_constant_pointer(pages + i) + slot_at;
-    }
-    const float* const q =
-        args.q +
-        (int64_t{s.row0} * args.n_heads + kv_head * heads_per_kv + first_query) * Shape::kDim;
-    if constexpr (Shape::kDense) {
-#pragma unroll
-      for (int set = 0; set < Shape::kSets; set++) {
-        const int query = set * kSetQueries + (lane >> 2) % kSetQueries;
-        queries[set] = {query < n_queries ? q + query * Shape::kDim : nullptr,
-                        softmax_scale(Shape::kDim)};
-      }
-    } else {
-#pragma unroll
-      for (int set = 0; set < Shape::kSets; set++) queries[set].set = set;
-      fetch_queries<Shape::kDim, Shape::kQueries>(q, n_queries,
-                                                  reinterpret_cast<float*>(table + Shape::kTable));
-      fill_expand_table(table);
-    }
+  BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+  if (thread == 0) {
+    plan.row = s.row0;
+    plan.split = split;
+    plan.n_splits = n_splits;
+    plan.first_head = first_head;
+    plan.n_heads = n_queries;
   }
-  sync_block();
-
+  const BlockQueries<Shape> queries = {
+      args.q + (int64_t{s.row0} * args.n_heads + first_head) * Shape::kDim, n_queries,
+      table + (Shape::kQueriesInStage ? Shape::kStagesAt + (kStages - 1) * stage_bytes
+                                      : Shape::kQueriesAt)};
   Softmax<Shape::kTiles> softmax[Shape::kSets];
-  uint8_t* const stages = rest + warp * (kStages * stage_bytes + kStageSlack);
-  if (plan.n_stored > 0) {
+  uint8_t* const stages_of_warps = table + Shape::kStagesAt;
+  uint8_t* stages = stages_of_warps + warp * (kStages * stage_bytes + kStageSlack);
+  const int32_t end = last < s.n_blocks ? last : s.n_blocks;
+  const TileRun run = {s.pages + first, k_slot_offset(args.layout, args.layer, kv_head),
+                       end > first ? end - first : 0};
+  if (thread == 0) plan.run = run;
+  if (thread < run.n && thread < BlockPlan::kListed) {
+    plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
+  }
+  if (run.n > 0) {
     if constexpr (Shape::kDense) {
-      attend_dense_store<Shape>(plan, args.layout.k.slot_bytes, queries, stages, softmax);
+      attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax);
     } else {
-      attend_store<Shape>(args, plan, queries, table + lane * 4, stages, stage_bytes, softmax);
+      attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, plan.kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, plan.kv_head, kRowBytes);
-  const int32_t last = plan.last;
-  for (int32_t tile = plan.first + plan.n_stored; tile < last; tile++) {
+      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
+  if (last > s.n_blocks) {
+    sync_block();  // no warp reads the queries of the store any more
+    queries.template split<16>();
+    sync_block();
+  }
+  for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
     if constexpr (Shape::kDense && Shape::kBits == 16) {
-      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, stages, softmax);
+      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, stages,
+                               softmax);
     } else {
-      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries, softmax);
+      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, softmax);
     }
   }
-  write_partials<Shape>(args, s.row0, plan.kv_head, plan.first_query, plan.n_queries,
-                        static_cast<int32_t>(blockIdx.x), softmax, reinterpret_cast<float*>(rest));
+  float* const merged = reinterpret_cast<float*>(stages_of_warps);
+  write_partials<Shape>(args, plan, softmax, merged);
+  if (args.arrivals != nullptr) merge_if_last<Shape>(args, plan, merged);
 }
 
 template <typename Shape>
@@ -393,13 +314,13 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   };
   const int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
   const int64_t staging = int64_t{kDecodeWarps} * (kStages * stage_bytes + kStageSlack);
-  const int64_t merging = int64_t{kDecodeWarps} * Shape::kQueries * (Shape::kDim + 2) * 4;
+  const int64_t merging = merging_bytes<Shape>;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
-  launch_overlapping("decode_attention", decode_attention_kernel<Shape>,
-         {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kTable + Shape::kQueryBytes + kPlanBytes + (staging > merging ? staging : merging),
-         stream, args, stage_bytes);
+  launch_overlapping(
+      "decode_attention", decode_attention_kernel<Shape>,
+      {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
+      Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

@@ -61,14 +61,6 @@ struct DenseSlots {
   // A stage: K rows, V rows, K scales, V scales.
   static constexpr int kStageBytes = 2 * kRowsBytes + (kCodes ? 4 * kDecodeTokens : 0);
 
-  // The query's dim in step i, register j, element n of a lane.
-  static __device__ __forceinline__ int query_dim(int i, int j, int n) {
-    const int c = lane_id() & 3;
-    if constexpr (Shape::kBits == 16) return 16 * i + 8 * j + 2 * c + n;
-    if constexpr (Shape::kBits == 8) return 32 * i + 16 * j + 4 * c + n;
-    return 32 * i + 8 * c + 2 * n + j;
-  }
-
   // The dim of row g of output tile t, and how far that of row g + 8 lies from it.
   static constexpr int kPairStep = kCodes ? 1 : 8;
   static __device__ __forceinline__ int output_dim(int t, int g) {
@@ -78,21 +70,40 @@ struct DenseSlots {
   }
 };
 
-// The queries of all sets as B fragments, in the order of dense slots.
+// The queries of all sets as B fragments, in the order of dense slots. queries: split_queries'.
 template <typename Shape>
 struct DenseQueries {
   using Slots = DenseSlots<Shape>;
   uint32_t b[Shape::kSets][Slots::kSteps][2];
   float scale[Shape::kSets][2];  // of codes: of queries 2c % 4 and the next
 
-  __device__ __forceinline__ explicit DenseQueries(const typename Shape::Queries& queries) {
+  __device__ __forceinline__ explicit DenseQueries(const uint8_t* queries) {
+    constexpr int kStride = kQueryRowBytes < Shape::kDim, Slots::kCodes ? 8 : 16 > ;
+    const int lane = lane_id();
 #pragma unroll
     for (int set = 0; set < Shape::kSets; set++) {
-      if constexpr (Slots::kCodes) {
-        exchange_scales(load_query_int8(queries[set], Slots::query_dim, b[set]) * Slots::kKeyUnit,
-                        scale[set]);
+      const uint8_t* const columns = queries + set * 8 * kStride;
+      if constexpr (Shape::kBits == 4) {
+        const uint8_t* const dims = columns + (lane >> 2) * kStride + (lane & 3) * 8;
+#pragma unroll
+        for (int i = 0; i < Slots::kSteps; i++) {
+          const uint2 eight = *reinterpret_cast<const uint2*>(dims + i * 32);
+          b[set][i][0] = byte_permute(eight.x, eight.y, 0x6420);
+          b[set][i][1] = byte_permute(eight.x, eight.y, 0x7531);
+        }
       } else {
-        load_query<Shape::kTail>(queries[set], Slots::query_dim, b[set]);
+#pragma unroll
+        for (int i = 0; i < Slots::kSteps; i += 2) {  // four chunks of 16 bytes, two of a step
+          uint32_t m[4];
+          load_matrices<false>(m, columns + (lane & 7) * kStride + (2 * i + (lane >> 3)) * 16);
+          b[set][i][0] = m[0];
+          b[set][i][1] = m[1];
+          b[set][i + 1][0] = m[2];
+          b[set][i + 1][1] = m[3];
+        }
+      }
+      if constexpr (Slots::kCodes) {
+        load_query_scales<Shape::kDim, Shape::kSets>(queries, set, Slots::kKeyUnit, scale[set]);
       }
     }
   }
@@ -231,11 +242,12 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
   add_dense_values<Shape>(stage + Slots::kRowsBytes, place, p, softmax);
 }
 
-// The store tiles of a plan, dense slots.
+// Tiles of the store, dense slots. plan: with their slots once the block has passed a barrier.
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_store(
-    const BlockPlan& plan, int32_t slot_bytes, const typename Shape::Queries& queries,
-    uint8_t* stages, Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+    const TileRun& run, const BlockPlan& plan, int32_t slot_bytes,
+    const BlockQueries<Shape>& queries, uint8_t* stages,
+    Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   using Slots = DenseSlots<Shape>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
   // Of the four chunks of scales, two of K and two of V.
@@ -250,22 +262,27 @@ __device__ __forceinline__ void attend_dense_store(
       if (lane < 4) cp_async16(stage + 2 * Slots::kRowsBytes + lane * 16, k + scales);
     }
   };
-  TileStream stream(plan, stages, Slots::kStageBytes, copy);
-  const DenseQueries<Shape> q(queries);
+  TileStream stream(run, plan, stages, Slots::kStageBytes, copy);
+  queries.template split<Slots::kCodes ? 8 : 16>();
+  sync_block();
+  const DenseQueries<Shape> q(queries.shared);
+  if constexpr (Shape::kQueriesInStage) {
+    static_assert(kQueryBytes<Shape::kDim, Shape::kSets> <= Slots::kStageBytes);
+    sync_block();
+  }
   const int32_t place = load_place<Slots::kRowBytes>();
-  for (int32_t i = 0; i < plan.n_stored; i++) {
-    attend_dense_tile<Shape>(stream.next(), place, kDecodeTokens, q, softmax);
+  for (int32_t i = 0; i < run.n; i++) {
+    attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax);
   }
   cp_async_wait<0>();
 }
 
 // Rows [first, n_rows) of the dense buffer of which this warp has 16, under slots of its own type:
-// staged like a tile. stage: as many bytes as a tile's.
+// staged like a tile. queries: split. stage: as many bytes as a tile's.
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_tail(const uint8_t* keys, const uint8_t* values,
                                                   int32_t first, int32_t n_rows,
-                                                  const typename Shape::Queries& queries,
-                                                  uint8_t* stage,
+                                                  const uint8_t* queries, uint8_t* stage,
                                                   Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   using Slots = DenseSlots<Shape>;
   constexpr int kChunks = Slots::kRowBytes / 16;

@@ -6,123 +6,114 @@
 
 namespace mustafar::cuda {
 
+constexpr int kDecodeWarps = 4;
 constexpr int kSetQueries = 4;  // query heads in the columns of one product
 
-// The block's queries in shared memory, f32, the softmax's scale (base 2) in them, zeros past the
-// last. A lane wants its own run of dims of its own query: the gaps put the 16 of a set (4 queries,
-// 4 runs) into different banks. Read from global memory they cost a kernel half of its time, each
-// of a warp's loads touching 16 lines.
-template <int kDim>
-constexpr int kQueryStride = kDim + 4;
-template <int kDim, int kQueries>
-constexpr int kQueryBytes = kQueries* kQueryStride<kDim> * 4;
+// The block's queries in shared memory, split into two terms each: per set the eight columns of its
+// B operand (first terms of 4 queries, second terms), rows of values of 2 bytes or 1, then the
+// scales of all queries. The 16 bytes between rows keep eight of them, and so ldmatrix, free of
+// bank conflicts. kBits: 16, or 8 for integers.
+template <int kDim, int kBits>
+constexpr int kQueryRowBytes = kDim* kBits / 8 + 16;
+template <int kDim, int kSets>
+constexpr int kQueryBytes = kSets*(8 * kQueryRowBytes<kDim, 16> + 4 * kSetQueries);
 
-__device__ __forceinline__ float softmax_scale(int head_dim) {
-  return 1.44269504f / sqrtf(static_cast<float>(head_dim));
-}
-
-__device__ __forceinline__ int query_index(int dim) { return dim + dim / 32; }
-
-// from: [n_queries][kDim]; by the whole block, a barrier must follow.
-template <int kDim, int kQueries>
-__device__ __forceinline__ void fetch_queries(const float* from, int n_queries, float* to) {
-  const float scale = softmax_scale(kDim);
-  for (int i = static_cast<int>(threadIdx.x); i < kQueries * kDim;
-       i += static_cast<int>(blockDim.x)) {
-    const int query = i / kDim, dim = i % kDim;
-    to[query * kQueryStride<kDim> + query_index(dim)] = query < n_queries ? from[i] * scale : 0.0f;
-  }
-}
-
-// The columns of a lane's query of a set: hi terms in 0-3, lo terms in 4-7. The block's queries lie
-// kAt bytes into shared memory; nothing is kept in registers.
-template <int kDim, int kAt>
-struct Query {
-  int set;
-
-  __device__ __forceinline__ bool low() const { return lane_id() >= 4 * kSetQueries; }
-  __device__ __forceinline__ float at(int dim) const {
-    const int query = set * kSetQueries + (lane_id() >> 2) % kSetQueries;
-    return reinterpret_cast<const float*>(shared_memory() +
-                                          kAt)[query * kQueryStride<kDim> + query_index(dim)];
-  }
-};
-
-// The same from global memory, for the order of dims of dense slots, where a load of a warp touches
-// a line of each query, and stages leave no shared memory.
-struct GlobalQuery {
-  const float* values;  // [head_dim] of the query of column g, or null past the last query
-  float scale;          // of the softmax, in base 2
-
-  __device__ __forceinline__ bool low() const { return lane_id() >= 4 * kSetQueries; }
-  __device__ __forceinline__ float at(int dim) const {
-    return values != nullptr ? values[dim] * scale : 0.0f;
-  }
-};
-
-// B fragments of S^T = K Q^T, 2-byte. dim_of(i, j, n): the dim of this lane in step i, register j,
-// half n.
-template <DType kType, typename Query, int kSteps, typename DimOf>
-__device__ __forceinline__ void load_query(const Query& q, DimOf&& dim_of,
-                                           uint32_t (&b)[kSteps][2]) {
+// from: [n_queries][kDim], f32. The softmax's scale, in base 2, goes in. An integer query is scale
+// * (128 first + second). By the whole block, a warp a query, so that its threads share the work; a
+// barrier must follow.
+template <DType kType, int kBits, int kDim, int kSets>
+__device__ __forceinline__ void split_queries(const float* from, int n_queries, uint8_t* to) {
+  constexpr int kLaneDims = kDim / kWarpSize, kStride = kQueryRowBytes<kDim, kBits>;
+  static_assert(kLaneDims == 2 || kLaneDims == 4);
+  const float softmax_scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
 #pragma unroll
-  for (int i = 0; i < kSteps; i++) {
+  for (int query = warp; query < kSets * kSetQueries; query += kDecodeWarps) {
+    float x[kLaneDims];
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      float term[2];
-#pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const float x = q.at(dim_of(i, j, n));
-        const float high = half_float<kType>(static_cast<uint16_t>(pack2<kType>(x, 0.0f)));
-        term[n] = q.low() ? x - high : high;
-      }
-      b[i][j] = pack2<kType>(term[0], term[1]);
+    for (int i = 0; i < kLaneDims; i += 2) {
+      const float2 two =
+          query < n_queries
+              ? *reinterpret_cast<const float2*>(from + query * kDim + lane * kLaneDims + i)
+              : float2{0.0f, 0.0f};
+      x[i] = two.x * softmax_scale;
+      x[i + 1] = two.y * softmax_scale;
     }
-  }
-}
-
-// The same in int8, n being a byte. A query is scale * (128 high + low). Returns the scale of
-// column g's query.
-template <typename Query, int kSteps, typename DimOf>
-__device__ __forceinline__ float load_query_int8(const Query& q, DimOf&& dim_of,
-                                                 uint32_t (&b)[kSteps][2]) {
-  float largest = 0.0f;
-  for (int i = 0; i < 8 * kSteps; i++) {  // left to the compiler: registers are few here
-    largest = fmaxf(largest, fabsf(q.at(dim_of(i / 8, i / 4 % 2, i % 4))));
-  }
-  largest = fmaxf(largest, shuffle_xor(largest, 1));
-  largest = fmaxf(largest, shuffle_xor(largest, 2));
-  const float scale = largest / 16256.0f;  // 127 * 128
-  const float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;
+    uint8_t* const first = to + (query / kSetQueries * 8 + query % kSetQueries) * kStride +
+                           lane * kLaneDims * kBits / 8;
+    uint8_t* const second = first + kSetQueries * kStride;
+    if constexpr (kBits == 16) {
 #pragma unroll
-  for (int i = 0; i < kSteps; i++) {
+      for (int i = 0; i < kLaneDims; i += 2) {
+        const uint32_t word = pack2<kType>(x[i], x[i + 1]);
+        const float rest[2] = {x[i] - half_float<kType>(static_cast<uint16_t>(word)),
+                               x[i + 1] - half_float<kType>(static_cast<uint16_t>(word >> 16))};
+        reinterpret_cast<uint32_t*>(first)[i / 2] = word;
+        reinterpret_cast<uint32_t*>(second)[i / 2] = pack2<kType>(rest[0], rest[1]);
+      }
+    } else {
+      float largest = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      uint32_t word = 0;
+      for (int i = 0; i < kLaneDims; i++) largest = fmaxf(largest, fabsf(x[i]));
+      largest = warp_max(largest);
+      const float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;  // 127 * 128
 #pragma unroll
-      for (int n = 0; n < 4; n++) {
-        const float x = fminf(fmaxf(rintf(q.at(dim_of(i, j, n)) * inverse), -16256.0f), 16256.0f);
-        const int whole = static_cast<int>(x);
+      for (int i = 0; i < kLaneDims; i++) {
+        const int whole =
+            static_cast<int>(fminf(fmaxf(rintf(x[i] * inverse), -16256.0f), 16256.0f));
         const int high = (whole + 64) >> 7;
-        const int term = q.low() ? whole - high * 128 : high;
-        word |= (static_cast<uint32_t>(term) & 0xffu) << (8 * n);
+        first[i] = static_cast<uint8_t>(high);
+        second[i] = static_cast<uint8_t>(whole - high * 128);
       }
-      b[i][j] = word;
+      if (lane == 0) {
+        reinterpret_cast<float*>(to + kSets * 8 * kStride)[query] = largest / 16256.0f;
+      }
     }
   }
-  return scale;
 }
 
-// Dims of a 2-byte query where lane c owns kDims neighbours: step i multiplies four of them.
-template <int kDims>
-__device__ __forceinline__ int run_dim(int i, int j, int n) {
-  return (lane_id() & 3) * kDims + 4 * i + 2 * j + n;
-}
+// A block's queries: [n][Shape::kDim] f32, and where their terms lie in shared memory.
+template <typename Shape>
+struct BlockQueries {
+  const float* from;
+  int n;
+  uint8_t* shared;
 
-// Of queries 2c % 4 and the next, from the scale of column g's.
-__device__ __forceinline__ void exchange_scales(float scale, float (&mine)[2]) {
+  template <int kBits>
+  __device__ __forceinline__ void split() const {
+    split_queries<Shape::kTail, kBits, Shape::kDim, Shape::kSets>(from, n, shared);
+  }
+};
+
+// B fragments of S^T = K Q^T from split queries, where lane c owns kDim / 4 neighbouring dims of
+// a row: step i multiplies the next two words of them.
+template <int kBits, int kDim, int kSteps>
+__device__ __forceinline__ void load_query(const uint8_t* queries, int set,
+                                           uint32_t (&b)[kSteps][2]) {
+  constexpr int kRunBytes = kDim / 4 * kBits / 8;
+  static_assert(kSteps * 8 == kRunBytes);
+  const uint8_t* const run = queries + (set * 8 + (lane_id() >> 2)) * kQueryRowBytes<kDim, kBits> +
+                             (lane_id() & 3) * kRunBytes;
 #pragma unroll
-  for (int n = 0; n < 2; n++) mine[n] = shuffle(scale, (2 * (lane_id() & 3) % 4 + n) * 4);
+  for (int i = 0; i < kSteps; i += 2) {
+    const uint4 four = *reinterpret_cast<const uint4*>(run + i * 8);
+    b[i][0] = four.x;
+    b[i][1] = four.y;
+    b[i + 1][0] = four.z;
+    b[i + 1][1] = four.w;
+  }
+}
+
+// Scales of queries 2c % 4 and the next of a set, of integer queries.
+template <int kDim, int kSets>
+__device__ __forceinline__ void load_query_scales(const uint8_t* queries, int set, float unit,
+                                                  float (&scales)[2]) {
+  const float* const all =
+      reinterpret_cast<const float*>(queries + kSets * 8 * kQueryRowBytes<kDim, 8>);
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    scales[n] = all[set * kSetQueries + 2 * (lane_id() & 3) % 4 + n] * unit;
+  }
 }
 
 // Token of the 16 in fragment row g (row g + 8: eight later).

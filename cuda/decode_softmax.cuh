@@ -22,7 +22,8 @@ __device__ __forceinline__ void update_softmax(const float (&s)[4], const float 
   float p[4], rescale[2];
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    const float scaled[2] = {s[n] + log_scale[0], s[2 + n] + log_scale[1]};
+    const float scaled[2] = {kScaled ? s[n] + log_scale[0] : s[n],
+                             kScaled ? s[2 + n] + log_scale[1] : s[2 + n]};
     float max = fmaxf(scaled[0], scaled[1]);
 #pragma unroll
     for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));

@@ -11,65 +11,73 @@ constexpr int kDecodeTokens = 16;  // of a tile, per warp
 constexpr int kStages = 3;
 constexpr int kStageSlack = 16;  // bytes that a run of any length may read past its row
 
-// A block's share of the work, in shared memory: through the loop over the tiles registers are few,
-// and a page's address asked of global memory there would be waited for at every tile.
+// Some tiles of the store that lie one after another.
+struct TileRun {
+  const uint8_t* const* pages;
+  int64_t slot_at;  // bytes from a page to the slot of the KV head's keys
+  int32_t n;
+};
+
+// What a block works on, in shared memory: through the loop over the tiles registers are few, and a
+// page's address asked of global memory there would be waited for at every tile.
 struct BlockPlan {
   static constexpr int kListed = 32;
 
-  const uint8_t* listed[kListed];  // K slot of the KV head in each of the first tiles
-  const uint8_t* const* pages;     // of the first tile on
-  int64_t slot_at;                 // bytes from a page to the slot
-  int32_t first, n_stored;         // first tile; how many of the tiles are the store's
-  int32_t last;                    // end of the tiles
-  int32_t kv_head, first_query, n_queries;
+  const uint8_t* slots[kListed];  // of the KV head's keys, in the first tiles
+  TileRun run;                    // all of them
+  int32_t row, split, n_splits;
+  int32_t first_head, n_heads;  // query heads
 
   __device__ __forceinline__ const uint8_t* slot(int32_t i) const {
-    return i < kListed ? listed[i] : load_constant_pointer(pages + i) + slot_at;
+    if (i < kListed) [[likely]]
+      return slots[i];
+    return load_constant_pointer(run.pages + i) + run.slot_at;
   }
 };
 constexpr int kPlanBytes = (sizeof(BlockPlan) + 15) / 16 * 16;
 
-// The store tiles of a block's plan, kStages - 1 copies ahead. Copy: copy(slot, stage) starts this
-// lane's part of a tile's.
+// Such tiles, kStages - 1 copies ahead. Copy: copy(slot, stage) starts this lane's part of a
+// tile's.
 template <typename Copy>
 class TileStream {
  public:
-  __device__ __forceinline__ TileStream(const BlockPlan& plan, uint8_t* stages, int32_t stage_bytes,
-                                        const Copy& copy)
+  // Starts the first copies, for which the list of slots need not be ready.
+  __device__ __forceinline__ TileStream(const TileRun& run, const BlockPlan& plan, uint8_t* stages,
+                                        int32_t stage_bytes, const Copy& copy)
       : plan_(plan),
+        n_(run.n),
         stage_bytes_(stage_bytes),
+        used_((kStages - 1) * stage_bytes),
         stages_(stages),
-        end_(stages + kStages * stage_bytes),
-        fill_(stages),
-        ready_(stages),
         copy_(copy) {
 #pragma unroll
-    for (int i = 0; i < kStages - 1; i++) start();
+    for (int i = 0; i < kStages - 1; i++) {
+      if (i < n_)
+        copy_(load_constant_pointer(run.pages + i) + run.slot_at, stages_ + i * stage_bytes);
+      cp_async_commit();
+    }
   }
 
-  // The stage of the next tile, by the whole warp; it stays until the call after.
-  __device__ __forceinline__ const uint8_t* next() {
+  // The stage of tile i, which is 0, then one more than before, by the whole warp. It stays until
+  // the call after.
+  __device__ __forceinline__ const uint8_t* next(int32_t i) {
     cp_async_wait<kStages - 2>();
     sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
-    start();
-    const uint8_t* const stage = ready_;
-    ready_ = ready_ + stage_bytes_ == end_ ? stages_ : ready_ + stage_bytes_;
-    return stage;
+    const int32_t ahead = i + kStages - 1;
+    if (ahead < n_) {
+      const uint8_t* slot = plan_.slot(ahead);
+      copy_(slot, stages_ + used_);
+    }
+    cp_async_commit();
+    used_ = used_ == (kStages - 1) * stage_bytes_ ? 0 : used_ + stage_bytes_;
+    return stages_ + used_;
   }
 
  private:
-  __device__ __forceinline__ void start() {
-    if (to_copy_ < plan_.n_stored) copy_(plan_.slot(to_copy_), fill_);
-    to_copy_++;
-    fill_ = fill_ + stage_bytes_ == end_ ? stages_ : fill_ + stage_bytes_;
-    cp_async_commit();
-  }
-
   const BlockPlan& plan_;
-  int32_t to_copy_ = 0, stage_bytes_;
-  uint8_t *stages_, *end_;
-  uint8_t* fill_;         // the stage that the next copy goes to
-  const uint8_t* ready_;  // the stage of the next tile
+  int32_t n_, stage_bytes_;
+  int32_t used_;  // bytes to the stage of the last tile
+  uint8_t* stages_;
   const Copy& copy_;
 };
 

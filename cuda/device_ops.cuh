@@ -57,6 +57,14 @@ __device__ __forceinline__ int lane_id() {
 #endif
 }
 
+// x as a value of its own: kept in a register, not worked out again where it is used.
+__device__ __forceinline__ int kept(int x) {
+#if !defined(MUSTAFAR_SIMT)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 __device__ __forceinline__ uint8_t* shared_memory() {  // the launch's, 16-byte aligned
 #if defined(MUSTAFAR_SIMT)
   return simt::dynamic_shared();
@@ -400,6 +408,33 @@ __device__ __forceinline__ T* load_constant_pointer(T* const* at) {
 #else
   static_assert(sizeof(T*) == sizeof(unsigned long long));
   return reinterpret_cast<T*>(__ldg(reinterpret_cast<const unsigned long long*>(at)));
+#endif
+}
+
+// *at as other blocks of this kernel left it, if a fence orders that: past L1, which may be stale.
+__device__ __forceinline__ float2 load_fresh(const float2* at) {
+#if defined(MUSTAFAR_SIMT)
+  return *at;
+#else
+  return __ldcg(at);
+#endif
+}
+
+// Orders this thread's earlier accesses of device memory before its later ones, for all blocks.
+__device__ __forceinline__ void fence_device() {
+#if !defined(MUSTAFAR_SIMT)
+  __threadfence();
+#endif
+}
+
+// Counts to n and begins anew: what *at was, 0 to n - 1.
+__device__ __forceinline__ uint32_t atomic_count(uint32_t* at, uint32_t n) {
+#if defined(MUSTAFAR_SIMT)
+  const uint32_t before = *at;
+  *at = before >= n - 1 ? 0 : before + 1;
+  return before;
+#else
+  return atomicInc(at, n - 1);
 #endif
 }
 

@@ -14,18 +14,19 @@ namespace mustafar::cuda {
 
 constexpr int kTableBytes = 16 * kWarpSize * 4;
 
-// Fills the table, kTableBytes of shared memory, by the whole block; a barrier must follow.
+// Fills the table, kTableBytes of shared memory, by a block of 128 threads at least, 16 bytes each;
+// a barrier must follow.
 __device__ __forceinline__ void fill_expand_table(uint8_t* table) {
-  uint32_t* entries = reinterpret_cast<uint32_t*>(table);
-  for (int i = static_cast<int>(threadIdx.x); i < 16 * kWarpSize;
-       i += static_cast<int>(blockDim.x)) {
-    const uint32_t nibble = static_cast<uint32_t>(i) / kWarpSize;
-    uint32_t selector = 0, taken = 0;
-    for (int dim = 0; dim < 4; dim++) {
-      selector |= (nibble >> dim & 1u ? taken++ : 4u) << (4 * dim);
-    }
-    entries[i] = selector | (8 * taken) << 16;
+  const uint32_t i = threadIdx.x;
+  if (i >= kTableBytes / 16) return;
+  const uint32_t nibble = i / (kWarpSize / 4);
+  uint32_t selector = 0, taken = 0;
+#pragma unroll
+  for (int dim = 0; dim < 4; dim++) {
+    selector |= (nibble >> dim & 1u ? taken++ : 4u) << (4 * dim);
   }
+  const uint32_t entry = selector | (8 * taken) << 16;
+  reinterpret_cast<uint4*>(table)[i] = {entry, entry, entry, entry};
 }
 
 // The entry of nibble kNibble of a mask; table: of this lane.

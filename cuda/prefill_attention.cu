@@ -1,5 +1,28 @@
 // Flash attention for many query rows on the tensor cores: prefill, over store, dense buffer and
 // the call's own tokens, causal.
+//
+// Grid: x KV head, y sequence, z chunk of 128 pairs, the last (which see most) first. A pair is one
+// query row and one query head of the KV head's group, so that a compressed tile is expanded once
+// for the whole group; 4 warps, 32 pairs each. S = Q K^T and O = P V by 16x8x16 products over tiles
+// of 64 tokens (prefill_tiles.cuh), the online softmax in registers in base 2. Q and K are f16
+// whatever the tail, V and P in the tail's type.
+//
+// Tiles go through two stages, one barrier a tile: while the products run over one, the next is
+// copied to the other by cp.async. Of the store, the next tile's slots are copied as they are to
+// stage 1, and expanded to stage 0 by the whole block when its turn comes.
+//
+// A tile at head_dim 128, by count: 4 x 256 products are 1,024 cycles of the tensor cores at the
+// dense peak, about 1,650 at what mma.sync is known to reach on sm_90. Cycles of shared memory (128
+// bytes each, no bank conflict): ldmatrix 4 x 80 x 4 = 1,280 (K and V 512 each, Q 256), copies 256,
+// bf16 keys to f16 256; so the products' floor is 67 % of them, 57 % in bf16. Instructions that a
+// scheduler issues: about 870, in bf16 990 (SASS for sm_90a without masks and rescaling, which few
+// tiles need). Exponentials: 512 cycles. head_dim 64 has half of everything but these. A tile of
+// the store (K 12/32, V 4/16): 1,280 and about 650 cycles of shared memory, 53 %; 610 instructions
+// in place of the conversion (int8 750).
+//
+// Shared: Q [128][D], two stages of K and V [64][D], 2 bytes each; value scales [64] f32; the
+// expansion table; where the dense rows lie: 98.3 KiB at head_dim 128, two blocks a multiprocessor
+// on sm_90. Limits: f16 or bf16 tail, head_dim 64 or 128; any store.
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
@@ -14,12 +37,11 @@ constexpr float kHeadroom = 8.0f;  // a weight of up to 2^8 keeps the old maximu
 constexpr float kNoScore = -1e30f;
 
 template <int kDim>
-constexpr int kQueryBytes = kPairs* kDim * 2;
-template <int kDim>
-constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
+constexpr int kQueryBytes = 2 * kPairs* kDim;
 template <int kDim>
 constexpr int kSharedBytes =  // the stages take the block's output at the end
-    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes;
+    kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes +
+    16 * ((sizeof(DenseRows) + 15) / 16);
 
 // What the kernel is given beside AttentionArgs, worked out once on the host.
 struct PrefillPlan {
@@ -81,95 +103,6 @@ __device__ __forceinline__ void load_queries(const float* q, const SequenceView&
   }
 }
 
-// Tiles of one sequence, layer and KV head, copied one ahead into two stages of K and V.
-template <DType kType, int kDim>
-class TileSource {
- public:
-  __device__ __forceinline__ TileSource(const AttentionArgs& args, const SequenceView& s,
-                                        StoreTiles how, int32_t end, uint8_t* stages)
-      : args_(args), s_(s), how_(how), end_(end), stages_(stages) {
-    if (s.n_blocks > 0) page_ = s.pages[0];
-  }
-
-  __device__ __forceinline__ bool expands(int32_t tile) const {
-    return tile < s_.n_blocks && how_ != StoreTiles::kCopied;
-  }
-  __device__ __forceinline__ uint8_t* stage(int i) const { return stages_ + i * kStageBytes<kDim>; }
-
-  // Starts the copies of a tile. Tiles come in order, stage 1 is given to those of the store that
-  // are expanded. The sequence is read anew for every tile: it would take many registers.
-  __device__ __forceinline__ void start(int32_t tile, int to) {
-    uint8_t* keys = stage(to);
-    uint8_t* values = keys + kTileBytes<kDim>;
-    const int32_t n_blocks = s_.n_blocks;
-    if (tile >= n_blocks) {
-      const int32_t first = (tile - n_blocks) * kTileTokens;
-      const int32_t end = end_ - n_blocks * kBlockTokens;
-      copy_dense<kDim>(dense_rows(0), first, end, keys);
-      copy_dense<kDim>(dense_rows(1), first, end, values);
-    } else {
-      if (how_ == StoreTiles::kCopied) {
-        copy_rows<kDim>(page_ + slots(), keys);
-        copy_rows<kDim>(page_ + slots() + args_.layout.k.slot_bytes, values);
-      } else if (how_ != StoreTiles::kUnpacked) {
-        copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
-      }
-      if (tile + 1 < n_blocks) page_ = s_.pages[tile + 1];
-    }
-    cp_async_commit();
-  }
-
-  // Of a tile that is not expanded, after this thread's copies have come.
-  __device__ __forceinline__ void convert_keys(int in) const {
-    if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
-  }
-
-  // What expand() reads, at table: the expansion table or that of coded dims, K then V. By the
-  // whole block, a barrier must follow.
-  __device__ __forceinline__ void fill_table(uint8_t* table) const {
-    if (how_ == StoreTiles::kExpanded) fill_expand_table(table);
-    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-    if (how_ != StoreTiles::kCoded || warp > 1) return;
-    load_code_dims(code_table(s_.codes, args_.layout, args_.layer, kv_head(), warp == 0), kDim,
-                   reinterpret_cast<CodeDim*>(table) + warp * kDim);
-  }
-
-  // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
-  __device__ __forceinline__ void expand(int32_t tile, const uint8_t* table, float* scales) const {
-    uint8_t* keys = stage(0);
-    uint8_t* values = keys + kTileBytes<kDim>;
-    const SlotLayout& k = args_.layout.k;
-    const SlotLayout& v = args_.layout.v;
-    if (how_ == StoreTiles::kExpanded) {
-      const uint8_t* staged = stage(1);
-      const uint8_t* lane_table = table + lane_id() * 4;
-      expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
-      expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
-    } else {
-      const uint8_t* from = how_ == StoreTiles::kCoded ? stage(1) : s_.pages[tile] + slots();
-      const CodeDim* codes = reinterpret_cast<const CodeDim*>(table);
-      unpack_slot<DType::kF16, kDim>(k, from, codes, keys, nullptr);
-      unpack_slot<kType, kDim>(v, from + k.slot_bytes, codes + kDim, values, scales);
-    }
-  }
-
- private:
-  __device__ __forceinline__ int kv_head() const { return static_cast<int>(blockIdx.x); }
-  __device__ __forceinline__ int64_t slots() const {
-    return k_slot_offset(args_.layout, args_.layer, kv_head());
-  }
-  __device__ __forceinline__ DenseRun dense_rows(int kind) const {
-    return dense_run(s_, s_.dense_tokens, args_.layer, kind, args_.n_kv_heads, kv_head(), kDim * 2);
-  }
-
-  const AttentionArgs& args_;
-  const SequenceView& s_;
-  StoreTiles how_;
-  int32_t end_;  // of the tokens that the block sees
-  uint8_t* stages_;
-  const uint8_t* page_ = nullptr;  // of the tile to start next, read a tile ahead
-};
-
 // Blocks per multiprocessor are stated: two hide each other's barriers and expansion.
 // kScaled: value tiles hold integer codes, so their scales go to the weights.
 template <DType kType, int kDim, bool kScaled>
@@ -185,7 +118,9 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [64], of the values
   uint8_t* table = reinterpret_cast<uint8_t*>(scales + kTileTokens);
   const int32_t end = pairs.sees(pairs.first() + kPairs - 1);
-  TileSource<kType, kDim> source(args, s, plan.store, end, stages);
+  TileSource<kType, kDim> source(args, s, plan.store, end, stages,
+                                 reinterpret_cast<DenseRows*>(table + kTableBytes));
+  sync_block();
   source.start(0, 1);
   load_queries<kDim>(args.q, s, pairs, queries);
   source.fill_table(table);

@@ -19,6 +19,9 @@ constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
 template <int kDim>
 constexpr int kTileBytes = kTileTokens* kDim * 2;
 
+template <int kDim>
+constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V
+
 // Bytes from a tile's start to a chunk of a row.
 template <int kDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
@@ -63,30 +66,55 @@ __device__ __forceinline__ void copy_rows(const uint8_t* from, uint8_t* tile) {
   }
 }
 
-// Rows [first, first + 64) of a run, zeros from `end` on (values times a weight of 0 must be 0).
-template <int kDim>
-__device__ __forceinline__ void gather_rows(const DenseRun& run, int32_t first, int32_t end,
-                                            uint8_t* tile) {
-  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
-  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
-  uint8_t* to = tile + tile_offset<kDim>(row, thread % kChunks);
-#pragma unroll 1
-  for (int i = 0; i < kTileTokens / kRows; i++) {
-    const int32_t at = first + row + i * kRows;
-    const uint8_t* from = run.row(at < end ? at : end - 1) + thread % kChunks * 16;
-    cp_async16_or_zero(to + i * kRows * kDim * 2, from, at < end);
-  }
+// The dense rows of one sequence, layer and KV head: the dense buffer's, then the call's own.
+struct DenseRows {
+  const uint8_t* dense;  // keys
+  const uint8_t* fresh;
+  int64_t dense_to_values;  // bytes from a key to its token's value
+  int64_t fresh_to_values;
+  int32_t dense_tokens;
+};
+
+__device__ __forceinline__ DenseRows dense_rows(const AttentionArgs& args, const SequenceView& s,
+                                                int kv_head, int64_t row_bytes) {
+  const DenseRun keys =
+      dense_run(s, s.dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
+  const int64_t heads_bytes = args.n_kv_heads * row_bytes;
+  return {keys.dense, keys.fresh, heads_bytes * s.dense_capacity, heads_bytes * s.fresh_capacity,
+          s.dense_tokens};
 }
 
+// Keys and values of dense rows [first, first + 64), zeros from `end` on (values times a weight of
+// 0 must be 0).
 template <int kDim>
-__device__ __forceinline__ void copy_dense(const DenseRun& run, int32_t first, int32_t end,
-                                           uint8_t* tile) {
-  const bool one_piece = first + kTileTokens <= run.dense_tokens ||
-                         (first >= run.dense_tokens && run.fresh != nullptr);
-  if (first + kTileTokens <= end && one_piece) {
-    copy_rows<kDim>(run.row(first), tile);
-  } else {
-    gather_rows<kDim>(run, first, end, tile);
+__device__ __forceinline__ void copy_dense(const DenseRows& rows, int32_t first, int32_t end,
+                                           uint8_t* keys, uint8_t* values) {
+  constexpr int kRowBytes = kDim * 2;
+  const auto key = [&rows](int32_t at) {
+    return at < rows.dense_tokens ? rows.dense + int64_t{at} * kRowBytes
+                                  : rows.fresh + int64_t{at - rows.dense_tokens} * kRowBytes;
+  };
+  const auto to_values = [&rows](int32_t at) {
+    return at < rows.dense_tokens ? rows.dense_to_values : rows.fresh_to_values;
+  };
+  const int32_t piece_end =
+      first < rows.dense_tokens && rows.dense_tokens < end ? rows.dense_tokens : end;
+  if (first + kTileTokens <= piece_end) {
+    const uint8_t* from = key(first);
+    copy_rows<kDim>(from, keys);
+    copy_rows<kDim>(from + to_values(first), values);
+    return;
+  }
+  constexpr int kChunks = kDim / 8, kRows = kPrefillThreads / kChunks;
+  const int thread = static_cast<int>(threadIdx.x), row = thread / kChunks;
+  const int to = tile_offset<kDim>(row, thread % kChunks);
+#pragma unroll 1
+  for (int i = 0; i < kTileTokens / kRows; i++) {
+    const int32_t wanted = first + row + i * kRows;
+    const int32_t at = wanted < end ? wanted : end - 1;
+    const uint8_t* from = key(at) + thread % kChunks * 16;
+    cp_async16_or_zero(keys + to + i * kRows * kRowBytes, from, wanted < end);
+    cp_async16_or_zero(values + to + i * kRows * kRowBytes, from + to_values(at), wanted < end);
   }
 }
 
@@ -124,8 +152,9 @@ constexpr int kRunDims = 32;  // of one row, expanded by one thread: one word of
 
 // Words of a run where every run of a row has as many; 0: runs of any length and alignment.
 __device__ __forceinline__ int run_words(const SlotLayout& slot, int bits) {
-  if (slot.ragged || slot.dense || slot.group > kRunDims) return 0;
-  return kRunDims / slot.group * slot.keep * bits / 32;
+  if (slot.ragged || slot.dense || kRunDims % slot.group != 0) return 0;
+  const int run_bits = kRunDims / slot.group * slot.keep * bits;
+  return run_bits % 32 == 0 ? run_bits / 32 : 0;
 }
 
 template <int kBits, int kWords>
@@ -265,5 +294,101 @@ __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_
     });
   }
 }
+
+// ---- the order of tiles ----
+
+// Tiles of one sequence, layer and KV head, copied one ahead into two stages of K and V.
+template <DType kType, int kDim>
+class TileSource {
+ public:
+  // rows: in shared memory, filled by one thread; a barrier must follow. They would take many
+  // registers.
+  __device__ __forceinline__ TileSource(const AttentionArgs& args, const SequenceView& s,
+                                        StoreTiles how, int32_t end, uint8_t* stages,
+                                        DenseRows* rows)
+      : args_(args),
+        s_(s),
+        how_(how),
+        n_blocks_(s.n_blocks),
+        end_(end),
+        stages_(stages),
+        rows_(rows) {
+    if (n_blocks_ > 0) page_ = s.pages[0];
+    if (threadIdx.x == 0) *rows = dense_rows(args, s, kv_head(), kDim * 2);
+  }
+
+  __device__ __forceinline__ bool expands(int32_t tile) const {
+    return tile < n_blocks_ && how_ != StoreTiles::kCopied;
+  }
+  __device__ __forceinline__ uint8_t* stage(int i) const { return stages_ + i * kStageBytes<kDim>; }
+
+  // Starts the copies of a tile. Tiles come in order, stage 1 is given to those of the store that
+  // are expanded.
+  __device__ __forceinline__ void start(int32_t tile, int to) {
+    uint8_t* keys = stage(to);
+    uint8_t* values = keys + kTileBytes<kDim>;
+    if (tile >= n_blocks_) {
+      copy_dense<kDim>(*rows_, (tile - n_blocks_) * kTileTokens, end_ - n_blocks_ * kBlockTokens,
+                       keys, values);
+    } else {
+      if (how_ == StoreTiles::kCopied) {
+        copy_rows<kDim>(page_ + slots(), keys);
+        copy_rows<kDim>(page_ + slots() + args_.layout.k.slot_bytes, values);
+      } else if (how_ != StoreTiles::kUnpacked) {
+        copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
+      }
+      if (tile + 1 < n_blocks_) page_ = s_.pages[tile + 1];
+    }
+    cp_async_commit();
+  }
+
+  // Of a tile that is not expanded, after this thread's copies have come.
+  __device__ __forceinline__ void convert_keys(int in) const {
+    if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
+  }
+
+  // What expand() reads, at table: the expansion table or that of coded dims, K then V. By the
+  // whole block, a barrier must follow.
+  __device__ __forceinline__ void fill_table(uint8_t* table) const {
+    if (how_ == StoreTiles::kExpanded) fill_expand_table(table);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    if (how_ != StoreTiles::kCoded || warp > 1) return;
+    load_code_dims(code_table(s_.codes, args_.layout, args_.layer, kv_head(), warp == 0), kDim,
+                   reinterpret_cast<CodeDim*>(table) + warp * kDim);
+  }
+
+  // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
+  __device__ __forceinline__ void expand(int32_t tile, const uint8_t* table, float* scales) const {
+    uint8_t* keys = stage(0);
+    uint8_t* values = keys + kTileBytes<kDim>;
+    const SlotLayout& k = args_.layout.k;
+    const SlotLayout& v = args_.layout.v;
+    if (how_ == StoreTiles::kExpanded) {
+      const uint8_t* staged = stage(1);
+      const uint8_t* lane_table = table + lane_id() * 4;
+      expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
+      expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
+    } else {
+      const uint8_t* from = how_ == StoreTiles::kCoded ? stage(1) : s_.pages[tile] + slots();
+      const CodeDim* codes = reinterpret_cast<const CodeDim*>(table);
+      unpack_slot<DType::kF16, kDim>(k, from, codes, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, codes + kDim, values, scales);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int kv_head() const { return static_cast<int>(blockIdx.x); }
+  __device__ __forceinline__ int64_t slots() const {
+    return k_slot_offset(args_.layout, args_.layer, kv_head());
+  }
+
+  const AttentionArgs& args_;
+  const SequenceView& s_;
+  StoreTiles how_;
+  int32_t n_blocks_, end_;  // end: of the tokens that the block sees
+  uint8_t* stages_;
+  DenseRows* rows_;
+  const uint8_t* page_ = nullptr;  // of the tile to start next, read a tile ahead
+};
 
 }  // namespace mustafar::cuda

@@ -67,7 +67,7 @@ class CudaWorkspace final : public Workspace {
 
   DeviceBuffer normed, keys, values, gate, up;  // f32 activations
   DeviceBuffer packed;                          // activations in the weights' type
-  DeviceBuffer partials;                        // of attention
+  DeviceBuffer partials, arrivals;              // of attention
   DeviceBuffer product;                         // cuBLASLt's
   DeviceBuffer top_scratch, top;                // of top_logits
   MirroredArray<SequenceView> sequences;
@@ -77,8 +77,8 @@ class CudaWorkspace final : public Workspace {
   std::shared_ptr<PinnedFlag> bad_row_host = std::make_shared<PinnedFlag>();
 
  private:
-  std::array<const DeviceBuffer*, 8> buffers() const {
-    return {&normed, &keys, &values, &gate, &up, &packed, &partials, &product};
+  std::array<const DeviceBuffer*, 9> buffers() const {
+    return {&normed, &keys, &values, &gate, &up, &packed, &partials, &arrivals, &product};
   }
 };
 

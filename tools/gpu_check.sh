@@ -9,7 +9,7 @@
 #   tools/gpu_check.sh -o "$OUT" -t 280 first
 #   tools/gpu_check.sh -o "$OUT" -t 400 second
 #
-# Stages: environment smoke kernels sessions bench prefill linear torch model profile step more
+# Stages: environment smoke bench prefill linear torch step kernels sessions model profile more
 # sanitize; "first" (the default) is the first eleven, "second" adds the last two. -n prints what would
 # run. -p: .gpu. -t: seconds in all, 280.
 #
@@ -30,7 +30,7 @@ while getopts "no:p:t:" option; do
   esac
 done
 shift $((OPTIND - 1))
-first=(environment smoke kernels sessions bench prefill linear torch model profile step)
+first=(environment smoke bench prefill linear torch step kernels sessions model profile)
 stages=()
 for stage in "${@:-first}"; do
   case $stage in
@@ -213,10 +213,15 @@ stage_torch() {
 # Whole models of random weights, end to end.
 stage_model() {
   program model mustafar || return
-  step model_8b 100 "$bin/mustafar" bench --shape llama-3-8b --device cuda --dtype bf16 -r 3 -p 2048 \
-    -n 64 --kv dense lossless -o md
-  step model_1b 60 "$bin/mustafar" bench --shape llama-3.2-1b --device cuda --dtype bf16 -r 3 -p 2048 \
-    -n 64 -d 0,32768 --kv dense lossless mustafar -o md
+  local bench=("$bin/mustafar" bench --device cuda --dtype bf16 -r 3 -o md)
+  step model_8b 110 "${bench[@]}" --shape llama-3-8b -p 2048 -n 48 -d 0,32768 \
+    --kv dense,lossless,mustafar
+  step model_1b 60 "${bench[@]}" --shape llama-3.2-1b -p 2048 -n 48 -d 0,32768 \
+    --kv dense,lossless,mustafar
+  # What it brings that kernels may start before the one before them has ended.
+  step model_8b_4_layers 40 "${bench[@]}" --shape llama-3-8b:4 -p 0 -n 64 --kv lossless
+  step model_8b_4_layers_serial 40 env MUSTAFAR_CUDA_OVERLAP=0 "${bench[@]}" --shape llama-3-8b:4 \
+    -p 0 -n 64 --kv lossless
 }
 
 # What bounds the kernels, by the hardware's counters.

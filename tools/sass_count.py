@@ -156,15 +156,25 @@ def kernel_label(mangled: str) -> str | None:
 
 
 def tile_loop(function: Function) -> tuple[int, int] | None:
-    """The loop over compressed tiles: most tensor instructions among those that start copies."""
-    best: tuple[int, int, int] | None = None
+    """The loop over compressed tiles: innermost of those with tensor instructions and copies, and
+    of several the one with most tensor instructions (the other serves the uncompressed tail)."""
+    candidates: list[tuple[int, int, int]] = []
     for first, last in function.loops():
         inside = [op for at, op, _ in function.instructions if first <= at <= last]
         tensor = sum(pipe_of(op) == "tensor" for op in inside)
-        copies = any(op.startswith("LDGSTS") for op in inside)
-        if tensor and copies and (best is None or (tensor, first - last) > (best[0], -best[2])):
-            best = (tensor, first, last - first)
-    return (best[1], best[1] + best[2]) if best else None
+        if tensor and any(op.startswith("LDGSTS") for op in inside):
+            candidates.append((tensor, first, last))
+    innermost = [
+        (tensor, first, last)
+        for tensor, first, last in candidates
+        if not any(
+            (first, last) != (a, b) and first <= a and b <= last for _, a, b in candidates
+        )
+    ]
+    if not innermost:
+        return None
+    _, first, last = max(innermost, key=lambda loop: (loop[0], loop[1] - loop[2]))
+    return first, last
 
 
 def report(functions: list[Function]) -> list[str]:

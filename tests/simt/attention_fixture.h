@@ -88,8 +88,8 @@ class DeviceCache {
 };
 
 // One decode step, a row per cache; output and partials poisoned and guarded. fast: by the
-// tensor-core kernels (which must take the layout), else by the plain one. transform: its matrices
-// are on the device.
+// tensor-core kernels (which must take the layout, and merge splits), else by the plain one.
+// transform: its matrices are on the device.
 inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>& caches,
                                         int32_t layer, const std::vector<float>& q, bool fast,
                                         const KVTransform* transform = nullptr) {
@@ -121,12 +121,17 @@ inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>
   args.q = queries.device();
   args.partials = partials.device();
   args.out = out.device();
+  DeviceArray<uint32_t> arrivals(std::vector<uint32_t>(args.n_rows * args.n_heads), "the arrivals");
   if (fast) {
+    args.arrivals = arrivals.device();
     EXPECT_TRUE(decode_attention_fast(args, nullptr));
+    arrivals.download();
+    EXPECT_EQ(std::count(arrivals.host(), arrivals.host() + args.n_rows * args.n_heads, 0u),
+              args.n_rows * args.n_heads);
   } else {
     attention_plain(args, nullptr);
+    combine_attention(args, nullptr);
   }
-  combine_attention(args, nullptr);
   partials.download();
   out.download();
   return {out.host(), out.host() + q.size()};
