@@ -450,7 +450,17 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #endif
 }
 
-// The same, or 16 zero bytes where there is nothing to copy; from is then not read.
+// 8 bytes, both addresses aligned to 8.
+__device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
+#if defined(MUSTAFAR_SIMT)
+  simt::cp_async(to_shared, from, 8);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+// 16 bytes as cp_async16 copies, or 16 zero bytes where there is nothing to copy; from is then not read.
 __device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
 #if defined(MUSTAFAR_SIMT)
   alignas(16) static const uint8_t kZeros[16] = {};

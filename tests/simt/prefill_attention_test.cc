@@ -129,7 +129,10 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
   combine_attention(args, nullptr);
   partials.download();
   out.download();
-  const double bound = testing::nmse_bound(shape.tail, shape.values);
+  double bound = testing::nmse_bound(shape.tail, shape.values);
+  if (shape.values == DType::kCoded) {  // values of many sizes: a dropped token is noticed less
+    bound = shape.tail == DType::kF32 ? 1e-10 : shape.tail == DType::kF16 ? 2e-6 : 9e-6;
+  }
   for (Sequence* s : {&a, &b}) {
     const SequenceStep& step = s->cache.step();
     for (int64_t i = 0; i < step.n_rows * width; i++) {
