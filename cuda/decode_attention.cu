@@ -12,7 +12,6 @@ constexpr int kCombineThreads = 256;
 
 // Grid: x head, y row. Shared: merge_splits'.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
-  let_next_start();
   wait_for_previous();
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);

@@ -236,7 +236,6 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
-  let_next_start();
   wait_for_previous();
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);

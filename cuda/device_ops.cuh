@@ -305,8 +305,10 @@ __device__ __forceinline__ uint16_t float_f16(float x) {
 #if defined(MUSTAFAR_SIMT)
   return f32_to_f16(x);
 #else
-  // A NaN that was loaded from f16 has become the device's own: its sign and payload are lost.
-  if ((__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u) return 0x7e00u;
+  const uint32_t u = __float_as_uint(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) {
+    return static_cast<uint16_t>((u >> 16 & 0x8000u) | 0x7e00u | (u >> 13 & 0x1ffu));
+  }
   return __half_as_ushort(__float2half_rn(x));
 #endif
 }
@@ -351,7 +353,13 @@ __device__ __forceinline__ float half_float(uint16_t bits) {
 __device__ __forceinline__ float load_element(const void* data, DType dtype, int64_t i) {
   if (dtype == DType::kF32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  return dtype == DType::kF16 ? f16_float(bits) : bf16_float(bits);
+  if (dtype != DType::kF16) return bf16_float(bits);
+  // The device's conversion would lose a NaN's sign and payload, which the CPU packs as they are.
+  const uint32_t wide = bits;
+  if ((wide & 0x7fffu) > 0x7c00u) {
+    return bits_float((wide & 0x8000u) << 16 | 0x7f800000u | (wide & 0x3ffu) << 13);
+  }
+  return f16_float(bits);
 }
 
 __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t i, float x) {

@@ -16,8 +16,8 @@ __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); 
 __global__ void __launch_bounds__(kThreads)
     embed_kernel(const void* table, DType dtype, const int32_t* token_ids, int64_t hidden,
                  float* out) {
-  const int64_t row = blockIdx.x;
-  for (int64_t i = thread(); i < hidden; i += kThreads) {
+  const int64_t row = blockIdx.x, i = int64_t{blockIdx.y} * kThreads + thread();
+  if (i < hidden) {
     out[row * hidden + i] = load_element(table, dtype, token_ids[row] * hidden + i);
   }
 }
@@ -61,7 +61,6 @@ __device__ void cos_sin(float angle, float& cosine, float& sine) {
 
 // Grid: x head (queries, then keys, then values), y row. Shared: the head's vector [head_dim].
 __global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args) {
-  let_next_start();
   wait_for_previous();
   const int32_t row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* found = find_sequence(args.sequences, args.n_sequences, row);
@@ -155,7 +154,7 @@ int code_architecture() {
 
 void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
            float* out, Stream stream) {
-  launch("embed", embed_kernel, {n}, kThreads, 0, stream, table, dtype, token_ids, hidden, out);
+  launch("embed", embed_kernel, {n, (hidden + kThreads - 1) / kThreads}, kThreads, 0, stream, table, dtype, token_ids, hidden, out);
 }
 
 void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int32_t n,

@@ -23,6 +23,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kRows = 4;    // output rows of a block
 constexpr int kBatchX = 8;  // rows of x that a pass takes
+constexpr int64_t kLargeGroups = 4096;
 
 template <DType kType, bool kVector>
 constexpr int kValues = !kVector               ? 1
@@ -92,7 +93,6 @@ __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
 #pragma unroll
     for (int r = 0; r < kRows; r++) next[r].load(rows[r], i);
   }
-  let_next_start();
   wait_for_previous();
   for (; i < cols; i += kStep) {
     float w[kRows][kCount];
@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     gemv_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n) {
   float sums[kBatch][kRows] = {}, squares[kBatch] = {};
   sum_columns<kType, kBatch, kVector>(args, first_x, n, sums, squares);
+  let_next_start();  // not before: blocks that wait would take the places of those that work
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   if (lane_id() == 0) {
@@ -195,7 +196,9 @@ void gemv(const LinearArgs& args, Stream stream) {
     vector = vector && args.cols * (dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(part.weights) % 16 == 0;
   }
-  if (vector && dtype != DType::kF32) {
+  // One row of x needs no tensor cores, and loads of whole lines read a large matrix faster.
+  const bool large = args.n == 1 && row_groups<kRows>(args) >= kLargeGroups;
+  if (vector && dtype != DType::kF32 && !large) {
     gemv_tensor(args, stream);
     return;
   }

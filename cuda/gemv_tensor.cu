@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   int64_t column = warp * kPieces * 32 + 8 * c;
   Turn next;
   next.load(rows, column, cols);
-  let_next_start();
   wait_for_previous();
 
   float sums[kTiles][4] = {}, squares[kTiles] = {};
@@ -123,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
     }
   }
 
+  let_next_start();  // not before: blocks that wait would take the places of those that work
   float* const all_sums = reinterpret_cast<float*>(shared_memory());
   float* const all_squares = all_sums + kWarps * kTiles * kRows * kTileX;
 #pragma unroll

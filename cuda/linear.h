@@ -38,7 +38,8 @@ struct LinearArgs {
 };
 
 // f32 arithmetic, or what comes within 2^-17 of each product (gemv_tensor.cu); a row's result does
-// not depend on the other rows of the batch. The parts have one type.
+// not depend on what the other rows of the batch hold, but a row alone may take another kernel than
+// one of several. The parts have one type.
 void gemv(const LinearArgs& args, Stream stream);
 
 // Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for

@@ -24,9 +24,10 @@ from pathlib import Path
 
 ROWS_PER_PASS = 32  # 16 of K, 16 of V
 
-# Warp instructions on the ALU pipe per row that an H200 can issue at full bandwidth (4.3 TB/s), by
-# mean bytes of a row; at 75 % of the bandwidth a third more.
-BUDGET_H200 = {96: 11.7, 58: 7.1, 50: 6.1}
+# Warp instructions on the ALU pipe per row that an H200 can issue at full bandwidth (4.3 TB/s, 132
+# multiprocessors at 1.755 GHz, half the issue slots), by mean bytes of a row; at 75 % of the
+# bandwidth a third more.
+BUDGET_H200 = {96: 10.3, 58: 6.2, 50: 5.4}
 
 # Pipe of an opcode's first part on sm_80 to sm_90; what is in none goes to "other".
 PIPES = {
