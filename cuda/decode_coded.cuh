@@ -2,11 +2,11 @@
 // every bit of a row counts as a dim of its own: no table says in the loop which bits belong
 // together, and a head's widths may be any.
 //
-//   S^T = K Q^T   A row's bits, 0 or 1, are bytes of the A operand: word & 0x01010101 is four of
-//                 them. The weight of a bit is the query's dim times the code's step times the
+//   S^T = K Q^T   A row's bits are bytes of the A operand: word & 0x01010101 << j is four of them,
+//                 0 or 2^j. The weight of a bit is the query's dim times the code's step times the
 //                 bit's power of 2, split into two int8 terms. Lane c owns words c, c + 4, ... of a
-//                 row; odd bits come as 2 and are summed apart. What a code's middle takes off is a
-//                 constant of the query.
+//                 row. Bits of each j are summed apart, those from 4 on come as j - 4. What a
+//                 code's middle takes off is a constant of the query.
 //   O^T = V^T P^T The transposed load of ldmatrix gives units of 16 bits of a row, two tokens in a
 //                 word, and (unit & 1 << j) is a subnormal f16, 2^(j - 24) or 0, to which products
 //                 are exact. Output rows are bits: tile (n, j) holds bits j (row g) and j + 8 (row
@@ -106,17 +106,17 @@ class CodedCopier {
 };
 
 // Byte of the first term of a bit's weight for query `query` among the weights, which lane (g, c)
-// reads 16 bytes at a time: of its n-th word the even bits, then the odd ones, a word of four
-// weights for every second of them. The second term is kSecondTerm further on.
+// reads 16 bytes at a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3,
+// four bytes' weights in a word. The second term is kSecondTerm further on.
 __device__ __forceinline__ uint32_t weight_place(uint32_t bit, uint32_t query) {
-  const uint32_t word = bit / 32, byte = bit % 32 / 8, j = bit % 8;
+  const uint32_t word = bit / 32, byte = bit % 32 / 8, half = bit % 8 / 4, j = bit % 4;
   const uint32_t n = word / 4, c = word % 4;
-  return ((2 * n + (j & 1)) * kWarpSize + 4 * query + c) * 16 + j / 2 * 4 + byte;
+  return ((2 * n + j / 2) * kWarpSize + 4 * query + c) * 16 + (j % 2 * 2 + half) * 4 + byte;
 }
 constexpr uint32_t kSecondTerm = 4 * kSetQueries * 16;
 
-// Weights, scale and offset of query `warp`, by its warp; weights were zero. A score is (scale *
-// (2 * sum of even bits + sum of odd ones) + offset) * the key's scale.
+// Weights, scale and offset of query `warp`, by its warp; weights were zero. A score is (scale * 8
+// times the weighted sum of bits + offset) * the key's scale.
 template <typename Shape>
 __device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* weights,
                            float* scales) {
@@ -149,39 +149,47 @@ __device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* wei
     }
   }
   if (lane == 0) {
-    scales[warp] = 0.5f * largest / 16256.0f;
+    scales[warp] = 0.125f * largest / 16256.0f;
     scales[kSetQueries + warp] = offset;
   }
 }
 
-// Sums of bits' weights over 16 staged K rows.
+// Eight times the sums of bits' weights over 16 staged K rows.
 template <typename Shape>
 __device__ __forceinline__ void coded_scores(const uint8_t* stage, const uint4* weights,
                                              float (&scores)[4]) {
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   const uint8_t* const rows = stage + g * Shape::kStride + 4 * c;
-  int32_t even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
+  int32_t sums[4][4] = {};  // of bit j of half bytes: 2^j times its weights
 #pragma unroll
   for (int n = 0; n < Shape::kChunks; n++) {
     const uint32_t words[2] = {
         *reinterpret_cast<const uint32_t*>(rows + 16 * n),
         *reinterpret_cast<const uint32_t*>(rows + 8 * Shape::kStride + 16 * n)};
-    const auto bits = [&words](int row, int j) {
-      return words[row] >> (j & ~1) & 0x01010101u << (j & 1);
-    };
+    const uint32_t above[2] = {words[0] >> 4, words[1] >> 4};
 #pragma unroll
-    for (int j = 0; j < 2; j++) {
-      const uint4 b = weights[(2 * n + j) * kWarpSize + lane];
-      const uint32_t low[4] = {bits(0, j), bits(1, j), bits(0, j + 2), bits(1, j + 2)};
-      const uint32_t high[4] = {bits(0, j + 4), bits(1, j + 4), bits(0, j + 6), bits(1, j + 6)};
-      mma_16x8x32_s8(j == 0 ? even : odd, low, {b.x, b.y});
-      mma_16x8x32_s8(j == 0 ? even : odd, high, {b.z, b.w});
+    for (int pair = 0; pair < 2; pair++) {
+      const uint4 b = weights[(2 * n + pair) * kWarpSize + lane];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int j = 2 * pair + i;
+        const uint32_t bit = 0x01010101u << j;
+        const uint32_t a[4] = {words[0] & bit, words[1] & bit, above[0] & bit, above[1] & bit};
+        const uint32_t weight[2] = {i == 0 ? b.x : b.z, i == 0 ? b.y : b.w};
+        mma_16x8x32_s8(sums[j], a, weight);
+      }
     }
   }
-  int32_t sums[4];
+  // A query's two terms lie two lanes apart.
+  const int32_t term = lane & 2 ? 1 : 128;
+  const int32_t weight[4] = {8 * term, 4 * term, 2 * term, term};
 #pragma unroll
-  for (int i = 0; i < 4; i++) sums[i] = 2 * even[i] + odd[i];
-  add_terms(sums, scores);
+  for (int i = 0; i < 4; i++) {
+    int32_t sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) sum += sums[j][i] * weight[j];
+    scores[i] = static_cast<float>(sum + shuffle_xor(sum, 2));
+  }
 }
 
 // O^T += V^T P^T of 16 staged V rows, in bits.
