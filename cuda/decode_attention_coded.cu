@@ -1,20 +1,25 @@
-// Decode kernels for coded rows of 3 and 4 bits a dim.
+// Decode kernels for coded rows of 2, 3 and 4 bits a dim, and of 2.5 at head_dim 128.
 #include "cuda/decode_attention.cuh"
 
 namespace mustafar::cuda {
 namespace {
 
+// Starts the kernel for rows of one of kWords words; false where there is none.
+template <DType kTail, int kDim, int... kWords>
+bool launch_words(const AttentionArgs& args, Stream stream) {
+  const int words = args.layout.k.row_bytes / 4;
+  const auto launch_if = [&]<int kRowWords>() {
+    if (words != kRowWords) return false;
+    launch_shape<CodedShape<kTail, kDim, kRowWords>>(args, stream);
+    return true;
+  };
+  return (launch_if.template operator()<kWords>() || ...);
+}
+
 template <DType kTail>
 bool launch_coded(const AttentionArgs& args, Stream stream) {
-  const int words = args.layout.k.row_bytes / 4;
-  if (args.head_dim == 64) {
-    if (words == 6) return launch_shape<CodedShape<kTail, 64, 6>>(args, stream), true;
-    if (words == 8) return launch_shape<CodedShape<kTail, 64, 8>>(args, stream), true;
-    return false;
-  }
-  if (words == 12) return launch_shape<CodedShape<kTail, 128, 12>>(args, stream), true;
-  if (words == 16) return launch_shape<CodedShape<kTail, 128, 16>>(args, stream), true;
-  return false;
+  return args.head_dim == 64 ? launch_words<kTail, 64, 4, 6, 8>(args, stream)
+                             : launch_words<kTail, 128, 8, 10, 12, 16>(args, stream);
 }
 
 }  // namespace

@@ -468,7 +468,8 @@ __device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
 #endif
 }
 
-// 16 bytes as cp_async16 copies, or 16 zero bytes where there is nothing to copy; from is then not read.
+// 16 bytes as cp_async16 does, or 16 zero bytes where there is nothing to copy; from is then not
+// read.
 __device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
 #if defined(MUSTAFAR_SIMT)
   alignas(16) static const uint8_t kZeros[16] = {};

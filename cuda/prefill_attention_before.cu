@@ -46,9 +46,9 @@ __device__ void load_tile(const AttentionArgs& args, const SequenceView& s, cons
       const float scale = stored_scale(slot, block, token % kBlockTokens);
       const bool codes = kType == DType::kBF16;
       if (lane_id() == 0) scales[t] = codes ? scale : 1.0f;
-      unpack_row_to(slot, block, nullptr, token % kBlockTokens, codes ? 1.0f : scale, [row](int d, float x) {
-        row[d] = kType == DType::kF16 ? float_f16(x) : float_bf16(x);
-      });
+      unpack_row_to(
+          slot, block, nullptr, token % kBlockTokens, codes ? 1.0f : scale,
+          [row](int d, float x) { row[d] = kType == DType::kF16 ? float_f16(x) : float_bf16(x); });
     } else {
       if (lane_id() == 0) scales[t] = 1.0f;
       const uint32_t* from =

@@ -26,8 +26,8 @@ __device__ __forceinline__ float stored_scale(const SlotLayout& layout, const ui
              : 1.0f;
 }
 
-// put(d, value) for this lane's dims of row `row`; zero where pruned. Integer values and codes times
-// scale. codes: [head_dim] of coded slots.
+// put(d, value) for this lane's dims of row `row`; zero where pruned. Integer values and codes
+// times scale. codes: [head_dim] of coded slots.
 template <typename Put>
 __device__ __forceinline__ void unpack_row_to(const SlotLayout& layout, const uint8_t* slot,
                                               const CodeDim* codes, int row, float scale,

@@ -67,7 +67,8 @@ class Codes {
     std::vector<float> sigmas(n);
     std::vector<uint8_t> widths(n);
     for (size_t i = 0; i < n; i++) {
-      sigmas[i] = std::exp2(-3.0f * static_cast<float>(i % head_dim) / static_cast<float>(head_dim));
+      sigmas[i] =
+          std::exp2(-3.0f * static_cast<float>(i % head_dim) / static_cast<float>(head_dim));
     }
     for (size_t at = 0; at < n; at += head_dim) {
       deal_widths(&sigmas[at], head_dim, layout.k.row_bytes, &widths[at]);

@@ -259,8 +259,8 @@ std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
   return std::string(dtype_name(c.tail)) + "_" + dtype_name(c.values) + "_" +
          std::to_string(c.head_dim) + (c.group_pattern ? "_group_" : "_row_") +
-         std::to_string(static_cast<int>((c.values == DType::kCoded ? c.k_bits : c.sparsity) *
-                                         1000)) +
+         std::to_string(
+             static_cast<int>((c.values == DType::kCoded ? c.k_bits : c.sparsity) * 1000)) +
          (c.many ? "_many" : "");
 }
 

@@ -149,13 +149,18 @@ TEST_P(CodedDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
 std::string name_of_coded(const ::testing::TestParamInfo<CodedCase>& info) {
   const auto& [tail, head_dim, bits, n_queries] = info.param;
   return std::string(dtype_name(tail)) + "_" + std::to_string(head_dim) + "_" +
-         std::to_string(static_cast<int>(bits)) + "bits_x" + std::to_string(n_queries);
+         std::to_string(static_cast<int>(10 * bits)) + "_x" + std::to_string(n_queries);
 }
 
 INSTANTIATE_TEST_SUITE_P(Variants, CodedDecodeTest,
                          ::testing::Combine(::testing::Values(kF16, kBF16),
                                             ::testing::Values(64, 128), ::testing::Values(3.0, 4.0),
                                             ::testing::Values(1, 4, 9)),
+                         name_of_coded);
+INSTANTIATE_TEST_SUITE_P(Narrow, CodedDecodeTest,
+                         ::testing::Values(CodedCase{kF16, 64, 2.0, 4},
+                                           CodedCase{kBF16, 128, 2.0, 4},
+                                           CodedCase{kF16, 128, 2.5, 5}),
                          name_of_coded);
 
 TEST(FastDecode, CodedRowsOfEveryLayerAndOfManyTiles) {

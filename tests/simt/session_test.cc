@@ -143,7 +143,8 @@ TEST_F(CudaSession, CodedRowsEqualTheCpuInBf16) {
 // A store made on one device is read, and added to, on the other.
 TEST_F(CudaSession, CodedStatesMoveBetweenDevices) {
   const KVConfig kv = coded_config(16, DType::kF32, 4.0);
-  const Model cpu = random_model("cpu", 16, DType::kF32), gpu = random_model("cuda", 16, DType::kF32);
+  const Model cpu = random_model("cpu", 16, DType::kF32),
+              gpu = random_model("cuda", 16, DType::kF32);
   const std::filesystem::path file =
       std::filesystem::temp_directory_path() /
       ("mustafar_coded_" + std::to_string(std::random_device{}()) + ".state");
@@ -158,7 +159,8 @@ TEST_F(CudaSession, CodedStatesMoveBetweenDevices) {
     std::filesystem::remove(file);
     EXPECT_EQ(read.memory().compressed_tokens, made.memory().compressed_tokens);
     for (const int32_t id : ids_of(5, 4)) {
-      EXPECT_LE(largest_difference(made.decode(id), read.decode(id)), 1e-4) << "from_gpu " << from_gpu;
+      EXPECT_LE(largest_difference(made.decode(id), read.decode(id)), 1e-4)
+          << "from_gpu " << from_gpu;
     }
   }
 }
