@@ -8,7 +8,7 @@
 // each.
 //
 // Shared, f32: K and V tiles [kTokens][D + 1], queries [kPairs][D], scores [kPairs][kTokens],
-// softmax state. Limit: head_dim <= 256 (84 KiB).
+// softmax state; tables of coded rows [2][D], two words each. Limit: head_dim <= 256 (79 KiB).
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
@@ -30,12 +30,14 @@ struct Scratch {
   float* max;      // [kPairs]
   float* sum;      // [kPairs]
   float* rescale;  // [kPairs]
+  CodeDim* codes[2];  // [head_dim], of K and V where they are coded
   int stride;
 };
 
 // A tile's rows of one kind, store tokens first, then dense ++ fresh.
 __device__ void load_rows(const AttentionArgs& args, const SequenceView& s, const DenseRun& run,
-                          int kind, int kv_head, int32_t first, int32_t n, float* out, int stride) {
+                          int kind, int kv_head, int32_t first, int32_t n, const CodeDim* codes,
+                          float* out, int stride) {
   const SlotLayout& slot = kind == 0 ? args.layout.k : args.layout.v;
   const int64_t at = kind == 0 ? k_slot_offset(args.layout, args.layer, kv_head)
                                : v_slot_offset(args.layout, args.layer, kv_head);
@@ -44,7 +46,7 @@ __device__ void load_rows(const AttentionArgs& args, const SequenceView& s, cons
     const int32_t token = first + t;
     float* row = out + t * stride;
     if (token < stored) {
-      unpack_row(slot, s.pages[token / kBlockTokens] + at, token % kBlockTokens, row);
+      unpack_row(slot, s.pages[token / kBlockTokens] + at, codes, token % kBlockTokens, row);
     } else {
       const uint8_t* from = run.row(token - stored);
       for (int d = lane_id(); d < args.head_dim; d += kWarpSize) {
@@ -96,6 +98,8 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   w.max = w.scores + kPairs * kTokens;
   w.sum = w.max + kPairs;
   w.rescale = w.sum + kPairs;
+  w.codes[0] = reinterpret_cast<CodeDim*>(w.rescale + kPairs);
+  w.codes[1] = w.codes[0] + head_dim;
   const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
   const auto query_row = [&](int pair) {
     const int32_t row = s.row0 + (first_pair + pair) / heads_per_kv;
@@ -104,6 +108,12 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   };
   for (int i = thread; i < n_pairs * head_dim; i += kThreads) {
     w.queries[i] = args.q[query_row(i / head_dim) * head_dim + i % head_dim] * scale;
+  }
+  for (int kind = 0; kind < 2; kind++) {
+    const SlotLayout& slot = kind == 0 ? args.layout.k : args.layout.v;
+    if (slot.dtype != DType::kCoded || thread / kWarpSize != kind) continue;
+    load_code_dims(code_table(s.codes, args.layout, args.layer, kv_head, kind == 0), head_dim,
+                   w.codes[kind]);
   }
   if (thread < kPairs) {
     w.max[thread] = -INFINITY;
@@ -122,8 +132,8 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   for (int32_t first = first_token; first < last_token; first += kTokens) {
     const int n = last_token - first < kTokens ? last_token - first : kTokens;
     sync_block();  // all are done with the last tile
-    load_rows(args, s, key_run, 0, kv_head, first, n, w.keys, w.stride);
-    load_rows(args, s, value_run, 1, kv_head, first, n, w.values, w.stride);
+    load_rows(args, s, key_run, 0, kv_head, first, n, w.codes[0], w.keys, w.stride);
+    load_rows(args, s, value_run, 1, kv_head, first, n, w.codes[1], w.values, w.stride);
     sync_block();
     for (int i = thread; i < n_pairs * kTokens; i += kThreads) {
       const int pair = i / kTokens, t = i % kTokens;
@@ -194,8 +204,10 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
 
 void attention_plain(const AttentionArgs& args, Stream stream) {
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
+  const bool coded = args.layout.k.dtype == DType::kCoded || args.layout.v.dtype == DType::kCoded;
   const int64_t shared = 4 * (2 * kTokens * (int64_t{args.head_dim} + 1) +
-                              kPairs * int64_t{args.head_dim} + kPairs * kTokens + 3 * kPairs);
+                              kPairs * int64_t{args.head_dim} + kPairs * kTokens + 3 * kPairs) +
+                         (coded ? 2 * args.head_dim * int64_t{sizeof(CodeDim)} : 0);
   const int64_t decode_chunks = (heads_per_kv + kPairs - 1) / kPairs;
   const int64_t prefill_chunks = (int64_t{args.max_row_count} * heads_per_kv + kPairs - 1) / kPairs;
   const Grid grid = args.decode

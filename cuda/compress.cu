@@ -8,7 +8,8 @@
 // every byte of it.
 //
 // Shared: ranking weights [D] f32, then per warp [D] words of staged elements.
-// Limits: head_dim <= 256, slots that are not ragged (compress_ragged.cu has those).
+// Limits: head_dim <= 256, slots that are neither ragged nor coded (compress_ragged.cu and
+// compress_coded.cu have those).
 #include "cuda/compress.h"
 #include "cuda/compress_ops.cuh"
 #include "cuda/launch.cuh"
@@ -137,6 +138,7 @@ void compress(const CompressArgs& args, Stream stream) {
                   " dims (a divisor or a multiple of 32, or head_dim)");
     }
   }
+  if (args.layout.k.dtype == DType::kCoded) return compress_coded(args, stream);
   const Grid grid{args.max_new_blocks, int64_t{args.n_layers} * args.layout.n_kv_heads * 2,
                   args.n_steps};
   const int64_t shared = int64_t{head_dim} * 4 * (1 + kWarps);

@@ -25,11 +25,15 @@ struct CompressArgs {
   int32_t* bad_row = nullptr;
 };
 
-// Fills the new pages' slots. Byte-equal to format/pack.h under format/prune.h's masks.
+// Fills the new pages' slots. Byte-equal to format/pack.h under format/prune.h's masks, and to
+// format/coded.h.
 void compress(const CompressArgs& args, Stream stream);
 
 // The part of compress() that fills ragged slots.
 void compress_ragged(const CompressArgs& args, Stream stream);
+
+// compress() of coded rows, keys and values.
+void compress_coded(const CompressArgs& args, Stream stream);
 
 // Then moves what stays dense (sinks, and the tokens after the new blocks) to dense_out.
 void move_rest(const CompressArgs& args, Stream stream);

@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
   std::string description() const override;
   bool host_memory() const override { return false; }
   int64_t prefill_rows() const override { return 2048; }
+  bool codes() const override { return true; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
   void upload(void* device, const void* host, int64_t bytes) override;

@@ -69,6 +69,8 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
     case DType::kInt4:
       decode_attention_int4(args, stream);
       return true;
+    case DType::kCoded:
+      return decode_attention_coded(args, stream);
     default:
       return false;
   }

@@ -25,6 +25,7 @@
 #pragma once
 
 #include "cuda/attention.h"
+#include "cuda/decode_coded.cuh"
 #include "cuda/decode_dense.cuh"
 #include "cuda/decode_results.cuh"
 #include "cuda/decode_scores.cuh"
@@ -41,6 +42,7 @@ namespace mustafar::cuda {
 // 32 and 16: dense slots. kQuerySets: sets of 4 query heads that a block serves.
 template <DType kTailType, int kValueBits, int kHeadDim, int kKeepK, int kKeepV, int kQuerySets>
 struct DecodeShape {
+  static constexpr bool kCoded = false;
   static constexpr DType kTail = kTailType;
   static constexpr int kBits = kValueBits;
   static constexpr int kDim = kHeadDim;
@@ -274,7 +276,10 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
   }
   if (run.n > 0) {
-    if constexpr (Shape::kDense) {
+    if constexpr (Shape::kCoded) {
+      attend_coded_store<Shape>(args, s.codes, kv_head, run, plan, queries, table, stages,
+                                softmax[0]);
+    } else if constexpr (Shape::kDense) {
       attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax);
     } else {
       attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
@@ -293,7 +298,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
     const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
     if (row > s.dense_tokens) continue;
-    if constexpr (Shape::kDense && Shape::kBits == 16) {
+    if constexpr (Shape::kQueriesInStage) {
       attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, stages,
                                softmax);
     } else {
@@ -311,7 +316,8 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
     return kDecodeTokens * (slot.mask_words * 4 + slot.row_bytes) +
            (has_scales(slot.dtype) ? kDecodeTokens * 2 : 0);
   };
-  const int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
+  int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
+  if constexpr (Shape::kCoded) stage_bytes = Shape::kStageBytes;
   const int64_t staging = int64_t{kDecodeWarps} * (kStages * stage_bytes + kStageSlack);
   const int64_t merging = merging_bytes<Shape>();
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
@@ -372,5 +378,8 @@ void decode_attention_f16(const AttentionArgs& args, Stream stream);
 void decode_attention_bf16(const AttentionArgs& args, Stream stream);
 void decode_attention_int8(const AttentionArgs& args, Stream stream);
 void decode_attention_int4(const AttentionArgs& args, Stream stream);
+
+// Likewise of coded rows; false where there is no kernel for their bits.
+bool decode_attention_coded(const AttentionArgs& args, Stream stream);
 
 }  // namespace mustafar::cuda

@@ -242,6 +242,14 @@ __device__ __forceinline__ float divide_rounded(float a, float b) {
 #endif
 }
 
+__device__ __forceinline__ float sqrt_rounded(float x) {
+#if defined(MUSTAFAR_SIMT)
+  return std::sqrt(x);
+#else
+  return __fsqrt_rn(x);
+#endif
+}
+
 // 2^x, to about 2 units in the last place; 0 for -Inf.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(MUSTAFAR_SIMT)
@@ -450,7 +458,18 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #endif
 }
 
-// The same, or 16 zero bytes where there is nothing to copy; from is then not read.
+// 8 bytes, both addresses aligned to 8.
+__device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
+#if defined(MUSTAFAR_SIMT)
+  simt::cp_async(to_shared, from, 8);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
+// 16 bytes as cp_async16 does, or 16 zero bytes where there is nothing to copy; from is then not
+// read.
 __device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
 #if defined(MUSTAFAR_SIMT)
   alignas(16) static const uint8_t kZeros[16] = {};

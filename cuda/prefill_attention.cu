@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   sync_block();
   source.start(0, 1);
   load_queries<kDim>(args.q, s, pairs, queries);
-  if (plan.store == StoreTiles::kExpanded) fill_expand_table(table);
+  source.fill_table(table);
 
   const int lane = lane_id(), g = lane >> 2, c = lane & 3;
   const int32_t warp_pair =

@@ -32,6 +32,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
 enum class StoreTiles {
   kCopied,    // dense slots of the tail's type: as dense rows are
   kExpanded,  // both slots staged as they are, then expanded by table
+  kCoded,     // the same, of coded rows
   kUnpacked,  // any other: value by value from global memory
 };
 
@@ -43,6 +44,9 @@ inline StoreTiles store_tiles(const StoreLayout& layout, DType tail, int64_t sta
   if (copied(layout.k) && copied(layout.v)) return StoreTiles::kCopied;
   // A run may be read past its end, by 8 bytes.
   const int64_t bytes = int64_t{layout.k.slot_bytes} + layout.v.slot_bytes + 16;
+  if (layout.k.dtype == DType::kCoded && layout.v.dtype == DType::kCoded && bytes <= stage_bytes) {
+    return StoreTiles::kCoded;
+  }
   return expanded(layout.k) && expanded(layout.v) && bytes <= stage_bytes ? StoreTiles::kExpanded
                                                                           : StoreTiles::kUnpacked;
 }
@@ -273,17 +277,18 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
   }
 }
 
-// The same of any slot, from global memory.
+// The same of any slot that is not coded, from global memory, and of coded ones that are staged
+// (codes: [head_dim] in shared memory).
 template <DType kTile, int kDim>
 __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_t* from,
-                                            uint8_t* tile, float* scales) {
+                                            const CodeDim* codes, uint8_t* tile, float* scales) {
   constexpr bool kCodes = kTile == DType::kBF16;
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < kTileTokens;
        row += kPrefillWarps) {
     const float scale = stored_scale(slot, from, row);
     if (kCodes && lane_id() == 0) scales[row] = scale;
-    unpack_row_to(slot, from, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
+    unpack_row_to(slot, from, codes, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
       reinterpret_cast<uint16_t*>(tile + tile_offset<kDim>(row, d / 8))[d % 8] =
           kCodes ? float_bf16(x) : static_cast<uint16_t>(pack2_f16_saturated(x, 0.0f));
     });
@@ -329,7 +334,7 @@ class TileSource {
       if (how_ == StoreTiles::kCopied) {
         copy_rows<kDim>(page_ + slots(), keys);
         copy_rows<kDim>(page_ + slots() + args_.layout.k.slot_bytes, values);
-      } else if (how_ == StoreTiles::kExpanded) {
+      } else if (how_ != StoreTiles::kUnpacked) {
         copy_bytes(page_ + slots(), args_.layout.k.slot_bytes + args_.layout.v.slot_bytes, keys);
       }
       if (tile + 1 < n_blocks_) page_ = s_.pages[tile + 1];
@@ -340,6 +345,16 @@ class TileSource {
   // Of a tile that is not expanded, after this thread's copies have come.
   __device__ __forceinline__ void convert_keys(int in) const {
     if constexpr (kType == DType::kBF16) convert_copied_rows<kDim>(stage(in));
+  }
+
+  // What expand() reads, at table: the expansion table or that of coded dims, K then V. By the
+  // whole block, a barrier must follow.
+  __device__ __forceinline__ void fill_table(uint8_t* table) const {
+    if (how_ == StoreTiles::kExpanded) fill_expand_table(table);
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    if (how_ != StoreTiles::kCoded || warp > 1) return;
+    load_code_dims(code_table(s_.codes, args_.layout, args_.layer, kv_head(), warp == 0), kDim,
+                   reinterpret_cast<CodeDim*>(table) + warp * kDim);
   }
 
   // A tile that has been copied to stage 1, into stage 0. scales: [64], of the values.
@@ -354,9 +369,10 @@ class TileSource {
       expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
       expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
     } else {
-      const uint8_t* from = s_.pages[tile] + slots();
-      unpack_slot<DType::kF16, kDim>(k, from, keys, nullptr);
-      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales);
+      const uint8_t* from = how_ == StoreTiles::kCoded ? stage(1) : s_.pages[tile] + slots();
+      const CodeDim* codes = reinterpret_cast<const CodeDim*>(table);
+      unpack_slot<DType::kF16, kDim>(k, from, codes, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, codes + kDim, values, scales);
     }
   }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "format/block_format.h"
+#include "format/coded.h"
 
 namespace mustafar::cuda {
 
@@ -26,6 +27,8 @@ struct SequenceView {
   const float* k_weight = nullptr;  // [n_layers][n_kv_heads][D], or null
   const float* v_weight = nullptr;
   int32_t k_groups = 1, v_groups = 1;  // KVTransform's: rows without a matrix are dealt to them
+
+  CodeTables codes;  // where the store's rows are coded
 
   float* query_magnitude = nullptr;  // [n_layers][n_kv_heads][query_window][D], or null
   int32_t query_window = 0;

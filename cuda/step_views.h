@@ -30,6 +30,7 @@ inline SequenceView view_of(const SequenceStep& step) {
     view.k_groups = step.transform->k_groups;
     view.v_groups = step.transform->v_groups;
   }
+  if (step.codes != nullptr) view.codes = *step.codes;
   view.query_magnitude = step.query_magnitude;
   view.query_window = step.query_window;
   return view;

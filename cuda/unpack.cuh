@@ -1,6 +1,7 @@
 // One compressed row of any layout to f32, by a warp: the plain counterpart of expand.cuh.
 #pragma once
 
+#include "cuda/coded_rows.cuh"
 #include "cuda/device_ops.cuh"
 #include "format/block_format.h"
 
@@ -25,11 +26,20 @@ __device__ __forceinline__ float stored_scale(const SlotLayout& layout, const ui
              : 1.0f;
 }
 
-// put(d, value) for this lane's dims of row `row`; zero where pruned. Integer values times scale.
+// put(d, value) for this lane's dims of row `row`; zero where pruned. Integer values and codes
+// times scale. codes: [head_dim] of coded slots.
 template <typename Put>
 __device__ __forceinline__ void unpack_row_to(const SlotLayout& layout, const uint8_t* slot,
-                                              int row, float scale, Put&& put) {
+                                              const CodeDim* codes, int row, float scale,
+                                              Put&& put) {
   const uint8_t* values = slot + layout.values_offset;
+  if (layout.dtype == DType::kCoded) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(values + row * layout.row_bytes);
+    for (int d = lane_id(); d < layout.head_dim; d += kWarpSize) {
+      put(d, coded_value(codes[d], words, scale));
+    }
+    return;
+  }
   int next = 0;
   if (layout.ragged) {
     next = reinterpret_cast<const uint16_t*>(slot + layout.offsets_offset)[row];
@@ -53,9 +63,9 @@ __device__ __forceinline__ void unpack_row_to(const SlotLayout& layout, const ui
   }
 }
 
-__device__ __forceinline__ void unpack_row(const SlotLayout& layout, const uint8_t* slot, int row,
-                                           float* out) {
-  unpack_row_to(layout, slot, row, stored_scale(layout, slot, row),
+__device__ __forceinline__ void unpack_row(const SlotLayout& layout, const uint8_t* slot,
+                                           const CodeDim* codes, int row, float* out) {
+  unpack_row_to(layout, slot, codes, row, stored_scale(layout, slot, row),
                 [out](int d, float x) { out[d] = x; });
 }
 

@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@
 #include "cuda/compress.h"
 #include "cuda/device.h"
 #include "format/block_format.h"
+#include "format/coded.h"
 #include "mustafar/error.h"
 #include "tools/bench_cuda_timing.h"
 
@@ -44,6 +46,7 @@ struct Setting {
   const char* name;
   double k_sparsity, v_sparsity;
   DType values;
+  double bits = 0;  // coded
 };
 
 constexpr Setting kSettings[] = {
@@ -51,12 +54,49 @@ constexpr Setting kSettings[] = {
     {"dense int4", 0, 0, DType::kInt4},         {"f16 56 %", 0.5, 0.5, DType::kF16},
     {"f16 37.5 %", 0.625, 0.75, DType::kF16},   {"int8 32.8 %", 0.5, 0.5, DType::kInt8},
     {"int8 22.7 %", 0.625, 0.75, DType::kInt8}, {"int4 19.5 %", 0.5, 0.5, DType::kInt4},
+    {"coded 4", 0, 0, DType::kCoded, 4},        {"coded 3", 0, 0, DType::kCoded, 3},
+};
+
+// Tables of coded rows on the device: the energies of a layer and KV head fall eightfold over the
+// dims, so that widths differ.
+class Codes {
+ public:
+  Codes(const StoreLayout& layout, Stream stream) {
+    const int32_t head_dim = layout.k.head_dim;
+    const size_t n = static_cast<size_t>(layout.n_layers) * layout.n_kv_heads * head_dim;
+    std::vector<float> sigmas(n);
+    std::vector<uint8_t> widths(n);
+    for (size_t i = 0; i < n; i++) {
+      sigmas[i] =
+          std::exp2(-3.0f * static_cast<float>(i % head_dim) / static_cast<float>(head_dim));
+    }
+    for (size_t at = 0; at < n; at += head_dim) {
+      deal_widths(&sigmas[at], head_dim, layout.k.row_bytes, &widths[at]);
+    }
+    sigmas_.ensure<float>(n);
+    widths_.ensure<uint8_t>(n);
+    copy_to_device(sigmas_.data(), sigmas.data(), n * 4, stream);
+    copy_to_device(widths_.data(), widths.data(), n, stream);
+    synchronize(stream);
+  }
+
+  // The same for keys and values.
+  CodeTables tables() const {
+    const auto* widths = static_cast<const uint8_t*>(widths_.data());
+    const auto* sigmas = static_cast<const float*>(sigmas_.data());
+    return {widths, widths, sigmas, sigmas};
+  }
+
+ private:
+  DeviceBuffer sigmas_, widths_;
 };
 
 // Whether the result was right.
 bool run(const Shape& shape, const Setting& setting, double bandwidth, double budget,
          Stream stream) {
+  const bool coded = setting.values == DType::kCoded;
   const auto slot = [&](bool is_key, double sparsity) {
+    if (coded) return make_coded_layout(kHeadDim, setting.bits);
     return make_slot_layout(kHeadDim, is_key, sparsity, true, setting.values);
   };
   const SlotLayout k = slot(true, setting.k_sparsity), v = slot(false, setting.v_sparsity);
@@ -95,6 +135,8 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   copy_to_device(page_table.data(), addresses.data(), n_pages * 8, stream);
 
   const int64_t q_values = int64_t{shape.batch} * shape.n_heads * kHeadDim;
+  std::optional<Codes> codes;
+  if (coded) codes.emplace(layout, stream);
   std::vector<SequenceView> sequences(shape.batch);
   for (int32_t i = 0; i < shape.batch; i++) {
     SequenceView& s = sequences[i];
@@ -106,6 +148,7 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
     s.dense = static_cast<uint8_t*>(dense.data()) + i * dense_bytes;
     s.dense_capacity = kCapacity;
     s.dense_tokens = dense_tokens;
+    if (codes) s.codes = codes->tables();
   }
   views.ensure<SequenceView>(shape.batch);
   copy_to_device(views.data(), sequences.data(), shape.batch * sizeof(SequenceView), stream);

@@ -138,8 +138,17 @@ def parse(sass: str) -> list[Function]:
     return functions
 
 
+TAILS = {1: "f16", 2: "bf16"}  # DType
+
+
 def kernel_label(mangled: str) -> str | None:
     """Readable name of a decode kernel's instance; None for other kernels."""
+    coded = re.search(
+        r"decode_attention_kernelINS0_10CodedShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)", mangled
+    )
+    if coded is not None:
+        tail, dim, words = (int(x) for x in coded.groups())
+        return f"coded {32 * words / dim:g} bits ({TAILS[tail]} tail) x {dim}, 4 heads"
     match = re.search(
         r"decode_attention_kernelINS0_11DecodeShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)"
         r"ELi(\d+)",
@@ -148,7 +157,7 @@ def kernel_label(mangled: str) -> str | None:
     if match is None:
         return None
     tail, bits, dim, keep_k, keep_v, sets = (int(x) for x in match.groups())
-    tail_name = {1: "f16", 2: "bf16"}[tail]
+    tail_name = TAILS[tail]
     values = tail_name if bits == 16 else f"int{bits}"
     keep = f"K {keep_k}/32 V {keep_v}/16" if keep_k else "any keep"
     if keep_k == 32:

@@ -10,8 +10,6 @@
 namespace mustafar {
 namespace {
 
-// By width, about 1.1 times the steps that are best for Gaussian dims.
-constexpr float kStep[kMaxWidth + 1] = {0, 1.72f, 1.08f, 0.65f, 0.38f, 0.2175f, 0.1225f, 0.068125f};
 // Square error that is left, of a dim's energy: of Gaussian dims and their best steps.
 constexpr double kError[kMaxWidth + 1] = {1,        0.3634,   0.1175,   0.03454,
                                           0.009497, 0.002499, 0.000642, 0.000163};
@@ -109,8 +107,6 @@ class BitReader {
 
 }  // namespace
 
-float coded_step(int32_t width) { return kStep[width]; }
-
 void deal_widths(const float* sigmas, int32_t head_dim, int32_t row_bytes, uint8_t* widths) {
   std::vector<double> gains(head_dim);  // of one bit more
   const auto gain = [&](int32_t d) {
@@ -132,7 +128,7 @@ CodeRow make_code_row(const CodeTable& table, int32_t head_dim, float* memory) {
   float* parts[5];
   for (int i = 0; i < 5; i++) parts[i] = memory + int64_t{i} * head_dim;
   for (int32_t d = 0; d < head_dim; d++) {
-    const float step = kStep[table.widths[d]] * table.sigmas[d];
+    const float step = coded_step(table.widths[d]) * table.sigmas[d];
     parts[0][d] = inverse_of(table.sigmas[d]);
     parts[1][d] = step;
     parts[2][d] = inverse_of(step);
@@ -174,7 +170,7 @@ void unpack_coded_row(const SlotLayout& layout, const CodeTable& table, const ui
     const int32_t width = table.widths[d];
     const float middle = static_cast<float>(1 << width) * 0.5f - 0.5f;
     const float level = static_cast<float>(bits.get(width)) - middle;
-    out[d] = width == 0 ? 0.0f : level * (kStep[width] * table.sigmas[d]) * scale;
+    out[d] = width == 0 ? 0.0f : level * (coded_step(width) * table.sigmas[d]) * scale;
   }
 }
 

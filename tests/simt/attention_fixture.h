@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cuda/attention.h"
@@ -21,6 +22,25 @@ inline std::vector<float> random_queries(int64_t n, uint32_t seed) {
   for (float& x : q) x = testing::random_normal(random);
   return q;
 }
+
+// Tables of coded rows in device memory.
+class DeviceCodes {
+ public:
+  // codes: host memory; n_dims: of all layers and KV heads.
+  DeviceCodes(const CodeTables& codes, int64_t n_dims)
+      : k_widths_(std::vector<uint8_t>(codes.k_widths, codes.k_widths + n_dims)),
+        v_widths_(std::vector<uint8_t>(codes.v_widths, codes.v_widths + n_dims)),
+        k_sigmas_(std::vector<float>(codes.k_sigmas, codes.k_sigmas + n_dims)),
+        v_sigmas_(std::vector<float>(codes.v_sigmas, codes.v_sigmas + n_dims)) {}
+
+  CodeTables tables() const {
+    return {k_widths_.device(), v_widths_.device(), k_sigmas_.device(), v_sigmas_.device()};
+  }
+
+ private:
+  DeviceArray<uint8_t> k_widths_, v_widths_;
+  DeviceArray<float> k_sigmas_, v_sigmas_;
+};
 
 // A cache as it is now, in device memory: its pages in reverse, so that none follows its
 // predecessor.
@@ -44,6 +64,10 @@ class DeviceCache {
     pages_.upload();
     table_.upload();
     dense_.upload();
+    if (step_.codes != nullptr) {
+      const testing::CacheShape& shape = cache.shape();
+      codes_.emplace(*step_.codes, int64_t{shape.n_layers} * shape.n_kv_heads * shape.head_dim);
+    }
   }
 
   // Of the step as it was; its transform, if any, already names device memory.
@@ -51,6 +75,7 @@ class DeviceCache {
     SequenceView view = view_of(step_);
     view.pages = table_.device();
     view.dense = dense_.device();
+    if (codes_) view.codes = codes_->tables();
     return view;
   }
 
@@ -59,6 +84,7 @@ class DeviceCache {
   DeviceMemory pages_;
   DeviceArray<const uint8_t*> table_;
   DeviceMemory dense_;
+  std::optional<DeviceCodes> codes_;
 };
 
 // One decode step, a row per cache; output and partials poisoned and guarded. fast: by the

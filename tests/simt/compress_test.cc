@@ -10,7 +10,9 @@
 #include <tuple>
 #include <vector>
 
+#include "attention_fixture.h"
 #include "device_memory.h"
+#include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
 #include "kv_test_util.h"
@@ -27,6 +29,7 @@ struct Case {
   double sparsity;
   bool group_pattern;
   bool many = false;  // several blocks at once, and more left than fills their place
+  double k_bits = 3.0, v_bits = 2.5;  // coded
 };
 
 // Two sequences of different lengths, two layers and KV heads, tokens in both dense and fresh.
@@ -36,10 +39,17 @@ class Fixture {
  public:
   explicit Fixture(const Case& c, uint32_t seed) : case_(c), random_(seed) {
     const auto slot = [&](bool is_key) {
+      if (c.values == DType::kCoded) {
+        return make_coded_layout(c.head_dim, is_key ? c.k_bits : c.v_bits);
+      }
       return make_slot_layout(c.head_dim, is_key, c.sparsity, c.group_pattern, c.values);
     };
     layout_ = make_store_layout(2, kHeads, slot(true), slot(false));
     row_bytes_ = dtype_bytes(c.tail, c.head_dim);
+    if (c.values == DType::kCoded) {
+      codes_ = std::make_unique<testing::RandomCodes>(layout_, seed);
+      device_codes_.emplace(codes_->tables, 2 * kHeads * c.head_dim);
+    }
     for (int s = 0; s < 2; s++) {
       Sequence& q = sequences_[s];
       q.dense_tokens = s == 1 ? 5 : c.many ? 300 : 100;
@@ -71,6 +81,7 @@ class Fixture {
       step.sequence.dense_capacity = q.capacity;
       step.sequence.fresh_capacity = q.fresh_tokens + 1;
       step.sequence.n_sinks = q.n_sinks;
+      if (device_codes_) step.sequence.codes = device_codes_->tables();
       step.new_pages = q.addresses->device();
       step.dense_tokens = q.dense_tokens;
       step.fresh_tokens = q.fresh_tokens;
@@ -128,6 +139,11 @@ class Fixture {
       }
     }
     std::vector<uint8_t> out(slot.slot_bytes);
+    if (codes_ != nullptr) {
+      const CodeTable table = code_table(codes_->tables, layout_, layer, head, kind == 0);
+      EXPECT_EQ(pack_coded_block(slot, table, rows.data(), out.data()), -1);
+      return out;
+    }
     pack_block(slot, rows.data(), masks.data(), out.data());
     return out;
   }
@@ -165,6 +181,8 @@ class Fixture {
 
   Case case_;
   std::mt19937 random_;
+  std::unique_ptr<testing::RandomCodes> codes_;
+  std::optional<DeviceCodes> device_codes_;
 };
 
 class CompressTest : public ::testing::TestWithParam<Case> {};
@@ -241,7 +259,9 @@ std::string name_of_case(const ::testing::TestParamInfo<Case>& info) {
   const Case& c = info.param;
   return std::string(dtype_name(c.tail)) + "_" + dtype_name(c.values) + "_" +
          std::to_string(c.head_dim) + (c.group_pattern ? "_group_" : "_row_") +
-         std::to_string(static_cast<int>(c.sparsity * 1000)) + (c.many ? "_many" : "");
+         std::to_string(
+             static_cast<int>((c.values == DType::kCoded ? c.k_bits : c.sparsity) * 1000)) +
+         (c.many ? "_many" : "");
 }
 
 constexpr DType kF32 = DType::kF32, kF16 = DType::kF16, kBF16 = DType::kBF16;
@@ -262,6 +282,16 @@ INSTANTIATE_TEST_SUITE_P(ManyBlocks, CompressTest,
                                            Case{24, kF32, kInt4, 0.5, true, true}),
                          name_of_case);
 
+constexpr DType kCoded = DType::kCoded;
+INSTANTIATE_TEST_SUITE_P(Coded, CompressTest,
+                         ::testing::Values(Case{128, kBF16, kCoded, 0, true, false, 3.0, 3.0},
+                                           Case{64, kF16, kCoded, 0, true, false, 4.0, 3.0},
+                                           Case{64, kBF16, kCoded, 0, true, true, 2.3, 1.0},
+                                           Case{80, kF32, kCoded, 0, true, false, 4.3, 7.0},
+                                           Case{24, kF32, kCoded, 0, true, true, 1.0, 5.0},
+                                           Case{256, kBF16, kCoded, 0, true, false, 7.0, 3.0}),
+                         name_of_case);
+
 #if !defined(MUSTAFAR_SIMT)
 // Every tail with every kind of values at the head sizes that models have; on the harness those
 // above stand for them.
@@ -275,6 +305,9 @@ std::vector<Case> every_case() {
             if (sparsity > 0 || group) cases.push_back({head_dim, tail, values, sparsity, group});
           }
         }
+      }
+      for (const double bits : {1.0, 2.5, 3.0, 4.0, 7.0}) {
+        cases.push_back({head_dim, tail, kCoded, 0, true, false, bits, bits});
       }
     }
   }
@@ -290,6 +323,38 @@ TEST(Compress, NonFiniteRowsAreNamed) {
   f.run(0, 2);
   // 100 tokens end at position 1000: row 23 is position 923.
   EXPECT_EQ(f.bad_row, (1 * 2 + 1) * kBadRowPositions + 923);
+}
+
+TEST(Compress, CodedRowsThatHaveNoScaleAreNamed) {
+  Fixture f({64, kBF16, kCoded, 0, true}, 1);
+  f.set(0, 1, 0, 0, 3 + 30, 9, NAN);
+  f.set(0, 1, 0, 0, 3 + 20, 63, 3e38f);  // finite, its square is not
+  f.set(0, 1, 1, 0, 3 + 10, 9, INFINITY);
+  f.run(0, 2);
+  EXPECT_EQ(f.bad_row, 1 * 2 * kBadRowPositions + 923);
+}
+
+// Rows of zeros, tiny ones, and ones with outliers: the scales differ by many powers of two.
+TEST(Compress, CodedRowsOfEverySize) {
+  Fixture f({128, kF32, kCoded, 0, true, false, 3.0, 4.0}, 2);
+  for (int kind = 0; kind < 2; kind++) {
+    for (int d = 0; d < 128; d++) {
+      f.set(0, 0, kind, 0, 3 + 5, d, 0.0f);
+      f.set(0, 0, kind, 0, 3 + 6, d, 1e-30f * static_cast<float>(d - 40));
+      f.set(0, 0, kind, 0, 3 + 7, d, 1e-36f * static_cast<float>(d - 40));
+      f.set(0, 0, kind, 0, 3 + 8, d, 1e12f * static_cast<float>(d - 70));
+    }
+    f.set(0, 0, kind, 0, 3 + 9, 77, -500.0f);
+  }
+  std::vector<std::vector<uint8_t>> expected;
+  for (int kind = 0; kind < 2; kind++) expected.push_back(f.expected_slot(0, 0, kind, 0, 0));
+  f.run(0, 1, /*in_place=*/false);
+  for (int kind = 0; kind < 2; kind++) {
+    EXPECT_EQ(std::memcmp(f.slot(0, 0, kind, 0, 0), expected[kind].data(), expected[kind].size()),
+              0)
+        << "kind " << kind;
+  }
+  EXPECT_EQ(f.bad_row, kAllFinite);
 }
 
 }  // namespace

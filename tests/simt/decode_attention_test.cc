@@ -135,6 +135,62 @@ std::string name_of_variant(const ::testing::TestParamInfo<Variant>& info) {
 INSTANTIATE_TEST_SUITE_P(Variants, EveryDecodeTest, ::testing::ValuesIn(every_variant()),
                          name_of_variant);
 
+// Coded rows of the bits that have a kernel: head_dim, bits, query heads.
+using CodedCase = std::tuple<DType, int32_t, double, int32_t>;
+class CodedDecodeTest : public ::testing::TestWithParam<CodedCase> {};
+
+TEST_P(CodedDecodeTest, EqualsDenseAttentionOverTheDequantisedRows) {
+  const auto& [tail, head_dim, bits, n_queries] = GetParam();
+  CacheShape shape = shape_of({tail, DType::kCoded}, head_dim, n_queries, kDense);
+  shape.k_bits = shape.v_bits = bits;
+  check_batch(shape, true);
+}
+
+std::string name_of_coded(const ::testing::TestParamInfo<CodedCase>& info) {
+  const auto& [tail, head_dim, bits, n_queries] = info.param;
+  return std::string(dtype_name(tail)) + "_" + std::to_string(head_dim) + "_" +
+         std::to_string(static_cast<int>(10 * bits)) + "_x" + std::to_string(n_queries);
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, CodedDecodeTest,
+                         ::testing::Combine(::testing::Values(kF16, kBF16),
+                                            ::testing::Values(64, 128), ::testing::Values(3.0, 4.0),
+                                            ::testing::Values(1, 4, 9)),
+                         name_of_coded);
+INSTANTIATE_TEST_SUITE_P(Narrow, CodedDecodeTest,
+                         ::testing::Values(CodedCase{kF16, 64, 2.0, 4},
+                                           CodedCase{kBF16, 128, 2.0, 4},
+                                           CodedCase{kF16, 128, 2.5, 5}),
+                         name_of_coded);
+
+TEST(FastDecode, CodedRowsOfEveryLayerAndOfManyTiles) {
+  CacheShape shape = shape_of({kBF16, DType::kCoded}, 128, 2, kDense);
+  shape.k_bits = shape.v_bits = 3.0;
+  shape.n_layers = 2;
+  RandomCache cache(shape, kOnDevice ? 300 : 21, 70, 1);
+  const std::vector<float> q = random_queries(2 * 2 * 128, 7);
+  for (int32_t layer = 0; layer < 2; layer++) {
+    set_schedule(static_cast<uint32_t>(layer));
+    const std::vector<float> out = decode_attend({&cache}, layer, q, true);
+    EXPECT_LE(nmse(cache.attend(layer, q.data()), out.data()), 1e-5) << layer;
+    EXPECT_GT(nmse(cache.attend(1 - layer, q.data()), out.data()), 1e-5) << layer;
+  }
+}
+
+TEST(FastDecode, CodedRowsOfZerosAndLargeScores) {
+  CacheShape shape = shape_of({kF16, DType::kCoded}, 64, 4, kDense);
+  shape.k_bits = shape.v_bits = 4.0;
+  RandomCache cache(shape, 2, 3, 5, /*key_scale=*/8.0f);
+  for (const bool is_key : {true, false}) {
+    const SlotLayout& slot = is_key ? cache.layout().k : cache.layout().v;
+    const int64_t at =
+        is_key ? k_slot_offset(cache.layout(), 0, 0) : v_slot_offset(cache.layout(), 0, 0);
+    std::memset(cache.page(1) + at + slot.scales_offset + 3 * 2, 0, 2);
+  }
+  const std::vector<float> q = random_queries(2 * 4 * 64, 8);
+  EXPECT_LE(nmse(cache.attend(0, q.data()), decode_attend({&cache}, 0, q, true).data()), 1e-5);
+}
+
 // Contexts of many splits beside short ones.
 class LongDecodeTest : public ::testing::TestWithParam<Types> {};
 
@@ -297,6 +353,15 @@ TEST(PlainAttention, RaggedSlots) {
     check_batch(shape, false);
     shape.head_dim = 128;
     if (kOnDevice) check_batch(shape, false);
+  }
+}
+
+TEST(PlainAttention, CodedRows) {
+  for (const int32_t head_dim : {8, 64, 80, 256}) {
+    CacheShape shape = shape_of({kF32, DType::kCoded}, head_dim, 2, kDense);
+    shape.k_bits = head_dim == 256 ? 7.0 : 3.0;
+    shape.v_bits = 4.3;
+    check_batch(shape, false);
   }
 }
 

@@ -6,11 +6,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <random>
 #include <vector>
 
+#include "mustafar/calibration.h"
 #include "mustafar/error.h"
+#include "mustafar/profile.h"
 #include "runtime/scorer.h"
 #include "runtime/session_impl.h"
 
@@ -116,6 +119,51 @@ TEST_F(CudaSession, EqualsTheCpuAtHeadDim128) {
   }
 }
 #endif
+
+// Coded rows, in the basis of a profile calibrated on the CPU.
+KVConfig coded_config(int32_t head_dim, DType dtype, double bits) {
+  const Prompt text = ids_of(400, 9);
+  KVConfig kv;
+  kv.value_dtype = ValueType::kCoded;
+  kv.bits = bits;
+  kv.sink_tokens = 3;
+  kv.profile = std::make_shared<const Profile>(
+      calibrate(random_model("cpu", head_dim, dtype), {&text, 1}, {}));
+  return kv;
+}
+
+TEST_F(CudaSession, CodedRowsEqualTheCpu) {
+  compare(16, DType::kF32, coded_config(16, DType::kF32, 3.0), 1e-4);
+}
+
+TEST_F(CudaSession, CodedRowsEqualTheCpuInBf16) {
+  compare(64, DType::kBF16, coded_config(64, DType::kBF16, 4.0), 2e-2);
+}
+
+// A store made on one device is read, and added to, on the other.
+TEST_F(CudaSession, CodedStatesMoveBetweenDevices) {
+  const KVConfig kv = coded_config(16, DType::kF32, 4.0);
+  const Model cpu = random_model("cpu", 16, DType::kF32),
+              gpu = random_model("cuda", 16, DType::kF32);
+  const std::filesystem::path file =
+      std::filesystem::temp_directory_path() /
+      ("mustafar_coded_" + std::to_string(std::random_device{}()) + ".state");
+  for (const bool from_gpu : {false, true}) {
+    const Model& from = from_gpu ? gpu : cpu;
+    const Model& to = from_gpu ? cpu : gpu;
+    Session made(from, kv);
+    made.prefill(ids_of(150));
+    ASSERT_GT(made.memory().compressed_tokens, 0);
+    made.save(file);
+    Session read = Session::load(to, file, kv.profile);
+    std::filesystem::remove(file);
+    EXPECT_EQ(read.memory().compressed_tokens, made.memory().compressed_tokens);
+    for (const int32_t id : ids_of(5, 4)) {
+      EXPECT_LE(largest_difference(made.decode(id), read.decode(id)), 1e-4)
+          << "from_gpu " << from_gpu;
+    }
+  }
+}
 
 TEST_F(CudaSession, PruningPolicies) {
   KVConfig kv = config_of(0.6);
