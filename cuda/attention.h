@@ -27,9 +27,6 @@ struct AttentionArgs {
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
-  // [n_rows][n_heads] zeros on the device, or null: how many splits of a few heads are done. Given
-  // these, decode_attention_fast merges the splits too, and leaves zeros again.
-  uint32_t* arrivals = nullptr;
   bool decode = true;       // one row a sequence, its token in the dense buffer
   bool writes_out = false;  // of prefill_attention_fast: no combine follows
 };
@@ -58,10 +55,9 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
-// Tensor-core kernels of one decode step (decode_attention.cu), which fill out where args.arrivals
-// is given and else leave partials; false where the layout has none: head_dim 64 or 128, f16 or
-// bf16 tail, values of the tail's type, int8 or int4, not ragged; coded rows of the widths in
-// decode_attention_coded.cu.
+// Tensor-core kernels of one decode step (decode_attention.cu), which leave partials; false where
+// the layout has none: head_dim 64 or 128, f16 or bf16 tail, values of the tail's type, int8 or
+// int4, not ragged; coded rows of the widths in decode_attention_coded.cu.
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
 // Flash attention for many rows (prefill_attention.cu); false where head_dim or tail are others.

@@ -236,14 +236,6 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   record_query_magnitude(magnitude, stream_);
 }
 
-uint32_t* CudaBackend::zeroed_arrivals(int64_t n, CudaWorkspace& workspace) {
-  const int64_t held = workspace.arrivals.bytes();
-  uint32_t* arrivals = workspace.arrivals.ensure<uint32_t>(n);
-  const int64_t bytes = workspace.arrivals.bytes();
-  if (bytes != held) fill_bytes(arrivals, 0, bytes, stream_);
-  return arrivals;
-}
-
 void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, float* out,
                          Workspace& workspace) {
   const Lock lock(mutex_);
@@ -262,7 +254,6 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
   args.max_splits = batch.decode ? split_bound(batch.sequences) : 1;
   args.partials = ws.partials.ensure<float>(int64_t{batch.n_rows} * n_heads_ * args.max_splits *
                                             (head_dim_ + 2));
-  if (batch.decode) args.arrivals = zeroed_arrivals(int64_t{batch.n_rows} * n_heads_, ws);
   for_layouts(
       batch.sequences, [](const SequenceStep& s) -> const StoreLayout& { return *s.layout; },
       [&](int32_t first, int32_t count) {
@@ -277,13 +268,13 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
           const KVTransform* transform = batch.sequences[i].transform;
           undo = undo || (transform != nullptr && transform->v_backward != nullptr);
         }
-        const bool done = args.decode ? decode_attention_fast(args, stream_)
-                                      : prefill_attention_fast(args, stream_);
-        if (done && !args.decode && undo && !undo_value_transform(args, stream_)) {
-          throw Error("no kernel undoes a value transform of this head_dim");
+        if (!args.decode && prefill_attention_fast(args, stream_)) {
+          if (undo && !undo_value_transform(args, stream_)) {
+            throw Error("no kernel undoes a value transform of this head_dim");
+          }
+          return;
         }
-        if (done) return;  // splits merged
-        if (!done) attention_plain(args, stream_);
+        if (!args.decode || !decode_attention_fast(args, stream_)) attention_plain(args, stream_);
         combine_attention(args, stream_);
       });
 }

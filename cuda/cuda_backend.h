@@ -89,8 +89,6 @@ class CudaBackend final : public Backend {
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
                          int64_t hidden, CudaWorkspace& workspace);
-  // AttentionArgs::arrivals of n elements; kernels leave them zero.
-  uint32_t* zeroed_arrivals(int64_t n, CudaWorkspace& workspace);
   const SequenceView* send_sequences(const Batch& batch, CudaWorkspace& workspace);
   const int32_t* send_tokens(std::span<const int32_t> token_ids);
 

@@ -1,5 +1,4 @@
-// The end of a decode block: its warps' softmaxes become one partial per query head, and the last
-// block of a few heads merges the partials of all splits.
+// The end of a decode block: its warps' softmaxes become one partial per query head.
 #pragma once
 
 #include "cuda/attention.h"
@@ -8,7 +7,6 @@
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
 #include "cuda/device_ops.cuh"
-#include "cuda/merge_splits.cuh"
 
 namespace mustafar::cuda {
 
@@ -23,11 +21,7 @@ constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
 // Of the warps' results at the end.
 template <typename Shape>
-constexpr int merging_bytes() {
-  const int of_warps = kDecodeWarps * Shape::kQueries * (Shape::kDim + 2) * 4;
-  const int of_splits = 16 + merge_bytes(kDecodeWarps * kWarpSize, Shape::kQueries, Shape::kDim, 1);
-  return of_warps > of_splits ? of_warps : of_splits;
-}
+constexpr int merging_bytes = kDecodeWarps* Shape::kQueries*(Shape::kDim + 2) * 4;
 
 // Merges the warps and writes the partials of this block's queries. merged: shared, [warp][query]
 // [head_dim + 2] f32.
@@ -105,27 +99,6 @@ __device__ void write_partials(const AttentionArgs& args, const BlockPlan& plan,
     }
     if (lane == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max, sum};
   }
-}
-
-// Where this block is the last of its heads' n_splits blocks: merges their partials. Which block
-// that is differs from run to run, the result does not. shared: as for write_partials.
-template <typename Shape>
-__device__ void merge_if_last(const AttentionArgs& args, const BlockPlan& plan, float* shared) {
-  constexpr int kThreads = kDecodeWarps * kWarpSize;
-  fence_device();  // this thread's partials, before the block is counted
-  sync_block();
-  uint32_t* const before = reinterpret_cast<uint32_t*>(shared);
-  if (kept(static_cast<int>(threadIdx.x)) == 0) {
-    *before = atomic_count(args.arrivals + int64_t{plan.row} * args.n_heads + blockIdx.y,
-                           static_cast<uint32_t>(plan.n_splits));
-    fence_device();
-  }
-  sync_block();
-  if (*before != static_cast<uint32_t>(plan.n_splits - 1)) return;
-  // One thread a pair of dims: a head's sum does not depend on how many heads the block has.
-  merge_splits<kThreads, Shape::kQueries>(args, args.sequences[blockIdx.z], plan.row,
-                                          plan.first_head, plan.n_heads, Shape::kDim, plan.n_splits,
-                                          1, shared + 4);
 }
 
 }  // namespace mustafar::cuda

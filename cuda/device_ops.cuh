@@ -419,33 +419,6 @@ __device__ __forceinline__ T* load_constant_pointer(T* const* at) {
 #endif
 }
 
-// *at as other blocks of this kernel left it, if a fence orders that: past L1, which may be stale.
-__device__ __forceinline__ float2 load_fresh(const float2* at) {
-#if defined(MUSTAFAR_SIMT)
-  return *at;
-#else
-  return __ldcg(at);
-#endif
-}
-
-// Orders this thread's earlier accesses of device memory before its later ones, for all blocks.
-__device__ __forceinline__ void fence_device() {
-#if !defined(MUSTAFAR_SIMT)
-  __threadfence();
-#endif
-}
-
-// Counts to n and begins anew: what *at was, 0 to n - 1.
-__device__ __forceinline__ uint32_t atomic_count(uint32_t* at, uint32_t n) {
-#if defined(MUSTAFAR_SIMT)
-  const uint32_t before = *at;
-  *at = before >= n - 1 ? 0 : before + 1;
-  return before;
-#else
-  return atomicInc(at, n - 1);
-#endif
-}
-
 // ---- asynchronous copies to shared memory ----
 
 // 16 bytes, both addresses aligned to 16; past L1.

@@ -24,7 +24,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
                                              int32_t row, int32_t first_head, int n, int head_dim,
                                              int32_t n_splits, int n_parts, float* shared) {
   const int stride = head_dim + 2;  // even, as head_dim: pairs are aligned
-  const int thread = kept(static_cast<int>(threadIdx.x)), lane = thread % kWarpSize;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int64_t head_stride = int64_t{args.max_splits} * stride;
   const float* const partials =
       args.partials + (int64_t{row} * args.n_heads + first_head) * head_stride;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
 #pragma unroll
     for (int i = 0; i < kMaxSplits / kWarpSize; i++) {
       const int at = i * kWarpSize + lane;
-      split[i] = at < n_splits ? load_fresh(reinterpret_cast<const float2*>(max_sum + at * stride))
+      split[i] = at < n_splits ? *reinterpret_cast<const float2*>(max_sum + at * stride)
                                : float2{-INFINITY, 0.0f};
       max = fmaxf(max, split[i].x);
     }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
     float2 value = {0.0f, 0.0f};
 #pragma unroll 8
     for (int32_t at = part; at < n_splits; at += n_parts) {
-      const float2 two = load_fresh(reinterpret_cast<const float2*>(from + at * stride));
+      const float2 two = *reinterpret_cast<const float2*>(from + at * stride);
       value.x += weights[head * kMaxSplits + at] * two.x;
       value.y += weights[head * kMaxSplits + at] * two.y;
     }

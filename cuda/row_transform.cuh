@@ -72,16 +72,21 @@ __device__ __forceinline__ void transform_rows(const float* x, int n, const floa
 template <int kThreads, typename Store>
 __device__ __forceinline__ void transform_row_transposed(const float* x, const float* matrix,
                                                          int dims, Store&& store) {
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 8;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
+  const int width = transform_width(dims);
   for (int first = warp * kAtOnce; first < dims; first += kThreads / kWarpSize * kAtOnce) {
     float sums[kAtOnce] = {};
-#pragma unroll 2
-    for (int j = lane; j < dims; j += kWarpSize) {
+    for (int j = lane * width; j < dims; j += kWarpSize * width) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; i++) {
-        const int d = first + i < dims ? first + i : dims - 1;
-        sums[i] += x[j] * matrix[d * dims + j];
+        const float* const row = matrix + (first + i < dims ? first + i : dims - 1) * dims + j;
+        if (width == 4) {
+          const float4 m = *reinterpret_cast<const float4*>(row);
+          sums[i] += x[j] * m.x + x[j + 1] * m.y + x[j + 2] * m.z + x[j + 3] * m.w;
+        } else {
+          sums[i] += x[j] * row[0];
+        }
       }
     }
 #pragma unroll

@@ -67,7 +67,7 @@ class CudaWorkspace final : public Workspace {
 
   DeviceBuffer normed, keys, values, gate, up;  // f32 activations
   DeviceBuffer packed;                          // activations in the weights' type
-  DeviceBuffer partials, arrivals;              // of attention
+  DeviceBuffer partials;                        // of attention
   DeviceBuffer product;                         // cuBLASLt's
   DeviceBuffer top_scratch, top;                // of top_logits
   MirroredArray<SequenceView> sequences;
@@ -78,7 +78,7 @@ class CudaWorkspace final : public Workspace {
 
  private:
   std::array<const DeviceBuffer*, 9> buffers() const {
-    return {&normed, &keys, &values, &gate, &up, &packed, &partials, &arrivals, &product};
+    return {&normed, &keys, &values, &gate, &up, &packed, &partials, &product};
   }
 };
 
