@@ -60,17 +60,14 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 
 // Tensor-core kernels of one decode step (decode_attention.cu), which fill out where args.arrivals
 // is given and else leave partials; false where the layout has none: head_dim 64 or 128, f16 or
-// bf16 tail, values of the tail's type, int8 or int4, not ragged; coded rows of
-// the widths in decode_attention_coded.cu.
+// bf16 tail, values of the tail's type, int8 or int4, not ragged; coded rows of the widths in
+// decode_attention_coded.cu.
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
 // Flash attention for many rows (prefill_attention.cu); false where head_dim or tail are others.
-// With writes_out
-// it writes out itself and no partials: where no sequence has a v_backward.
+// With writes_out it writes out itself and no partials, in V's basis where a sequence has a
+// v_backward.
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
-
-// The kernel before that (prefill_attention_before.cu), for the benchmark alone.
-bool prefill_attention_before(const AttentionArgs& args, Stream stream);
 
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);

@@ -133,7 +133,8 @@ const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspac
 void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace) {
   if (whole.n == 0) return;
   const bool products =
-      dtype_ != DType::kF32 && gemm_takes(whole) && (decode ? whole.n > (cublaslt_ != nullptr ? kGemvBatch : kGemvRows) : whole.n > 1);
+      dtype_ != DType::kF32 && gemm_takes(whole) &&
+      (decode ? whole.n > (cublaslt_ != nullptr ? kGemvBatch : kGemvRows) : whole.n > 1);
   if (!products) {
     gemv(whole, stream_);
     return;
@@ -204,6 +205,9 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   rope.sequences = send_sequences(batch, ws);
   rope.n_sequences = static_cast<int32_t>(batch.sequences.size());
   rope.n_rows = n;
+  for (const SequenceStep& step : batch.sequences) {
+    rope.max_row_count = std::max(rope.max_row_count, step.n_rows);
+  }
   rope.layer = layer;
   rope.n_heads = n_heads_;
   rope.n_kv_heads = n_kv_heads_;
@@ -267,14 +271,18 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
         args.layout = *batch.sequences[first].layout;
         args.max_row_count = 1;
         args.writes_out = !args.decode;
+        bool undo = false;
         for (int32_t i = first; i < first + count; i++) {
           args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
           const KVTransform* transform = batch.sequences[i].transform;
-          if (transform != nullptr && transform->v_backward != nullptr) args.writes_out = false;
+          undo = undo || (transform != nullptr && transform->v_backward != nullptr);
         }
         const bool done = args.decode ? decode_attention_fast(args, stream_)
                                       : prefill_attention_fast(args, stream_);
-        if (done && (args.decode || args.writes_out)) return;  // splits merged
+        if (done && !args.decode && undo && !undo_value_transform(args, stream_)) {
+          throw Error("no kernel undoes a value transform of this head_dim");
+        }
+        if (done) return;  // splits merged
         if (!done) attention_plain(args, stream_);
         combine_attention(args, stream_);
       });

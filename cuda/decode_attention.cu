@@ -17,9 +17,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs 
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
   const int32_t n_splits = args.decode ? n_decode_splits(s->n_blocks, s->dense_tokens) : 1;
-  merge_splits<kCombineThreads>(args, *s, row, head, 1, args.head_dim, n_splits,
-                                kCombineThreads / (args.head_dim / 2),
-                                reinterpret_cast<float*>(shared_memory()));
+  merge_splits<kCombineThreads, 1>(args, *s, row, head, 1, args.head_dim, n_splits,
+                                   kCombineThreads / (args.head_dim / 2),
+                                   reinterpret_cast<float*>(shared_memory()));
 }
 
 // Grid: x KV head, y row, z sequence; thread d sums |q| of dim d over the group's query heads.
@@ -79,7 +79,8 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 void combine_attention(const AttentionArgs& args, Stream stream) {
   launch_overlapping(
       "combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
-      merge_bytes(1, args.head_dim, kCombineThreads / (args.head_dim / 2)), stream, args);
+      merge_bytes(kCombineThreads, 1, args.head_dim, kCombineThreads / (args.head_dim / 2)), stream,
+      args);
 }
 
 void record_query_magnitude(const AttentionArgs& args, Stream stream) {

@@ -319,7 +319,7 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
   if constexpr (Shape::kCoded) stage_bytes = Shape::kStageBytes;
   const int64_t staging = int64_t{kDecodeWarps} * (kStages * stage_bytes + kStageSlack);
-  const int64_t merging = merging_bytes<Shape>;
+  const int64_t merging = merging_bytes<Shape>();
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
   launch_overlapping(

@@ -23,7 +23,11 @@ constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
 // Of the warps' results at the end.
 template <typename Shape>
-constexpr int merging_bytes = kDecodeWarps* Shape::kQueries*(Shape::kDim + 2) * 4;
+constexpr int merging_bytes() {
+  const int of_warps = kDecodeWarps * Shape::kQueries * (Shape::kDim + 2) * 4;
+  const int of_splits = 16 + merge_bytes(kDecodeWarps * kWarpSize, Shape::kQueries, Shape::kDim, 1);
+  return of_warps > of_splits ? of_warps : of_splits;
+}
 
 // Merges the warps and writes the partials of this block's queries. merged: shared, [warp][query]
 // [head_dim + 2] f32.
@@ -108,7 +112,6 @@ __device__ void write_partials(const AttentionArgs& args, const BlockPlan& plan,
 template <typename Shape>
 __device__ void merge_if_last(const AttentionArgs& args, const BlockPlan& plan, float* shared) {
   constexpr int kThreads = kDecodeWarps * kWarpSize;
-  static_assert(16 + merge_bytes(Shape::kQueries, Shape::kDim, 1) <= merging_bytes<Shape>);
   fence_device();  // this thread's partials, before the block is counted
   sync_block();
   uint32_t* const before = reinterpret_cast<uint32_t*>(shared);
@@ -120,8 +123,9 @@ __device__ void merge_if_last(const AttentionArgs& args, const BlockPlan& plan, 
   sync_block();
   if (*before != static_cast<uint32_t>(plan.n_splits - 1)) return;
   // One thread a pair of dims: a head's sum does not depend on how many heads the block has.
-  merge_splits<kThreads>(args, args.sequences[blockIdx.z], plan.row, plan.first_head, plan.n_heads,
-                         Shape::kDim, plan.n_splits, 1, shared + 4);
+  merge_splits<kThreads, Shape::kQueries>(args, args.sequences[blockIdx.z], plan.row,
+                                          plan.first_head, plan.n_heads, Shape::kDim, plan.n_splits,
+                                          1, shared + 4);
 }
 
 }  // namespace mustafar::cuda

@@ -90,8 +90,8 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// Of a kernel started by launch_overlapping: until here it may run beside the kernel before it in the
-// stream, whose writes are to be seen after. Every block that does not return at once calls it.
+// Of a kernel started by launch_overlapping: until here it may run beside the kernel before it in
+// the stream, whose writes are to be seen after. Every block that does not return at once calls it.
 __device__ __forceinline__ void wait_for_previous() {
 #if !defined(MUSTAFAR_SIMT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

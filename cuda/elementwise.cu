@@ -1,9 +1,10 @@
 // The small operations between the matrix products: embedding rows, RMSNorm, SiLU, rotary embedding
-// with append. One row, or one head of a row, a block; all memory-bound.
+// with append, the KV transform.
 #include "cuda/architectures.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/elementwise.h"
 #include "cuda/launch.cuh"
+#include "cuda/row_transform.cuh"
 
 namespace mustafar::cuda {
 namespace {
@@ -48,8 +49,6 @@ __global__ void __launch_bounds__(kThreads)
   if (i < count) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-constexpr int kRopeThreads = 64;
-
 // To about 2e-7 for angles up to 1e6. The angle is reduced in half turns, its product with 1 / pi
 // in two floats: cosf and sinf would bring a table in local memory for angles beyond 1e5.
 __device__ void cos_sin(float angle, float& cosine, float& sine) {
@@ -59,69 +58,179 @@ __device__ void cos_sin(float angle, float& cosine, float& sine) {
   cos_sin_pi(turns - 2.0f * rintf(0.5f * turns) + rest, cosine, sine);
 }
 
-// Grid: x head (queries, then keys, then values), y row. Shared: the head's vector [head_dim].
-__global__ void __launch_bounds__(kRopeThreads) rope_append_kernel(RopeArgs args) {
+// A head of RopeArgs: queries first, then keys, then values.
+struct RopeHead {
+  int kind;  // 0: query, 1: key, 2: value
+  int head, kv_head;
+
+  __device__ RopeHead(const RopeArgs& args, int index)
+      : kind(index < args.n_heads                     ? 0
+             : index < args.n_heads + args.n_kv_heads ? 1
+                                                      : 2),
+        head(kind == 0 ? index : (index - args.n_heads) % args.n_kv_heads),
+        kv_head(kind == 0 ? head / (args.n_heads / args.n_kv_heads) : head) {}
+
+  __device__ const float* from(const RopeArgs& args, int64_t row) const {
+    return kind == 0
+               ? args.q + (row * args.n_heads + head) * args.head_dim
+               : (kind == 1 ? args.k : args.v) + (row * args.n_kv_heads + head) * args.head_dim;
+  }
+  // k F and v F, but q B^T; or null.
+  __device__ const float* matrix(const RopeArgs& args, const SequenceView& s) const {
+    const float* const first = kind == 0 ? s.k_backward : kind == 1 ? s.k_forward : s.v_forward;
+    if (first == nullptr) return nullptr;
+    return first +
+           (int64_t{args.layer} * args.n_kv_heads + kv_head) * args.head_dim * args.head_dim;
+  }
+  // Stores dim d of a row: in place, or rounded where the sequence's new tokens lie.
+  __device__ void store(const RopeArgs& args, const SequenceView& s, int64_t row, int d,
+                        float value) const {
+    const int dims = args.head_dim;
+    const int groups = matrix(args, s) != nullptr ? 1 : kind == 2 ? s.v_groups : s.k_groups;
+    const int at = stored_index(d, groups, dims);
+    if (kind == 0) {
+      args.q[(row * args.n_heads + head) * dims + at] = value;
+      return;
+    }
+    const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
+    const int64_t position = s.pos0 + row - s.row0;
+    uint8_t* to;
+    if (s.fresh != nullptr) {
+      to = s.fresh + (int64_t{kind - 1} * args.n_kv_heads + head) * s.fresh_capacity * row_bytes +
+           (position - s.fresh_pos0) * row_bytes;
+    } else {
+      to = s.dense + dense_offset(s, args.layer, kind - 1, args.n_kv_heads, head, row_bytes) +
+           s.dense_tokens * row_bytes;
+    }
+    store_element(to, args.tail_dtype, at, value);
+  }
+};
+
+// Dims i and i + head_dim / 2 of a row of queries or keys, rotated.
+__device__ __forceinline__ void rotate(const RopeArgs& args, const float* from, int32_t position,
+                                       int i, float* to) {
+  const int half = args.head_dim / 2;
+  const float angle = multiply_rounded(static_cast<float>(position), args.frequencies[i]);
+  float cosine, sine;
+  cos_sin(angle, cosine, sine);
+  const float a = from[i], b = from[i + half];
+  to[i] = a * cosine - b * sine;
+  to[i + half] = b * cosine + a * sine;
+}
+
+// One row a block. Grid: x head, y row. Shared: the head's vector [head_dim], transform_scratch.
+__global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeArgs args) {
   wait_for_previous();
   const int32_t row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* found = find_sequence(args.sequences, args.n_sequences, row);
   if (found == nullptr) return;
   const SequenceView& s = *found;
-  const int dims = args.head_dim, half = dims / 2;
-  const int index = static_cast<int>(blockIdx.x);
-  const int kind = index < args.n_heads ? 0 : index < args.n_heads + args.n_kv_heads ? 1 : 2;
-  const int head = kind == 0 ? index : (index - args.n_heads) % args.n_kv_heads;
-  const int kv_head = kind == 0 ? head / (args.n_heads / args.n_kv_heads) : head;
-  const float* from =
-      kind == 0 ? args.q + (int64_t{row} * args.n_heads + head) * dims
-                : (kind == 1 ? args.k : args.v) + (int64_t{row} * args.n_kv_heads + head) * dims;
-  float* x = reinterpret_cast<float*>(shared_memory());
-  const int32_t position = s.pos0 + row - s.row0;
-  if (kind == 2) {
-    for (int d = thread(); d < dims; d += kRopeThreads) x[d] = from[d];
+  const int dims = args.head_dim;
+  const RopeHead head(args, static_cast<int>(blockIdx.x));
+  const float* const from = head.from(args, row);
+  float* const x = reinterpret_cast<float*>(shared_memory());
+  if (head.kind == 2) {
+    for (int d = thread(); d < dims; d += kThreads) x[d] = from[d];
   } else {
-    for (int i = thread(); i < half; i += kRopeThreads) {
-      const float angle = multiply_rounded(static_cast<float>(position), args.frequencies[i]);
-      float cosine, sine;
-      cos_sin(angle, cosine, sine);
-      const float a = from[i], b = from[i + half];
-      x[i] = a * cosine - b * sine;
-      x[i + half] = b * cosine + a * sine;
+    for (int i = thread(); i < dims / 2; i += kThreads) {
+      rotate(args, from, s.pos0 + row - s.row0, i, x);
     }
   }
   sync_block();
-
-  const float* matrix = kind == 0 ? s.k_backward : kind == 1 ? s.k_forward : s.v_forward;
-  if (matrix != nullptr) {
-    matrix += (int64_t{args.layer} * args.n_kv_heads + kv_head) * dims * dims;
+  const float* const matrix = head.matrix(args, s);
+  if (matrix == nullptr) {
+    for (int d = thread(); d < dims; d += kThreads) head.store(args, s, row, d, x[d]);
+  } else if (head.kind == 0) {
+    transform_row_transposed<kThreads>(
+        x, matrix, dims, [&](int d, float value) { head.store(args, s, row, d, value); });
+  } else {
+    transform_rows<kThreads, 1>(x, 1, matrix, dims, x + dims, [&](int, int d, float value) {
+      head.store(args, s, row, d, value);
+    });
   }
-  const auto value = [&](int d) {
-    if (matrix == nullptr) return x[d];
-    float sum = 0.0f;  // k F and v F, but q B^T
-    for (int j = 0; j < dims; j++) {
-      sum += x[j] * (kind == 0 ? matrix[d * dims + j] : matrix[j * dims + d]);
+}
+
+// 32 rows of one sequence a block, of a prompt. Grid: x head, y rows, z sequence. Shared:
+// transform_block_floats.
+template <int kTiles>
+__global__ void __launch_bounds__(kBlockThreads) rope_append_block_kernel(RopeArgs args) {
+  constexpr int kDims = 32 * kTiles;
+  const SequenceView& s = args.sequences[blockIdx.z];
+  const int32_t first = static_cast<int32_t>(blockIdx.y) * kBlockRows;
+  if (first >= s.n_rows) return;
+  const int32_t n = s.n_rows - first < kBlockRows ? s.n_rows - first : kBlockRows;
+  const RopeHead head(args, static_cast<int>(blockIdx.x));
+  float* const x = reinterpret_cast<float*>(shared_memory());
+  for (int i = thread(); i < n * kDims / 2; i += kBlockThreads) {
+    const int r = i / (kDims / 2), d = i % (kDims / 2);
+    const float* const from = head.from(args, s.row0 + first + r);
+    if (head.kind == 2) {
+      x[r * kDims + d] = from[d];
+      x[r * kDims + d + kDims / 2] = from[d + kDims / 2];
+    } else {
+      rotate(args, from, s.pos0 + first + r, d, x + r * kDims);
     }
-    return sum;
+  }
+  const auto store = [&](int r, int d, float value) {
+    if (r < n) head.store(args, s, s.row0 + first + r, d, value);
   };
-  const int32_t groups = matrix != nullptr ? 1 : kind == 2 ? s.v_groups : s.k_groups;
-  if (kind == 0) {
-    float* to = args.q + (int64_t{row} * args.n_heads + head) * dims;
-    for (int d = thread(); d < dims; d += kRopeThreads) {
-      to[stored_index(d, groups, dims)] = value(d);
-    }
+  const float* const matrix = head.matrix(args, s);
+  if (matrix == nullptr) {
+    sync_block();
+    for (int i = thread(); i < n * kDims; i += kBlockThreads) store(i / kDims, i % kDims, x[i]);
     return;
   }
-  const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
-  uint8_t* to;
-  if (s.fresh != nullptr) {
-    to = s.fresh + (int64_t{kind - 1} * args.n_kv_heads + head) * s.fresh_capacity * row_bytes +
-         (position - s.fresh_pos0) * row_bytes;
+  for (int i = n * kDims + thread(); i < kBlockRows * kDims; i += kBlockThreads) x[i] = 0.0f;
+  if (head.kind == 0) {
+    transform_block<kTiles, true>(x, matrix, store);
   } else {
-    to = s.dense + dense_offset(s, args.layer, kind - 1, args.n_kv_heads, head, row_bytes) +
-         s.dense_tokens * row_bytes;
+    transform_block<kTiles, false>(x, matrix, store);
   }
-  for (int d = thread(); d < dims; d += kRopeThreads) {
-    store_element(to, args.tail_dtype, stored_index(d, groups, dims), value(d));
+}
+
+// The same rows of attention output times v_backward, in place. Grid: x head, y rows, z sequence.
+template <int kTiles>
+__global__ void __launch_bounds__(kBlockThreads) undo_values_kernel(AttentionArgs args) {
+  constexpr int kDims = 32 * kTiles;
+  const SequenceView& s = args.sequences[blockIdx.z];
+  const int32_t first = static_cast<int32_t>(blockIdx.y) * kBlockRows;
+  if (first >= s.n_rows || s.v_backward == nullptr) return;
+  const int32_t n = s.n_rows - first < kBlockRows ? s.n_rows - first : kBlockRows;
+  const int head = static_cast<int>(blockIdx.x), kv_head = head / (args.n_heads / args.n_kv_heads);
+  float* const x = reinterpret_cast<float*>(shared_memory());
+  const auto at = [&](int r) {
+    return args.out + (int64_t{s.row0 + first + r} * args.n_heads + head) * kDims;
+  };
+  for (int i = thread(); i < kBlockRows * kDims; i += kBlockThreads) {
+    x[i] = i < n * kDims ? at(i / kDims)[i % kDims] : 0.0f;
   }
+  transform_block<kTiles, false>(
+      x, s.v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) * kDims * kDims,
+      [&](int r, int d, float value) {
+        if (r < n) at(r)[d] = value;
+      });
+}
+
+// body(constant of head_dim / 32) where there is a kernel of that width.
+template <typename Body>
+bool with_tiles(int32_t head_dim, Body&& body) {
+  switch (head_dim) {
+    case 64:
+      body(std::integral_constant<int, 2>());
+      return true;
+    case 96:
+      body(std::integral_constant<int, 3>());
+      return true;
+    case 128:
+      body(std::integral_constant<int, 4>());
+      return true;
+    default:
+      return false;
+  }
+}
+
+Grid block_grid(int32_t heads, int32_t max_row_count, int32_t n_sequences) {
+  return {heads, (max_row_count + kBlockRows - 1) / kBlockRows, n_sequences};
 }
 
 }  // namespace
@@ -154,7 +263,8 @@ int code_architecture() {
 
 void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
            float* out, Stream stream) {
-  launch("embed", embed_kernel, {n, (hidden + kThreads - 1) / kThreads}, kThreads, 0, stream, table, dtype, token_ids, hidden, out);
+  launch("embed", embed_kernel, {n, (hidden + kThreads - 1) / kThreads}, kThreads, 0, stream, table,
+         dtype, token_ids, hidden, out);
 }
 
 void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int32_t n,
@@ -169,8 +279,24 @@ void silu_multiply(float* gate, const float* up, int64_t count, Stream stream) {
 }
 
 void rope_append(const RopeArgs& args, Stream stream) {
-  launch_overlapping("rope_append", rope_append_kernel, {args.n_heads + 2 * args.n_kv_heads, args.n_rows},
-         kRopeThreads, args.head_dim * 4, stream, args);
+  const int32_t heads = args.n_heads + 2 * args.n_kv_heads;
+  const bool done = args.max_row_count > 1 && with_tiles(args.head_dim, [&](auto tiles) {
+                      launch("rope_append_block", rope_append_block_kernel<decltype(tiles)::value>,
+                             block_grid(heads, args.max_row_count, args.n_sequences), kBlockThreads,
+                             transform_block_floats(args.head_dim) * 4, stream, args);
+                    });
+  if (done) return;
+  const int floats = args.head_dim + transform_scratch(kThreads, 1, args.head_dim);
+  launch_overlapping("rope_append", rope_append_kernel, {heads, args.n_rows}, kThreads, floats * 4,
+                     stream, args);
+}
+
+bool undo_value_transform(const AttentionArgs& args, Stream stream) {
+  return with_tiles(args.head_dim, [&](auto tiles) {
+    launch("undo_values", undo_values_kernel<decltype(tiles)::value>,
+           block_grid(args.n_heads, args.max_row_count, args.n_sequences), kBlockThreads,
+           transform_block_floats(args.head_dim) * 4, stream, args);
+  });
 }
 
 }  // namespace mustafar::cuda

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/attention.h"
 #include "cuda/device.h"
 #include "cuda/sequence_view.h"
 
@@ -23,6 +24,7 @@ struct RopeArgs {
   const SequenceView* sequences = nullptr;  // [n_sequences] on the device
   int32_t n_sequences = 0;
   int32_t n_rows = 0;
+  int32_t max_row_count = 1;  // most rows of one sequence
   int32_t layer = 0;
   int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   DType tail_dtype = DType::kBF16;
@@ -35,5 +37,9 @@ struct RopeArgs {
 // Rotary embedding of q and k, the KV transform, and the append of k and v, rounded to the tail's
 // type, to the sequence's fresh buffer or its dense slot dense_tokens.
 void rope_append(const RopeArgs& args, Stream stream);
+
+// args.out times v_backward, in place, of the sequences that have one. False where no kernel takes
+// the head_dim.
+bool undo_value_transform(const AttentionArgs& args, Stream stream);
 
 }  // namespace mustafar::cuda

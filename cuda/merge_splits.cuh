@@ -3,18 +3,23 @@
 
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
+#include "cuda/row_transform.cuh"
 
 namespace mustafar::cuda {
 
 // Bytes of shared memory that merge_splits takes.
-MUSTAFAR_HOST_DEVICE constexpr int merge_bytes(int n_heads, int head_dim, int n_parts) {
-  return n_heads * (kMaxSplits + n_parts * head_dim) * 4;
+MUSTAFAR_HOST_DEVICE constexpr int merge_bytes(int threads, int n_heads, int head_dim,
+                                               int n_parts) {
+  return (n_heads * (kMaxSplits + n_parts * head_dim) +
+          transform_scratch(threads, n_heads, head_dim)) *
+         4;
 }
 
 // Heads [first_head, first_head + n) of row `row` of sequence s, which have one KV head, by a block
 // of kThreads. Two neighbouring dims of a head are summed by n_parts threads, each taking every
-// n_parts-th split. shared: weights [n][kMaxSplits], then partial sums [n_parts][n][head_dim].
-template <int kThreads>
+// n_parts-th split. shared: weights [n][kMaxSplits], then partial sums [n_parts][n][head_dim], then
+// transform_rows' scratch. n: at most kMaxHeads.
+template <int kThreads, int kMaxHeads>
 __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const SequenceView& s,
                                              int32_t row, int32_t first_head, int n, int head_dim,
                                              int32_t n_splits, int n_parts, float* shared) {
@@ -78,19 +83,18 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
   }
   float* const out = args.out + (int64_t{row} * args.n_heads + first_head) * head_dim;
   const int32_t kv_head = first_head / (args.n_heads / args.n_kv_heads);
+  if (s.v_backward != nullptr) {
+    transform_rows<kThreads, kMaxHeads>(
+        merged, n,
+        s.v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) * head_dim * head_dim,
+        head_dim, merged + n_parts * n * head_dim,
+        [&](int head, int d, float value) { out[head * head_dim + d] = value; });
+    return;
+  }
 #pragma unroll 1
   for (int i = thread; i < n * head_dim; i += kThreads) {
     const int d = i % head_dim;
-    const float* const mine = merged + (i - d);
-    float value = mine[stored_index(d, s.v_groups, head_dim)];
-    if (s.v_backward != nullptr) {
-      const float* matrix =
-          s.v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) * head_dim * head_dim;
-      value = 0.0f;
-#pragma unroll 8
-      for (int32_t j = 0; j < head_dim; j++) value += mine[j] * matrix[j * head_dim + d];
-    }
-    out[i] = value;
+    out[i] = merged[i - d + stored_index(d, s.v_groups, head_dim)];
   }
 }
 

@@ -288,7 +288,8 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   if (args.writes_out) {
     sync_block();  // the stages are free
     float* rows = reinterpret_cast<float*>(source.stage(0)) + (warp_pair - pairs.first()) * kDim;
-    const int32_t members = kDim / s.v_groups;  // of a group: the inverse of stored_index
+    const int32_t groups = s.v_backward != nullptr ? 1 : s.v_groups;
+    const int32_t members = kDim / groups;  // of a group: the inverse of stored_index
 #pragma unroll
     for (int r = 0; r < 4; r++) sum[r] = 1.0f / sum[r];
 #pragma unroll
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
 #pragma unroll
       for (int n = 0; n < 2; n++) {
         const int32_t stored = 8 * i + 2 * c + n;
-        const int32_t d = stored % members * s.v_groups + stored / members;
+        const int32_t d = stored % members * groups + stored / members;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           const int row = g + 8 * r;

@@ -119,7 +119,7 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   for (float& x : table) x = normal(random);
   for (uint16_t& x : random_values) x = f32_to_f16(table[random() & 0xffff]);
   const int64_t dense_bytes = static_cast<int64_t>(random_values.size()) * 2;
-  DeviceBuffer dense, pages, page_table, bad_row, views, commits, q, out, check, partials;
+  DeviceBuffer dense, pages, page_table, bad_row, views, commits, q, out, check, partials, arrivals;
   dense.ensure<uint8_t>(dense_bytes * shape.batch);
   for (int32_t i = 0; i < shape.batch; i++) {
     copy_to_device(static_cast<uint8_t*>(dense.data()) + i * dense_bytes, random_values.data(),
@@ -192,6 +192,9 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   args.q = q.ensure<float>(q_values);
   args.partials = partials.ensure<float>(int64_t{shape.batch} * shape.n_heads * args.max_splits *
                                          (kHeadDim + 2));
+  const int64_t n_arrivals = int64_t{shape.batch} * shape.n_heads;
+  args.arrivals = arrivals.ensure<uint32_t>(n_arrivals);
+  fill_bytes(args.arrivals, 0, n_arrivals * 4, stream);
   copy_to_device(q.data(), queries.data(), q_values * 4, stream);
 
   // Against the plain kernel, outputs poisoned.
@@ -203,8 +206,8 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
       if (!decode_attention_fast(args, stream)) throw Error("no fast kernel takes this setting");
     } else {
       attention_plain(args, stream);
+      combine_attention(args, stream);
     }
-    combine_attention(args, stream);
     copy_to_host((use_fast ? fast : plain).data(), args.out, q_values * 4, stream);
     synchronize(stream);
   }
@@ -220,7 +223,6 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   const Graph graph = record_graph(stream, [&] {
     for (args.layer = 0; args.layer < n_layers; args.layer++) {
       decode_attention_fast(args, stream);
-      combine_attention(args, stream);
     }
   });
   const double seconds = seconds_of(stream, graph, budget) / n_layers;

@@ -11,7 +11,6 @@
 // Only the products of visible pairs count: 4 * head_dim for every query head, row and token that
 // it sees.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +25,7 @@
 #include "cuda/device.h"
 #include "format/block_format.h"
 #include "mustafar/error.h"
+#include "tools/bench_cuda_timing.h"
 
 namespace {
 
@@ -59,37 +59,6 @@ constexpr int32_t kAllSettings = -1;
 bool attend(AttentionArgs args, Stream stream) {
   args.writes_out = true;
   return prefill_attention_fast(args, stream);
-}
-
-bool attend_before(AttentionArgs args, Stream stream) {
-  if (!prefill_attention_before(args, stream)) return false;
-  combine_attention(args, stream);
-  return true;
-}
-
-struct Kernel {
-  const char* name;
-  bool (*attend)(AttentionArgs args, Stream stream);
-};
-
-constexpr Kernel kKernels[] = {{"prefill_attention", attend},
-                               {"prefill_attention_before", attend_before}};
-
-// Median seconds of a run, after two that do not count.
-double seconds_of(Stream stream, Graph graph, double budget) {
-  using Clock = std::chrono::steady_clock;
-  const auto timed = [&](int n) {
-    const auto start = Clock::now();
-    for (int i = 0; i < n; i++) run_graph(graph, stream);
-    synchronize(stream);
-    return std::chrono::duration<double>(Clock::now() - start).count() / n;
-  };
-  const double once = std::min(timed(1), timed(1));
-  const int n = std::clamp(static_cast<int>(budget / 5 / once), 1, 1000);
-  std::vector<double> samples;
-  for (int i = 0; i < 5; i++) samples.push_back(timed(n));
-  std::nth_element(samples.begin(), samples.begin() + 2, samples.end());
-  return samples[2];
 }
 
 class NormalNumbers {
@@ -140,8 +109,7 @@ void fill_pages(const StoreLayout& layout, const SequenceView& sequence, const D
 }
 
 // NMSE of the checked rows against the plain kernel. args: filled, its partials and out for use.
-double error_of(const Kernel& kernel, const AttentionArgs& args, const SequenceView& view,
-                Stream stream) {
+double error_of(const AttentionArgs& args, const SequenceView& view, Stream stream) {
   const int64_t width = int64_t{args.n_heads} * kHeadDim, n = args.n_rows * width;
   std::vector<SequenceView> parts;
   const int32_t count = std::min(kCheckedRows, view.n_rows);
@@ -161,7 +129,7 @@ double error_of(const Kernel& kernel, const AttentionArgs& args, const SequenceV
   for (const bool fast : {true, false}) {
     fill_bytes(args.out, 0xff, n * 4, stream);
     if (fast) {
-      if (!kernel.attend(args, stream)) throw Error("no fast kernel takes this setting");
+      if (!attend(args, stream)) throw Error("no fast kernel takes this setting");
     } else {
       AttentionArgs plain = args;
       plain.sequences = static_cast<const SequenceView*>(views.data());
@@ -242,27 +210,23 @@ bool run(const Shape& shape, const Setting& setting, double budget, Stream strea
   args.partials = partials.ensure<float>(int64_t{shape.rows} * shape.n_heads * (kHeadDim + 2));
   numbers.to_device(q.data(), shape.rows * width, false, stream);
 
-  bool all_good = true;
-  for (const Kernel& kernel : kKernels) {
-    const double nmse = error_of(kernel, args, s, stream);
-    const bool good = nmse <= 1e-5;
-    all_good = all_good && good;
-    const Graph graph = record_graph(stream, [&] { kernel.attend(args, stream); });
-    const double seconds = seconds_of(stream, graph, budget);
-    destroy_graph(graph);
-    const double first_sees = static_cast<double>(s.fresh_pos0) + shape.before + 1;
-    const double pairs = shape.rows * (first_sees + (shape.rows - 1) / 2.0);
-    const double flop = 4.0 * kHeadDim * shape.n_heads * pairs;
-    std::printf(
-        "{\"kernel\": \"%s\", \"setting\": \"%s\", \"rows\": %d, \"before\": %d, "
-        "\"prefix\": %d, \"heads\": %d, \"kv_heads\": %d, \"us\": %.1f, \"gflop\": %.1f, "
-        "\"tflop_per_s\": %.1f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
-        kernel.name, n_blocks > 0 ? setting.name : "no prefix", shape.rows, shape.before,
-        n_blocks * kBlockTokens, shape.n_heads, shape.n_kv_heads, seconds * 1e6, flop / 1e9,
-        flop / seconds / 1e12, nmse, good ? "true" : "false");
-    std::fflush(stdout);
-  }
-  return all_good;
+  const double nmse = error_of(args, s, stream);
+  const bool good = nmse <= 1e-5;
+  const Graph graph = record_graph(stream, [&] { attend(args, stream); });
+  const double seconds = seconds_of(stream, graph, budget);
+  destroy_graph(graph);
+  const double first_sees = static_cast<double>(s.fresh_pos0) + shape.before + 1;
+  const double pairs = shape.rows * (first_sees + (shape.rows - 1) / 2.0);
+  const double flop = 4.0 * kHeadDim * shape.n_heads * pairs;
+  std::printf(
+      "{\"kernel\": \"prefill_attention\", \"setting\": \"%s\", \"rows\": %d, \"before\": %d, "
+      "\"prefix\": %d, \"heads\": %d, \"kv_heads\": %d, \"us\": %.1f, \"gflop\": %.1f, "
+      "\"tflop_per_s\": %.1f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
+      n_blocks > 0 ? setting.name : "no prefix", shape.rows, shape.before, n_blocks * kBlockTokens,
+      shape.n_heads, shape.n_kv_heads, seconds * 1e6, flop / 1e9, flop / seconds / 1e12, nmse,
+      good ? "true" : "false");
+  std::fflush(stdout);
+  return good;
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ struct RopeRows {
     view.k_groups = c.order == Order::kGroups ? 4 : 1;
     view.v_groups = c.order == Order::kGroups ? c.head_dim / 16 : 1;
   }
-  static constexpr int32_t kCapacity = 7;
+  static constexpr int32_t kCapacity = 39;
 
   // Index of value d of row r's key (kind 0) or value in the cache.
   int64_t at(const RopeCase& c, int32_t r, int32_t kind, int32_t head, int32_t d) const {
@@ -114,7 +114,8 @@ class RopeAppendTest : public ::testing::TestWithParam<RopeCase> {};
 TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
   const RopeCase& c = GetParam();
   const int32_t dims = c.head_dim, half = dims / 2;
-  RopeRows a(c, 0, c.prefill ? 3 : 1, 20), b(c, c.prefill ? 3 : 1, c.prefill ? 2 : 1, 130000);
+  const int32_t most = c.prefill ? 35 : 1;  // more than a block takes
+  RopeRows a(c, 0, most, 20), b(c, most, c.prefill ? 2 : 1, 130000);
   const int32_t n_rows = b.view.row0 + b.view.n_rows;
   const int64_t matrix_size = int64_t{dims} * dims;
   Values k_forward(kLayers * kKVHeads * matrix_size, kF32, 1, 0.1f);
@@ -139,6 +140,7 @@ TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
   args.sequences = views.device();
   args.n_sequences = 2;
   args.n_rows = n_rows;
+  args.max_row_count = most;
   args.layer = kLayer;
   args.n_heads = kHeads;
   args.n_kv_heads = kKVHeads;
@@ -240,8 +242,49 @@ INSTANTIATE_TEST_SUITE_P(Rows, RopeAppendTest,
                                            RopeCase{kF16, 128, Order::kGroups, true},
                                            RopeCase{kBF16, 128, Order::kPlain, false},
                                            RopeCase{kBF16, 128, Order::kMatrix, false},
+                                           RopeCase{kF16, 128, Order::kMatrix, true},
                                            RopeCase{kF16, 256, Order::kGroups, false}),
                          name_of_rope);
+
+TEST(Elementwise, ValueTransformUndoneOfAPrompt) {
+  constexpr int32_t kDims = 64;
+  std::vector<SequenceView> sequences(3);
+  for (int i = 0, rows[] = {40, 3, 33}, at = 0; i < 3; at += rows[i++]) {
+    sequences[i].row0 = at;
+    sequences[i].n_rows = rows[i];
+  }
+  Values matrix(kLayers * kKVHeads * kDims * kDims, kF32, 1, 0.1f);
+  sequences[0].v_backward = sequences[2].v_backward = matrix.floats();
+  Values out(76 * kHeads * kDims, kF32, 2);
+  const Values before(76 * kHeads * kDims, kF32, 2);
+  const DeviceArray<SequenceView> views(sequences);
+  AttentionArgs args;
+  args.sequences = views.device();
+  args.n_sequences = 3;
+  args.n_rows = 76;
+  args.max_row_count = 40;
+  args.layer = kLayer;
+  args.n_heads = kHeads;
+  args.n_kv_heads = kKVHeads;
+  args.head_dim = kDims;
+  args.out = out.floats();
+  ASSERT_TRUE(undo_value_transform(args, nullptr));
+  out.download();
+  for (int64_t row = 0; row < 76; row++) {
+    const bool undone = row < 40 || row >= 43;
+    for (int32_t head = 0; head < kHeads; head++) {
+      const int64_t at = (row * kHeads + head) * kDims;
+      const int64_t m = (kLayer * kKVHeads + head / (kHeads / kKVHeads)) * int64_t{kDims} * kDims;
+      for (int32_t d = 0; d < kDims; d++) {
+        double want = undone ? 0.0 : before[at + d];
+        for (int32_t j = 0; undone && j < kDims; j++) {
+          want += double{before[at + j]} * matrix[m + j * kDims + d];
+        }
+        ASSERT_NEAR(out[at + d], want, undone ? 1e-5 : 0.0) << "row " << row << ", dim " << d;
+      }
+    }
+  }
+}
 
 TEST(QueryMagnitude, KeepsTheNewestRowsOfEverySequence) {
   constexpr int32_t kDims = 80, kWindow = 4;
