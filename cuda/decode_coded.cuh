@@ -45,7 +45,10 @@ struct CodedShape {
   static constexpr int kTable = kScalesAt + 2 * kSetQueries * 4;
   static constexpr int kQueriesAt = kTable + kPlanBytes;
   static constexpr int kStagesAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
-  static constexpr int kBlocksPerMultiprocessor = kChunks <= 2 ? 4 : kChunks == 3 ? 3 : 2;
+  // As many as registers allow without spilling.
+  static constexpr int kBlocksPerMultiprocessor = kChunks <= 2                          ? 4
+                                                  : kChunks == 3 && kRowBytes % 16 == 0 ? 3
+                                                                                        : 2;
   // Of the dense buffer's rows.
   static constexpr int kBits = 16;
   static constexpr bool kDense = false;

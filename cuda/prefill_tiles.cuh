@@ -277,18 +277,59 @@ __device__ __forceinline__ void expand_slot(const SlotLayout& slot, const uint8_
   }
 }
 
-// The same of any slot that is not coded, from global memory, and of coded ones that are staged
-// (codes: [head_dim] in shared memory).
+// The same of coded slots, a thread eight dims of a row. codes: [kDim] in shared memory.
+template <DType kTile, int kDim>
+__device__ __forceinline__ void expand_coded_slot(const SlotLayout& slot, const uint8_t* staged,
+                                                  const CodeDim* codes, uint8_t* tile,
+                                                  float* scales) {
+  constexpr bool kCodes = kTile == DType::kBF16;
+  constexpr int kOctets = kDim / 8, kRows = kPrefillThreads / kOctets;  // of a pass
+  const int thread = static_cast<int>(threadIdx.x), octet = thread % kOctets;
+  const CodeDim* const dims = codes + 8 * octet;
+  const uint32_t at = dims[0].first_bit();
+  const uint8_t* const first_word = staged + slot.values_offset + at / 32 * 4;
+#pragma unroll 1
+  for (int row = thread / kOctets; row < kTileTokens; row += kRows) {
+    const float scale = stored_scale(slot, staged, row);
+    if (kCodes && octet == 0) scales[row] = scale;
+    const float unit = kCodes ? 0.5f : 0.5f * scale;
+    // Eight codes, of at most 7 bits, are in three words. Past a row's end a slot goes on.
+    const uint32_t* const word =
+        reinterpret_cast<const uint32_t*>(first_word + row * slot.row_bytes);
+    uint32_t low = funnel_right(word[0], word[1], at % 32);
+    uint32_t high = funnel_right(word[1], word[2], at % 32);
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const CodeDim dim = dims[i];
+      const uint32_t width = dim.width(), above = ~0u << width;
+      const uint32_t code = low & ~above;
+      low = funnel_right(low, high, width);
+      high >>= width;
+      x[i] = static_cast<float>(static_cast<int32_t>(2 * code + 1 + above)) * (dim.step * unit);
+    }
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      out[i] = kCodes ? pack2<DType::kBF16>(x[2 * i], x[2 * i + 1])
+                      : pack2_f16_saturated(x[2 * i], x[2 * i + 1]);
+    }
+    *reinterpret_cast<uint4*>(tile + tile_offset<kDim>(row, octet)) = {out[0], out[1], out[2],
+                                                                       out[3]};
+  }
+}
+
+// The same of any slot that is not coded, from global memory.
 template <DType kTile, int kDim>
 __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_t* from,
-                                            const CodeDim* codes, uint8_t* tile, float* scales) {
+                                            uint8_t* tile, float* scales) {
   constexpr bool kCodes = kTile == DType::kBF16;
 #pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kWarpSize; row < kTileTokens;
        row += kPrefillWarps) {
     const float scale = stored_scale(slot, from, row);
     if (kCodes && lane_id() == 0) scales[row] = scale;
-    unpack_row_to(slot, from, codes, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
+    unpack_row_to(slot, from, nullptr, row, kCodes ? 1.0f : scale, [tile, row](int d, float x) {
       reinterpret_cast<uint16_t*>(tile + tile_offset<kDim>(row, d / 8))[d % 8] =
           kCodes ? float_bf16(x) : static_cast<uint16_t>(pack2_f16_saturated(x, 0.0f));
     });
@@ -368,11 +409,15 @@ class TileSource {
       const uint8_t* lane_table = table + lane_id() * 4;
       expand_slot<kType, DType::kF16, kDim>(k, staged, lane_table, keys, nullptr);
       expand_slot<kType, kType, kDim>(v, staged + k.slot_bytes, lane_table, values, scales);
-    } else {
-      const uint8_t* from = how_ == StoreTiles::kCoded ? stage(1) : s_.pages[tile] + slots();
+    } else if (how_ == StoreTiles::kCoded) {
+      const uint8_t* staged = stage(1);
       const CodeDim* codes = reinterpret_cast<const CodeDim*>(table);
-      unpack_slot<DType::kF16, kDim>(k, from, codes, keys, nullptr);
-      unpack_slot<kType, kDim>(v, from + k.slot_bytes, codes + kDim, values, scales);
+      expand_coded_slot<DType::kF16, kDim>(k, staged, codes, keys, nullptr);
+      expand_coded_slot<kType, kDim>(v, staged + k.slot_bytes, codes + kDim, values, scales);
+    } else {
+      const uint8_t* from = s_.pages[tile] + slots();
+      unpack_slot<DType::kF16, kDim>(k, from, keys, nullptr);
+      unpack_slot<kType, kDim>(v, from + k.slot_bytes, values, scales);
     }
   }
 
