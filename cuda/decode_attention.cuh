@@ -242,14 +242,14 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
   const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
   if (split >= n_splits) return;
-  const int32_t first = split_begin(split, n_splits, n_tiles);
-  const int32_t last = split_begin(split + 1, n_splits, n_tiles);
-  const int kv_head = static_cast<int>(blockIdx.y) % args.n_kv_heads;
+  const int32_t begin = split_begin(split, n_splits, n_tiles);
+  const int32_t until = split_begin(split + 1, n_splits, n_tiles);
+  const int of_block = static_cast<int>(blockIdx.y) % args.n_kv_heads;
   const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
   const int left = heads_per_kv - first_query;
   const int n_queries = left < Shape::kQueries ? left : Shape::kQueries;
-  const int first_head = kv_head * heads_per_kv + first_query;
+  const int first_head = of_block * heads_per_kv + first_query;
 
   uint8_t* const table = shared_memory();
   BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable);
@@ -257,7 +257,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   if (thread == 0) {
     plan.row = s.row0;
     plan.split = split;
-    plan.n_splits = n_splits;
+    plan.first = begin;
+    plan.last = until;
+    plan.kv_head = of_block;
     plan.first_head = first_head;
     plan.n_heads = n_queries;
   }
@@ -268,16 +270,16 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   Softmax<Shape::kTiles> softmax[Shape::kSets];
   uint8_t* const stages_of_warps = table + Shape::kStagesAt;
   uint8_t* stages = stages_of_warps + warp * (kStages * stage_bytes + kStageSlack);
-  const int32_t end = last < s.n_blocks ? last : s.n_blocks;
-  const TileRun run = {s.pages + first, k_slot_offset(args.layout, args.layer, kv_head),
-                       end > first ? end - first : 0};
+  const int32_t end = until < s.n_blocks ? until : s.n_blocks;
+  const TileRun run = {s.pages + begin, k_slot_offset(args.layout, args.layer, of_block),
+                       end > begin ? end - begin : 0};
   if (thread == 0) plan.run = run;
   if (thread < run.n && thread < BlockPlan::kListed) {
     plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
   }
   if (run.n > 0) {
     if constexpr (Shape::kCoded) {
-      attend_coded_store<Shape>(args, s.codes, kv_head, run, plan, queries, table, stages,
+      attend_coded_store<Shape>(args, s.codes, of_block, run, plan, queries, table, stages,
                                 softmax[0]);
     } else if constexpr (Shape::kDense) {
       attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax);
@@ -285,13 +287,16 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
+  // No warp reads the store's queries any more, and the plan is there: read again, it needs no
+  // registers through the loop.
+  sync_block();
+  const int32_t first = plan.first, last = plan.last, kv_head = plan.kv_head;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
       s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
       s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
   if (last > s.n_blocks) {
-    sync_block();  // no warp reads the queries of the store any more
     queries.template split<16>();
     sync_block();
   }

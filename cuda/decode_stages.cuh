@@ -25,8 +25,9 @@ struct BlockPlan {
 
   const uint8_t* slots[kListed];  // of the KV head's keys, in the first tiles
   TileRun run;                    // all of them
-  int32_t row, split, n_splits;
-  int32_t first_head, n_heads;  // query heads
+  int32_t row, split;
+  int32_t first, last, kv_head;  // tiles, the dense buffer's too
+  int32_t first_head, n_heads;   // query heads
 
   __device__ __forceinline__ const uint8_t* slot(int32_t i) const {
     if (i < kListed) [[likely]]
