@@ -77,8 +77,9 @@ class CudaWorkspace final : public Workspace {
   std::shared_ptr<PinnedFlag> bad_row_host = std::make_shared<PinnedFlag>();
 
  private:
-  std::array<const DeviceBuffer*, 9> buffers() const {
-    return {&normed, &keys, &values, &gate, &up, &packed, &partials, &product};
+  auto buffers() const {
+    return std::to_array<const DeviceBuffer*>(
+        {&normed, &keys, &values, &gate, &up, &packed, &partials, &product});
   }
 };
 
