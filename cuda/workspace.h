@@ -77,7 +77,7 @@ class CudaWorkspace final : public Workspace {
   std::shared_ptr<PinnedFlag> bad_row_host = std::make_shared<PinnedFlag>();
 
  private:
-  auto buffers() const {
+  std::array<const DeviceBuffer*, 8> buffers() const {
     return std::to_array<const DeviceBuffer*>(
         {&normed, &keys, &values, &gate, &up, &packed, &partials, &product});
   }
