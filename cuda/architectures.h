@@ -6,9 +6,6 @@ namespace mustafar::cuda {
 // Whether a kernel of ours can be loaded on the current device. elementwise.cu has it.
 bool has_code_for_device();
 
-// The architecture that the loaded code was compiled for, such as 90, where there is code.
-int code_architecture();
-
 }  // namespace mustafar::cuda
 
 #ifndef MUSTAFAR_CUDA_ARCHITECTURES

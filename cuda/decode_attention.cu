@@ -12,7 +12,6 @@ constexpr int kCombineThreads = 256;
 
 // Grid: x head, y row. Shared: merge_splits'.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
-  wait_for_previous();
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
@@ -77,10 +76,9 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 }
 
 void combine_attention(const AttentionArgs& args, Stream stream) {
-  launch_overlapping(
-      "combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
-      merge_bytes(kCombineThreads, 1, args.head_dim, kCombineThreads / (args.head_dim / 2)), stream,
-      args);
+  launch("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
+         merge_bytes(kCombineThreads, 1, args.head_dim, kCombineThreads / (args.head_dim / 2)),
+         stream, args);
 }
 
 void record_query_magnitude(const AttentionArgs& args, Stream stream) {

@@ -236,7 +236,6 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
-  wait_for_previous();
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
@@ -311,7 +310,6 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     }
   }
   float* const merged = reinterpret_cast<float*>(stages_of_warps);
-  let_next_start();
   write_partials<Shape>(args, plan, softmax, merged);
 }
 
@@ -327,10 +325,9 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   const int64_t merging = merging_bytes<Shape>;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
   const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
-  launch_overlapping(
-      "decode_attention", decode_attention_kernel<Shape>,
-      {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-      Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
+  launch("decode_attention", decode_attention_kernel<Shape>,
+         {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
+         Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

@@ -6,10 +6,7 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-#include <cstdlib>
 #include <string>
-#include <string_view>
 
 #include "cuda/architectures.h"
 
@@ -26,11 +23,7 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-std::atomic<bool> g_overlap = false;
-
 }  // namespace
-
-bool launches_overlap() { return g_overlap; }
 
 DeviceProperties open_device() {
   int driver = 0, runtime = 0, count = 0;
@@ -65,9 +58,6 @@ DeviceProperties open_device() {
                       " (sm_" + std::to_string(p.major) + std::to_string(p.minor) +
                       "); it was built for " + MUSTAFAR_CUDA_ARCHITECTURES);
   }
-  const char* const wish = std::getenv("MUSTAFAR_CUDA_OVERLAP");
-  g_overlap = p.major >= 9 && code_architecture() >= 90 &&
-              (wish == nullptr || std::string_view(wish) != "0");
   DeviceProperties properties;
   properties.name = p.name;
   properties.compute_capability = 10 * p.major + p.minor;

@@ -52,10 +52,6 @@ Graph record_graph(Stream stream, const std::function<void()>& body);
 void run_graph(Graph graph, Stream stream);
 void destroy_graph(Graph graph) noexcept;
 
-// Whether kernels may start before the one before them has ended: on sm_90 and later, where the
-// code is for it. MUSTAFAR_CUDA_OVERLAP=0 switches it off.
-bool launches_overlap();
-
 #if defined(__CUDACC__)
 // Throws Error where a runtime call failed.
 inline void check(cudaError_t status, const char* what) {

@@ -90,21 +90,6 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// Of a kernel started by launch_overlapping: until here it may run beside the kernel before it in
-// the stream, whose writes are to be seen after. Every block that does not return at once calls it.
-__device__ __forceinline__ void wait_for_previous() {
-#if !defined(MUSTAFAR_SIMT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// From here on the next kernel may start, where there is room.
-__device__ __forceinline__ void let_next_start() {
-#if !defined(MUSTAFAR_SIMT) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" :::);
-#endif
-}
-
 template <typename T>
 __device__ __forceinline__ T shuffle(T value, int source_lane) {
 #if defined(MUSTAFAR_SIMT)

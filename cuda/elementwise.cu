@@ -120,7 +120,6 @@ __device__ __forceinline__ void rotate(const RopeArgs& args, const float* from, 
 
 // One row a block. Grid: x head, y row. Shared: the head's vector [head_dim], transform_scratch.
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeArgs args) {
-  wait_for_previous();
   const int32_t row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* found = find_sequence(args.sequences, args.n_sequences, row);
   if (found == nullptr) return;
@@ -251,16 +250,6 @@ bool has_code_for_device() {
 #endif
 }
 
-int code_architecture() {
-#if defined(MUSTAFAR_SIMT)
-  return 0;
-#else
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, embed_kernel), "cudaFuncGetAttributes");
-  return attributes.ptxVersion;
-#endif
-}
-
 void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
            float* out, Stream stream) {
   launch("embed", embed_kernel, {n, (hidden + kThreads - 1) / kThreads}, kThreads, 0, stream, table,
@@ -287,8 +276,8 @@ void rope_append(const RopeArgs& args, Stream stream) {
                     });
   if (done) return;
   const int floats = args.head_dim + transform_scratch(kThreads, 1, args.head_dim);
-  launch_overlapping("rope_append", rope_append_kernel, {heads, args.n_rows}, kThreads, floats * 4,
-                     stream, args);
+  launch("rope_append", rope_append_kernel, {heads, args.n_rows}, kThreads, floats * 4, stream,
+         args);
 }
 
 bool undo_value_transform(const AttentionArgs& args, Stream stream) {

@@ -93,7 +93,6 @@ __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,
 #pragma unroll
     for (int r = 0; r < kRows; r++) next[r].load(rows[r], i);
   }
-  wait_for_previous();
   for (; i < cols; i += kStep) {
     float w[kRows][kCount];
 #pragma unroll
@@ -137,7 +136,6 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     gemv_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n) {
   float sums[kBatch][kRows] = {}, squares[kBatch] = {};
   sum_columns<kType, kBatch, kVector>(args, first_x, n, sums, squares);
-  let_next_start();  // not before: blocks that wait would take the places of those that work
   float* const shared = reinterpret_cast<float*>(shared_memory());
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   if (lane_id() == 0) {
@@ -168,8 +166,8 @@ void run(const LinearArgs& args, Stream stream) {
   for (int32_t first = 0; first < args.n; first += kBatchX) {
     const int32_t n = args.n - first < kBatchX ? args.n - first : kBatchX;
     const auto start = [&](auto kernel, int batch) {
-      launch_overlapping("gemv", kernel, {groups}, kWarps * kWarpSize,
-                         kWarps * batch * (kRows + 1) * 4, stream, args, first, n);
+      launch("gemv", kernel, {groups}, kWarps * kWarpSize, kWarps * batch * (kRows + 1) * 4, stream,
+             args, first, n);
     };
     if (n == 1) {
       start(gemv_kernel<kType, 1, kVector>, 1);

@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   int64_t column = warp * kPieces * 32 + 8 * c;
   Turn next;
   next.load(rows, column, cols);
-  wait_for_previous();
 
   float sums[kTiles][4] = {}, squares[kTiles] = {};
   for (; column - 8 * c < cols; column += kTurn) {
@@ -122,7 +121,6 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
     }
   }
 
-  let_next_start();  // not before: blocks that wait would take the places of those that work
   float* const all_sums = reinterpret_cast<float*>(shared_memory());
   float* const all_squares = all_sums + kWarps * kTiles * kRows * kTileX;
 #pragma unroll
@@ -161,9 +159,8 @@ void run(const LinearArgs& args, Stream stream) {
   for (int32_t first = 0; first < args.n; first += kGemvRows) {
     const int32_t n = args.n - first < kGemvRows ? args.n - first : kGemvRows;
     const int tiles = n <= kTileX ? 1 : 2;
-    launch_overlapping("gemv_tensor",
-                       tiles == 1 ? gemv_tensor_kernel<kType, 1> : gemv_tensor_kernel<kType, 2>,
-                       grid, kThreads, shared_floats(tiles) * 4, stream, args, first, n);
+    launch("gemv_tensor", tiles == 1 ? gemv_tensor_kernel<kType, 1> : gemv_tensor_kernel<kType, 2>,
+           grid, kThreads, shared_floats(tiles) * 4, stream, args, first, n);
   }
 }
 

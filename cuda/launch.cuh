@@ -16,19 +16,16 @@ struct Grid {
 };
 
 // Starts kernel<<<grid, threads, shared_bytes, stream>>>(arguments...). An empty grid starts
-// nothing. overlapping: the kernel may start before the one before it in the stream has ended; it
-// must call wait_for_previous before it reads what others write, or writes. Throws Error naming the
-// kernel.
+// nothing. Throws Error naming the kernel.
 template <typename... Parameters, typename... Arguments>
-void launch_as(bool overlapping, const char* name, void (*kernel)(Parameters...), Grid grid,
-               int threads, int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
+            int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     throw Error(std::string("kernel ") + name + ": a grid of " + std::to_string(grid.x) + " x " +
                 std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks is too large");
   }
 #if defined(MUSTAFAR_SIMT)
-  (void)overlapping;
   (void)name;
   (void)stream;
   const simt::Dim3 blocks{static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
@@ -48,28 +45,11 @@ void launch_as(bool overlapping, const char* name, void (*kernel)(Parameters...)
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = overlapping && launches_overlap() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), name);
 #if defined(MUSTAFAR_CUDA_DEBUG)
   synchronize_unless_capturing(stream, name);
 #endif
 #endif
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
-            int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_as(false, name, kernel, grid, threads, shared_bytes, stream, arguments...);
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch_overlapping(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
-                        int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
-  launch_as(true, name, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace mustafar::cuda

@@ -9,7 +9,7 @@
 #   tools/gpu_check.sh -o "$OUT" -t 280 first
 #   tools/gpu_check.sh -o "$OUT" -t 400 second
 #
-# Stages: environment smoke bench prefill linear torch step kernels sessions overlap model
+# Stages: environment smoke bench prefill linear torch step kernels sessions model
 # profile more sanitize; "first" (the default) is the first twelve, "second" adds the last two. -n prints what would
 # run. -p: .gpu. -t: seconds in all, 280.
 #
@@ -30,7 +30,7 @@ while getopts "no:p:t:" option; do
   esac
 done
 shift $((OPTIND - 1))
-first=(environment smoke bench prefill linear torch step kernels sessions overlap model profile)
+first=(environment smoke bench prefill linear torch step kernels sessions model profile)
 stages=()
 for stage in "${@:-first}"; do
   case $stage in
@@ -218,15 +218,6 @@ stage_model() {
     --kv dense,lossless,balanced,small,mustafar
   step model_1b 60 "${bench[@]}" --shape llama-3.2-1b -p 2048 -n 48 -d 0,32768 \
     --kv dense,lossless,balanced,small,mustafar
-}
-
-# Four layers of an 8B model, with and without kernels that start before the one before has ended.
-stage_overlap() {
-  program overlap mustafar || return
-  local bench=("$bin/mustafar" bench --device cuda --dtype bf16 -r 3 -o md --shape llama-3-8b:4 -p 2048
-    -n 64 -d 0,16384 --kv dense,lossless,balanced,small,mustafar)
-  step model_8b_4_layers 40 "${bench[@]}"
-  step model_8b_4_layers_serial 40 env MUSTAFAR_CUDA_OVERLAP=0 "${bench[@]}"
 }
 
 # What bounds the kernels, by the hardware's counters.
