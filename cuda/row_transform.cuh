@@ -20,49 +20,60 @@ MUSTAFAR_HOST_DEVICE constexpr int transform_scratch(int threads, int n, int dim
   return transform_parts(threads, dims) * n * dims;
 }
 
+// The sums of a thread's columns over its rows of the matrix, to scratch.
+template <int kWidth, int kMaxRows>
+__device__ __forceinline__ void transform_part(const float* x, int n, const float* matrix, int dims,
+                                               int part, int parts, int first, float* scratch) {
+  float sums[kMaxRows][kWidth] = {};
+#pragma unroll 4
+  for (int j = part; j < dims; j += parts) {
+    float m[kWidth];
+    if constexpr (kWidth == 4) {
+      const float4 four = *reinterpret_cast<const float4*>(matrix + j * dims + first);
+      m[0] = four.x;
+      m[1] = four.y;
+      m[2] = four.z;
+      m[3] = four.w;
+    } else {
+      m[0] = matrix[j * dims + first];
+    }
+#pragma unroll
+    for (int r = 0; r < kMaxRows; r++) {
+      const float value = x[(r < n ? r : 0) * dims + j];
+#pragma unroll
+      for (int w = 0; w < kWidth; w++) sums[r][w] += value * m[w];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kMaxRows; r++) {
+    if (r >= n) continue;
+#pragma unroll
+    for (int w = 0; w < kWidth; w++) scratch[(part * n + r) * dims + first + w] = sums[r][w];
+  }
+}
+
 // store(r, d, sum over j of x[r][j] matrix[j][d]) for n <= kMaxRows rows, by the whole block of
 // kThreads. x: shared, [n][dims], complete and visible. scratch: shared, not x.
 template <int kThreads, int kMaxRows, typename Store>
 __device__ __forceinline__ void transform_rows(const float* x, int n, const float* matrix, int dims,
                                                float* scratch, Store&& store) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int width = transform_width(dims), columns = dims / width;
+  const int columns = dims / transform_width(dims);
   const int parts = transform_parts(kThreads, dims);
+#pragma unroll 1
   for (int i = thread; i < parts * columns; i += kThreads) {
-    const int part = i / columns, first = i % columns * width;
-    float sums[kMaxRows][4] = {};
-    const auto add = [&](int j, const float4& m) {
-#pragma unroll
-      for (int r = 0; r < kMaxRows; r++) {
-        const float value = r < n ? x[r * dims + j] : 0.0f;
-        sums[r][0] += value * m.x;
-        sums[r][1] += value * m.y;
-        sums[r][2] += value * m.z;
-        sums[r][3] += value * m.w;
-      }
-    };
-    if (width == 4) {
-#pragma unroll 4
-      for (int j = part; j < dims; j += parts) {
-        add(j, *reinterpret_cast<const float4*>(matrix + j * dims + first));
-      }
+    const int part = i / columns, column = i % columns;
+    if (dims % 4 == 0) {
+      transform_part<4, kMaxRows>(x, n, matrix, dims, part, parts, 4 * column, scratch);
     } else {
-      for (int j = part; j < dims; j += parts) {
-        add(j, {matrix[j * dims + first], 0.0f, 0.0f, 0.0f});
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kMaxRows; r++) {
-      if (r >= n) continue;
-#pragma unroll
-      for (int w = 0; w < 4; w++) {
-        if (w < width) scratch[(part * n + r) * dims + first + w] = sums[r][w];
-      }
+      transform_part<1, kMaxRows>(x, n, matrix, dims, part, parts, column, scratch);
     }
   }
   sync_block();
+#pragma unroll 1
   for (int i = thread; i < n * dims; i += kThreads) {
     float sum = 0.0f;
+#pragma unroll 4
     for (int part = 0; part < parts; part++) sum += scratch[part * n * dims + i];
     store(i / dims, i % dims, sum);
   }

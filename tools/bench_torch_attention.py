@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PyTorch's dense fp16 attention (flash, cuDNN) at the shapes of the GPU benchmarks: decode, prefill.
+"""PyTorch's dense attention (flash, cuDNN), decode and prefill, at the GPU benchmarks' shapes.
 
     bench_torch_attention.py [batch,context,heads,kv_heads ...]
 

@@ -177,9 +177,7 @@ def tile_loop(function: Function) -> tuple[int, int] | None:
     innermost = [
         (tensor, first, last)
         for tensor, first, last in candidates
-        if not any(
-            (first, last) != (a, b) and first <= a and b <= last for _, a, b in candidates
-        )
+        if not any((first, last) != (a, b) and first <= a and b <= last for _, a, b in candidates)
     ]
     if not innermost:
         return None

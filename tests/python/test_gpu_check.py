@@ -121,8 +121,8 @@ def bare(tmp_path: Path) -> str:
     """A PATH with no CUDA tool, no GPU and no cmake."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    names = "bash cat cut date dirname find git grep gzip head mkdir mktemp nproc realpath rm sed"
-    for name in [*names.split(), "sha256sum", "tail", "tar", "tee", "timeout"]:
+    names = "bash cat cp dirname grep gzip head ln mkdir mktemp realpath rm sed sleep tail tar tee"
+    for name in [*names.split(), "test", "timeout"]:
         found = shutil.which(name)
         if found is None:
             pytest.skip(f"no {name}")
@@ -133,25 +133,69 @@ def bare(tmp_path: Path) -> str:
     return str(folder)
 
 
+FIRST = "environment smoke bench prefill linear torch step kernels sessions model profile".split()
+
+
 def test_stages_without_their_tools_are_not_available(bare: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    result = check("-o", str(out), path=bare)
+    result = check("-o", str(out), "-p", str(tmp_path / "none"), "second", path=bare)
     assert result.returncode == 3, result.stdout + result.stderr
     assert "passed" not in result.stdout
     results = json.loads((out / "results.json").read_text())
-    assert set(results["stages"]) == {"build", "test", "bench", "torch", "sanitize", "sass"}
+    assert set(results["stages"]) == {*FIRST, "more", "sanitize"}
     for stage, end in results["stages"].items():
         assert end.startswith("not available: "), (stage, end)
-    assert results["machine"]["gpu"] == results["machine"]["nvcc"] == "not available"
+    assert results["machine"]["gpu"] == results["machine"]["build"] == "not available"
     assert all("not measured" in goal for goal in results["goals"])
     assert (out / "raw.tar.gz").exists()
+
+
+@pytest.fixture
+def prebuilt(tmp_path: Path) -> Path:
+    """Programs in the place of what tools/gpu_prebuild.sh makes, and a driver that answers."""
+    scripts = {
+        "bin/mustafar_cuda_kernel_tests": """case $1 in
+--gtest_list_tests) printf 'Sound.\n  Works\nKinds/Broken.\n  Fails/int8  # GetParam()\n' ;;
+*Broken*) echo '[  FAILED  ] Kinds/Broken.Fails/int8'; exit 1 ;;
+*) echo '[  PASSED  ] 1 test.' ;;
+esac""",
+        "bin/mustafar_cuda_bench": 'echo \'{"kernel": "k"}\'',
+        "path/nvidia-smi": "exit 0",
+    }
+    for name, text in scripts.items():
+        script = tmp_path / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(f"#!/bin/sh\n{text}\n")
+        script.chmod(0o755)
+    folder = tmp_path / "prebuilt"
+    (folder / "shared").mkdir(parents=True)
+    (folder / "build.txt").write_text("commit FIXTURE\n")
+    subprocess.run(["tar", "-czf", folder / "bin.tar.gz", "-C", tmp_path, "bin"], check=True)
+    return folder
+
+
+def test_every_suite_runs_by_itself_and_a_broken_one_stops_none(
+    bare: str, prebuilt: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    path = f"{tmp_path}/path:{bare}"
+    result = check("-o", str(out), "-p", str(prebuilt), "kernels", "smoke", path=path)
+    assert result.returncode == 1, result.stdout + result.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["machine"]["commit"] == "FIXTURE"
+    assert set(results["stages"]) == {"Sound", "Kinds_Broken", "smoke"}
+    assert results["stages"]["Sound"].startswith("passed")
+    assert results["stages"]["Kinds_Broken"].startswith("failed with status 1")
+    assert results["stages"]["smoke"].startswith("passed")
+    assert "Kinds/Broken.Fails/int8" in result.stdout
 
 
 def test_a_dry_run_runs_nothing(bare: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = check("-n", "-o", str(out), path=bare)
     assert result.returncode == 0
-    assert "build: not available: nvcc" in result.stdout
+    assert "bench: not available here: an NVIDIA GPU" in result.stdout
+    assert "mustafar_cuda_bench 0.15 8,32768,32,8" in result.stdout
     assert not out.exists()
 
 
