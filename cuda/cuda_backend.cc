@@ -42,6 +42,15 @@ int32_t split_bound(std::span<const SequenceStep> sequences) {
   return bound;
 }
 
+// Most rows of a sequence whose |q| is recorded for pruning.
+int32_t newest_magnitudes(const Batch& batch) {
+  int32_t newest = 0;
+  for (const SequenceStep& s : batch.sequences) {
+    if (s.query_magnitude != nullptr) newest = std::max(newest, std::min(s.n_rows, s.query_window));
+  }
+  return newest;
+}
+
 // Calls body(first, count) for runs of neighbours with one layout. Item: what layout_of takes.
 template <typename Item, typename LayoutOf, typename Body>
 void for_layouts(std::span<const Item> items, LayoutOf&& layout_of, Body&& body) {
@@ -219,10 +228,7 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   rope.v = v;
   rope_append(rope, stream_);
 
-  int32_t newest = 0;
-  for (const SequenceStep& s : batch.sequences) {
-    if (s.query_magnitude != nullptr) newest = std::max(newest, std::min(s.n_rows, s.query_window));
-  }
+  const int32_t newest = newest_magnitudes(batch);
   if (newest == 0) return;
   AttentionArgs magnitude;
   magnitude.sequences = rope.sequences;
@@ -430,19 +436,16 @@ void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token
   key.buffers.assign(buffers.begin(), buffers.end());
   key.n_rows = batch.n_rows;
   key.max_splits = split_bound(batch.sequences);
-  key.layout = *batch.sequences[0].layout;
-  bool one_layout = true;
-  for (const SequenceStep& s : batch.sequences) {
-    one_layout = one_layout && *s.layout == key.layout && s.query_magnitude == nullptr;
-  }
+  for_layouts(
+      batch.sequences, [](const SequenceStep& s) -> const StoreLayout& { return *s.layout; },
+      [&](int32_t first, int32_t count) {
+        key.runs.emplace_back(*batch.sequences[first].layout, count);
+      });
+  key.magnitudes = newest_magnitudes(batch) > 0;
   // What changes from step to step goes to the device before the step, recorded or not.
   key.buffers.push_back(send_tokens(token_ids));
   send_sequences(batch, on_cuda(workspace));
   on_cuda(workspace).append_addresses(key.buffers);
-  if (!one_layout) {
-    body();
-    return;
-  }
   const auto it = std::find_if(steps_.begin(), steps_.end(),
                                [&](const RecordedStep& step) { return step.key == key; });
   if (it == steps_.end()) {

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.h"
@@ -74,7 +75,9 @@ class CudaBackend final : public Backend {
     std::vector<const void*> buffers;
     int32_t n_rows = 0;
     int32_t max_splits = 0;
-    StoreLayout layout;
+    // Neighbours of one layout share launches. In order: the layout, how many sequences have it.
+    std::vector<std::pair<StoreLayout, int32_t>> runs;
+    bool magnitudes = false;  // |q| is recorded for some sequence's pruning
     bool operator==(const StepKey&) const = default;
   };
   struct RecordedStep {

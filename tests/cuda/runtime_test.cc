@@ -140,6 +140,24 @@ TEST_F(CudaHost, DecodeStepsAreReplayed) {
   EXPECT_EQ(runtime().count("cudaGraphInstantiate"), runtime().count("cudaStreamBeginCapture"));
 }
 
+// Also where a policy looks at the queries, and where sequences of a batch are stored differently.
+TEST_F(CudaHost, DecodeStepsOfEveryPolicyAreReplayed) {
+  const Model model = open_model("cuda");
+  KVConfig aware;
+  aware.sparsity = 0.5;
+  aware.k_policy = PrunePolicy::kOutputAware;
+  Session a(model, aware), b(model, KVConfig{});
+  a.prefill(std::vector<int32_t>(130, 5));
+  b.prefill(std::vector<int32_t>(70, 5));
+  Session* const both[] = {&a, &b};
+  const std::vector<int32_t> ids = {7, 8};
+  for (int i = 0; i < 6; i++) a.decode(7);
+  const int64_t alone = runtime().count("cudaGraphLaunch");
+  EXPECT_GE(alone, 4) << "of 6 steps";
+  for (int i = 0; i < 6; i++) Session::decode_batch(both, ids);
+  EXPECT_GE(runtime().count("cudaGraphLaunch"), alone + 4) << "of 6 steps";
+}
+
 #if defined(MUSTAFAR_CUDA_DEBUG)
 TEST_F(CudaHost, DebugBuildsWaitForEveryKernel) {
   use_model(1);  // without a graph
