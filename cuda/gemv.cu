@@ -57,22 +57,6 @@ struct Weights {
   }
 };
 
-template <int kCount>
-__device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
-  if constexpr (kCount == 1) {
-    values[0] = from[0];
-  } else {
-#pragma unroll
-    for (int j = 0; j < kCount / 4; j++) {
-      const float4 four = reinterpret_cast<const float4*>(from)[j];
-      values[4 * j] = four.x;
-      values[4 * j + 1] = four.y;
-      values[4 * j + 2] = four.z;
-      values[4 * j + 3] = four.w;
-    }
-  }
-}
-
 // The sums of this warp's columns, and of the squares of x, each over the whole warp.
 template <DType kType, int kBatch, bool kVector>
 __device__ void sum_columns(const LinearArgs& args, int32_t first_x, int32_t n,

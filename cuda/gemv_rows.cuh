@@ -1,4 +1,5 @@
-// Which row of which matrix is row r of a GEMV block.
+// What both GEMV kernels share: which row of which matrix is row r of a block, how it is stored,
+// and the loads of x.
 #pragma once
 
 #include "cuda/device_ops.cuh"
@@ -58,6 +59,23 @@ __device__ __forceinline__ void store_row(const LinearArgs& args, int64_t group,
   }
   float* const y = place.part->y + x_row * place.part->y_stride + place.row;
   *y = place.part->accumulate ? *y + result : result;
+}
+
+// kCount neighbours: one, or fours from a 16-byte boundary on.
+template <int kCount>
+__device__ __forceinline__ void load_floats(const float* from, float (&values)[kCount]) {
+  if constexpr (kCount == 1) {
+    values[0] = from[0];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kCount / 4; j++) {
+      const float4 four = reinterpret_cast<const float4*>(from)[j];
+      values[4 * j] = four.x;
+      values[4 * j + 1] = four.y;
+      values[4 * j + 2] = four.z;
+      values[4 * j + 3] = four.w;
+    }
+  }
 }
 
 // Of RMSNorm, from the sum of squares.

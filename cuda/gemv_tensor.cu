@@ -51,17 +51,6 @@ struct Turn {
   }
 };
 
-__device__ __forceinline__ void load_eight(const float* from, float (&values)[8]) {
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const float4 four = reinterpret_cast<const float4*>(from)[i];
-    values[4 * i] = four.x;
-    values[4 * i + 1] = four.y;
-    values[4 * i + 2] = four.z;
-    values[4 * i + 3] = four.w;
-  }
-}
-
 template <DType kType, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
     gemv_tensor_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n) {
@@ -87,13 +76,13 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
       const int64_t at = column + 32 * p;
       const bool inside = at < cols;
       float norm[8];
-      if (args.norm != nullptr && inside) load_eight(args.norm + at, norm);
+      if (args.norm != nullptr && inside) load_floats(args.norm + at, norm);
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
         uint32_t high[4] = {}, low[4] = {};
         if (inside && t * kTileX + g < n) {
           float x[8];
-          load_eight(args.x + (first_x + t * kTileX + g) * cols + at, x);
+          load_floats(args.x + (first_x + t * kTileX + g) * cols + at, x);
           if (args.norm != nullptr) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
