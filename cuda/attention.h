@@ -2,8 +2,8 @@
 //
 // A sequence's tokens are cut into splits, whole tiles of 64 tokens, by its length alone, so that a
 // result does not depend on the batch. A kernel leaves a partial softmax (max, sum, output) per
-// row, head and split; the last block of a few heads in decode, or combine_attention, merges them
-// and undoes the value transform.
+// row, head and split; combine_attention merges them and undoes the value transform. A prompt's
+// rows are one split each: their kernel can write the output at once.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct AttentionArgs {
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
-  bool decode = true;       // one row a sequence, its token in the dense buffer
-  bool writes_out = false;  // of prefill_attention_fast: no combine follows
+  bool decode = true;         // one row a sequence, its token in the dense buffer
+  bool writes_out = false;    // of prefill_attention_fast: no combine follows
 };
 
 // A split has at least so many tiles of 64 tokens, which amortises a block's fixed costs, and there
