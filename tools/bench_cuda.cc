@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
 #include <string>
@@ -279,18 +278,14 @@ int main(int argc, char** argv) {
     for (const Shape& shape : shapes) {
       for (const Setting& setting : kSettings) {
         if (std::string(setting.name).find(only) == std::string::npos) continue;
-        try {
-          all_good = run(shape, setting, bandwidth, budget, stream) && all_good;
-        } catch (const Error& error) {
-          all_good = false;
-          const nlohmann::json row = {
-              {"kernel", "decode_attention"}, {"setting", setting.name},
-              {"batch", shape.batch},         {"context", shape.context},
-              {"heads", shape.n_heads},       {"kv_heads", shape.n_kv_heads},
-              {"error", error.what()}};
-          std::printf("%s\n", row.dump().c_str());
-          std::fflush(stdout);
-        }
+        all_good = measured({{"kernel", "decode_attention"},
+                             {"setting", setting.name},
+                             {"batch", shape.batch},
+                             {"context", shape.context},
+                             {"heads", shape.n_heads},
+                             {"kv_heads", shape.n_kv_heads}},
+                            [&] { return run(shape, setting, bandwidth, budget, stream); }) &&
+                   all_good;
       }
     }
     destroy_stream(stream);

@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <nlohmann/json.hpp>
 #include <random>
 #include <string>
 #include <vector>
@@ -265,21 +264,15 @@ int main(int argc, char** argv) {
       for (int32_t i = 0; i < static_cast<int32_t>(std::size(kSettings)); i++) {
         const bool any_setting = shape.setting == kAllSettings;
         if (shape.prefix < kBlockTokens ? i > 0 : !any_setting && i != shape.setting) continue;
-        try {
-          all_good = run(shape, kSettings[i], budget, stream) && all_good;
-        } catch (const Error& error) {
-          all_good = false;
-          const nlohmann::json row = {{"kernel", "prefill_attention"},
-                                      {"setting", kSettings[i].name},
-                                      {"rows", shape.rows},
-                                      {"before", shape.before},
-                                      {"prefix", shape.prefix},
-                                      {"heads", shape.n_heads},
-                                      {"kv_heads", shape.n_kv_heads},
-                                      {"error", error.what()}};
-          std::printf("%s\n", row.dump().c_str());
-          std::fflush(stdout);
-        }
+        all_good = measured({{"kernel", "prefill_attention"},
+                             {"setting", kSettings[i].name},
+                             {"rows", shape.rows},
+                             {"before", shape.before},
+                             {"prefix", shape.prefix},
+                             {"heads", shape.n_heads},
+                             {"kv_heads", shape.n_kv_heads}},
+                            [&] { return run(shape, kSettings[i], budget, stream); }) &&
+                   all_good;
       }
     }
     destroy_stream(stream);

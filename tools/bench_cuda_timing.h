@@ -1,12 +1,16 @@
-// What the GPU benchmarks share: time of a recorded step, and the copy bandwidth as a ceiling.
+// What the GPU benchmarks share: time of a recorded step, the copy bandwidth as a ceiling, and rows
+// that could not be measured.
 #pragma once
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "cuda/buffer.h"
 #include "cuda/device.h"
+#include "mustafar/error.h"
 
 namespace mustafar::cuda {
 
@@ -40,6 +44,20 @@ inline double copy_bandwidth(Stream stream, double budget) {
   const double seconds = seconds_of(stream, graph, budget);
   destroy_graph(graph);
   return 2.0 * static_cast<double>(bytes) / seconds;
+}
+
+// What body says, or false where it throws: then row, what was to be measured, is printed with the
+// error, and the next can go on.
+template <typename Body>
+bool measured(nlohmann::json row, Body&& body) {
+  try {
+    return body();
+  } catch (const Error& error) {
+    row["error"] = error.what();
+    std::printf("%s\n", row.dump().c_str());
+    std::fflush(stdout);
+    return false;
+  }
 }
 
 }  // namespace mustafar::cuda
