@@ -192,7 +192,7 @@ stage_more() {
   program more mustafar_cuda_bench || return
   bench_shapes "${more_shapes[@]}" 2,32768,32,8,32
   needs more_torch "PyTorch with CUDA" has_torch || return
-  step torch_more 60 "$python" tools/bench_torch_attention.py "${more_shapes[@]}"
+  step torch_more 60 "$python" bench/torch_attention.py "${more_shapes[@]}"
 }
 
 stage_prefill() {
@@ -207,7 +207,7 @@ stage_linear() {
 
 stage_torch() {
   needs torch "PyTorch with CUDA" has_torch || return
-  step torch 60 "$python" tools/bench_torch_attention.py "${shapes[@]}"
+  step torch 60 "$python" bench/torch_attention.py "${shapes[@]}"
 }
 
 # Whole models of random weights, end to end.

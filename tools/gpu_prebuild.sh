@@ -28,7 +28,7 @@ fi
 # shellcheck disable=SC2086  # CMAKE_ARGS is a list
 cmake -S . -B $build -G Ninja "${options[@]}" ${CMAKE_ARGS:-} > /dev/null
 programs=(cpp/mustafar tests/mustafar_tests tests/cuda/mustafar_cuda_kernel_tests
-  tools/mustafar_cuda_bench tools/mustafar_cuda_prefill_bench tools/mustafar_cuda_linear_bench)
+  bench/mustafar_cuda_bench bench/mustafar_cuda_prefill_bench bench/mustafar_cuda_linear_bench)
 targets=(mustafar_command "${programs[@]:1}")
 cmake --build $build -j "$jobs" --target "${targets[@]##*/}"
 

@@ -3,7 +3,7 @@
     pip install matplotlib
     python tools/plot_cost.py docs/results/cost.json docs/cost.svg
 
-The input is what tools/measure_cost.py wrote.
+The input is what bench/measure_cost.py wrote.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/isa.h"
-#include "backend/cpu/row_scores.h"
+#include "backend/cpu/linear/row_scores.h"
 
 namespace mustafar {
 

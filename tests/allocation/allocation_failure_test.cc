@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpp/tiny_model.h"
+#include "support/tiny_model.h"
 #include "failing_allocator.h"
 #include "mustafar/chat.h"
 #include "mustafar/error.h"

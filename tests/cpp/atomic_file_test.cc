@@ -19,7 +19,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/session.h"
-#include "tiny_model.h"
+#include "support/tiny_model.h"
 
 namespace {
 

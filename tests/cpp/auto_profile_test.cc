@@ -14,7 +14,7 @@
 #include "mustafar/profile.h"
 #include "runtime/calibration_text.h"
 #include "runtime/model_impl.h"
-#include "tiny_model.h"
+#include "support/tiny_model.h"
 
 namespace mustafar {
 namespace {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "mustafar/error.h"
-#include "source_dir.h"
+#include "support/source_dir.h"
 
 namespace mustafar {
 namespace {

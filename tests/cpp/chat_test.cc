@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
-#include "model_folder.h"
+#include "support/model_folder.h"
 #include "mustafar/error.h"
-#include "source_dir.h"
-#include "tiny_model.h"
+#include "support/source_dir.h"
+#include "support/tiny_model.h"
 
 namespace mustafar {
 namespace {

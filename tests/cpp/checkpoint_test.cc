@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "model_folder.h"
+#include "support/model_folder.h"
 #include "mustafar/error.h"
-#include "source_dir.h"
+#include "support/source_dir.h"
 
 namespace mustafar {
 namespace {

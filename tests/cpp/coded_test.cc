@@ -9,11 +9,11 @@
 #include <random>
 #include <vector>
 
-#include "backend/cpu/coded_kernels.h"
+#include "backend/cpu/attention/coded_kernels.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/kernels.h"
 #include "core/dtype.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar {
 namespace {

@@ -1,4 +1,4 @@
-#include "backend/cpu/commit.h"
+#include "backend/cpu/compress/commit.h"
 
 #include <gtest/gtest.h>
 
@@ -10,7 +10,7 @@
 
 #include "format/pack.h"
 #include "format/prune.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
 

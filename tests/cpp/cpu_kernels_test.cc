@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "backend/cpu/kernels.h"
-#include "backend/cpu/linear.h"
+#include "backend/cpu/linear/linear.h"
 
 namespace mustafar {
 namespace {

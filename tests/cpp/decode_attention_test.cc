@@ -1,4 +1,4 @@
-#include "backend/cpu/decode_attention.h"
+#include "backend/cpu/attention/decode.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar {
 namespace {

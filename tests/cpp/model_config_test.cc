@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "model_folder.h"
+#include "support/model_folder.h"
 #include "mustafar/error.h"
 
 namespace mustafar {

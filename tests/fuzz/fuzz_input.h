@@ -10,7 +10,7 @@
 #include <fstream>
 #include <string>
 
-#include "../cpp/model_folder.h"
+#include "support/model_folder.h"
 
 namespace mustafar::fuzz {
 

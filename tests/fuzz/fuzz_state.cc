@@ -4,7 +4,7 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
-#include "../cpp/tiny_model.h"
+#include "support/tiny_model.h"
 #include "core/hash.h"
 #include "fuzz_input.h"
 #include "mustafar/error.h"

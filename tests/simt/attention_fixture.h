@@ -1,4 +1,4 @@
-// Runs the attention kernels over RandomCache sequences (tests/cpp/kv_test_util.h).
+// Runs the attention kernels over RandomCache sequences (tests/support/kv_test_util.h).
 #pragma once
 
 #include <gtest/gtest.h>
@@ -12,7 +12,7 @@
 #include "cuda/attention.h"
 #include "cuda/step_views.h"
 #include "device_memory.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar::cuda {
 

@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "backend/cpu/commit.h"
+#include "backend/cpu/compress/commit.h"
 #include "cuda/compress.h"
 #include "cuda/step_views.h"
 #include "device_memory.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
 

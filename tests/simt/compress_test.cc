@@ -15,7 +15,7 @@
 #include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 #include "mustafar/kv_config.h"
 
 namespace mustafar::cuda {

@@ -12,7 +12,7 @@
 
 #include "cuda/linear.h"
 #include "device_memory.h"
-#include "kv_test_util.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar::cuda {
 

@@ -12,7 +12,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/session.h"
-#include "source_dir.h"
+#include "support/source_dir.h"
 
 namespace mustafar {
 namespace {

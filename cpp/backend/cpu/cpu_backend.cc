@@ -8,11 +8,11 @@
 #include <fstream>
 #include <new>
 
-#include "backend/cpu/commit.h"
-#include "backend/cpu/decode_attention.h"
-#include "backend/cpu/linear.h"
-#include "backend/cpu/prefill_attention.h"
-#include "backend/cpu/row_scores.h"
+#include "backend/cpu/compress/commit.h"
+#include "backend/cpu/attention/decode.h"
+#include "backend/cpu/linear/linear.h"
+#include "backend/cpu/attention/prefill.h"
+#include "backend/cpu/linear/row_scores.h"
 #include "mustafar/error.h"
 
 namespace mustafar {

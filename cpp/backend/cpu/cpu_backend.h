@@ -7,7 +7,7 @@
 #include "backend/backend.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/kernels.h"
-#include "backend/cpu/linear.h"
+#include "backend/cpu/linear/linear.h"
 #include "backend/cpu/workspace.h"
 #include "core/thread_pool.h"
 

@@ -1,7 +1,7 @@
 #include "backend/cpu/kernels.h"
 
-#include "backend/cpu/coded_kernels.h"
-#include "backend/cpu/unpack.h"
+#include "backend/cpu/attention/coded_kernels.h"
+#include "backend/cpu/attention/unpack.h"
 
 namespace mustafar {
 namespace {

@@ -2,10 +2,10 @@
 //
 // The templates are over Simd, so the order of these includes matters.
 // clang-format off
-#include "backend/cpu/simd_avx512.h"
-#include "backend/cpu/simd_math_impl.h"
-#include "backend/cpu/gemm_impl.h"
-#include "backend/cpu/gemm_step_bf16.h"
+#include "backend/cpu/simd/avx512.h"
+#include "backend/cpu/simd/math_impl.h"
+#include "backend/cpu/linear/gemm_impl.h"
+#include "backend/cpu/linear/gemm_step_bf16.h"
 // clang-format on
 
 namespace mustafar {

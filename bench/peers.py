@@ -1,0 +1,479 @@
+"""Compares this runtime with llama.cpp (through llama-cpp-python) on the same random weights.
+
+    pip install llama-cpp-python gguf
+    python bench/peers.py --shape llama-3.2-1b:4 --threads 2
+
+Both engines load the same bf16 matrices, written once as a Hugging Face folder and once as GGUF,
+run in one process with the same threads and context, and take turns, so that a machine that changes
+its speed does so for all of them. llama.cpp runs with flash attention on and off; ratios are to the
+better of the two, medians of all repetitions. Figures:
+
+    prefill N         tokens/s of a prompt of N tokens on an empty cache
+    decode @ N        tokens/s of single tokens after N
+    attention @ N     milliseconds per token that N tokens of context cost: decode after N, less
+                      decode after the shortest prompt
+
+Prints Markdown; --json and --markdown write files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PAUSE = 0.1  # seconds between engines: idle worker threads stop spinning
+SEED = 1
+CONTEXT = 131072  # tokens, as the model files state it
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+    tied: bool
+
+
+SHAPES = {
+    "llama-3.2-1b": Shape(2048, 8192, 16, 32, 8, 64, 128256, 5e5, True),
+    "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128, 128256, 5e5, True),
+    "llama-3-8b": Shape(4096, 14336, 32, 32, 8, 128, 128256, 5e5, False),
+    "tinyllama-1.1b": Shape(2048, 5632, 22, 32, 4, 64, 32000, 1e4, False),
+    # An 8B model's heads and little else: what attention costs does not drown in weights.
+    "attention": Shape(512, 512, 32, 32, 8, 128, 512, 5e5, True),
+}
+
+
+def parse_shape(text: str) -> Shape:
+    """A name of SHAPES, with an optional ``:layers``."""
+    name, _, layers = text.partition(":")
+    if name not in SHAPES:
+        raise SystemExit(f"--shape must be one of {', '.join(SHAPES)}, not {name}")
+    return replace(SHAPES[name], layers=int(layers)) if layers else SHAPES[name]
+
+
+# Weights
+
+
+def random_pool() -> NDArray[np.uint16]:
+    """bf16 bits of normal values with standard deviation 0.02, a prime number of them."""
+    rng = np.random.default_rng(SEED)
+    values = rng.standard_normal(4_194_301, dtype=np.float32) * np.float32(0.02)
+    return (values.view(np.uint32) >> 16).astype(np.uint16)  # truncated: random anyway
+
+
+def tensors(shape: Shape) -> Iterable[tuple[str, NDArray[np.uint16]]]:
+    """Hugging Face names and bf16 bits; norms are one."""
+    rng = np.random.default_rng(SEED)
+    pool = random_pool()
+
+    def matrix(rows: int, columns: int) -> NDArray[np.uint16]:
+        """The pool over and over, from a random start: as good as new values, and quick."""
+        start = int(rng.integers(len(pool)))
+        return np.resize(np.roll(pool, -start), (rows, columns))
+
+    one = np.full(shape.hidden, 0x3F80, np.uint16)
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", matrix(shape.vocab, shape.hidden)
+    for layer in range(shape.layers):
+        prefix = f"model.layers.{layer}."
+        yield prefix + "input_layernorm.weight", one
+        yield prefix + "self_attn.q_proj.weight", matrix(q, shape.hidden)
+        yield prefix + "self_attn.k_proj.weight", matrix(kv, shape.hidden)
+        yield prefix + "self_attn.v_proj.weight", matrix(kv, shape.hidden)
+        yield prefix + "self_attn.o_proj.weight", matrix(shape.hidden, q)
+        yield prefix + "post_attention_layernorm.weight", one
+        yield prefix + "mlp.gate_proj.weight", matrix(shape.intermediate, shape.hidden)
+        yield prefix + "mlp.up_proj.weight", matrix(shape.intermediate, shape.hidden)
+        yield prefix + "mlp.down_proj.weight", matrix(shape.hidden, shape.intermediate)
+    yield "model.norm.weight", one
+    if not shape.tied:
+        yield "lm_head.weight", matrix(shape.vocab, shape.hidden)
+
+
+def write_folder(shape: Shape, folder: Path) -> None:
+    """config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": CONTEXT,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": shape.tied,
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, bits in tensors(shape):
+        end = offset + bits.nbytes
+        header[name] = {"dtype": "BF16", "shape": bits.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-(len(encoded) + 8) % 64)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for _, bits in tensors(shape):
+            file.write(bits.tobytes())
+
+
+def interleave_rope(bits: NDArray[np.uint16], heads: int) -> NDArray[np.uint16]:
+    """Rows of a q or k projection in GGUF's order: pairs (i, i + D/2) become neighbours."""
+    rows, columns = bits.shape
+    halves = bits.reshape(heads, 2, rows // heads // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
+
+
+def write_gguf(shape: Shape, path: Path) -> None:
+    """The same matrices as GGUF in bf16, norms in f32, with a vocabulary of placeholders."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.intermediate)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(shape.rope_theta)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(shape.vocab)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_tokenizer_model("llama")
+    special = [b"<unk>", b"<s>", b"</s>"]
+    writer.add_token_list(special + [b"t%d" % i for i in range(len(special), shape.vocab)])
+    writer.add_token_scores([0.0] * shape.vocab)
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+    writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (shape.vocab - len(kinds)))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
+    for name, bits in tensors(shape):
+        target = names.get_name(name, try_suffixes=(".weight",))
+        assert target is not None, name
+        if bits.ndim == 1:
+            writer.add_tensor(target, (bits.astype(np.uint32) << 16).view(np.float32))
+            continue
+        if "q_proj" in name:
+            bits = interleave_rope(bits, shape.heads)
+        elif "k_proj" in name:
+            bits = interleave_rope(bits, shape.kv_heads)
+        writer.add_tensor(target, bits.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Engines: each can prefill an empty cache, and decode from where its last prefill ended.
+
+
+class Mustafar:
+    """This runtime with one cache setting."""
+
+    def __init__(self, model: Any, name: str, kv: Any) -> None:
+        self.name, self._model, self._kv = f"mustafar, {name}", model, kv
+        self._session: Any = None
+
+    def prefill(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits [vocab] after the last of the tokens."""
+        import mustafar
+
+        self._session = mustafar.Session(self._model, kv=self._kv)
+        return np.array(self._session.prefill(ids))
+
+    def decode(self, ids: list[int]) -> float:
+        """Seconds for these tokens, one by one, after the last prefill."""
+        fork = self._session.fork()
+        fork.decode(ids[0])  # makes the fork's scratch memory
+        start = time.perf_counter()
+        for token in ids:
+            fork.decode(token)
+        return time.perf_counter() - start
+
+
+class LlamaCpp:
+    """llama.cpp with its default f16 cache."""
+
+    def __init__(self, path: Path, context: int, threads: int, flash: bool) -> None:
+        import llama_cpp
+
+        self.name = f"llama.cpp, flash attention {'on' if flash else 'off'}"
+        self._llama = llama_cpp.Llama(
+            str(path),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            n_batch=2048,
+            n_ubatch=512,
+            flash_attn=flash,
+            verbose=False,
+        )
+        self._depth = 0
+
+    def prefill(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits [vocab] after the last of the tokens."""
+        import llama_cpp
+
+        self._llama.reset()
+        self._llama.eval(ids)
+        self._depth = len(ids)
+        logits = llama_cpp.llama_get_logits_ith(self._llama.ctx, -1)
+        return np.ctypeslib.as_array(logits, shape=(self._llama.n_vocab(),)).copy()
+
+    def decode(self, ids: list[int]) -> float:
+        """Seconds for these tokens, one by one, after the last prefill."""
+        self._llama.n_tokens = self._depth  # eval drops what lies beyond
+        self._llama.eval(ids[:1])
+        start = time.perf_counter()
+        for token in ids:
+            self._llama.eval([token])
+        return time.perf_counter() - start
+
+
+Samples = dict[str, list[float]]  # seconds, by engine
+Figure = Callable[[float], float]  # of seconds
+
+
+def take_turns(engines: list[Any], repetitions: int, measure: Callable[[Any], float]) -> Samples:
+    """Seconds per engine and repetition, the engines taking turns."""
+    samples: Samples = {engine.name: [] for engine in engines}
+    for _ in range(repetitions):
+        for engine in engines:
+            time.sleep(PAUSE)
+            samples[engine.name].append(measure(engine))
+    return samples
+
+
+def timed_prefill(ids: list[int]) -> Callable[[Any], float]:
+    """A measurement of the whole call."""
+
+    def measure(engine: Any) -> float:
+        start = time.perf_counter()
+        engine.prefill(ids)
+        return time.perf_counter() - start
+
+    return measure
+
+
+def timed_decode(ids: list[int]) -> Callable[[Any], float]:
+    """A measurement of the engine's own."""
+    return lambda engine: engine.decode(ids)
+
+
+def rate_of(tokens: int) -> Figure:
+    """Tokens per second."""
+    return lambda seconds: tokens / seconds
+
+
+def ratio(a: float, b: float) -> float | None:
+    """None where noise left nothing to compare."""
+    return a / b if a > 0 and b > 0 else None
+
+
+def result(test: str, unit: str, samples: Samples, value: Figure) -> dict[str, Any]:
+    """Every engine's median and its ratio to the better llama.cpp; above 1 is better."""
+    medians = {name: value(statistics.median(times)) for name, times in samples.items()}
+    peers = [figure for name, figure in medians.items() if name.startswith("llama.cpp")]
+    rates = unit == "tokens/s"
+    best = max(peers) if rates else min(peers)
+    rows = [
+        {
+            "engine": name,
+            "median": figure,
+            "ratio": ratio(figure, best) if rates else ratio(best, figure),
+            "samples": [value(seconds) for seconds in samples[name]],
+        }
+        for name, figure in medians.items()
+    ]
+    return {"test": test, "unit": unit, "rows": rows}
+
+
+def agreement(engines: list[Any], ids: list[int]) -> dict[str, float]:
+    """Normalised squared error of every engine's logits against the first's: the same model?"""
+    reference = engines[0].prefill(ids).astype(np.float64)
+    power = float(np.mean(reference**2))
+    return {
+        engine.name: float(np.mean((engine.prefill(ids) - reference) ** 2)) / power
+        for engine in engines[1:]
+    }
+
+
+def make_engines(args: argparse.Namespace, folder: Path, gguf: Path) -> tuple[Any, list[Any]]:
+    """The model and every engine over it."""
+    import mustafar
+
+    model = mustafar.Model(folder, threads=args.threads)
+    published = {"k_sparsity": 0.625, "v_sparsity": 0.75, "value_dtype": "auto"}
+    settings: dict[str, dict[str, Any]] = {"dense": {"value_dtype": "auto"}}
+    if not args.dense_only:
+        settings["bf16 K .625 V .75"] = published
+        settings["int8 K .625 V .75"] = published | {"value_dtype": "int8"}
+        settings["int4 K .5 V .5"] = {"sparsity": 0.5, "value_dtype": "int4"}
+    engines: list[Any] = [
+        Mustafar(model, name, mustafar.KVConfig(**values)) for name, values in settings.items()
+    ]
+    context = max(args.prefill) + 256
+    engines += [LlamaCpp(gguf, context, args.threads, flash) for flash in (False, True)]
+    return model, engines
+
+
+def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dict[str, Any]:
+    """Every test, as JSON."""
+    import llama_cpp
+
+    import mustafar
+
+    model, engines = make_engines(args, folder, gguf)
+    rng = np.random.default_rng(SEED)
+    ids = rng.integers(3, shape.vocab, max(args.prefill) + 256).tolist()
+    same = agreement(engines, ids[:64])
+    print(f"logits against {engines[0].name}, NMSE: {same}", file=sys.stderr)
+    if max(same.values()) > 0.01:
+        raise SystemExit("the engines do not run the same model")
+
+    results = []
+    shortest: Samples = {}
+    for n in sorted(args.prefill):
+        long = n > 2048
+        print(f"prefill {n}", file=sys.stderr)
+        if not long:  # a warm-up; for long prompts it would double the time
+            take_turns(engines, 1, timed_prefill(ids[:n]))
+        repetitions = args.long_repetitions if long else args.repetitions
+        samples = take_turns(engines, repetitions, timed_prefill(ids[:n]))
+        results.append(result(f"prefill {n}", "tokens/s", samples, rate_of(n)))
+        print(f"decode @ {n}", file=sys.stderr)
+        samples = take_turns(engines, args.repetitions, timed_decode(ids[-args.decode :]))
+        results.append(result(f"decode @ {n}", "tokens/s", samples, rate_of(args.decode)))
+        if not shortest:
+            shortest = samples
+            continue
+        extra = {
+            name: [statistics.median(times) - statistics.median(shortest[name])]
+            for name, times in samples.items()
+        }
+        results.append(
+            result(f"attention @ {n}", "ms/token", extra, lambda s: 1000 * s / args.decode)
+        )
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "system": platform.platform(),
+        "load_before": args.load,
+        "mustafar": mustafar.__version__,
+        "llama_cpp_python": llama_cpp.__version__,
+        "device": repr(model).partition(" on ")[2].rstrip(">"),
+        "shape": args.shape,
+        "logits_nmse": same,
+        "command": "python bench/peers.py " + " ".join(sys.argv[1:]),
+        "results": results,
+    }
+
+
+def cpu_name() -> str:
+    """As the system has it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(": ", 1)[1]
+    return platform.processor()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a table, one row per test and engine."""
+    header = (
+        f"{report['shape']}, random bf16 weights; {report['cpu']}, {report['threads']} threads; "
+        f"{report['device']}; llama-cpp-python {report['llama_cpp_python']} (f16 cache); "
+        f"{report['date']}."
+    )
+    lines = [
+        header,
+        "",
+        f"`{report['command']}`",
+        "",
+        "| test | engine | median | unit | times the better llama.cpp |",
+        "|---|---|---:|---|---:|",
+    ]
+    for test in report["results"]:
+        for row in test["rows"]:
+            times = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            lines.append(
+                f"| {test['test']} | {row['engine']} | {row['median']:.2f} | {test['unit']} "
+                f"| {times} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Reads the options, writes weights, measures, prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default="llama-3.2-1b:4", help="NAME or NAME:LAYERS")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--prefill", type=int, nargs="+", default=[512, 16384])
+    parser.add_argument("--decode", type=int, default=32, help="tokens per sample")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--long-repetitions", type=int, default=1, help="of prompts beyond 2048")
+    parser.add_argument("--dense-only", action="store_true", help="of ours, the dense cache alone")
+    parser.add_argument(
+        "--weights", type=Path, help="folder that keeps the weights; else temporary"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--markdown", type=Path, help="write the table here")
+    args = parser.parse_args()
+    args.load = os.getloadavg()[0]
+
+    shape = parse_shape(args.shape)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = args.weights or Path(temporary)
+        folder, gguf = root / "hf", root / "model.gguf"
+        if not gguf.exists():
+            print(f"writing weights to {root}", file=sys.stderr)
+            write_folder(shape, folder)
+            write_gguf(shape, gguf)
+        report = run(args, shape, folder, gguf)
+    table = markdown(report)
+    print(table)
+    for path, text in ((args.json, json.dumps(report, indent=2) + "\n"), (args.markdown, table)):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+// Decode attention, AVX-512: the online softmax over tiles. Included by the files of the AVX-512
+// paths alone.
+#pragma once
+
+#include "backend/cpu/attention/decode_avx512_rows.h"
+
+namespace mustafar {
+namespace {
+
+// 2^x; 0 below -150, NaN for NaN. Relative error below 2e-7.
+inline __m512 exp2_ps(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second operand where one is NaN
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440266574e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357674640e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550332471162809e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791363012e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// 16 bf16 as floats.
+inline __m512 load_bf16(const uint16_t* x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
+}
+
+// Weights and queries as 16-bit integers reach up to this, which two signed bytes hold too.
+constexpr float kTopCode = 32512.0f;
+
+// How weights are stored.
+enum class Codes {
+  kFloats,  // f32 [64], of float rows; others of these
+  kBf16,    // bf16 [64]
+  kWords,   // int16 [64], of integer rows
+  kBytes,   // int8 [64] of the high bytes and, at a distance, of the low ones: high * 256 + low
+};
+
+// Softmax of one head over a tile: scores [64] (n of them valid) become weights, the state's
+// maximum and sum are brought up to date. Returns the factor of the output so far. Of ints: scores
+// are multiplied by q_unit, q_offset is added and the keys' scales come last; unit: of int weights;
+// weight_sum: running, of weights times the values' scales.
+template <Kind kKind, Codes kCodes>
+float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const float* scores,
+                   uint8_t* weights, float& running_max, float& running_sum, float& unit,
+                   float q_offset, float& weight_sum, int64_t low_bytes = 0) {
+  __m512 s[4];
+  __m512 tile_max = _mm512_set1_ps(-__builtin_inff());
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const int32_t left = n - 16 * i;
+    const __mmask16 valid = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+    s[i] = _mm512_load_ps(scores + 16 * i);
+    if constexpr (kKind == Kind::kInt) {
+      s[i] = _mm512_fmadd_ps(s[i], _mm512_set1_ps(q_unit), _mm512_set1_ps(q_offset));
+      s[i] = _mm512_mul_ps(s[i], load_bf16(k.scales + 16 * i));
+    }
+    s[i] = _mm512_mask_blend_ps(valid, _mm512_set1_ps(-__builtin_inff()), s[i]);
+    tile_max = _mm512_max_ps(tile_max, s[i]);
+  }
+  const float tile = _mm512_reduce_max_ps(tile_max);
+  const float max = tile > running_max ? tile : running_max;
+  const float shift = max == -__builtin_inff() ? 0.0f : max;
+  const float rescale =
+      running_max == max ? 1.0f : _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(running_max - shift)));
+  running_max = max;
+
+  __m512 sum = _mm512_setzero_ps();
+  __m512 largest = _mm512_setzero_ps(), scaled = largest;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    s[i] = exp2_ps(_mm512_sub_ps(s[i], _mm512_set1_ps(shift)));
+    if constexpr (kKind == Kind::kInt) {
+      sum = _mm512_add_ps(sum, s[i]);
+      s[i] = _mm512_mul_ps(s[i], load_bf16(v.scales + 16 * i));
+      largest = _mm512_max_ps(largest, s[i]);
+      scaled = _mm512_add_ps(scaled, s[i]);
+#if defined(__AVX512BF16__)
+    } else if constexpr (kCodes == Codes::kBf16) {
+      // The sum of what is multiplied, so that its rounding is no bias.
+      const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[i]));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + 32 * i), bits);
+      sum = _mm512_add_ps(sum,
+                          _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+#endif
+    } else {
+      sum = _mm512_add_ps(sum, s[i]);
+      _mm512_store_ps(weights + 64 * i, s[i]);
+    }
+  }
+  running_sum = running_sum * rescale + _mm512_reduce_add_ps(sum);
+  if constexpr (kKind == Kind::kInt) {
+    weight_sum = weight_sum * rescale + _mm512_reduce_add_ps(scaled);
+    const float top = _mm512_reduce_max_ps(largest);
+    unit = top / kTopCode;
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? kTopCode / top : 0.0f);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[i], inverse));
+      if constexpr (kCodes == Codes::kBytes) {
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
+        _mm_store_si128(reinterpret_cast<__m128i*>(weights + 16 * i), _mm512_cvtepi32_epi8(high));
+        _mm_store_si128(reinterpret_cast<__m128i*>(weights + low_bytes + 16 * i),
+                        _mm512_cvtepi32_epi8(codes));
+      } else {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(weights + 32 * i),
+                           _mm512_cvtepi32_epi16(codes));
+      }
+    }
+  }
+  return rescale;
+}
+
+}  // namespace
+}  // namespace mustafar

@@ -1,8 +1,0 @@
-// Decode attention for AVX-512 with BF16: the same with vdpbf16ps.
-#include "backend/cpu/decode_attention_avx512_heads.h"
-
-namespace mustafar {
-
-void decode_runs_avx512bf16(DecodeRuns runs) { run_tiles<FmaProducts>(runs); }
-
-}  // namespace mustafar
