@@ -23,8 +23,8 @@
 #include <string>
 #include <vector>
 
-#include "backend/cpu/compress/commit.h"
 #include "backend/cpu/attention/decode.h"
+#include "backend/cpu/compress/commit.h"
 #include "backend/cpu/isa.h"
 #include "core/thread_pool.h"
 #include "format/block_format.h"

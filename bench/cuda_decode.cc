@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/cuda_timing.h"
 #include "cuda/attention.h"
 #include "cuda/buffer.h"
 #include "cuda/compress.h"
@@ -23,7 +24,6 @@
 #include "format/block_format.h"
 #include "format/coded.h"
 #include "mustafar/error.h"
-#include "bench/cuda_timing.h"
 
 namespace {
 

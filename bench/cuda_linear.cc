@@ -13,11 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "bench/cuda_timing.h"
 #include "core/dtype.h"
 #include "cuda/cublaslt.h"
 #include "cuda/linear.h"
 #include "mustafar/error.h"
-#include "bench/cuda_timing.h"
 
 namespace {
 

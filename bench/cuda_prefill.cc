@@ -18,13 +18,13 @@
 #include <string>
 #include <vector>
 
+#include "bench/cuda_timing.h"
 #include "cuda/attention.h"
 #include "cuda/buffer.h"
 #include "cuda/compress.h"
 #include "cuda/device.h"
 #include "format/block_format.h"
 #include "mustafar/error.h"
-#include "bench/cuda_timing.h"
 
 namespace {
 

@@ -18,9 +18,9 @@
 #include <immintrin.h>
 #endif
 
+#include "backend/cpu/attention/prefill.h"
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/linear/linear.h"
-#include "backend/cpu/attention/prefill.h"
 #include "core/buffer.h"
 #include "core/thread_pool.h"
 

@@ -23,13 +23,13 @@ constexpr int kThreads = 128;
 constexpr int kDimsPerThread = 2;  // head_dim <= 256
 
 struct Scratch {
-  float* keys;     // [kTokens][stride]
-  float* values;   // [kTokens][stride]
-  float* queries;  // [kPairs][head_dim]
-  float* scores;   // [kPairs][kTokens]
-  float* max;      // [kPairs]
-  float* sum;      // [kPairs]
-  float* rescale;  // [kPairs]
+  float* keys;        // [kTokens][stride]
+  float* values;      // [kTokens][stride]
+  float* queries;     // [kPairs][head_dim]
+  float* scores;      // [kPairs][kTokens]
+  float* max;         // [kPairs]
+  float* sum;         // [kPairs]
+  float* rescale;     // [kPairs]
   CodeDim* codes[2];  // [head_dim], of K and V where they are coded
   int stride;
 };

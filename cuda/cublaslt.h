@@ -14,8 +14,8 @@ namespace mustafar::cuda {
 class CublasLt {
  public:
   // Null where no library is found that has the interface and starts on this device.
-  // MUSTAFAR_CUBLASLT names a file to open instead of the usual ones, and Error says why it can't be
-  // used; "off" opens none.
+  // MUSTAFAR_CUBLASLT names a file to open instead of the usual ones, and Error says why it can't
+  // be used; "off" opens none.
   static std::unique_ptr<CublasLt> open();
   virtual ~CublasLt() = default;
 

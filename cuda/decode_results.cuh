@@ -21,7 +21,7 @@ constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
 // Of the warps' results at the end.
 template <typename Shape>
-constexpr int merging_bytes = kDecodeWarps* Shape::kQueries*(Shape::kDim + 2) * 4;
+constexpr int merging_bytes = kDecodeWarps * Shape::kQueries * (Shape::kDim + 2) * 4;
 
 // Merges the warps and writes the partials of this block's queries. merged: shared, [warp][query]
 // [head_dim + 2] f32.

@@ -14,9 +14,9 @@ constexpr int kSetQueries = 4;  // query heads in the columns of one product
 // scales of all queries. The 16 bytes between rows keep eight of them, and so ldmatrix, free of
 // bank conflicts. kBits: 16, or 8 for integers.
 template <int kDim, int kBits>
-constexpr int kQueryRowBytes = kDim* kBits / 8 + 16;
+constexpr int kQueryRowBytes = kDim * kBits / 8 + 16;
 template <int kDim, int kSets>
-constexpr int kQueryBytes = kSets*(8 * kQueryRowBytes<kDim, 16> + 4 * kSetQueries);
+constexpr int kQueryBytes = kSets * (8 * kQueryRowBytes<kDim, 16> + 4 * kSetQueries);
 
 // from: [n_queries][kDim], f32. The softmax's scale, in base 2, goes in. An integer query is scale
 // * (128 first + second). By the whole block, a warp a query, so that its threads share the work; a

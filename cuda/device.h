@@ -24,12 +24,12 @@ struct DeviceProperties {
   int64_t memory_bytes = 0;
 };
 
-// Makes the first device the calling process's. Throws DeviceError saying what is missing: a driver,
-// a device, or code for the device's architecture in this build.
+// Makes the first device the calling process's. Throws DeviceError saying what is missing: a
+// driver, a device, or code for the device's architecture in this build.
 DeviceProperties open_device();
 
-// Every function throws Error naming what was called and CUDA's own words; the allocating ones throw
-// OutOfMemory with the need and, on the device, what is free.
+// Every function throws Error naming what was called and CUDA's own words; the allocating ones
+// throw OutOfMemory with the need and, on the device, what is free.
 void* device_allocate(int64_t bytes);
 void device_free(void* pointer) noexcept;
 void* pinned_allocate(int64_t bytes);  // host memory that copies run from without staging

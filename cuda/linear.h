@@ -9,7 +9,7 @@
 
 namespace mustafar::cuda {
 
-constexpr int32_t kMaxFused = 3;  // matrices of one GEMV launch
+constexpr int32_t kMaxFused = 3;   // matrices of one GEMV launch
 constexpr int32_t kGemvRows = 16;  // batch rows that GEMV takes at once
 
 // One matrix of a launch.

@@ -37,7 +37,7 @@ constexpr float kHeadroom = 8.0f;  // a weight of up to 2^8 keeps the old maximu
 constexpr float kNoScore = -1e30f;
 
 template <int kDim>
-constexpr int kQueryBytes = 2 * kPairs* kDim;
+constexpr int kQueryBytes = 2 * kPairs * kDim;
 template <int kDim>
 constexpr int kSharedBytes =  // the stages take the block's output at the end
     kQueryBytes<kDim> + 2 * kStageBytes<kDim> + kTileTokens * 4 + kTableBytes +

@@ -17,7 +17,7 @@ constexpr int kPrefillWarps = 4;
 constexpr int kPrefillThreads = kPrefillWarps * kWarpSize;
 
 template <int kDim>
-constexpr int kTileBytes = kTileTokens* kDim * 2;
+constexpr int kTileBytes = kTileTokens * kDim * 2;
 
 template <int kDim>
 constexpr int kStageBytes = 2 * kTileBytes<kDim>;  // K and V

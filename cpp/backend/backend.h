@@ -40,33 +40,34 @@ struct LayerWeights {
   const float* q_bias = nullptr;          // [heads * head_dim] or null, likewise below
   const float* k_bias = nullptr;
   const float* v_bias = nullptr;
-  Matrix o;                               // [hidden, n_heads * head_dim]
+  Matrix o;  // [hidden, n_heads * head_dim]
   const float* o_bias = nullptr;
-  const float* mlp_norm = nullptr;        // [hidden]
-  Matrix gate, up;                        // [intermediate, hidden]
-  Matrix down;                            // [hidden, intermediate]
+  const float* mlp_norm = nullptr;  // [hidden]
+  Matrix gate, up;                  // [intermediate, hidden]
+  Matrix down;                      // [hidden, intermediate]
   const float* gate_bias = nullptr;
   const float* up_bias = nullptr;
   const float* down_bias = nullptr;
 };
 
 struct Weights {
-  Matrix embedding;                       // [vocab, hidden]
+  Matrix embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  const float* final_norm = nullptr;      // [hidden]
-  Matrix lm_head;                         // [vocab, hidden]
+  const float* final_norm = nullptr;        // [hidden]
+  Matrix lm_head;                           // [vocab, hidden]
   const float* rope_frequencies = nullptr;  // [head_dim / 2]
 };
 
-// What brings rows into the cache's own coordinates: the KV transform of a profile, per layer and KV
-// head D x D, row vectors (k' = k F, q' = q B^T), and the stored order of block_format.h. Matrices
-// and weights are given in stored order; rows without a matrix are dealt to k_groups or v_groups.
+// What brings rows into the cache's own coordinates: the KV transform of a profile, per layer and
+// KV head D x D, row vectors (k' = k F, q' = q B^T), and the stored order of block_format.h.
+// Matrices and weights are given in stored order; rows without a matrix are dealt to k_groups or
+// v_groups.
 struct KVTransform {
-  const float* k_forward = nullptr;   // [n_layers][n_kv_heads][D][D]
+  const float* k_forward = nullptr;  // [n_layers][n_kv_heads][D][D]
   const float* k_backward = nullptr;
   const float* v_forward = nullptr;
   const float* v_backward = nullptr;
-  const float* k_weight = nullptr;    // [n_layers][n_kv_heads][D] ranking weights, or null
+  const float* k_weight = nullptr;  // [n_layers][n_kv_heads][D] ranking weights, or null
   const float* v_weight = nullptr;
   int32_t k_groups = 1;  // 1: the order is the row's own
   int32_t v_groups = 1;
@@ -76,22 +77,22 @@ struct KVTransform {
 // (sinks, then tail), then the tokens of this call.
 struct SequenceStep {
   // Rows of this operation.
-  int32_t row0 = 0;    // first of its rows in the batch
+  int32_t row0 = 0;  // first of its rows in the batch
   int32_t n_rows = 0;
-  int32_t pos0 = 0;    // position of its first row (for RoPE and the causal mask)
+  int32_t pos0 = 0;  // position of its first row (for RoPE and the causal mask)
 
   // The cache as it stood before the call.
-  const StoreLayout* layout = nullptr;     // host memory
-  const uint8_t* const* pages = nullptr;   // [n_blocks] page addresses, oldest first
+  const StoreLayout* layout = nullptr;    // host memory
+  const uint8_t* const* pages = nullptr;  // [n_blocks] page addresses, oldest first
   int32_t n_blocks = 0;
-  void* dense = nullptr;         // [n_layers][2 (K, V)][n_kv_heads][dense_capacity][D], tail dtype
-  int32_t dense_capacity = 0;    // tokens
-  int32_t dense_tokens = 0;      // valid before the call
-  int32_t n_sinks = 0;           // leading dense tokens that never enter the store
+  void* dense = nullptr;       // [n_layers][2 (K, V)][n_kv_heads][dense_capacity][D], tail dtype
+  int32_t dense_capacity = 0;  // tokens
+  int32_t dense_tokens = 0;    // valid before the call
+  int32_t n_sinks = 0;         // leading dense tokens that never enter the store
 
-  // Prefill: where the call's keys and values of the current layer go and are read from, starting at
-  // position fresh_pos0: [2 (K, V)][n_kv_heads][fresh_capacity][D], tail dtype. Null in decode: the
-  // row goes to slot dense_tokens of the dense buffer.
+  // Prefill: where the call's keys and values of the current layer go and are read from, starting
+  // at position fresh_pos0: [2 (K, V)][n_kv_heads][fresh_capacity][D], tail dtype. Null in decode:
+  // the row goes to slot dense_tokens of the dense buffer.
   void* fresh = nullptr;
   int32_t fresh_capacity = 0;
   int32_t fresh_pos0 = 0;
@@ -99,8 +100,9 @@ struct SequenceStep {
   const KVTransform* transform = nullptr;  // host struct of device pointers, or null
   const CodeTables* codes = nullptr;       // likewise, where the store's rows are coded
 
-  // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys by
-  // it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p % query_window.
+  // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys
+  // by it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p %
+  // query_window.
   float* query_magnitude = nullptr;
   int32_t query_window = 0;
 };
@@ -116,13 +118,13 @@ struct Batch {
 // remains (sinks, then the rest) goes to dense_out, which may be the sequence's own dense buffer.
 struct CommitStep {
   const SequenceStep* sequence = nullptr;
-  int32_t dense_tokens = 0;      // valid now: decode's new row included
-  int32_t fresh_tokens = 0;      // 0 in decode
+  int32_t dense_tokens = 0;             // valid now: decode's new row included
+  int32_t fresh_tokens = 0;             // 0 in decode
   uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
   int32_t n_new_blocks = 0;
-  int32_t end_pos = 0;           // tokens cached once the call is over
+  int32_t end_pos = 0;  // tokens cached once the call is over
   void* dense_out = nullptr;
-  int32_t k_policy = 0;          // PrunePolicy
+  int32_t k_policy = 0;  // PrunePolicy
   int32_t v_policy = 0;
 };
 
@@ -174,7 +176,7 @@ class Backend {
   // Rows of a prompt that pass through a layer together: enough for the matrix products to run at
   // full speed, few enough that activations stay small whatever the prompt's length.
   virtual int64_t prefill_rows() const { return 512; }
-  virtual bool codes() const { return false; }  // coded rows are stored and attended to
+  virtual bool codes() const { return false; }         // coded rows are stored and attended to
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
@@ -191,14 +193,15 @@ class Backend {
   // out [n][hidden] = rows of the table. token_ids: host memory, checked by the caller.
   virtual void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) = 0;
 
-  // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and values
-  // are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
+  // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and
+  // values are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
   // [n_rows][n_heads * D], in the cache's coordinates like the keys.
   virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                            const float* x, float* q, Workspace& workspace) = 0;
 
-  // Softmax attention of every row over its sequence's cache and the call's tokens up to its own, one
-  // online softmax; brings the output back to the model's own coordinates. out: [n_rows][n_heads * D].
+  // Softmax attention of every row over its sequence's cache and the call's tokens up to its own,
+  // one online softmax; brings the output back to the model's own coordinates. out:
+  // [n_rows][n_heads * D].
   virtual void attend(int32_t layer, const Batch& batch, const float* q, float* out,
                       Workspace& workspace) = 0;
 
@@ -239,9 +242,9 @@ class Backend {
   virtual void synchronize() = 0;
 
   // Runs a whole decode step: body calls the ops of `batch` from embed to logits, and nothing else
-  // that has an effect: the same ones with the same pointers whenever `buffers` (every buffer of the
-  // caller's that they use) and the shapes are the same. So a backend may record what body did and
-  // later repeat that instead; lengths, positions and token ids are those of this call.
+  // that has an effect: the same ones with the same pointers whenever `buffers` (every buffer of
+  // the caller's that they use) and the shapes are the same. So a backend may record what body did
+  // and later repeat that instead; lengths, positions and token ids are those of this call.
   virtual void decode_step(const Batch& batch, std::span<const int32_t> token_ids,
                            std::span<const void* const> buffers, Workspace& workspace,
                            const std::function<void()>& body) {

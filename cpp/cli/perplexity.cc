@@ -177,7 +177,9 @@ void add_perplexity(CLI::App& app, Run& run) {
   command->add_option("--kv-dtypes", options->value_dtypes, "Comma list")
       ->delimiter(',')
       ->capture_default_str();
-  command->add_option("--profiles", options->profiles, "Comma list: none, auto, hadamard, model, files")
+  command
+      ->add_option("--profiles", options->profiles,
+                   "Comma list: none, auto, hadamard, model, files")
       ->delimiter(',')
       ->capture_default_str();
   command->add_flag("--json", options->json, "JSON instead of text");

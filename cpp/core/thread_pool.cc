@@ -107,7 +107,9 @@ void ThreadPool::run(int64_t n, Function function, void* context) {
   busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
   generation_.fetch_add(1);
   if (sleepers_.load() > 0) {
-    { std::lock_guard lock(sleep_mutex_); }
+    {
+      std::lock_guard lock(sleep_mutex_);
+    }
     wake_->notify_all();
   }
   drain(0);

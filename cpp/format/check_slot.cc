@@ -52,8 +52,8 @@ void check_page(const StoreLayout& layout, const uint8_t* page, const std::strin
   for (int32_t layer = 0; layer < layout.n_layers; layer++) {
     for (int32_t head = 0; head < layout.n_kv_heads; head++) {
       for (const bool key : {true, false}) {
-        const uint8_t* slot = page + (key ? k_slot_offset(layout, layer, head)
-                                          : v_slot_offset(layout, layer, head));
+        const uint8_t* slot =
+            page + (key ? k_slot_offset(layout, layer, head) : v_slot_offset(layout, layer, head));
         const int32_t row = first_bad_row(key ? layout.k : layout.v, slot);
         if (row == kBlockTokens) continue;
         throw StateError(where + ": the " + (key ? "key" : "value") + " mask of layer " +

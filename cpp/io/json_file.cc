@@ -48,8 +48,7 @@ std::string describe(const nlohmann::json& value) {
 
 std::string describe(const nlohmann::json::exception& error) {
   std::string text = error.what();
-  std::replace_if(
-      text.begin(), text.end(), [](char c) { return c < 0x20 || c > 0x7e; }, '?');
+  std::replace_if(text.begin(), text.end(), [](char c) { return c < 0x20 || c > 0x7e; }, '?');
   return text;
 }
 

@@ -39,7 +39,7 @@ void require_regular(const std::filesystem::path& path, mode_t mode) {
 }  // namespace
 
 MappedFile MappedFile::open(const std::filesystem::path& path) {
-  struct stat status {};
+  struct stat status{};
   // Looked at before it is opened: opening a FIFO may block, opening a device may act on it.
   if (::stat(path.c_str(), &status) != 0) {
     fail(path, std::string("cannot be opened: ") + std::strerror(errno));
@@ -91,7 +91,7 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 void MappedFile::verify() const {
   if (fd_ < 0) return;
-  struct stat status {};
+  struct stat status{};
   if (::fstat(fd_, &status) != 0) {
     fail(path_, std::string("cannot be examined: ") + std::strerror(errno));
   }

@@ -138,8 +138,7 @@ bool same_config(const KVConfig& a, const KVConfig& b) {
   return a.effective_k_sparsity() == b.effective_k_sparsity() &&
          a.effective_v_sparsity() == b.effective_v_sparsity() && a.pattern == b.pattern &&
          a.window == b.window && a.sink_tokens == b.sink_tokens && a.value_dtype == b.value_dtype &&
-         same_bits(a, b) &&
-         a.k_policy == b.k_policy && a.v_policy == b.v_policy;
+         same_bits(a, b) && a.k_policy == b.k_policy && a.v_policy == b.v_policy;
 }
 
 }  // namespace

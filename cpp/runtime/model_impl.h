@@ -37,14 +37,14 @@ struct Model::Impl {
 
   // One pool per store layout in use; pools go with their last sequence.
   std::shared_ptr<BlockPool> pool(const StoreLayout& layout);
-  // A profile's products (null: none) and the stored order on this model's device, uploaded once for
-  // each in use; null where rows stay as they are.
+  // A profile's products (null: none) and the stored order on this model's device, uploaded once
+  // for each in use; null where rows stay as they are.
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile,
                                                int32_t k_groups, int32_t v_groups);
   std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
   // Tables of coded rows, from the sigmas of a profile that fits the model and the configuration's
-  // bits, made once for those in use; null where rows are not coded. Throws std::invalid_argument where the profile has no sigmas, DeviceError where
-  // the device has no kernels for them.
+  // bits, made once for those in use; null where rows are not coded. Throws std::invalid_argument
+  // where the profile has no sigmas, DeviceError where the device has no kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
 

@@ -242,8 +242,8 @@ int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
 
   if (!cut_k && !cut_p && !cut_min) {
     weights_.resize(n);
-    const double total = fill_weights(
-        n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
+    const double total =
+        fill_weights(n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
     return draw_from(weights_, total, {});
   }
 
@@ -251,8 +251,7 @@ int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
   double all = 0;
   if (!cut_k && cut_p) {
     weights_.resize(n);
-    all = fill_weights(
-        n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
+    all = fill_weights(n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
   }
   const int64_t most = cut_k ? params_.top_k : n;
   int64_t count = cut_k ? most : std::min<int64_t>(most, 256);

@@ -46,8 +46,8 @@ pybind11::array_t<int32_t> to_array(std::span<const int32_t> values);
 // ms and throws what the Python signal handler raised.
 std::function<void()> interrupt_check();
 
-// Profile::resolve without the GIL: Ctrl-C ends it, progress (a callable or None) is told of tokens,
-// and notes go to logging's "mustafar".
+// Profile::resolve without the GIL: Ctrl-C ends it, progress (a callable or None) is told of
+// tokens, and notes go to logging's "mustafar".
 std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
                                          const pybind11::object& progress);
 

@@ -28,7 +28,8 @@ std::vector<int32_t> token_ids_from(const py::handle& ids) {
     throw py::type_error("token ids must be integers, not " +
                          std::string(py::str(static_cast<py::object>(array.dtype()))));
   }
-  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(array);
+  const auto wide = py::array_t < int64_t,
+             py::array::c_style | py::array::forcecast > ::ensure(array);
   std::vector<int32_t> out(wide.size());
   for (py::ssize_t i = 0; i < wide.size(); i++) {
     const int64_t id = wide.at(i);
@@ -145,8 +146,8 @@ SamplingParams sampling_params_from(const py::dict& fields) {
                                logits.data(), view);
       const py::object returned = (*shared)(to_array(ids), array);
       if (returned.is_none()) return;
-      const auto replaced =
-          py::array_t<float, py::array::c_style | py::array::forcecast>::ensure(returned);
+      const auto replaced = py::array_t < float,
+                 py::array::c_style | py::array::forcecast > ::ensure(returned);
       if (!replaced || replaced.size() != static_cast<py::ssize_t>(logits.size())) {
         throw py::value_error("logits_processor must return None or an array of " +
                               std::to_string(logits.size()) + " logits");

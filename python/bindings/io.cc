@@ -1,6 +1,4 @@
 // Readers of model folders, for the tests that compare them with other implementations.
-#include "io/model_config.h"
-
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
@@ -8,6 +6,7 @@
 #include <filesystem>
 
 #include "bindings.h"
+#include "io/model_config.h"
 #include "io/safetensors.h"
 
 namespace mustafar {
@@ -19,8 +18,7 @@ py::dict safetensors_header(const std::filesystem::path& path) {
   const SafetensorsFile file = SafetensorsFile::open(path);
   py::dict result;
   for (const SafetensorsEntry& entry : file.entries) {
-    result[py::str(entry.name)] =
-        py::make_tuple(entry.dtype, entry.shape, entry.begin, entry.end);
+    result[py::str(entry.name)] = py::make_tuple(entry.dtype, entry.shape, entry.begin, entry.end);
   }
   return result;
 }
@@ -35,9 +33,10 @@ py::tuple rope_frequencies(const std::filesystem::path& folder) {
 }  // namespace
 
 void register_io(py::module_& m) {
-  m.def("_safetensors_header", &safetensors_header, py::arg("path"),
-        "Tensors of a safetensors file: name -> (dtype, shape, begin, end), begin and end in bytes\n"
-        "from the start of the file. Raises ModelError for a file that is not valid.");
+  m.def(
+      "_safetensors_header", &safetensors_header, py::arg("path"),
+      "Tensors of a safetensors file: name -> (dtype, shape, begin, end), begin and end in bytes\n"
+      "from the start of the file. Raises ModelError for a file that is not valid.");
   m.def("_rope_frequencies", &rope_frequencies, py::arg("folder"),
         "(scaling, inverse frequencies [head_dim / 2]) of a model folder's config.json.");
 }

@@ -12,11 +12,11 @@
 #include <string>
 #include <vector>
 
-#include "support/tiny_model.h"
 #include "failing_allocator.h"
 #include "mustafar/chat.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
+#include "support/tiny_model.h"
 
 namespace mustafar {
 namespace {
@@ -127,8 +127,7 @@ class AllocationFailure : public ::testing::Test {
 
 TEST_F(AllocationFailure, LoadingAModel) {
   Session witness = session(30);
-  fail_each(
-      "load", [&] { load(); }, [] {}, [] {});
+  fail_each("load", [&] { load(); }, [] {}, [] {});
   Session other(load(), kv_);
   other.prefill(some_tokens(30));
   EXPECT_EQ(copy(witness.decode(5)), copy(other.decode(5)));

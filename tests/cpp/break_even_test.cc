@@ -1,6 +1,6 @@
-#include <gtest/gtest.h>
-
 #include "cli/bench/break_even.h"
+
+#include <gtest/gtest.h>
 
 namespace mustafar::cli {
 namespace {

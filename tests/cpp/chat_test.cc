@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "support/model_folder.h"
 #include "mustafar/error.h"
+#include "support/model_folder.h"
 #include "support/source_dir.h"
 #include "support/tiny_model.h"
 

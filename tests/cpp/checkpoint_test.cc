@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "support/model_folder.h"
 #include "mustafar/error.h"
+#include "support/model_folder.h"
 #include "support/source_dir.h"
 
 namespace mustafar {

@@ -10,9 +10,9 @@
 
 #include "format/pack.h"
 #include "format/prune.h"
-#include "support/kv_test_util.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar {
 namespace {

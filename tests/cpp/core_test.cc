@@ -98,9 +98,11 @@ TEST(ThreadPoolTest, RunsEveryIterationOnce) {
 TEST(ThreadPoolTest, RethrowsAndStaysUsable) {
   ThreadPool pool(3);
   for (int round = 0; round < 20; round++) {
-    EXPECT_THROW(pool.parallel_for(50, [&](int64_t i, int) {
-      if (i == 13) throw std::runtime_error("planted");
-    }), std::runtime_error);
+    EXPECT_THROW(pool.parallel_for(50,
+                                   [&](int64_t i, int) {
+                                     if (i == 13) throw std::runtime_error("planted");
+                                   }),
+                 std::runtime_error);
     std::atomic<int64_t> sum{0};
     pool.parallel_for(100, [&](int64_t i, int) { sum += i; });
     EXPECT_EQ(sum, 4950);

@@ -1,5 +1,3 @@
-#include "backend/cpu/attention/decode.h"
-
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "backend/cpu/attention/decode.h"
 #include "support/kv_test_util.h"
 
 namespace mustafar {
@@ -114,9 +113,8 @@ const Types kTypes[] = {{DType::kF32, DType::kF32},   {DType::kF16, DType::kF16}
                         {DType::kBF16, DType::kInt4}, {DType::kF16, DType::kInt8},
                         {DType::kF16, DType::kBF16},  {DType::kF32, DType::kInt4}};
 
-const Types kCodedTypes[] = {{DType::kBF16, DType::kCoded},
-                             {DType::kF16, DType::kCoded},
-                             {DType::kF32, DType::kCoded}};
+const Types kCodedTypes[] = {
+    {DType::kBF16, DType::kCoded}, {DType::kF16, DType::kCoded}, {DType::kF32, DType::kCoded}};
 
 class CodedAttentionTest : public DecodeAttentionTest {};
 

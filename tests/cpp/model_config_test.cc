@@ -7,8 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "support/model_folder.h"
 #include "mustafar/error.h"
+#include "support/model_folder.h"
 
 namespace mustafar {
 namespace {

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "support/model_folder.h"
 #include "mustafar/error.h"
+#include "support/model_folder.h"
 
 namespace mustafar {
 namespace {
@@ -93,8 +93,8 @@ TEST_P(BadSafetensorsTest, IsRefused) {
   } catch (const ModelError& error) {  // names the file, and is fit for any terminal and encoding
     const std::string message = error.what();
     EXPECT_EQ(message.rfind(path.string() + ": ", 0), 0u);
-    EXPECT_TRUE(std::all_of(message.begin(), message.end(),
-                            [](char c) { return c >= 0x20 && c < 0x7f; }));
+    EXPECT_TRUE(
+        std::all_of(message.begin(), message.end(), [](char c) { return c >= 0x20 && c < 0x7f; }));
   }
 }
 

@@ -457,9 +457,7 @@ TEST(SamplingParamsTest, RefusesWhatIsOutOfRangeByName) {
   EXPECT_EQ(with([](auto& p) { p.frequency_penalty = -INFINITY; }).rfind("frequency_penalty", 0),
             0u);
   EXPECT_EQ(with([](auto& p) { p.penalty_window = -2; }).rfind("penalty_window", 0), 0u);
-  EXPECT_EQ(with([](auto& p) {
-              p.logit_bias = {{100, 0.0f}};
-            }),
+  EXPECT_EQ(with([](auto& p) { p.logit_bias = {{100, 0.0f}}; }),
             "logit_bias must be a token id in [0, 100), not 100");
   EXPECT_EQ(with([](auto& p) { p.logit_bias = {{-1, 0.0f}}; }).rfind("logit_bias", 0), 0u);
   EXPECT_EQ(with([](auto& p) { p.logit_bias = {{1, NAN}}; }).rfind("logit_bias", 0), 0u);

@@ -225,8 +225,7 @@ TEST(SessionFaultTest, RowsThatAreNotFiniteCannotBeQuantised) {
       infinite_.assign(int64_t{config.n_kv_heads} * config.head_dim * config.hidden_size, 3e38f);
     }
     bool has(const std::string& name) const override { return good_->has(name); }
-    StoredTensor tensor(const std::string& name,
-                        const std::vector<int64_t>& shape) const override {
+    StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
       if (name == "model.layers.1.self_attn.v_proj.weight") return {infinite_.data(), DType::kF32};
       return good_->tensor(name, shape);
     }

@@ -4,12 +4,12 @@
 #include <cstring>
 #include <nlohmann/json.hpp>
 
-#include "support/tiny_model.h"
 #include "core/hash.h"
 #include "fuzz_input.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
 #include "runtime/model_impl.h"
+#include "support/tiny_model.h"
 
 using namespace mustafar;
 

@@ -12,9 +12,9 @@
 #include "cuda/compress.h"
 #include "cuda/step_views.h"
 #include "device_memory.h"
-#include "support/kv_test_util.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar::cuda {
 namespace {

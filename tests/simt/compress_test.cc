@@ -15,8 +15,8 @@
 #include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
-#include "support/kv_test_util.h"
 #include "mustafar/kv_config.h"
+#include "support/kv_test_util.h"
 
 namespace mustafar::cuda {
 namespace {

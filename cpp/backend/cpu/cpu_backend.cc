@@ -8,10 +8,10 @@
 #include <fstream>
 #include <new>
 
-#include "backend/cpu/compress/commit.h"
 #include "backend/cpu/attention/decode.h"
-#include "backend/cpu/linear/linear.h"
 #include "backend/cpu/attention/prefill.h"
+#include "backend/cpu/compress/commit.h"
+#include "backend/cpu/linear/linear.h"
 #include "backend/cpu/linear/row_scores.h"
 #include "mustafar/error.h"
 

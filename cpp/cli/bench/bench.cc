@@ -151,16 +151,16 @@ int Bench::replicas_for(Engine& engine, const Session& session) const {
   return static_cast<int>(std::clamp<int64_t>((4 * cache_bytes_ + one - 1) / one, 1, kMost));
 }
 
-// For random weights, which no text can calibrate: as much work as a calibrated profile, and bits that
-// are dealt as unevenly.
+// For random weights, which no text can calibrate: as much work as a calibrated profile, and bits
+// that are dealt as unevenly.
 std::shared_ptr<const Profile> stand_in_profile(const ModelConfig& config) {
   auto profile = std::make_shared<Profile>(*Profile::hadamard(config));
   const int64_t rows = int64_t{config.n_layers} * config.n_kv_heads;
   for (int64_t row = 0; row < rows; row++) {
     for (int32_t d = 0; d < config.head_dim; d++) {
       constexpr float kOctaves = 5.0f;  // between a row's strongest dim and its weakest
-      profile->k_sigma.push_back(std::exp2(-kOctaves * static_cast<float>(d) /
-                                           static_cast<float>(config.head_dim)));
+      profile->k_sigma.push_back(
+          std::exp2(-kOctaves * static_cast<float>(d) / static_cast<float>(config.head_dim)));
     }
   }
   profile->v_sigma = profile->k_sigma;

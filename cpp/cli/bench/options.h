@@ -42,13 +42,13 @@ struct BenchTest {
 
 struct BenchSetting {
   std::string name;
-  KVConfig config;           // but for the profile
+  KVConfig config;  // but for the profile
   std::string profile = "none";
   bool dense = false;  // the one that break-even compares with
 };
 
-// The presets, or every sparsity with every value dtype; with break_even the dense cache among them. Throws
-// std::invalid_argument naming the option.
+// The presets, or every sparsity with every value dtype; with break_even the dense cache among
+// them. Throws std::invalid_argument naming the option.
 std::vector<BenchSetting> make_settings(const BenchOptions& options);
 // Prefill, decode and both; with break_even decode alone. Throws std::invalid_argument.
 std::vector<BenchTest> make_tests(const BenchOptions& options);

@@ -9,9 +9,9 @@
 #include <string>
 
 #include "cli/chat/commands.h"
+#include "cli/chat/line_editor.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
-#include "cli/chat/line_editor.h"
 #include "cli/options.h"
 #include "cli/terminal.h"
 #include "mustafar/error.h"

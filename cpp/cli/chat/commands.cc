@@ -22,12 +22,12 @@ struct Parameter {
   bool whole;  // integers only
 };
 
-Parameter real(const char* name, double SamplingParams::*field) {
+Parameter real(const char* name, double SamplingParams::* field) {
   return {name, [field](SamplingParams& p, double v) { p.*field = v; },
           [field](const SamplingParams& p) { return format_number(p.*field, 2); }, false};
 }
 
-Parameter whole(const char* name, int32_t SamplingParams::*field) {
+Parameter whole(const char* name, int32_t SamplingParams::* field) {
   return {name, [field](SamplingParams& p, double v) { p.*field = static_cast<int32_t>(v); },
           [field](const SamplingParams& p) { return std::to_string(p.*field); }, true};
 }

@@ -13,7 +13,8 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A model folder, config or weight file that can't be used; the message names file, field and offset.
+// A model folder, config or weight file that can't be used; the message names file, field and
+// offset.
 class ModelError : public Error {
  public:
   using Error::Error;
@@ -31,7 +32,8 @@ class TemplateError : public Error {
   using Error::Error;
 };
 
-// Memory, or a budget set by the caller, is exhausted; the message names the option, need and limit.
+// Memory, or a budget set by the caller, is exhausted; the message names the option, need and
+// limit.
 class OutOfMemory : public Error {
  public:
   using Error::Error;

@@ -1,6 +1,6 @@
-// A calibrated KV transform: per layer and KV head an invertible pair of D x D matrices for keys and
-// one for values, under which pruning costs less. Row vectors: k' = k F_k, q' = q B_k^T, v' = v F_v,
-// o = o' B_v, with F B = I. A safetensors file on disk.
+// A calibrated KV transform: per layer and KV head an invertible pair of D x D matrices for keys
+// and one for values, under which pruning costs less. Row vectors: k' = k F_k, q' = q B_k^T, v' = v
+// F_v, o = o' B_v, with F B = I. A safetensors file on disk.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +31,8 @@ class Profile {
   std::string model_fingerprint;  // of the model it was calibrated for; empty: any of these shapes
   std::string text_hash;          // of the calibration text; empty for hadamard
 
-  // [n_layers][n_kv_heads][head_dim][head_dim], F and B as above. Columns of a calibrated F stand by
-  // falling energy.
+  // [n_layers][n_kv_heads][head_dim][head_dim], F and B as above. Columns of a calibrated F stand
+  // by falling energy.
   std::vector<float> k_forward, k_backward, v_forward, v_backward;
   // [n_layers][n_kv_heads][head_dim] ranking weights > 0, or empty for none.
   std::vector<float> k_weight, v_weight;

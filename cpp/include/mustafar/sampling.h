@@ -28,11 +28,11 @@ struct SamplingParams {
   double frequency_penalty = 0.0;   // subtracted per occurrence among generated tokens
   int32_t penalty_window = 64;      // newest tokens that repetition_penalty looks at; -1: all
   std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit)
-  std::optional<uint64_t> seed;     // none: drawn from the system
-  std::vector<std::string> stop;    // texts that end the output; not part of it
-  std::vector<int32_t> stop_token_ids;  // beside the model's own
-  bool ignore_eos = false;          // go on past the model's end-of-sequence ids
-  int32_t logprobs = 0;             // alternatives to report for every token; -1: none at all
+  std::optional<uint64_t> seed;                       // none: drawn from the system
+  std::vector<std::string> stop;                      // texts that end the output; not part of it
+  std::vector<int32_t> stop_token_ids;                // beside the model's own
+  bool ignore_eos = false;                            // go on past the model's end-of-sequence ids
+  int32_t logprobs = 0;  // alternatives to report for every token; -1: none at all
   LogitsProcessor logits_processor;
 
   // Throws std::invalid_argument naming the field, its value and the range.
@@ -49,19 +49,19 @@ const char* name_of(FinishReason reason);
 
 struct TokenLogprob {
   int32_t token_id = 0;
-  float logprob = 0;                                // natural, of the model's raw distribution
-  std::vector<std::pair<int32_t, float>> top;       // the most probable, descending
+  float logprob = 0;                           // natural, of the model's raw distribution
+  std::vector<std::pair<int32_t, float>> top;  // the most probable, descending
 };
 
 struct GenerateStats {
-  int64_t prompt_tokens = 0;     // prefilled by this call
+  int64_t prompt_tokens = 0;  // prefilled by this call
   int64_t generated_tokens = 0;
   double prefill_seconds = 0;
   double decode_seconds = 0;
 };
 
 struct GenerateResult {
-  std::string text;               // valid UTF-8
+  std::string text;                // valid UTF-8
   std::vector<int32_t> token_ids;  // generated, the stop token included
   FinishReason finish_reason = FinishReason::kLength;
   std::vector<TokenLogprob> logprobs;  // one per token where asked for

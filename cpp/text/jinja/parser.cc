@@ -415,8 +415,8 @@ class Parser {
   }
 
   ExprPtr parse_target(std::initializer_list<std::string_view> end_names, bool with_namespace) {
-    ExprPtr target = parse_tuple_of(
-        end_names, [&] { return parse_primary(with_namespace); }, false);
+    ExprPtr target =
+        parse_tuple_of(end_names, [&] { return parse_primary(with_namespace); }, false);
     make_target(*target);
     return target;
   }

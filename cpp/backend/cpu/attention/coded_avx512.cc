@@ -155,7 +155,8 @@ void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, 
       uint16_t bits;
       __builtin_memcpy(&bits, slot + layout.scales_offset + t * 2, 2);
       const __m512 scale = _mm512_set1_ps(bf16_to_f32(bits));
-      const __m512i codes = unpack_codes<false>(chunk, slot + layout.values_offset + t * layout.row_bytes);
+      const __m512i codes =
+          unpack_codes<false>(chunk, slot + layout.values_offset + t * layout.row_bytes);
       const __m128i parts[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
                                 _mm512_extracti32x4_epi32(codes, 2),
                                 _mm512_extracti32x4_epi32(codes, 3)};

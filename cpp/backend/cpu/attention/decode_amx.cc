@@ -134,13 +134,11 @@ class AmxProducts {
     float rescale[kHeads], unit[kHeads];
     float* o = state.o + int64_t{head} * head_dim;
     for (int32_t h = 0; h < n_heads; h++) {
-      rescale[h] = tile_softmax < kKind,
-      kInts
-          ? Codes::kBytes
-          : Codes::kBf16 > (k, v, n, state.q_unit[head + h], work_.scores + h * kTileTokens,
-                            work_.weights + h * kTileTokens * (kInts ? 1 : 2), state.max[head + h],
-                            state.sum[head + h], unit[h], state.q_offset[head + h],
-                            state.weight_sum[head + h], kHeads * kTileTokens);
+      rescale[h] = tile_softmax<kKind, kInts ? Codes::kBytes : Codes::kBf16>(
+          k, v, n, state.q_unit[head + h], work_.scores + h * kTileTokens,
+          work_.weights + h * kTileTokens * (kInts ? 1 : 2), state.max[head + h],
+          state.sum[head + h], unit[h], state.q_offset[head + h], state.weight_sum[head + h],
+          kHeads * kTileTokens);
       if (!kInts && rescale[h] != 1.0f) {
         float* row = o + int64_t{h} * head_dim;
         for (int32_t d = 0; d < head_dim; d += 16) {

@@ -16,8 +16,8 @@
 
 #include <algorithm>
 
-#include "backend/cpu/simd/amx.h"
 #include "backend/cpu/attention/decode_avx512_run.h"
+#include "backend/cpu/simd/amx.h"
 
 namespace mustafar {
 namespace {
