@@ -292,9 +292,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const int32_t first = plan.first, last = plan.last, kv_head = plan.kv_head;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, kKeys, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, kValues, args.n_kv_heads, kv_head, kRowBytes);
   if (last > s.n_blocks) {
     queries.template split<16>();
     sync_block();

@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   if (args.writes_out) {
     sync_block();  // the stages are free
     float* rows = reinterpret_cast<float*>(source.stage(0)) + (warp_pair - pairs.first()) * kDim;
-    const int32_t groups = s.v_backward != nullptr ? 1 : s.v_groups;
+    const int32_t groups = s.transform.v_backward != nullptr ? 1 : s.transform.v_groups;
     const int32_t members = kDim / groups;  // of a group: the inverse of stored_index
 #pragma unroll
     for (int r = 0; r < 4; r++) sum[r] = 1.0f / sum[r];

@@ -77,10 +77,11 @@ struct DenseRows {
 
 __device__ __forceinline__ DenseRows dense_rows(const AttentionArgs& args, const SequenceView& s,
                                                 int kv_head, int64_t row_bytes) {
-  const DenseRun keys =
-      dense_run(s, s.dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
-  const int64_t heads_bytes = args.n_kv_heads * row_bytes;
-  return {keys.dense, keys.fresh, heads_bytes * s.dense_capacity, heads_bytes * s.fresh_capacity,
+  const auto run = [&](int32_t kind) {
+    return dense_run(s, s.dense_tokens, args.layer, kind, args.n_kv_heads, kv_head, row_bytes);
+  };
+  const DenseRun keys = run(kKeys), values = run(kValues);
+  return {keys.dense, keys.fresh, values.dense - keys.dense, values.fresh - keys.fresh,
           s.dense_tokens};
 }
 
