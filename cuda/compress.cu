@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) compress_rows_kernel(Compre
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   if (block >= step.n_new_blocks) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
-  const SlotLayout& slot = at.kind == 0 ? args.layout.k : args.layout.v;
+  const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   if (slot.ragged) return;
   float* weight = reinterpret_cast<float*>(shared_memory());
   const bool weighted = load_weights(args, step, at, weight);

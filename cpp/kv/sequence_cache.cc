@@ -27,16 +27,6 @@ DType dtype_of(ValueType type, DType tail) {
   return tail;
 }
 
-bool per_channel(PrunePolicy policy) {
-  return policy == PrunePolicy::kChannelMagnitude || policy == PrunePolicy::kChannelOutputAware ||
-         policy == PrunePolicy::kChannelStructured;
-}
-
-bool needs_queries(PrunePolicy policy) {
-  return policy == PrunePolicy::kOutputAware || policy == PrunePolicy::kChannelOutputAware ||
-         policy == PrunePolicy::kChannelStructured;
-}
-
 SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVConfig& config,
                        PrunePolicy policy, DType dtype) {
   if (config.coded()) {
@@ -166,12 +156,12 @@ SequenceStep SequenceCache::view(const PendingAppend& pending) const {
                    ? static_cast<const uint8_t* const*>(page_table_.data())
                    : page_addresses_.data();
   step.n_blocks = static_cast<int32_t>(pages_.size());
-  step.dense = dense_.data();
+  step.dense = static_cast<uint8_t*>(dense_.data());
   step.dense_capacity = spec_->dense_capacity;
   step.dense_tokens = static_cast<int32_t>(length_ - compressed());
   step.n_sinks = spec_->config.sink_tokens;
-  step.transform = spec_->transform.get();
-  step.codes = spec_->codes.get();
+  if (spec_->transform != nullptr) step.transform = *spec_->transform;
+  if (spec_->codes != nullptr) step.codes = *spec_->codes;
   step.query_magnitude =
       static_cast<float*>(pending.query_magnitude.data() != nullptr ? pending.query_magnitude.data()
                                                                     : query_magnitude_.data());
@@ -182,7 +172,8 @@ SequenceStep SequenceCache::view(const PendingAppend& pending) const {
 CommitStep SequenceCache::commit_view(const PendingAppend& pending,
                                       const SequenceStep& step) const {
   CommitStep commit;
-  commit.sequence = &step;
+  commit.sequence = step;
+  commit.layout = step.layout;
   const int32_t n = static_cast<int32_t>(pending.n_tokens);
   commit.dense_tokens = step.fresh != nullptr ? step.dense_tokens : step.dense_tokens + n;
   commit.fresh_tokens = step.fresh != nullptr ? n : 0;
@@ -193,9 +184,9 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
   }
   commit.n_new_blocks = static_cast<int32_t>(pending.new_pages.size());
   commit.end_pos = static_cast<int32_t>(length_) + n;
-  commit.dense_out = pending.dense.data();
-  commit.k_policy = static_cast<int32_t>(spec_->config.k_policy);
-  commit.v_policy = static_cast<int32_t>(spec_->config.v_policy);
+  commit.dense_out = static_cast<uint8_t*>(pending.dense.data());
+  commit.k_policy = spec_->config.k_policy;
+  commit.v_policy = spec_->config.v_policy;
   return commit;
 }
 

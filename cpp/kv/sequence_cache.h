@@ -75,7 +75,7 @@ class SequenceCache {
   // Everything that appending n tokens needs. in_place: the call writes its rows into the dense
   // buffer (decode), so that without a commit nothing is copied. Throws OutOfMemory, unchanged.
   PendingAppend prepare(int64_t n, bool in_place);
-  // Keys and values of one layer of a call of n tokens (SequenceStep::fresh), within the budget.
+  // Keys and values of one layer of a call of n tokens (SequenceView::fresh), within the budget.
   KVMemory fresh(int64_t n) const { return KVMemory(*backend_, budget_, spec_->fresh_bytes(n)); }
   // The parts of a call's views that depend on the cache alone.
   SequenceStep view(const PendingAppend& pending) const;

@@ -139,7 +139,7 @@ bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
   std::vector<CommitStep> commits;
   for (const Part& part : parts_) {
     SequenceStep& call = calls.emplace_back(part.cache->view(part.pending));
-    call.fresh = part.fresh.data();
+    call.fresh = static_cast<uint8_t*>(part.fresh.data());
     call.fresh_capacity = static_cast<int32_t>(part.n);
     call.fresh_pos0 = call.pos0;
   }

@@ -5,7 +5,7 @@
 //     sections in the header's order, each zero-padded to a multiple of 64 bytes, hashed likewise:
 //       tokens   int32 [n_tokens]
 //       logits   f32 [vocab], absent after a rewind
-//       dense    sinks and tail as in memory (SequenceStep::dense)
+//       dense    sinks and tail as in memory (SequenceView::dense)
 //       queries  query magnitudes, where a policy keeps them
 //       pages    the compressed blocks, oldest first
 //
