@@ -1,7 +1,6 @@
 #include "kv/sequence_cache.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <utility>
 
 namespace mustafar {
@@ -51,7 +50,6 @@ SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVC
 }  // namespace
 
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config) {
-  config.validate();
   CacheSpec spec;
   spec.config = config;
   spec.tail_dtype = tail_dtype;

@@ -10,7 +10,8 @@
 #include "backend/backend.h"
 #include "kv/block_pool.h"
 #include "mustafar/kv_config.h"
-#include "mustafar/session.h"
+#include "mustafar/memory_usage.h"
+#include "mustafar/model_config.h"
 
 namespace mustafar {
 
@@ -38,8 +39,8 @@ struct CacheSpec {
   }
 };
 
-// Layouts of a model's cache under a configuration, with no transform yet. Throws
-// std::invalid_argument where a combination is refused, naming the fields.
+// Layouts of a model's cache under a configuration that has been validated, with no transform yet.
+// Throws std::invalid_argument where a combination is refused, naming the fields.
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
 
 // What a call will change, prepared before it starts so that nothing can fail for want of memory

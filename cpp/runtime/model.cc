@@ -275,6 +275,7 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
 }
 
 std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
+  kv.validate();
   CacheSpec spec = make_cache_spec(config, dtype, kv);
   spec.transform = transform(kv.profile, n_groups(spec.layout.k), n_groups(spec.layout.v));
   spec.codes = code_tables(kv);
