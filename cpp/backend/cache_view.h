@@ -75,17 +75,19 @@ struct SequenceView {
 // Moves blocks that left the window into the store: of the logical run dense[0, dense_tokens) ++
 // fresh[0, fresh_tokens) the tokens from n_sinks on are compressed into new_pages, 64 each; what
 // remains (sinks, then the rest) goes to dense_out, which may be the sequence's own dense buffer.
+// With no new block and no fresh token it moves the dense tokens to another buffer.
 struct CommitView {
   SequenceView sequence;
   uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
-  uint8_t* dense_out = nullptr;         // as SequenceView::dense
+  uint8_t* dense_out = nullptr;         // as SequenceView::dense, of dense_out_capacity
   int32_t dense_tokens = 0;             // valid now: decode's new row included
   int32_t fresh_tokens = 0;             // 0 in decode
   int32_t n_new_blocks = 0;
-  int32_t end_pos = 0;  // tokens cached once the call is over
+  int32_t end_pos = 0;             // tokens cached once the call is over
+  int32_t dense_out_capacity = 0;  // tokens; 0: as many as the sequence's dense buffer holds
   PrunePolicy k_policy = PrunePolicy::kMagnitude;
   PrunePolicy v_policy = PrunePolicy::kMagnitude;
-  uint8_t unused[6] = {};  // in place of padding
+  uint8_t unused[2] = {};  // in place of padding
 
   MUSTAFAR_HOST_DEVICE PrunePolicy policy(int32_t kind) const {
     return kind == kKeys ? k_policy : v_policy;
@@ -100,11 +102,22 @@ MUSTAFAR_HOST_DEVICE inline int64_t head_index(int32_t layer, int32_t n_kv_heads
   return int64_t{layer} * n_kv_heads + head;
 }
 
-// Bytes from the start of the dense buffer to its first row of a layer, kind and head.
+// Bytes from the start of a dense buffer of `capacity` tokens to its first row of a layer, kind and
+// head.
+MUSTAFAR_HOST_DEVICE inline int64_t dense_offset(int32_t capacity, int32_t layer, int32_t kind,
+                                                 int32_t n_kv_heads, int32_t head,
+                                                 int64_t row_bytes) {
+  return ((int64_t{layer} * 2 + kind) * n_kv_heads + head) * capacity * row_bytes;
+}
 MUSTAFAR_HOST_DEVICE inline int64_t dense_offset(const SequenceView& s, int32_t layer, int32_t kind,
                                                  int32_t n_kv_heads, int32_t head,
                                                  int64_t row_bytes) {
-  return ((int64_t{layer} * 2 + kind) * n_kv_heads + head) * s.dense_capacity * row_bytes;
+  return dense_offset(s.dense_capacity, layer, kind, n_kv_heads, head, row_bytes);
+}
+
+// Tokens that the buffer has room for to which a commit moves what stays dense.
+MUSTAFAR_HOST_DEVICE inline int32_t out_capacity(const CommitView& step) {
+  return step.dense_out_capacity > 0 ? step.dense_out_capacity : step.sequence.dense_capacity;
 }
 
 // The same in the fresh buffer, which holds one layer.

@@ -147,8 +147,8 @@ void move_rest(const CommitStep& step, DType tail_dtype, int32_t layer, int32_t 
   const StoreLayout& layout = *step.layout;
   const int64_t row_bytes = dtype_bytes(tail_dtype, layout.k.head_dim);
   const DenseRun run = run_of(step, layer, kind, head, row_bytes);
-  uint8_t* out =
-      step.dense_out + dense_offset(sequence, layer, kind, layout.n_kv_heads, head, row_bytes);
+  uint8_t* out = step.dense_out +
+                 dense_offset(out_capacity(step), layer, kind, layout.n_kv_heads, head, row_bytes);
   const int64_t total = int64_t{step.dense_tokens} + step.fresh_tokens;
   const int64_t sinks = std::min<int64_t>(sequence.n_sinks, total);
   const int64_t stored = int64_t{step.n_new_blocks} * kBlockTokens;
