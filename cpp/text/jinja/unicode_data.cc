@@ -1,4 +1,4 @@
-// Written by tools/unicode_tables.py; do not edit.
+// Written by tools/make_jinja_unicode_data.py; do not edit.
 // Unicode 14.0.0, Python 3.11.7.
 #include "text/jinja/unicode_data.h"
 

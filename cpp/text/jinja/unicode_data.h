@@ -1,4 +1,4 @@
-// Character tables behind unicode.h, written by tools/unicode_tables.py.
+// Character tables behind unicode.h, written by tools/make_jinja_unicode_data.py.
 #pragma once
 
 #include <cstddef>
