@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 import mustafar
-from conftest import DEMO
 from mustafar import KVConfig, Session
-from test_cli import COMMAND, run
+from support.command import COMMAND, needs_command, run
+from support.paths import DEMO, ROOT
 
-pytestmark = pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built")
+pytestmark = needs_command
 
-ROOT = Path(__file__).parents[2]
 # The model knows Python, so its own sources are text to it; what they say may change.
 TEXT = "\n".join(
     (ROOT / "python" / "mustafar" / name).read_text() for name in ("reference.py", "calibration.py")
