@@ -21,8 +21,10 @@ from support.paths import DEMO, ROOT
 pytestmark = needs_command
 
 # The model knows Python, so its own sources are text to it; what they say may change.
+SOURCES = ROOT / "python" / "mustafar"
 TEXT = "\n".join(
-    (ROOT / "python" / "mustafar" / name).read_text() for name in ("reference.py", "calibration.py")
+    path.read_text()
+    for path in (*sorted((SOURCES / "reference").glob("*.py")), SOURCES / "calibration.py")
 )
 # Another setting by name, but the same values in the same places as the dense cache.
 LIKE_DENSE = "sparsity=0,value_dtype=bf16"
