@@ -256,7 +256,7 @@ class Backend {
 struct BackendOptions {
   std::string device = "auto";  // "auto", "cpu", "cuda"
   DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
-  int32_t threads = 0;          // 0: one per core
+  int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
 };
 
 // "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws

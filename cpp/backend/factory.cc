@@ -31,7 +31,7 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
                                 dtype_name(options.dtype));
   }
   if (options.threads < 0) {
-    throw std::invalid_argument("threads: expected 0 (one per core) or more, got " +
+    throw std::invalid_argument("threads: expected 0 (the default) or more, got " +
                                 std::to_string(options.threads));
   }
   if (options.device == "cuda") return make_gpu_backend(config, options);

@@ -89,7 +89,7 @@ void ModelFlags::add_to(CLI::App& command) {
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
       ->capture_default_str()
       ->group(kModelGroup);
-  command.add_option("-t,--threads", threads, "CPU threads; 0: one per core")
+  command.add_option("-t,--threads", threads, "CPU threads; 0: what cores and CPU quota allow")
       ->capture_default_str()
       ->group(kModelGroup);
   command

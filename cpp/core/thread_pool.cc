@@ -1,11 +1,12 @@
 #include "core/thread_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <chrono>
 #include <utility>
+
+#include "core/available_cores.h"
 
 namespace mustafar {
 namespace {
@@ -13,6 +14,9 @@ namespace {
 // Long enough to bridge the gaps between the regions of one decode step, short enough not to burn a
 // core that somebody else could use.
 constexpr auto kSpin = std::chrono::microseconds(50);
+
+// Iterations of one region at most; longer loops are run as several.
+constexpr int64_t kRegionIterations = int64_t{1} << 30;
 
 // How often this process came out of a fork(): a child has none of its parent's threads.
 std::atomic<int> forks{0};
@@ -22,13 +26,6 @@ int forks_so_far() {
       pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
   (void)kRegistered;
   return forks.load(std::memory_order_relaxed);
-}
-
-int available_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
 inline void pause() {
@@ -53,24 +50,19 @@ bool spin_until(Condition&& condition) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads)
-    : forks_(forks_so_far()), wake_(std::make_unique<std::condition_variable>()) {
-  if (threads <= 0) threads = available_cores();
+ThreadPool::ThreadPool(int threads) : forks_(forks_so_far()) {
+  if (threads <= 0) threads = default_threads();
   for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
 }
 
 ThreadPool::~ThreadPool() {
-  if (workers_are_elsewhere()) {  // nothing to wait for, and no waiter that would ever leave
+  if (workers_are_elsewhere()) {  // nothing to wait for
     for (std::thread& worker : workers_) worker.detach();
-    wake_.release();
     return;
   }
-  {
-    std::lock_guard lock(sleep_mutex_);
-    stop_ = true;
-    generation_++;
-  }
-  wake_->notify_all();
+  stop_.store(true);
+  generation_.fetch_add(1);
+  generation_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -79,16 +71,27 @@ bool ThreadPool::workers_are_elsewhere() const {
 }
 
 void ThreadPool::drain(int worker) {
-  for (;;) {
-    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-    if (i >= n_) return;
+  uint32_t left = unclaimed_.load(std::memory_order_acquire);
+  while (left > 0) {
+    if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire)) continue;
+    uint32_t ended = 1;
     try {
-      function_(context_, i, worker);
+      function_(context_, first_ + (n_ - left), worker);
     } catch (...) {
-      std::lock_guard lock(error_mutex_);
-      if (!error_) error_ = std::current_exception();
-      next_.store(n_, std::memory_order_relaxed);
+      {
+        std::lock_guard lock(error_mutex_);
+        if (!error_) error_ = std::current_exception();
+      }
+      ended += unclaimed_.exchange(0, std::memory_order_acquire);  // these are skipped
     }
+    finish(ended);
+    left = unclaimed_.load(std::memory_order_acquire);
+  }
+}
+
+void ThreadPool::finish(uint32_t iterations) {
+  if (unfinished_.fetch_sub(iterations, std::memory_order_acq_rel) == iterations) {
+    unfinished_.notify_all();
   }
 }
 
@@ -99,40 +102,41 @@ void ThreadPool::run(int64_t n, Function function, void* context) {
     for (int64_t i = 0; i < n; i++) function(context, i, 0);
     return;
   }
+  for (int64_t first = 0; first < n; first += kRegionIterations) {
+    run_region(first, static_cast<uint32_t>(std::min(kRegionIterations, n - first)), function,
+               context);
+  }
+}
+
+void ThreadPool::run_region(int64_t first, uint32_t n, Function function, void* context) {
   function_ = function;
   context_ = context;
+  first_ = first;
   n_ = n;
   error_ = nullptr;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1);
-  if (sleepers_.load() > 0) {
-    {
-      std::lock_guard lock(sleep_mutex_);
-    }
-    wake_->notify_all();
-  }
+  unfinished_.store(n, std::memory_order_relaxed);
+  unclaimed_.store(n, std::memory_order_release);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
   drain(0);
-  while (!spin_until([&] { return busy_.load(std::memory_order_acquire) == 0; })) {
-    std::this_thread::yield();
+  // Whoever is still inside an iteration may have lost its core to another process. Sleeping then
+  // gives it ours, where a caller that went on spinning would keep it away.
+  const auto ended = [&] { return unfinished_.load(std::memory_order_acquire) == 0; };
+  while (!spin_until(ended)) {
+    const uint32_t left = unfinished_.load(std::memory_order_acquire);
+    if (left > 0) unfinished_.wait(left, std::memory_order_acquire);
   }
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void ThreadPool::work(int worker) {
-  uint64_t seen = 0;
+  uint32_t seen = 0;
   for (;;) {
-    const auto changed = [&] { return generation_.load() != seen; };
-    if (!spin_until(changed)) {
-      std::unique_lock lock(sleep_mutex_);
-      sleepers_++;
-      wake_->wait(lock, changed);
-      sleepers_--;
-    }
+    const auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    if (!spin_until(changed)) generation_.wait(seen, std::memory_order_acquire);
     seen = generation_.load(std::memory_order_acquire);
-    if (stop_) return;
+    if (stop_.load()) return;
     drain(worker);
-    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 

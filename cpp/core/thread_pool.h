@@ -3,10 +3,8 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -16,7 +14,7 @@ namespace mustafar {
 
 class ThreadPool {
  public:
-  // threads >= 1 counts the calling thread; 0 takes one per core the process may run on.
+  // threads >= 1 counts the calling thread; 0 takes default_threads() (core/available_cores.h).
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -24,9 +22,11 @@ class ThreadPool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Runs body(i, worker) for every i in [0, n), worker in [0, size()); returns when all are done.
-  // Iterations are handed out in order, one at a time. The first exception is rethrown here, after
-  // the region has ended; iterations not yet begun are then skipped. Must not be nested.
+  // Runs body(i, worker) for every i in [0, n), worker in [0, size()); returns when all are done: a
+  // worker that has no core just now is not waited for unless it is inside an iteration, and its
+  // share is done by the others. Iterations are handed out in order, one at a time. The first
+  // exception is rethrown here, after the region has ended; iterations not yet begun are then
+  // skipped. Must not be nested.
   template <typename Body>
   void parallel_for(int64_t n, Body&& body) {
     using Plain = std::remove_reference_t<Body>;
@@ -39,8 +39,10 @@ class ThreadPool {
   using Function = void (*)(void* context, int64_t i, int worker);
 
   void run(int64_t n, Function function, void* context);
+  void run_region(int64_t first, uint32_t n, Function function, void* context);
   void work(int worker);
   void drain(int worker);
+  void finish(uint32_t iterations);
   // In a child process after fork(): regions then run on the calling thread alone.
   bool workers_are_elsewhere() const;
 
@@ -49,21 +51,21 @@ class ThreadPool {
   std::vector<std::thread> workers_;
   std::mutex region_mutex_;  // one region at a time
 
-  // The region that is running.
+  // The region that is running. Only who holds an iteration that is not finished may read the plain
+  // members: the region cannot end before that, so they are those of the iteration's own region,
+  // whenever its worker came.
   Function function_ = nullptr;
   void* context_ = nullptr;
-  int64_t n_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
+  int64_t first_ = 0;
+  uint32_t n_ = 0;
   std::exception_ptr error_;
   std::mutex error_mutex_;
+  alignas(64) std::atomic<uint32_t> unclaimed_{0};   // iterations that nobody has taken
+  alignas(64) std::atomic<uint32_t> unfinished_{0};  // of all n; waited for by the caller
 
-  // Wakes workers: they spin on the generation for a moment, then sleep.
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> sleepers_{0};
+  // Counts regions. Workers watch it for a moment, then sleep on it.
+  alignas(64) std::atomic<uint32_t> generation_{0};
   std::atomic<bool> stop_{false};
-  std::mutex sleep_mutex_;
-  std::unique_ptr<std::condition_variable> wake_;
 };
 
 }  // namespace mustafar

@@ -66,7 +66,7 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
                  const ModelOptions& options, const std::filesystem::path& folder) {
   if (options.threads < 0) {
     throw std::invalid_argument("threads is " + std::to_string(options.threads) +
-                                ", must be 0 (one per core) or more");
+                                ", must be 0 (the default) or more");
   }
   if (options.kv_budget < 0) {
     throw std::invalid_argument("kv_budget is " + std::to_string(options.kv_budget) +

@@ -49,7 +49,8 @@ class Model(Closing):
             has code for, else the CPU.
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
             or ``"bf16"``. Weights stay as they are stored.
-        threads: 0 takes one per core.
+        threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
+            quota allow.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
         progress: Called with (bytes done, bytes in all) while weights are read, or
             uploaded to the GPU.

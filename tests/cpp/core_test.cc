@@ -1,18 +1,14 @@
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <limits>
-#include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "core/buffer.h"
 #include "core/dtype.h"
-#include "core/thread_pool.h"
 
 namespace mustafar {
 namespace {
@@ -78,48 +74,6 @@ TEST(HostBufferTest, AsksForHugePages) {
     }
   }
   FAIL() << "no mapping holds the buffer";
-}
-
-TEST(ThreadPoolTest, RunsEveryIterationOnce) {
-  ThreadPool pool(4);
-  for (int64_t n : {0, 1, 2, 3, 7, 1000}) {
-    std::vector<std::atomic<int>> hits(n);
-    pool.parallel_for(n, [&](int64_t i, int worker) {
-      EXPECT_GE(worker, 0);
-      EXPECT_LT(worker, pool.size());
-      hits[i]++;
-    });
-    for (auto& hit : hits) {
-      EXPECT_EQ(hit, 1);
-    }
-  }
-}
-
-TEST(ThreadPoolTest, RethrowsAndStaysUsable) {
-  ThreadPool pool(3);
-  for (int round = 0; round < 20; round++) {
-    EXPECT_THROW(pool.parallel_for(50,
-                                   [&](int64_t i, int) {
-                                     if (i == 13) throw std::runtime_error("planted");
-                                   }),
-                 std::runtime_error);
-    std::atomic<int64_t> sum{0};
-    pool.parallel_for(100, [&](int64_t i, int) { sum += i; });
-    EXPECT_EQ(sum, 4950);
-  }
-}
-
-TEST(ThreadPoolTest, SeveralCallersShareOnePool) {
-  ThreadPool pool(2);
-  std::vector<std::thread> callers;
-  std::atomic<int64_t> total{0};
-  for (int c = 0; c < 4; c++) {
-    callers.emplace_back([&] {
-      for (int r = 0; r < 200; r++) pool.parallel_for(10, [&](int64_t i, int) { total += i; });
-    });
-  }
-  for (auto& caller : callers) caller.join();
-  EXPECT_EQ(total, 4 * 200 * 45);
 }
 
 }  // namespace

@@ -56,8 +56,7 @@ class Bench {
     }
     for (const int32_t n : options.threads) {
       if (n < 0)
-        throw std::invalid_argument("-t must be 0 (one per core) or more, not " +
-                                    std::to_string(n));
+        throw std::invalid_argument("-t must be 0 (the default) or more, not " + std::to_string(n));
     }
   }
 
@@ -343,7 +342,7 @@ void add_bench(CLI::App& app, Run& run) {
   command->add_option("--dtype", options->dtype, "auto, f32, f16, bf16; of a shape's weights, too")
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
       ->capture_default_str();
-  list("-t,--threads", options->threads, "CPU threads; 0: one per core");
+  list("-t,--threads", options->threads, "CPU threads; 0: what cores and CPU quota allow");
   list("-p,--n-prompt", options->n_prompt, "Tokens of prefill; 0: no such test");
   list("-n,--n-gen", options->n_gen, "Tokens of decode; 0: no such test");
   command->add_option("--pg", options->prompt_gen, "PROMPT,GENERATED in one test (also -pg)")

@@ -24,7 +24,7 @@ struct ModelOptions {
   // this build has code for, else the CPU.
   std::string device = "auto";
   std::string dtype = "auto";  // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
-  int32_t threads = 0;         // 0: one per core
+  int32_t threads = 0;         // 0: MUSTAFAR_THREADS, or as many as cores and CPU quota allow
   int64_t kv_budget = 0;       // bytes that all sessions' caches together may take; 0: no limit
   // Called while weights are read (or uploaded, on a GPU): bytes done, bytes in all. What it throws
   // ends the loading.
