@@ -39,30 +39,33 @@ double now() {
 volatile float g_sink;
 
 #if defined(__x86_64__)
-// Independent chains of multiply-adds in registers: floating-point operations done by one thread.
+// What one thread computes in registers, in independent chains: more than are in flight at a time.
+// Each returns the floating-point operations that it did: two a lane and multiply-add.
+constexpr int kChains = 12;
+
 __attribute__((target("avx512f"))) double fma_avx512(int64_t n) {
-  __m512 s[12];
-  for (int i = 0; i < 12; i++) s[i] = _mm512_set1_ps(0.5f + i);
+  __m512 s[kChains];
+  for (int i = 0; i < kChains; i++) s[i] = _mm512_set1_ps(0.5f + i);
   const __m512 a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(1e-3f);
   for (int64_t i = 0; i < n; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; j++) s[j] = _mm512_fmadd_ps(s[j], a, b);
+#pragma GCC unroll 12  // kChains
+    for (int j = 0; j < kChains; j++) s[j] = _mm512_fmadd_ps(s[j], a, b);
   }
-  for (int i = 1; i < 12; i++) s[0] = _mm512_add_ps(s[0], s[i]);
+  for (int i = 1; i < kChains; i++) s[0] = _mm512_add_ps(s[0], s[i]);
   g_sink = _mm512_cvtss_f32(s[0]);
-  return n * 12.0 * 32;
+  return 2.0 * n * kChains * 16;
 }
 __attribute__((target("avx512f,avx512bf16"))) double dot_avx512bf16(int64_t n) {
-  __m512 s[12];
-  for (int i = 0; i < 12; i++) s[i] = _mm512_set1_ps(0.5f + i);
+  __m512 s[kChains];
+  for (int i = 0; i < kChains; i++) s[i] = _mm512_set1_ps(0.5f + i);
   const __m512bh a = (__m512bh)_mm512_set1_epi32(0x00003f80), b = (__m512bh)_mm512_set1_epi32(0);
   for (int64_t i = 0; i < n; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; j++) s[j] = _mm512_dpbf16_ps(s[j], a, b);
+#pragma GCC unroll 12  // kChains
+    for (int j = 0; j < kChains; j++) s[j] = _mm512_dpbf16_ps(s[j], a, b);
   }
-  for (int i = 1; i < 12; i++) s[0] = _mm512_add_ps(s[0], s[i]);
+  for (int i = 1; i < kChains; i++) s[0] = _mm512_add_ps(s[0], s[i]);
   g_sink = _mm512_cvtss_f32(s[0]);
-  return n * 12.0 * 64;
+  return 2.0 * n * kChains * 32;
 }
 __attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t n) {
   struct alignas(64) Config {
@@ -72,6 +75,7 @@ __attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t n) {
   };
   static const Config kConfig;
   _tile_loadconfig(&kConfig);  // and makes the tiles zero
+  constexpr int kTiles = 4;    // of 16 x 16 sums, over 32 products each
   for (int64_t i = 0; i < n; i++) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -79,19 +83,19 @@ __attribute__((target("amx-tile,amx-bf16"))) double dot_amx(int64_t n) {
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_release();
-  return n * 4.0 * 16 * 16 * 64;
+  return 2.0 * n * kTiles * 16 * 16 * 32;
 }
 __attribute__((target("avx2,fma"))) double fma_avx2(int64_t n) {
-  __m256 s[12];
-  for (int i = 0; i < 12; i++) s[i] = _mm256_set1_ps(0.5f + i);
+  __m256 s[kChains];
+  for (int i = 0; i < kChains; i++) s[i] = _mm256_set1_ps(0.5f + i);
   const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-3f);
   for (int64_t i = 0; i < n; i++) {
-#pragma GCC unroll 12
-    for (int j = 0; j < 12; j++) s[j] = _mm256_fmadd_ps(s[j], a, b);
+#pragma GCC unroll 12  // kChains
+    for (int j = 0; j < kChains; j++) s[j] = _mm256_fmadd_ps(s[j], a, b);
   }
-  for (int i = 1; i < 12; i++) s[0] = _mm256_add_ps(s[0], s[i]);
+  for (int i = 1; i < kChains; i++) s[0] = _mm256_add_ps(s[0], s[i]);
   g_sink = _mm256_cvtss_f32(s[0]);
-  return n * 12.0 * 16;
+  return 2.0 * n * kChains * 8;
 }
 #endif
 

@@ -121,6 +121,7 @@ const std::filesystem::path& Model::folder() const { return impl()->folder; }
 std::string Model::device() const { return impl()->backend->device(); }
 std::string Model::dtype() const { return dtype_name(impl()->dtype); }
 std::string Model::device_description() const { return impl()->backend->description(); }
+const std::string& Model::fingerprint() const { return impl()->fingerprint; }
 
 ModelMemory Model::memory() const {
   const Impl& engine = *impl();

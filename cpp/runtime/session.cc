@@ -115,6 +115,7 @@ int64_t Session::position() const {
   return static_cast<int64_t>(impl_->tokens.size());
 }
 const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
+std::vector<int32_t> Session::copy_tokens() const { return impl_->copy_tokens(); }
 int64_t Session::max_tokens() const { return impl_->max_tokens; }
 const Model& Session::model() const { return impl_->model; }
 const KVConfig& Session::kv_config() const { return impl_->kv; }

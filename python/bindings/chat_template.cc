@@ -13,10 +13,16 @@ namespace {
 
 using jinja::Value;
 
+// Deeper values are refused before they exhaust the stack.
+constexpr int kDeepestValue = 100;
+
 // A Python object as the engine's value: None, bool, int, float, str, list, tuple and dict. Strings
 // are marked as from outside the template.
 Value value_from(const py::handle& object, int depth = 0) {
-  if (depth > 100) throw py::value_error("chat template: the values nest deeper than 100 levels");
+  if (depth > kDeepestValue) {
+    throw py::value_error("chat template: the values nest deeper than " +
+                          std::to_string(kDeepestValue) + " levels");
+  }
   if (object.is_none()) return {};
   PyObject* p = object.ptr();
   if (PyBool_Check(p)) return Value(p == Py_True);

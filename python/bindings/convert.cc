@@ -14,6 +14,15 @@
 namespace py = pybind11;
 
 namespace mustafar {
+namespace {
+
+using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+// Taking the GIL costs microseconds, a thread in Python may hold it for 5 ms.
+constexpr std::chrono::milliseconds kInterruptPeriod(20);
+
+}  // namespace
 
 std::vector<int32_t> token_ids_from(const py::handle& ids) {
   if (py::isinstance<py::str>(ids) || py::isinstance<py::bytes>(ids)) {
@@ -29,8 +38,7 @@ std::vector<int32_t> token_ids_from(const py::handle& ids) {
     throw py::type_error("token ids must be integers, not " +
                          std::string(py::str(static_cast<py::object>(array.dtype()))));
   }
-  const auto wide = py::array_t < int64_t,
-             py::array::c_style | py::array::forcecast > ::ensure(array);
+  const Int64Array wide = Int64Array::ensure(array);
   std::vector<int32_t> out(wide.size());
   for (py::ssize_t i = 0; i < wide.size(); i++) {
     const int64_t id = wide.at(i);
@@ -61,7 +69,7 @@ std::function<void()> interrupt_check() {
   return [next] {
     const auto now = Clock::now();
     if (now < *next) return;
-    *next = now + std::chrono::milliseconds(20);
+    *next = now + kInterruptPeriod;
     py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   };
@@ -138,8 +146,7 @@ SamplingParams sampling_params_from(const py::dict& fields) {
                                logits.data(), view);
       const py::object returned = (*shared)(to_array(ids), array);
       if (returned.is_none()) return;
-      const auto replaced = py::array_t < float,
-                 py::array::c_style | py::array::forcecast > ::ensure(returned);
+      const FloatArray replaced = FloatArray::ensure(returned);
       if (!replaced || replaced.size() != static_cast<py::ssize_t>(logits.size())) {
         throw py::value_error("logits_processor must return None or an array of " +
                               std::to_string(logits.size()) + " logits");

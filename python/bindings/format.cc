@@ -24,6 +24,16 @@ using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>
 using ByteArray = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
 using BoolArray = py::array_t<bool, py::array::c_style | py::array::forcecast>;
 
+// Ragged slots count values in 16 bits: 64 * 1023 of them at most.
+constexpr int32_t kLargestHeadDim = 1023;
+
+void check_head_dim(int32_t head_dim) {
+  if (head_dim < 1 || head_dim > kLargestHeadDim) {
+    throw std::invalid_argument("head_dim must be in [1, " + std::to_string(kLargestHeadDim) +
+                                "], not " + std::to_string(head_dim));
+  }
+}
+
 DType parse_value_dtype(const std::string& name) {
   for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kInt8, DType::kInt4}) {
     if (name == dtype_name(dtype)) return dtype;
@@ -34,10 +44,7 @@ DType parse_value_dtype(const std::string& name) {
 
 SlotLayout make_layout(int32_t head_dim, bool is_key, double sparsity, bool group_pattern,
                        const std::string& dtype, bool ragged) {
-  // Ragged offsets are 16 bits wide: 64 * 1023 values at most.
-  if (head_dim < 1 || head_dim > 1023) {
-    throw std::invalid_argument("head_dim must be in [1, 1023], not " + std::to_string(head_dim));
-  }
+  check_head_dim(head_dim);
   if (!(sparsity >= 0.0 && sparsity < 1.0)) {
     throw std::invalid_argument("sparsity must be in [0, 1), not " + std::to_string(sparsity));
   }
@@ -46,9 +53,7 @@ SlotLayout make_layout(int32_t head_dim, bool is_key, double sparsity, bool grou
 }
 
 SlotLayout make_coded(int32_t head_dim, double bits) {
-  if (head_dim < 1 || head_dim > 1023) {
-    throw std::invalid_argument("head_dim must be in [1, 1023], not " + std::to_string(head_dim));
-  }
+  check_head_dim(head_dim);
   if (!(bits >= 1.0 && bits <= 7.0)) {
     throw std::invalid_argument("bits must be in [1, 7], not " + std::to_string(bits));
   }

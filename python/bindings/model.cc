@@ -6,7 +6,6 @@
 
 #include "bindings.h"
 #include "mustafar/profile.h"
-#include "runtime/model_impl.h"
 
 namespace py = pybind11;
 
@@ -92,7 +91,7 @@ void register_model(py::module_& m) {
       .def("device", &Model::device)
       .def("dtype", &Model::dtype)
       .def("device_description", &Model::device_description)
-      .def("fingerprint", [](const Model& model) { return model.impl()->fingerprint; })
+      .def("fingerprint", &Model::fingerprint)
       .def("memory", &memory_dict)
       .def("generate", &generate)
       .def("close", &Model::close, py::call_guard<py::gil_scoped_release>());

@@ -10,7 +10,6 @@
 #include "core/thread_pool.h"
 #include "mustafar/calibration.h"
 #include "runtime/kv_statistics.h"
-#include "runtime/model_impl.h"
 
 namespace py = pybind11;
 
@@ -25,7 +24,7 @@ py::object array_of(const Profile& p, const std::vector<float>& values, bool mat
   std::vector<py::ssize_t> shape = {p.n_layers, p.n_kv_heads, p.head_dim};
   if (matrix) shape.push_back(p.head_dim);
   py::array_t<float> array(shape);
-  std::memcpy(array.mutable_data(), values.data(), values.size() * 4);
+  std::memcpy(array.mutable_data(), values.data(), values.size() * sizeof(float));
   return array;
 }
 

@@ -5,7 +5,6 @@
 
 #include "bindings.h"
 #include "mustafar/profile.h"
-#include "runtime/session_impl.h"
 
 namespace py = pybind11;
 
@@ -141,7 +140,7 @@ void register_session(py::module_& m) {
              return to_array(std::span<const float>(all)).reshape({py::ssize_t{-1}, vocab});
            })
       .def("position", &Session::position)
-      .def("tokens", [](const Session& session) { return session.impl().copy_tokens(); })
+      .def("tokens", &Session::copy_tokens)
       .def("max_tokens", &Session::max_tokens)
       .def("memory", &memory_dict)
       .def("rewind", &Session::rewind, py::call_guard<py::gil_scoped_release>())

@@ -28,9 +28,10 @@ from ._core import (
 )
 from .blocks import CompressedBlocks, compress, decompress
 from .calibration import auto_profile, calibrate
-from .chat import Chat, ChatStream
+from .chat import Chat
 from .model import Model, ModelMemory
-from .session import Session, Stream
+from .session import Session
+from .stream import ChatStream, Stream
 from .types import (
     GenerateResult,
     GenerateStats,

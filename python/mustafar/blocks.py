@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+from .types import Pattern, ValueType
 
-_TAIL = {"float16": "f16", "float32": "f32"}
+_TAIL: dict[str, ValueType] = {"float16": "f16", "float32": "f32"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class CompressedBlocks:
 
     data: NDArray[np.uint8]
     shape: tuple[int, ...]
-    layout: Any
+    layout: _core.SlotLayout
     sigma: NDArray[np.float32] | None = None
 
     @property
@@ -60,8 +60,8 @@ def compress(
     array: NDArray[np.floating],
     *,
     sparsity: float = 0.5,
-    pattern: str = "group",
-    value_dtype: str = "auto",
+    pattern: Pattern = "group",
+    value_dtype: ValueType = "auto",
     is_key: bool = True,
     weight: NDArray[np.float32] | None = None,
     mask: NDArray[np.bool_] | None = None,

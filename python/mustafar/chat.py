@@ -5,63 +5,15 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import _core
 from ._core import ChatTemplate
+from .completion import Message, Tools, native_chat, set_messages
 from .model import Model
 from .session import Session
+from .stream import ChatStream
 from .types import GenerateResult, KVConfig, SamplingParams
-
-Message = Mapping[str, Any]
-
-
-class ChatStream:
-    """Text of a reply, piece by piece.
-
-    Closing it, or dropping it, ends the work; what was said stays in the conversation.
-    """
-
-    def __init__(self, native: _core.ChatReply) -> None:
-        self._core = native
-
-    def __iter__(self) -> ChatStream:
-        return self
-
-    def __next__(self) -> str:
-        while (piece := self._core.step()) is not None:
-            if piece:
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Ends the reply; nothing more is computed."""
-        self._core.stop()
-
-    @property
-    def result(self) -> GenerateResult:
-        """Text, ids and reason so far, or in all once it has ended."""
-        return GenerateResult._of(self._core.result())
-
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that the cache held already."""
-        return self._core.cached_tokens()
-
-    def __enter__(self) -> ChatStream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Chat:
@@ -93,7 +45,7 @@ class Chat:
         session: Session | Model | str | os.PathLike[str] | None = None,
         system: str | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         chat_template: ChatTemplate | str | os.PathLike[str] | None = None,
         kv: KVConfig | None = None,
         max_tokens: int | None = None,
@@ -107,17 +59,15 @@ class Chat:
         else:
             session = Session(session, kv=kv, max_tokens=max_tokens)
         self._session = session
-        if isinstance(chat_template, (str, os.PathLike)):
-            folder = session.model.folder
-            chat_template = ChatTemplate.from_argument(os.fspath(chat_template), folder)
-        self._core = _core.Chat(
+        self._core = native_chat(
+            session._model._core,
             session._core,
-            chat_template,
-            system,
-            json.dumps(list(tools)) if tools else "",
-            json.dumps(dict(variables)) if variables else "",
-            date.isoformat() if isinstance(date, datetime.date) else date,
-            context_shift,
+            system=system,
+            tools=tools,
+            chat_template=chat_template,
+            date=date,
+            context_shift=context_shift,
+            variables=variables,
         )
 
     @property
@@ -133,7 +83,7 @@ class Chat:
 
     @messages.setter
     def messages(self, messages: Sequence[Message]) -> None:
-        self._core.set_messages_json(json.dumps(list(messages)))
+        set_messages(self._core, messages)
 
     def add(self, message: Message) -> None:
         """Adds a message, such as a tool's result, without replying."""
@@ -152,7 +102,7 @@ class Chat:
             ContextOverflow: The conversation does not fit the context; it is as before.
             TemplateError: The template refuses the conversation; it is as before.
         """
-        return _finish(self.stream(text, params, **sampling))
+        return self.stream(text, params, **sampling)._finish()
 
     def stream(
         self, text: str, params: SamplingParams | None = None, **sampling: Any
@@ -164,7 +114,7 @@ class Chat:
     def reply(self, params: SamplingParams | None = None, **sampling: Any) -> GenerateResult:
         """Replies to the messages as they stand, after :meth:`add` for example."""
         native = SamplingParams.merge(params, sampling)._native()
-        return _finish(ChatStream(self._core.reply(native)))
+        return ChatStream(self._core.reply(native))._finish()
 
     def stream_reply(self, params: SamplingParams | None = None, **sampling: Any) -> ChatStream:
         """As :meth:`reply`, handing out text as it is made."""
@@ -173,7 +123,7 @@ class Chat:
     def regenerate(self, params: SamplingParams | None = None, **sampling: Any) -> GenerateResult:
         """Makes the last reply again; ValueError where there is none."""
         native = SamplingParams.merge(params, sampling)._native()
-        return _finish(ChatStream(self._core.regenerate(native)))
+        return ChatStream(self._core.regenerate(native))._finish()
 
     def undo(self) -> str | None:
         """Drops the last user message and all after it; returns its text."""
@@ -213,88 +163,3 @@ class Chat:
     def dropped_turns(self) -> int:
         """Turns that ``context_shift`` has dropped."""
         return self._core.dropped_turns()
-
-
-def _finish(stream: ChatStream) -> GenerateResult:
-    try:
-        for _ in stream:
-            pass
-    finally:
-        stream.close()
-    return stream.result
-
-
-_FINISH_REASONS = {
-    "stop": "stop",
-    "length": "length",
-    "context": "length",
-    "cancelled": "stop",
-}
-
-_RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-
-
-def chat_completion(
-    model: Model,
-    messages: Sequence[Message],
-    *,
-    stream: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    chat_template: ChatTemplate | str | os.PathLike[str] | None = None,
-    kv: KVConfig | None = None,
-    session: Session | None = None,
-    params: SamplingParams | None = None,
-    **sampling: Any,
-) -> dict[str, Any] | Iterator[dict[str, Any]]:
-    """See :meth:`Model.chat_completion`."""
-    for theirs, ours in _RENAMED.items():
-        if theirs in sampling:
-            sampling[ours] = sampling.pop(theirs)
-    if sampling.get("stop") is None:
-        sampling.pop("stop", None)
-    native = SamplingParams.merge(params, sampling)._native()
-    chat = Chat(
-        session if session is not None else Session(model, kv=kv),
-        tools=tools,
-        chat_template=chat_template,
-    )
-    chat.messages = messages
-    reply = ChatStream(chat._core.reply(native))
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": model.folder.name,
-    }
-    if stream:
-        return _chunks(reply, head)
-    result = _finish(reply)
-    prompt_tokens = result.stats.prompt_tokens + reply.cached_tokens
-    return {
-        **head,
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.text},
-                "finish_reason": _FINISH_REASONS[result.finish_reason],
-            }
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": len(result.token_ids),
-            "total_tokens": prompt_tokens + len(result.token_ids),
-            "prompt_tokens_details": {"cached_tokens": reply.cached_tokens},
-        },
-    }
-
-
-def _chunks(reply: ChatStream, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return {**head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    with reply:
-        yield chunk({"role": "assistant", "content": ""})
-        for piece in reply:
-            yield chunk({"content": piece})
-        yield chunk({}, _FINISH_REASONS[reply.result.finish_reason])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import _core
-from .types import GenerateResult, KVConfig, SamplingParams
+from .completion import Message, Tools, chat_completion
+from .stream import Closing
+from .types import Device, DType, GenerateResult, KVConfig, SamplingParams
 
 if TYPE_CHECKING:
     from .session import Session
@@ -38,7 +39,7 @@ class ModelMemory:
     kv_budget: int
 
 
-class Model:
+class Model(Closing):
     """Weights, tokenizer and device; shared by any number of sessions and threads.
 
     Args:
@@ -65,8 +66,8 @@ class Model:
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: Device = "auto",
+        dtype: DType = "auto",
         threads: int = 0,
         *,
         kv_budget: int | None = None,
@@ -151,10 +152,10 @@ class Model:
 
     def chat_completion(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         stream: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
         kv: KVConfig | None = None,
         session: Session | None = None,
@@ -176,34 +177,26 @@ class Model:
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
         """
-        from .chat import chat_completion
-
+        if session is None:
+            native = _core.Session(self._core, (kv or KVConfig())._native(), None)
+        elif kv is None:
+            native = session._core
+        else:
+            raise ValueError("kv belongs to the session that is given")
         return chat_completion(
-            self,
+            self._core,
+            native,
             messages,
             stream=stream,
             tools=tools,
             chat_template=chat_template,
-            kv=kv,
-            session=session,
             params=params,
-            **sampling,
+            sampling=sampling,
         )
 
     def close(self) -> None:
         """Lets the weights go once the last session is closed; later use raises StateError."""
         self._core.close()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         try:

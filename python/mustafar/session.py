@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -13,50 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from . import _core
 from ._core import Profile
 from .model import Model, Prompt
+from .stream import Closing, Stream
 from .types import GenerateResult, KVConfig, MemoryUsage, SamplingParams
 
 
-class Stream:
-    """Text of a generation, piece by piece, as it becomes certain.
-
-    Closing it (or leaving the ``for`` loop and dropping it) ends the work; tokens made so far stay
-    in the session. ``result`` holds what was made, at any time.
-    """
-
-    def __init__(self, native: _core.Generation) -> None:
-        self._core = native
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        while (piece := self._core.step()) is not None:
-            if piece:
-                return piece
-        raise StopIteration
-
-    def close(self) -> None:
-        """Ends the generation; nothing more is computed."""
-        self._core.stop()
-
-    @property
-    def result(self) -> GenerateResult:
-        """Text, ids and reason so far, or in all once it has ended."""
-        return GenerateResult._of(self._core.result())
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class Session:
+class Session(Closing):
     """One sequence and its cache; used by one thread at a time.
 
     Every call that raises leaves the session as it was before.
@@ -233,14 +193,3 @@ class Session:
 
     def __len__(self) -> int:
         return self.position
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -5,12 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "f32", "f16", "bf16"]
+Preset = Literal["lossless", "balanced", "small", "mustafar", "dense"]
+Pattern = Literal["group", "row"]
+ValueType = Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"]
+KPolicy = Literal[
+    "magnitude",
+    "output_aware",
+    "channel_magnitude",
+    "channel_output_aware",
+    "channel_structured",
+]
+VPolicy = Literal["magnitude", "channel_magnitude", "channel_output_aware"]
+FinishReason = Literal["length", "stop", "context", "cancelled"]
 
 LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
 
@@ -54,23 +69,23 @@ class KVConfig:
     sparsity: float = 0.0
     k_sparsity: float | None = None
     v_sparsity: float | None = None
-    pattern: Literal["group", "row"] = "group"
+    pattern: Pattern = "group"
     window: int = 32
     sink_tokens: int = 4
-    value_dtype: Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"] = "int8"
+    value_dtype: ValueType = "int8"
     bits: float = 3.0
     k_bits: float | None = None
     v_bits: float | None = None
-    k_policy: str = "magnitude"
-    v_policy: str = "magnitude"
-    profile: Any = None
+    k_policy: KPolicy = "magnitude"
+    v_policy: VPolicy = "magnitude"
+    profile: _core.Profile | str | os.PathLike[str] | None = None
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> KVConfig:
+    def preset(cls, name: Preset, **changes: Any) -> KVConfig:
         """A setting by name, with fields changed where named.
 
-        ``"lossless"`` (the default), ``"balanced"``, ``"small"`` or ``"mustafar"``; what each was
-        measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
+        ``"lossless"`` (the default), ``"balanced"``, ``"small"``, ``"mustafar"`` or ``"dense"``;
+        what each was measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
 
         Raises ValueError for an unknown name, TypeError for an unknown field.
         """
@@ -83,9 +98,9 @@ class KVConfig:
         return values
 
 
-def kv_presets() -> dict[str, str]:
+def kv_presets() -> dict[Preset, str]:
     """The names that :meth:`KVConfig.preset` knows, each with its bytes and measured loss."""
-    return dict(_core.kv_presets())
+    return cast(dict[Preset, str], _core.kv_presets())
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,7 @@ class GenerateResult:
 
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: FinishReason
     logprobs: list[TokenLogprob]
     stats: GenerateStats
 

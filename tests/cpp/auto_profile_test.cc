@@ -63,7 +63,7 @@ class AutoProfileTest : public ::testing::Test {
   }
   fs::path kept(const Model& model) const {
     return cache_.path() / "mustafar" / "profiles" /
-           (model.impl()->fingerprint + "-balanced-1.safetensors");
+           (model.fingerprint() + "-balanced-1.safetensors");
   }
   // Files below the cache folder.
   int files() const {
@@ -87,7 +87,7 @@ TEST_F(AutoProfileTest, IsMadeOnceAndKept) {
   ASSERT_NE(made, nullptr);
   EXPECT_EQ(made->kind, "balanced");
   EXPECT_FALSE(made->k_weight.empty());
-  made->check(model.config(), model.impl()->fingerprint);
+  made->check(model.config(), model.fingerprint());
   ASSERT_EQ(first.notes.size(), 1u);
   EXPECT_NE(first.notes[0].find(kept(model).string()), std::string::npos) << first.notes[0];
   EXPECT_TRUE(first.warnings.empty());

@@ -7,21 +7,19 @@
 #include <limits>
 #include <memory>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "core/buffer.h"
 #include "mustafar/error.h"
+#include "support/stub_backend.h"
 
 namespace mustafar {
 namespace {
 
 // Memory and nothing else; counts what it gave, and may refuse large pieces.
-class MemoryBackend final : public Backend {
+class MemoryBackend final : public testing::StubBackend {
  public:
-  std::string device() const override { return "memory"; }
-  std::string description() const override { return "memory"; }
   bool host_memory() const override { return is_host; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override {
@@ -30,28 +28,7 @@ class MemoryBackend final : public Backend {
     n_allocations++;
     return std::make_unique<Piece>(*this, bytes);
   }
-  void upload(void*, const void*, int64_t) override { unused(); }
-  void download(void*, const void*, int64_t) override { unused(); }
-  void copy(void*, const void*, int64_t) override { unused(); }
   int64_t available_bytes() const override { return largest; }
-  std::unique_ptr<Workspace> make_workspace() override { return nullptr; }
-  void embed(const Weights&, std::span<const int32_t>, float*) override { unused(); }
-  void project_qkv(const Weights&, int32_t, const Batch&, const float*, float*,
-                   Workspace&) override {
-    unused();
-  }
-  void attend(int32_t, const Batch&, const float*, float*, Workspace&) override { unused(); }
-  void project_output(const Weights&, int32_t, const Batch&, const float*, float*,
-                      Workspace&) override {
-    unused();
-  }
-  void mlp(const Weights&, int32_t, const Batch&, float*, Workspace&) override { unused(); }
-  void logits(const Weights&, const Batch&, std::span<const int32_t>, const float*, float*,
-              Workspace&) override {
-    unused();
-  }
-  void commit(std::span<const CommitStep>, int32_t, int32_t, Workspace&) override { unused(); }
-  void synchronize() override {}
 
   bool is_host = true;
   int64_t largest = std::numeric_limits<int64_t>::max();
@@ -73,8 +50,6 @@ class MemoryBackend final : public Backend {
     MemoryBackend& backend_;
     HostBuffer buffer_;
   };
-
-  static void unused() { throw std::logic_error("no operation belongs to a pool"); }
 };
 
 class BlockPoolTest : public ::testing::Test {

@@ -90,8 +90,6 @@ class Sequence {
     HostBuffer grown(planes_ * capacity * row_bytes());
     std::memset(grown.data(), 0xff, grown.bytes());
     commit_ = {};
-    commit_.sequence = step_;
-    commit_.layout = &layout_;
     commit_.dense_tokens = step_.dense_tokens;
     commit_.end_pos = position_;
     commit_.dense_out = grown.as<uint8_t>();

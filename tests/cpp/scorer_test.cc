@@ -11,29 +11,15 @@
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "mustafar/session.h"
+#include "support/random_model.h"
 
 namespace mustafar {
 namespace {
 
-constexpr int32_t kVocab = 97;
+using testing::kSmallVocab;
 
 Model small_model(DType dtype, int64_t kv_budget = 0) {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 48;
-  c.intermediate_size = 80;
-  c.n_layers = 3;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = 16;
-  c.vocab_size = kVocab;
-  c.max_position_embeddings = 600;
-  c.eos_token_ids = {2};
-  ModelOptions options;
-  options.device = "cpu";
-  options.threads = 2;
-  options.kv_budget = kv_budget;
-  return make_model(c, random_tensors(c, dtype, 7), options);
+  return testing::random_model(testing::small_config(), "cpu", 2, dtype, kv_budget);
 }
 
 // Sequences of different lengths: some end in the window, some on a block's edge.
@@ -41,7 +27,7 @@ std::vector<std::vector<int32_t>> texts() {
   std::mt19937 random(3);
   std::vector<std::vector<int32_t>> texts;
   for (const size_t n : {225, 2, 97, 130, 40, 161, 33, 98}) {
-    for (int32_t& id : texts.emplace_back(n)) id = static_cast<int32_t>(random() % kVocab);
+    for (int32_t& id : texts.emplace_back(n)) id = static_cast<int32_t>(random() % kSmallVocab);
   }
   return texts;
 }
@@ -76,13 +62,13 @@ std::vector<Case> cases() {
   return all;
 }
 
-class ScorerTest : public testing::TestWithParam<Case> {
+class ScorerTest : public ::testing::TestWithParam<Case> {
  protected:
   const Model model_ = small_model(GetParam().dtype);
   Model::Impl& engine_ = *model_.impl();
 };
 
-INSTANTIATE_TEST_SUITE_P(Configs, ScorerTest, testing::ValuesIn(cases()),
+INSTANTIATE_TEST_SUITE_P(Configs, ScorerTest, ::testing::ValuesIn(cases()),
                          [](const auto& info) { return info.param.name; });
 
 // Log-softmax in double.
@@ -99,7 +85,7 @@ TEST_P(ScorerTest, OneAtATimeSideBySideAndDecodeAgree) {
   const auto sequences = texts();
   const double tolerance = GetParam().dtype == DType::kF32 ? 2e-5 : 2e-2;
   Scorer scorer(engine_, engine_.cache_spec(GetParam().kv));
-  LogProbTable table(sequences, kVocab);
+  LogProbTable table(sequences, kSmallVocab);
   const std::vector<TokenScores> together = scorer.score(sequences, &table);
   for (size_t i = 0; i < sequences.size(); i++) {
     const std::vector<int32_t>& ids = sequences[i];
@@ -114,7 +100,7 @@ TEST_P(ScorerTest, OneAtATimeSideBySideAndDecodeAgree) {
       EXPECT_EQ(alone[0].log_probs[p], by_session[p]) << i << " at " << p;
       EXPECT_NEAR(together[i].log_probs[p], expected, tolerance) << i << " at " << p;
       EXPECT_GE(seen[together[i].top[p]], *std::max_element(seen.begin(), seen.end()) - tolerance);
-      for (int32_t id = 0; id < kVocab; id += 7) {
+      for (int32_t id = 0; id < kSmallVocab; id += 7) {
         EXPECT_NEAR(table.row(i, p)[id], seen[id], tolerance) << i << " at " << p << " of " << id;
       }
     }
@@ -125,7 +111,7 @@ TEST_P(ScorerTest, DivergenceIsThatOfTheDistributions) {
   const auto sequences = texts();
   KVConfig dense;
   dense.sparsity = 0;
-  LogProbTable reference(sequences, kVocab), own(sequences, kVocab);
+  LogProbTable reference(sequences, kSmallVocab), own(sequences, kSmallVocab);
   Scorer(engine_, engine_.cache_spec(dense)).score(sequences, &reference);
   Scorer scorer(engine_, engine_.cache_spec(GetParam().kv));
   const std::vector<TokenScores> scores = scorer.score(sequences, &own, &reference);
@@ -133,7 +119,7 @@ TEST_P(ScorerTest, DivergenceIsThatOfTheDistributions) {
   for (size_t i = 0; i < sequences.size(); i++) {
     for (size_t p = 0; p + 1 < sequences[i].size(); p++) {
       double expected = 0;
-      for (int32_t id = 0; id < kVocab; id++) {
+      for (int32_t id = 0; id < kSmallVocab; id++) {
         const double log_p = reference.row(i, p)[id];
         expected += std::exp(log_p) * (log_p - own.row(i, p)[id]);
       }

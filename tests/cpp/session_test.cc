@@ -6,46 +6,21 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
-#include "runtime/session_impl.h"
+#include "support/random_model.h"
 
 namespace mustafar {
 namespace {
 
-ModelConfig small_config() {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 48;
-  c.intermediate_size = 80;
-  c.n_layers = 3;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = 16;
-  c.vocab_size = 97;
-  c.max_position_embeddings = 600;
-  c.eos_token_ids = {2};
-  return c;
-}
+using testing::ids_of;
+using testing::small_config;
 
 Model small_model(int64_t kv_budget = 0, DType dtype = DType::kF32) {
-  const ModelConfig config = small_config();
-  ModelOptions options;
-  options.device = "cpu";
-  options.threads = 2;
-  options.kv_budget = kv_budget;
-  return make_model(config, random_tensors(config, dtype, 7), options);
-}
-
-std::vector<int32_t> ids_of(int64_t n, uint32_t seed = 1) {
-  std::mt19937 rng(seed);
-  std::vector<int32_t> ids(n);
-  for (int32_t& id : ids) id = static_cast<int32_t>(rng() % 97);
-  return ids;
+  return testing::random_model(small_config(), "cpu", 2, dtype, kv_budget);
 }
 
 std::vector<float> copy(std::span<const float> x) { return {x.begin(), x.end()}; }
@@ -61,14 +36,14 @@ KVConfig config_of(double sparsity, Pattern pattern, int32_t window, int32_t sin
   return kv;
 }
 
-class SessionTest : public testing::TestWithParam<KVConfig> {};
+class SessionTest : public ::testing::TestWithParam<KVConfig> {};
 
 INSTANTIATE_TEST_SUITE_P(
     Configs, SessionTest,
-    testing::Values(config_of(0, Pattern::kGroup, 32, 0), config_of(0.5, Pattern::kGroup, 32, 0),
-                    config_of(0.7, Pattern::kRow, 0, 4),
-                    config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8),
-                    config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4)));
+    ::testing::Values(config_of(0, Pattern::kGroup, 32, 0), config_of(0.5, Pattern::kGroup, 32, 0),
+                      config_of(0.7, Pattern::kRow, 0, 4),
+                      config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8),
+                      config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4)));
 
 TEST_P(SessionTest, ScheduleHoldsAtEveryLength) {
   Session session(small_model(), GetParam());
@@ -516,7 +491,7 @@ TEST(SessionFaultTest, OtherThreadsMayAskForTheTokensMeanwhile) {
   std::vector<int32_t> all = first;
   all.insert(all.end(), then.begin(), then.end());
   while (!done) {
-    const std::vector<int32_t> seen = session.impl().copy_tokens();
+    const std::vector<int32_t> seen = session.copy_tokens();
     ASSERT_LE(seen.size(), all.size());
     EXPECT_TRUE(std::equal(seen.begin(), seen.end(), all.begin()));
     EXPECT_LE(session.position(), static_cast<int64_t>(all.size()));

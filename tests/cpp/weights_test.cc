@@ -5,11 +5,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "mustafar/error.h"
+#include "support/random_model.h"
+#include "support/stub_backend.h"
 
 namespace mustafar {
 namespace {
@@ -26,14 +27,12 @@ class HostMemory final : public DeviceMemory {
 };
 
 // Takes weights and does nothing else.
-class StoreBackend final : public Backend {
+class StoreBackend final : public testing::StubBackend {
  public:
   int64_t free_bytes = int64_t{1} << 30;
   int64_t uploaded = 0;
   int64_t largest_upload = 0;
 
-  std::string device() const override { return "store"; }
-  std::string description() const override { return "a store"; }
   bool host_memory() const override { return false; }
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override {
     free_bytes -= bytes;
@@ -44,44 +43,16 @@ class StoreBackend final : public Backend {
     largest_upload = std::max(largest_upload, bytes);
     std::memcpy(device, host, static_cast<size_t>(bytes));
   }
-  void download(void*, const void*, int64_t) override { unused(); }
-  void copy(void*, const void*, int64_t) override { unused(); }
   int64_t available_bytes() const override { return free_bytes; }
-  std::unique_ptr<Workspace> make_workspace() override { return nullptr; }
-  void embed(const Weights&, std::span<const int32_t>, float*) override { unused(); }
-  void project_qkv(const Weights&, int32_t, const Batch&, const float*, float*,
-                   Workspace&) override {
-    unused();
-  }
-  void attend(int32_t, const Batch&, const float*, float*, Workspace&) override { unused(); }
-  void project_output(const Weights&, int32_t, const Batch&, const float*, float*,
-                      Workspace&) override {
-    unused();
-  }
-  void mlp(const Weights&, int32_t, const Batch&, float*, Workspace&) override { unused(); }
-  void logits(const Weights&, const Batch&, std::span<const int32_t>, const float*, float*,
-              Workspace&) override {
-    unused();
-  }
-  void commit(std::span<const CommitStep>, int32_t, int32_t, Workspace&) override { unused(); }
-  void synchronize() override {}
-
- private:
-  static void unused() { throw std::logic_error("loading weights calls no operation"); }
 };
 
 // A vocabulary large enough that its matrix (80 MiB in f32) goes up in parts.
 ModelConfig config_of(int32_t vocab_size) {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 64;
-  c.intermediate_size = 72;
-  c.n_layers = 2;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = 16;
-  c.vocab_size = vocab_size;
-  c.max_position_embeddings = 64;
+  ModelConfig c = testing::small_config({.hidden_size = 64,
+                                         .intermediate_size = 72,
+                                         .n_layers = 2,
+                                         .vocab_size = vocab_size,
+                                         .max_position_embeddings = 64});
   c.tie_word_embeddings = true;
   return c;
 }

@@ -9,7 +9,7 @@
 #include "fake_runtime.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
-#include "runtime/model_impl.h"
+#include "support/random_model.h"
 
 namespace mustafar {
 namespace {
@@ -25,25 +25,11 @@ class CudaHost : public ::testing::Test {
   void TearDown() override { EXPECT_TRUE(runtime().nothing_is_left()); }
 };
 
-ModelConfig small_config() {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 64;
-  c.intermediate_size = 72;
-  c.n_layers = 2;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = 64;
-  c.vocab_size = 97;
-  c.max_position_embeddings = 600;
-  return c;
-}
-
 Model open_model(const char* device) {
-  ModelOptions options;
-  options.device = device;
-  options.threads = 1;
-  return make_model(small_config(), random_tensors(small_config(), DType::kF16, 7), options);
+  ModelConfig config = testing::small_config(
+      {.hidden_size = 64, .intermediate_size = 72, .n_layers = 2, .head_dim = 64});
+  config.eos_token_ids = {};
+  return testing::random_model(config, device, 1, DType::kF16);
 }
 
 // Why the GPU is refused; empty where it isn't. In that case auto must be the CPU.

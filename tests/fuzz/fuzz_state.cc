@@ -41,7 +41,7 @@ std::string repaired(const std::string& file) {
     return file;
   }
   if (header.contains("model_fingerprint"))
-    header["model_fingerprint"] = model().impl()->fingerprint;
+    header["model_fingerprint"] = model().fingerprint();
   size_t at = kPreamble + padded(header_bytes);
   const std::string sections = file.substr(at);
   at = 0;

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+import mustafar
+from support.paths import MODELS, SMOLLM2_TOOL, load_tool, model_folder
+from support.sessions import KVS
+
 # A runner started in the background may have been told to ignore Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-DEMO = ROOT / "python" / "mustafar" / "models" / "demo"
-SMOLLM2_TOOL = ROOT / "tools" / "smollm2.py"
-
-MODELS = {
-    "story": SHARED / "models" / "story",
-    "stories260K": SHARED / "models" / "stories260K",
-    "demo": DEMO,
-}
-
-
-def load_tool(path: Path) -> ModuleType:
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def model_folder(name: str) -> Path:
-    """A trained checkpoint; skips, visibly, where the data is not there."""
-    folder = MODELS[name]
-    if not (folder / "config.json").exists():
-        pytest.skip(f"no model data at {folder}")
-    return folder
 
 
 @pytest.fixture(params=list(MODELS))
@@ -55,6 +29,19 @@ def trained(request: pytest.FixtureRequest) -> Path:
 def story() -> Path:
     """The story checkpoint."""
     return model_folder("story")
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[mustafar.Model]:
+    """The story checkpoint, loaded; by itself for every file of tests."""
+    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture(params=list(KVS))
+def kv(request: pytest.FixtureRequest) -> mustafar.KVConfig:
+    """Each of a few settings of the cache in turn."""
+    return KVS[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import mustafar
+from support.paths import SHARED
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 oracle_module = pytest.importorskip("transformers.utils.chat_template_utils")
 
-DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "chat_templates"
+DATA = SHARED / "chat_templates"
 TEMPLATES = sorted(DATA.glob("*.jinja")) if DATA.is_dir() else []
 NOW = datetime.datetime(2025, 3, 7, 14, 5, 9)
 BOS, EOS = "<|begin_of_text|>", "</s>"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import mustafar
-from conftest import model_folder
 from mustafar import KVConfig, Session
-from test_cli import COMMAND
+from support.command import COMMAND, needs_command
+from support.paths import model_folder
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_processes_may_make_it_at_once(cache: Path) -> None:
     assert {out.strip() for out, _ in outputs} == {mustafar.Profile.load(file).hash()}
 
 
-@pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built")
+@needs_command
 def test_the_command_says_it_on_stderr_alone(cache: Path) -> None:
     def generate() -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -9,22 +9,19 @@ import numpy as np
 import pytest
 
 import mustafar
-from calibration_reference import Transform, transforms
 from mustafar import KVConfig, Session, _core
+from support.calibration_reference import Transform, transforms
+from support.sessions import ids_of
 
 KINDS = ["hadamard", "klt", "balanced"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[mustafar.Model]:
-    from conftest import model_folder
+    from support.paths import model_folder
 
     with mustafar.Model(model_folder("story"), device="cpu", dtype="f32") as loaded:
         yield loaded
-
-
-def ids_of(n: int, seed: int = 1) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(3, 2048, n)]
 
 
 TEXT = "Once upon a time there was a little girl who liked to play with her dog in the park. "
@@ -52,7 +49,7 @@ def test_forward_and_backward_are_inverse(
 def test_statistics_are_second_moments(model: mustafar.Model) -> None:
     """Against transformers: keys after RoPE, values, queries of the group, output slices."""
     torch = pytest.importorskip("torch")
-    oracle = pytest.importorskip("oracle")
+    oracle = pytest.importorskip("support.oracle")
     reference = oracle.load(model.folder)
     ids = ids_of(90)
     with torch.no_grad():
@@ -272,7 +269,7 @@ def test_files_round_trip_and_bad_ones_are_named(model: mustafar.Model, tmp_path
 
 
 def test_a_profile_of_another_model_is_refused(model: mustafar.Model) -> None:
-    from conftest import model_folder
+    from support.paths import model_folder
 
     profile = mustafar.calibrate(model, [TEXT], "klt")
     with mustafar.Model(model_folder("stories260K")) as other:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import mustafar
-from conftest import model_folder
 from mustafar import Chat, ChatTemplate, KVConfig, Session
 
 TEMPLATE = (
@@ -20,12 +18,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ bos_token }}assistant: {% endif %}"
 )
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 12}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[mustafar.Model]:
-    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 
-from chat_terminal import ARROW_UP, FIGURES, command, leave, saved, say, terminals
-from test_cli import COMMAND, STORY
+from support.chat_terminal import ARROW_UP, FIGURES, command, leave, saved, say, terminals
+from support.command import COMMAND, needs_command
+from support.paths import STORY
 
 pexpect = pytest.importorskip("pexpect")
 pytestmark = [
-    pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built"),
+    needs_command,
     pytest.mark.skipif(not STORY.is_dir(), reason=f"no model at {STORY}"),
 ]
 

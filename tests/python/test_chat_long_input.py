@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("safetensors")
 
-from chat_terminal import command, saved, say, terminals
-from conftest import DEMO
-from test_cli import COMMAND
-from tiny_model import write_tiny_model
+from support.chat_terminal import command, saved, say, terminals
+from support.command import needs_command
+from support.paths import DEMO
+from support.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built")
+pytestmark = needs_command
 
 CONTEXT = 200_000
 SLOWLY = {"MUSTAFAR_ISA": "scalar"}  # a bar is seen, and Ctrl-C comes in time, on any machine

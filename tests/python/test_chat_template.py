@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import mustafar
+from support.paths import SHARED
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jinja_oracle import (
+from support.jinja_oracle import (
     JSON_VALUES,
     frozen_time,
     oracle_module,
@@ -25,7 +26,7 @@ from jinja_oracle import (
 pytestmark = pytest.mark.usefixtures(frozen_time.__name__)
 
 
-DATA = pathlib.Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "chat_templates"
+DATA = SHARED / "chat_templates"
 
 WEATHER = {
     "type": "function",

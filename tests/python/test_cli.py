@@ -3,47 +3,20 @@
 import csv
 import io
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-STORY = ROOT.parent / "shared" / "data" / "models" / "story"
+from support.command import COMMAND, needs_command, run
+from support.paths import STORY
 
-
-def find_command() -> str | None:
-    """MUSTAFAR_COMMAND, what is installed, or the release build in the tree."""
-    if named := os.environ.get("MUSTAFAR_COMMAND"):
-        return named
-    # The installed command first: a sanitised build beside it also reports leaks of its libraries.
-    release = ROOT / "build" / "cpu-release" / "cpp" / "mustafar"
-    return shutil.which("mustafar") or (str(release) if release.exists() else None)
-
-
-COMMAND = find_command()
 pytestmark = [
-    pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built"),
+    needs_command,
     pytest.mark.skipif(not STORY.is_dir(), reason=f"no model at {STORY}"),
 ]
-
-
-def run(*arguments: object, stdin: str | None = None, **environment: str):
-    """Runs the command to its end; stdin is a pipe, empty unless given."""
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)],
-        input=stdin or "",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **environment},
-        check=False,
-    )
 
 
 def generate(*arguments: object, **kwargs):

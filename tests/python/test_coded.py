@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +10,12 @@ import numpy as np
 import pytest
 
 import mustafar
-from conftest import model_folder
 from mustafar import KVConfig, Profile, Session, reference
+from support.paths import model_folder
+from support.sessions import ids_of
+from support.state_file import pages_of
 
 PROMPT, STEPS = 40, 260
-
-
-def ids_of(n: int, seed: int = 1, vocab: int = 2048) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(3, vocab, n)]
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[mustafar.Model]:
-    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
-        yield loaded
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +27,7 @@ def stored_rows(
     session: Session, kv: KVConfig, profile: Profile, path: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values [layers, kv_heads, tokens, head_dim] of the store, in the profile's basis."""
-    session.save(path)
-    whole = path.read_bytes()
-    (header_bytes,) = struct.unpack_from("<Q", whole, 16)
-    header = json.loads(whole[64 : 64 + header_bytes])
-    at = 64 + (header_bytes + 63) // 64 * 64
-    for section in header["sections"]:
-        if section["name"] == "pages":
-            break
-        at += (section["bytes"] + 63) // 64 * 64
-    pages = np.frombuffer(whole, np.uint8, section["bytes"], at).reshape(-1, header["page_bytes"])
+    pages = pages_of(session, path)
     assert profile.k_sigma is not None and profile.v_sigma is not None
     layers, heads, dim = profile.k_sigma.shape
     bits = [kv.k_bits or kv.bits, kv.v_bits or kv.bits]
@@ -81,7 +61,7 @@ def stored_rows(
 def test_logits_match_attention_over_the_stored_rows(
     trained: Path, kv: KVConfig, tmp_path: Path
 ) -> None:
-    oracle = pytest.importorskip("oracle")
+    oracle = pytest.importorskip("support.oracle")
     torch = pytest.importorskip("torch")
     from transformers import AttentionInterface
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import mustafar
-from conftest import DEMO, ROOT, load_tool
-from test_cli import COMMAND, run
+from support.command import needs_command, run
+from support.paths import DEMO, ROOT, load_tool
 
 tool = load_tool(ROOT / "tools" / "compare_kv.py")
 
@@ -50,7 +50,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, text: Path, out: Path, *options: s
     return json.loads(out.read_text())
 
 
-@pytest.mark.skipif(COMMAND is None, reason="no mustafar command here")
+@needs_command
 def test_the_whole_protocol_is_that_of_the_command(
     text: Path, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

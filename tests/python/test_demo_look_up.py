@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DEMO
-from test_cli import COMMAND
+from support.command import COMMAND, needs_command
+from support.paths import DEMO
 
-pytestmark = pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built")
+pytestmark = needs_command
 
 
 def info(command: Path) -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import mustafar
-from conftest import DEMO
 from mustafar import KVConfig, Session
+from support.paths import DEMO
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 

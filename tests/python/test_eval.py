@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 import mustafar
-from conftest import DEMO
 from mustafar import KVConfig, Session
-from test_cli import COMMAND, run
+from support.command import COMMAND, needs_command, run
+from support.paths import DEMO, ROOT
 
-pytestmark = pytest.mark.skipif(COMMAND is None, reason="the mustafar command is not built")
+pytestmark = needs_command
 
-ROOT = Path(__file__).parents[2]
 # The model knows Python, so its own sources are text to it; what they say may change.
+SOURCES = ROOT / "python" / "mustafar"
 TEXT = "\n".join(
-    (ROOT / "python" / "mustafar" / name).read_text() for name in ("reference.py", "calibration.py")
+    path.read_text()
+    for path in (*sorted((SOURCES / "reference").glob("*.py")), SOURCES / "calibration.py")
 )
 # Another setting by name, but the same values in the same places as the dense cache.
 LIKE_DENSE = "sparsity=0,value_dtype=bf16"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mustafar
-from conftest import DEMO, ROOT, SHARED
+from support.paths import DEMO, ROOT, SHARED
 
 PROMPT = "def read_file("
 EXAMPLES = ROOT / "examples"

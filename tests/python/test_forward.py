@@ -10,7 +10,7 @@ import pytest
 
 import mustafar
 
-oracle = pytest.importorskip("oracle")
+oracle = pytest.importorskip("support.oracle")
 torch = pytest.importorskip("torch")
 
 DENSE = mustafar.KVConfig.preset("dense")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jinja_oracle import (
+from support.jinja_oracle import (
     UNSUPPORTED,
     VARIABLES,
     frozen_time,

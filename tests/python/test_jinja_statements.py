@@ -10,7 +10,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jinja_oracle import (
+from support.jinja_oracle import (
     JSON_VALUES,
     UNSUPPORTED,
     VARIABLES,

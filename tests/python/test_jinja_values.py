@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from jinja_oracle import (
+from support.jinja_oracle import (
     VARIABLES,
     compare_many,
     frozen_time,

@@ -17,11 +17,12 @@ import pytest
 
 from mustafar import KVConfig, Model, Profile, Session, reference
 
-oracle = pytest.importorskip("oracle")
+oracle = pytest.importorskip("support.oracle")
 torch = pytest.importorskip("torch")
 
-from policy_stores import Store, check_masks, check_rows, pages_of, slots_of, store_of
-from test_sparse_oracle import Schedule
+from support.policy_stores import Store, check_masks, check_rows, slots_of, store_of
+from support.pruned_attention import Schedule
+from support.state_file import pages_of
 
 PROMPT, STEPS = 300, 120
 IDS = [int(x) for x in np.random.default_rng(5).integers(3, 300, PROMPT + STEPS)]
@@ -128,7 +129,7 @@ def profile_for(model: Model) -> Profile:
 
 @pytest.fixture(scope="module", params=["story", "stories260K", "demo"])
 def trained(request: pytest.FixtureRequest) -> Iterator[Trained]:
-    from conftest import model_folder
+    from support.paths import model_folder
 
     folder = model_folder(request.param)
     with Model(folder, device="cpu", dtype="f32") as model:

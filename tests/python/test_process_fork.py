@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 import mustafar
-from conftest import model_folder
+from support.paths import model_folder
 
 
 @pytest.fixture

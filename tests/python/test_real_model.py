@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import mustafar
-from conftest import SMOLLM2_TOOL
+from support.paths import SMOLLM2_TOOL
 
-oracle = pytest.importorskip("oracle")
+oracle = pytest.importorskip("support.oracle")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

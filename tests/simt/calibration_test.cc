@@ -5,40 +5,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <random>
 #include <span>
 #include <vector>
 
 #include "core/thread_pool.h"
 #include "runtime/kv_statistics.h"
-#include "runtime/model_impl.h"
+#include "support/random_model.h"
 
 namespace mustafar {
 namespace {
 
-Model random_model(const char* device, DType dtype) {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 32;
-  c.intermediate_size = 40;
-  c.n_layers = 2;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = 16;
-  c.vocab_size = 97;
-  c.max_position_embeddings = 100;
-  c.eos_token_ids = {2};
-  ModelOptions options;
-  options.device = device;
-  options.threads = 1;
-  return make_model(c, random_tensors(c, dtype, 7), options);
-}
+using testing::ids_of;
 
-std::vector<int32_t> ids_of(int64_t n) {
-  std::mt19937 random(1);
-  std::vector<int32_t> ids(n);
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 97);
-  return ids;
+Model random_model(const char* device, DType dtype) {
+  const ModelConfig config = testing::small_config(
+      {.hidden_size = 32, .intermediate_size = 40, .n_layers = 2, .max_position_embeddings = 100});
+  return testing::random_model(config, device, 1, dtype);
 }
 
 TEST(CudaCalibration, StatisticsAreThoseOfTheCpu) {
@@ -68,7 +50,7 @@ TEST(CudaCalibration, MakesAProfile) {
   CalibrationOptions options;
   options.scale_power = 0.5;
   const Profile profile = calibrate(gpu, texts, options);
-  profile.check(gpu.config(), gpu.impl()->fingerprint);
+  profile.check(gpu.config(), gpu.fingerprint());
   const int64_t d = 16;
   for (int64_t i = 0; i < d; i++) {  // F B = I, of the first head
     for (int64_t j = 0; j < d; j++) {

@@ -16,38 +16,20 @@
 #include "mustafar/profile.h"
 #include "runtime/scorer.h"
 #include "runtime/session_impl.h"
+#include "support/random_model.h"
 
 namespace mustafar {
 namespace {
 
+using testing::ids_of;
+
 ModelConfig small_config(int32_t head_dim) {
-  ModelConfig c;
-  c.model_type = "llama";
-  c.hidden_size = 64;
-  c.intermediate_size = 72;
-  c.n_layers = 2;
-  c.n_heads = 4;
-  c.n_kv_heads = 2;
-  c.head_dim = head_dim;
-  c.vocab_size = 97;
-  c.max_position_embeddings = 600;
-  c.eos_token_ids = {2};
-  return c;
+  return testing::small_config(
+      {.hidden_size = 64, .intermediate_size = 72, .n_layers = 2, .head_dim = head_dim});
 }
 
 Model random_model(const char* device, int32_t head_dim, DType dtype) {
-  const ModelConfig config = small_config(head_dim);
-  ModelOptions options;
-  options.device = device;
-  options.threads = 1;
-  return make_model(config, random_tensors(config, dtype, 7), options);
-}
-
-std::vector<int32_t> ids_of(int64_t n, uint32_t seed = 1) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> ids(n);
-  for (int32_t& id : ids) id = static_cast<int32_t>(random() % 97);
-  return ids;
+  return testing::random_model(small_config(head_dim), device, 1, dtype);
 }
 
 double largest_difference(std::span<const float> a, std::span<const float> b) {

@@ -61,6 +61,8 @@ class Model {
   std::string device() const;              // "cpu" or "cuda"
   std::string dtype() const;               // "f32", "f16" or "bf16"
   std::string device_description() const;  // the instruction set in use, threads
+  // Of config, tensor table and sampled bytes: 16 hex digits.
+  const std::string& fingerprint() const;
   ModelMemory memory() const;
 
   // Continues every prompt, many at a time (continuous batching); results in the prompts' order and

@@ -65,6 +65,7 @@ class Session {
 
   int64_t position() const;  // tokens in the cache; may be asked from any thread
   const std::vector<int32_t>& tokens() const;
+  std::vector<int32_t> copy_tokens() const;  // may be asked from any thread
   int64_t max_tokens() const;
   const Model& model() const;
   const KVConfig& kv_config() const;

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from conftest import DEMO
+from support.paths import DEMO
 
 
 def write_tiny_model(folder: Path, *, context: int) -> Path:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mustafar import KVConfig, Model, Session, reference
+from support.state_file import pages_of
 
 
 @dataclass
@@ -37,20 +36,6 @@ def slots_of(model: Model, kv: KVConfig) -> tuple[reference.Slot, reference.Slot
         )
     )
     return k, v
-
-
-def pages_of(session: Session, path: Path) -> np.ndarray:
-    """Bytes of the compressed store, uint8 [pages, page_bytes], from a state file."""
-    session.save(path)
-    whole = path.read_bytes()
-    (header_bytes,) = struct.unpack_from("<Q", whole, 16)
-    header = json.loads(whole[64 : 64 + header_bytes])
-    at = 64 + (header_bytes + 63) // 64 * 64
-    for section in header["sections"]:
-        if section["name"] == "pages":
-            break
-        at += (section["bytes"] + 63) // 64 * 64
-    return np.frombuffer(whole, np.uint8, section["bytes"], at).reshape(-1, header["page_bytes"])
 
 
 def store_of(session: Session, path: Path) -> tuple[Store, Store]:

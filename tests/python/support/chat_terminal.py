@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from test_cli import COMMAND
+from support.command import COMMAND
 
 pexpect = pytest.importorskip("pexpect")
 

@@ -1,0 +1,1 @@
+"""What several test files use: where things lie, oracles, and programs driven as a person would."""
