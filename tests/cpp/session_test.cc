@@ -11,6 +11,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
+#include "runtime/session_impl.h"
 #include "support/random_model.h"
 
 namespace mustafar {
