@@ -75,9 +75,9 @@ int32_t CacheSpec::dense_capacity(int64_t n) const {
   for (int64_t power = kFewestDenseTokens; capacity < n; power *= 2) {
     capacity = n <= power + power / 2 ? power + power / 2 : 2 * power;
   }
-  // Where the next step would end the growth, it is taken at once. So a buffer has its full size
-  // before a block is due, and no call both grows it and compresses from it.
-  if (capacity + capacity / 2 > most_dense_tokens) return most_dense_tokens;
+  // Where little is left to grow, it is taken at once. So a buffer has its full size before a block
+  // is due, and no call both grows it and compresses from it.
+  if (capacity + capacity / 4 > most_dense_tokens) return most_dense_tokens;
   return static_cast<int32_t>(capacity);
 }
 

@@ -166,8 +166,7 @@ class Scheduler {
       if (top[i].regular) {
         sequence.next.set_top(std::move(top[i]), nullptr);
       } else {
-        std::copy_n(logits_.data() + i * vocab, vocab, sequence.next.room(vocab));
-        sequence.next.set_from_room();
+        sequence.next.set({logits_.data() + i * vocab, vocab});
       }
       sequence.loop->accept(ids[i]);
     }

@@ -15,6 +15,12 @@ void NextLogits::set_from_room() {
   whole_ = true;
 }
 
+void NextLogits::set(std::span<const float> logits) {
+  values_.assign(logits.begin(), logits.end());
+  drop();
+  whole_ = true;
+}
+
 void NextLogits::set_top(TopLogits top, const float* device_row) {
   drop();
   top_ = std::move(top);
