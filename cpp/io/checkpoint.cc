@@ -117,27 +117,13 @@ void Checkpoint::open_shards(const std::filesystem::path& index) {
     }
     shards.insert(shard.get<std::string>());
   }
+  // The index says which files to open; what they hold, they say themselves. Indexes are copied
+  // from export to export, and name a tied head that no file has.
   for (const std::string& shard : shards) {
     if (!is_there(folder_ / shard)) {
       fail(": names the shard " + nlohmann::json(shard).dump() + ", which is not in the folder");
     }
     files_.push_back(SafetensorsFile::open(folder_ / shard));
-  }
-
-  // Index and shards must say the same.
-  const Sources sources = index_tensors();
-  for (const auto& [tensor, shard] : map->items()) {
-    const auto found = sources.find(tensor);
-    if (found == sources.end() ||
-        found->second.file->file.path().filename() != shard.get_ref<const std::string&>()) {
-      fail(": tensor " + nlohmann::json(tensor).dump() + " is not in " + describe(shard));
-    }
-  }
-  for (const auto& [tensor, source] : sources) {
-    if (!map->contains(tensor)) {
-      fail(" lacks tensor " + nlohmann::json(tensor).dump() + ", which is in " +
-           source.file->file.path().filename().string());
-    }
   }
 }
 

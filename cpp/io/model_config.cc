@@ -65,14 +65,13 @@ class Fields {
     const json* value = find(field);
     return value == nullptr ? otherwise : to_integer(field, *value, low, high);
   }
+  // Whole numbers that were written as floats (512.0) are integers.
   int32_t to_integer(const char* field, const json& value, int64_t low, int64_t high) const {
-    const bool fits = value.is_number_unsigned()
-                          ? value.get<uint64_t>() <= static_cast<uint64_t>(high) &&
-                                static_cast<int64_t>(value.get<uint64_t>()) >= low
-                          : value.is_number_integer() && value.get<int64_t>() >= low &&
-                                value.get<int64_t>() <= high;
+    const double number = value.is_number() ? value.get<double>() : 0.5;
+    const bool fits = number == std::floor(number) && number >= static_cast<double>(low) &&
+                      number <= static_cast<double>(high);
     if (!fits) fail(field, range(low, high), value);
-    return static_cast<int32_t>(value.get<int64_t>());
+    return static_cast<int32_t>(number);
   }
 
   // A finite number in (low, high).
@@ -104,13 +103,17 @@ class Fields {
     return value->get<std::string>();
   }
 
-  // An id, a list of ids, or nothing.
+  // An id, a list of ids, or nothing. Ids that no token has, such as -1, mean none.
   std::vector<int32_t> ids(const char* field, int64_t vocab_size) const {
     std::vector<int32_t> result;
     const json* value = find(field);
     if (value == nullptr) return result;
-    if (!value->is_array()) return {to_integer(field, *value, 0, vocab_size - 1)};
-    for (const json& id : *value) result.push_back(to_integer(field, id, 0, vocab_size - 1));
+    const auto add = [&](const json& id) {
+      const int32_t number = to_integer(field, id, -kInt32Max, kInt32Max);
+      if (number >= 0 && number < vocab_size) result.push_back(number);
+    };
+    if (!value->is_array()) add(*value);
+    if (value->is_array()) std::for_each(value->begin(), value->end(), add);
     return result;
   }
 
@@ -134,39 +137,30 @@ class Fields {
   std::string prefix_;
 };
 
+// model_type decides; "architectures" is a note of who saved the folder, and says LlamaModel or
+// LLaMAForCausalLM as often as not. It counts where there is no model_type.
 const Architecture& read_architecture(const Fields& fields) {
   constexpr const char* kSupported = "LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM";
-  const Architecture* by_type = nullptr;
-  const Architecture* by_name = nullptr;
   const std::string type = fields.string_or("model_type", "");
   for (const Architecture& known : kArchitectures) {
-    if (type == known.model_type) by_type = &known;
+    if (type == known.model_type) return known;
   }
-  if (!type.empty() && by_type == nullptr) {
+  if (!type.empty()) {
     fields.fail("model_type",
                 "expected \"llama\", \"mistral\" or \"qwen2\", found " + describe(json(type)));
   }
-  if (const json* names = fields.find("architectures")) {
-    // As texts: nlohmann's comparison with a literal allocates, and is noexcept.
-    const std::string* name = names->is_array() && names->size() == 1
-                                  ? (*names)[0].get_ptr<const std::string*>()
-                                  : nullptr;
-    for (const Architecture& known : kArchitectures) {
-      if (name != nullptr && *name == known.name) by_name = &known;
-    }
-    if (by_name == nullptr) {
-      fields.fail("architectures", std::string("a list of ") + kSupported, *names);
-    }
-    if (by_type != nullptr && by_type != by_name) {
-      fields.fail("architectures", std::string("[\"") + by_type->name + "\"] as model_type says",
-                  *names);
-    }
-  }
-  if (by_type == nullptr && by_name == nullptr) {
+  const json* names = fields.find("architectures");
+  if (names == nullptr) {
     fields.fail("model_type",
                 std::string("is missing, and so is \"architectures\"; expected ") + kSupported);
   }
-  return by_type != nullptr ? *by_type : *by_name;
+  // As texts: nlohmann's comparison with a literal allocates, and is noexcept.
+  const std::string* name =
+      names->is_array() && names->size() == 1 ? (*names)[0].get_ptr<const std::string*>() : nullptr;
+  for (const Architecture& known : kArchitectures) {
+    if (name != nullptr && *name == known.name) return known;
+  }
+  fields.fail("architectures", std::string("a list of ") + kSupported, *names);
 }
 
 void read_heads(const Fields& fields, ModelConfig& config) {
@@ -264,8 +258,10 @@ void read_rope(const Fields& fields, ModelConfig& config) {
   }
 }
 
-// Refused unless no position within the context can fall out of the window.
+// Refused unless no position within the context can fall out of the window. Llama has none,
+// whatever fields are left over from another family.
 void refuse_sliding_window(const Fields& fields, const ModelConfig& config) {
+  if (config.model_type == "llama") return;
   const bool qwen2 = config.model_type == "qwen2";
   if (const json* types = fields.find("layer_types")) {
     if (!types->is_array()) fields.fail("layer_types", "a list", *types);
@@ -282,8 +278,7 @@ void refuse_sliding_window(const Fields& fields, const ModelConfig& config) {
     if (fields.integer_or("max_window_layers", 0, kInt32Max, 28) >= config.n_layers) return;
   }
   // A missing field means a window of 4096 to Mistral and Qwen2; null means none.
-  const bool by_default = config.model_type != "llama" && !fields.find("sliding_window") &&
-                          !fields.is_null("sliding_window");
+  const bool by_default = !fields.find("sliding_window") && !fields.is_null("sliding_window");
   const int32_t window = fields.integer_or("sliding_window", 1, kInt32Max,
                                            by_default ? 4096 : static_cast<int32_t>(kInt32Max));
   if (window < config.max_position_embeddings) {
