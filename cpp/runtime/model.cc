@@ -6,6 +6,7 @@
 #include "core/hash.h"
 #include "io/checkpoint.h"
 #include "mustafar/error.h"
+#include "mustafar/hub.h"
 #include "runtime/model_impl.h"
 
 namespace mustafar {
@@ -88,7 +89,8 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   return Model(std::move(impl));
 }
 
-Model Model::load(const std::filesystem::path& folder, const ModelOptions& options) {
+Model Model::load(const std::filesystem::path& path, const ModelOptions& options) {
+  const std::filesystem::path folder = find_model_folder(path);
   auto tensors = std::make_shared<CheckpointTensors>(Checkpoint::open(folder));
   Model model = make_model(tensors->checkpoint().config(), tensors, options, folder);
   Impl& impl = *model.impl_;

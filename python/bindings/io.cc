@@ -1,4 +1,5 @@
-// Readers of model folders, for the tests that compare them with other implementations.
+// Finding model folders; and readers of them, for the tests that compare them with other
+// implementations.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
@@ -8,6 +9,7 @@
 #include "bindings.h"
 #include "io/model_config.h"
 #include "io/safetensors.h"
+#include "mustafar/hub.h"
 
 namespace mustafar {
 namespace {
@@ -33,6 +35,9 @@ py::tuple rope_frequencies(const std::filesystem::path& folder) {
 }  // namespace
 
 void register_io(py::module_& m) {
+  m.def("find_model_folder", &find_model_folder, py::arg("name"),
+        "The folder itself, or the newest snapshot of a repository id in the local Hugging Face\n"
+        "cache. Raises ModelError naming the place where nothing was found.");
   m.def(
       "_safetensors_header", &safetensors_header, py::arg("path"),
       "Tensors of a safetensors file: name -> (dtype, shape, begin, end), begin and end in bytes\n"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core
 from .completion import Message, Tools, chat_completion
+from .hub import find_model
 from .stream import Closing
 from .types import Device, DType, GenerateResult, KVConfig, SamplingParams
 
@@ -43,8 +44,10 @@ class Model(Closing):
     """Weights, tokenizer and device; shared by any number of sessions and threads.
 
     Args:
-        path: A folder with config.json and safetensors; None takes the small demo model that
-            ships with the package.
+        path: A folder with config.json and safetensors, or the id of a repository of the Hugging
+            Face hub (``"organisation/name"``): from the local cache, and where it is not there
+            downloaded with a progress bar if huggingface_hub is installed (``mustafar[hub]``).
+            None takes the small demo model that ships with the package.
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: the GPU where there is one that this build
             has code for, else the CPU.
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
@@ -73,7 +76,7 @@ class Model(Closing):
         kv_budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        folder = _demo_model() if path is None else Path(path)
+        folder = _demo_model() if path is None else find_model(path)
         self._core = _core.Model(folder, device, dtype, threads, kv_budget or 0, progress)
 
     @property

@@ -51,6 +51,7 @@ struct BatchOptions {
 
 class Model {
  public:
+  // A model folder, or the id of a repository that is in the local Hugging Face cache (hub.h).
   // Throws ModelError, TokenizerError, DeviceError, OutOfMemory or std::invalid_argument.
   static Model load(const std::filesystem::path& folder, const ModelOptions& options = {});
 
