@@ -460,7 +460,6 @@ void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token
     if (it->graph == nullptr) return;  // no graphs here: body has run
   }
   run_graph(it->graph, stream_);
-  graph_replays_++;
 }
 
 std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype) {

@@ -1,4 +1,4 @@
-// What decode_attention.cc asks of an instruction set's file: one run of tiles of one KV head.
+// What decode.cc asks of an instruction set's file: one run of tiles of one KV head.
 #pragma once
 
 #include <cstdint>
