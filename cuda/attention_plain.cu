@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   w.rescale = w.sum + kPairs;
   w.codes[0] = reinterpret_cast<CodeDim*>(w.rescale + kPairs);
   w.codes[1] = w.codes[0] + head_dim;
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
+  const float scale = kLog2E / sqrtf(static_cast<float>(head_dim));
   const auto query_row = [&](int pair) {
     const int32_t row = s.row0 + (first_pair + pair) / heads_per_kv;
     const int32_t head = kv_head * heads_per_kv + (first_pair + pair) % heads_per_kv;

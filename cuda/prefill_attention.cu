@@ -23,9 +23,11 @@
 // Shared: Q [128][D], two stages of K and V [64][D], 2 bytes each; value scales [64] f32; the
 // expansion table; where the dense rows lie: 98.3 KiB at head_dim 128, two blocks a multiprocessor
 // on sm_90. Limits: f16 or bf16 tail, head_dim 64 or 128; any store.
+#include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/matrix_ops.cuh"
 #include "cuda/prefill_tiles.cuh"
 
 namespace mustafar::cuda {
@@ -87,7 +89,7 @@ template <int kDim>
 __device__ __forceinline__ void load_queries(const float* q, const SequenceView& s,
                                              const Pairs& pairs, uint8_t* tile) {
   constexpr int kChunks = kDim / 8;
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
+  const float scale = kLog2E / sqrtf(static_cast<float>(kDim));
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 8  // their loads under way together
   for (int i = 0; i < kChunks; i++) {
