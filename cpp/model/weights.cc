@@ -9,8 +9,8 @@
 namespace mustafar {
 namespace {
 
-// Tensors of one source by name, on their way to the table. Without a backend nothing moves: what
-// they will take is counted.
+// Tensors of one source by name, on their way to the table. Without a backend nothing is copied:
+// the bytes that they will take are counted.
 class Loader {
  public:
   using Progress = std::function<void(int64_t, int64_t)>;

@@ -17,11 +17,11 @@ struct KVStatistics {
   std::vector<double> keys;     // k^T k, after RoPE
   std::vector<double> values;   // v^T v
   std::vector<double> queries;  // q^T q, after RoPE, summed over the KV head's query heads
-  std::vector<double> outputs;  // W_o,h^T W_o,h, summed likewise: no text in it
+  std::vector<double> outputs;  // W_o,h^T W_o,h of the output projection, summed likewise
 };
 
-// Runs every sequence through a dense cache. skip: its first tokens that no sum takes in. pool:
-// what sums are made on. between: called now and then with tokens done and in all; may throw to
+// Runs every sequence through a dense cache. skip: first tokens of each that the sums leave out.
+// pool: makes the sums. between: called now and then with tokens done and in all; may throw to
 // stop. Throws std::invalid_argument for a bad token id, ContextOverflow for too long a sequence.
 KVStatistics gather_kv_statistics(const Model& model,
                                   std::span<const std::vector<int32_t>> sequences, int32_t skip,

@@ -76,7 +76,7 @@ void tile_halves(int32_t steps, const float* input, const float* weights, float*
 struct StepAmx : StepBF16 {
   static constexpr int kRows = 32;
   static constexpr int kBestSteps = 128;  // a panel of inputs and one of weights fit L1
-  static constexpr int kTaskCols = 256;   // inputs then come from L2 seldom enough
+  static constexpr int kTaskCols = 256;   // so wide that reading inputs from L2 costs little
   static constexpr int kDepth = kAmxWords;
   static constexpr void (*kEnter)() = configure_amx;
   static constexpr void (*kLeave)() = release_amx;

@@ -10,14 +10,14 @@
 namespace mustafar {
 namespace {
 
-// Of 64 dims.
+// Where the codes of 64 dims are in a row.
 struct CodeChunk {
-  alignas(64) uint8_t bytes[64];   // of the row from `start` on, eight for each eight dims
-  alignas(64) uint8_t shifts[64];  // of a dim's code in its eight bytes
-  alignas(64) uint8_t masks[64];
+  alignas(64) uint8_t bytes[64];   // for eight dims the eight bytes that hold them, from `start` on
+  alignas(64) uint8_t shifts[64];  // bits before a dim's code in its eight bytes
+  alignas(64) uint8_t masks[64];   // of a code's bits
   alignas(64) uint8_t halves[64];  // 2^(w-1), 0 where the width is
-  int32_t start;
-  bool narrow;  // they lie in 32 bytes
+  int32_t start;                   // byte of the row
+  bool narrow;                     // all codes lie in 32 bytes
 };
 
 // Dims [64 * chunk, 64 * chunk + 64). widths: [head_dim].
@@ -41,8 +41,8 @@ inline void make_chunk(const uint8_t* widths, int32_t chunk, CodeChunk& out) {
   }
 }
 
-// 64 codes less their halves, of a row. Reads 64 bytes from the chunk's start on, or 32 where that
-// is said to do, which lie across two lines of cache half as often.
+// 64 codes of a row, each less half its levels. Reads 64 bytes from the chunk's start on; kNarrow:
+// 32 bytes, which lie across two lines of cache half as often.
 template <bool kNarrow>
 inline __m512i unpack_codes(const CodeChunk& chunk, const uint8_t* row) {
   const uint8_t* at = row + chunk.start;

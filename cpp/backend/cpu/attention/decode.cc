@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cmath>
 #include <new>
+#include <numbers>
 #include <vector>
 
 #include "backend/cpu/attention/decode_kernels.h"
@@ -170,7 +171,7 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
       run.v_dense = dense_rows(kValues);
       run.dense_tokens = plan.dense_tokens;
       run.q = args.q + row + head * head_values;
-      run.q_scale = 1.44269504f / std::sqrt(static_cast<float>(args.head_dim));
+      run.q_scale = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(args.head_dim));
       run.scratch = base + worker * worker_bytes;
       run.max = head_partials(head) + item.run * stride;
       run.sum = run.max + n_queries;

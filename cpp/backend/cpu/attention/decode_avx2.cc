@@ -20,6 +20,8 @@ inline float max_of(__m256 x) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
+constexpr float kTopCode = 32767.0f;  // the largest 16-bit code of queries and weights
+
 // Lane i of the result is the sum of v[i]'s lanes.
 inline __m256 sums_of_8(const __m256* v) {
   const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
@@ -144,20 +146,16 @@ void tile_values(const Rows& rows, int32_t n_rows, int32_t head_dim, const uint8
   }
 }
 
-// 2^x; 0 below -126, NaN for NaN. Relative error below 2e-7.
+// 2^x; 0 below -126, NaN for NaN.
 inline __m256 exp2_ps(__m256 x) {
   const __m256 floor_at = _mm256_set1_ps(-126.0f);
   const __m256 tiny = _mm256_cmp_ps(x, floor_at, _CMP_LT_OQ);
   x = _mm256_max_ps(floor_at, x);  // the second operand where one is NaN
   const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m256 f = _mm256_sub_ps(x, n);
-  __m256 p = _mm256_set1_ps(1.535336188319500e-4f);
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.339887440266574e-3f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.618437357674640e-3f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.550332471162809e-2f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.402264791363012e-1f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.931472028550421e-1f));
-  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+  __m256 p = _mm256_set1_ps(kExp2Terms[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; i++) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Terms[i]));
   const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
   p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
   return _mm256_andnot_ps(tiny, p);
@@ -209,8 +207,8 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
   if constexpr (kKind == Kind::kInt) {
     weight_sum = weight_sum * rescale + sum_of(scaled);
     const float largest_weight = max_of(largest);
-    unit = largest_weight / 32767.0f;
-    const __m256 inverse = _mm256_set1_ps(largest_weight > 0 ? 32767.0f / largest_weight : 0.0f);
+    unit = largest_weight / kTopCode;
+    const __m256 inverse = _mm256_set1_ps(largest_weight > 0 ? kTopCode / largest_weight : 0.0f);
     for (int i = 0; i < 8; i += 2) {
       const __m256i codes =
           _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(s[i], inverse)),
@@ -259,20 +257,10 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
 template <Kind kKind>
 void tile_queries(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, const Work& work,
                   Prefetch next_k, Prefetch next_v) {
-  for (int32_t head = 0; head < run.n_queries;) {
-    const int32_t left = run.n_queries - head;
-    if (left >= 4) {
-      tile_heads<kKind, 4>(run, k, v, n, head, work, next_k, next_v);
-      head += 4;
-    } else if (left >= 2) {
-      tile_heads<kKind, 2>(run, k, v, n, head, work, next_k, next_v);
-      head += 2;
-    } else {
-      tile_heads<kKind, 1>(run, k, v, n, head, work, next_k, next_v);
-      head += 1;
-    }
+  for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+    tile_heads<kKind, NH>(run, k, v, n, head, work, next_k, next_v);
     next_k.lines = next_v.lines = 0;
-  }
+  });
 }
 
 void prepare_queries(const DecodeRun& run, const Work& work) {
@@ -303,8 +291,8 @@ void prepare_queries(const DecodeRun& run, const Work& work) {
       q = in_ints;  // overtaken by its codes, which are narrower
     }
     const float top = max_of(absmax);
-    work.q_unit[h] = top * run.q_scale / 32767.0f + sum_of(probe);
-    const __m256 inverse = _mm256_set1_ps(top > 0 ? 32767.0f / top : 0.0f);
+    work.q_unit[h] = top * run.q_scale / kTopCode + sum_of(probe);
+    const __m256 inverse = _mm256_set1_ps(top > 0 ? kTopCode / top : 0.0f);
     for (int32_t d = 0; d < run.head_dim; d += 16) {
       const __m256i packed = _mm256_packs_epi32(
           _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(q + d), inverse)),
@@ -315,43 +303,33 @@ void prepare_queries(const DecodeRun& run, const Work& work) {
   }
 }
 
-uint8_t* take(uint8_t*& at, int64_t bytes) {
-  uint8_t* p = at;
-  at += (bytes + 63) / 64 * 64;
-  return p;
-}
-
 }  // namespace
 
 void decode_run_avx2(const DecodeRun& run) {
   const int64_t query_floats = int64_t{run.n_queries} * run.head_dim;
   Work work;
   uint8_t* at = run.scratch;
-  work.scores = reinterpret_cast<float*>(take(at, 4 * kTileTokens * 4));
-  work.weights = take(at, 4 * kTileTokens * 4);
-  for (uint8_t*& tile : work.tiles) tile = take(at, int64_t{kTileTokens} * run.head_dim * 4);
-  work.widened = take(at, int64_t{kTileTokens} * run.head_dim + 64);
-  work.queries = reinterpret_cast<float*>(take(at, 3 * query_floats * 4));
+  work.scores = take<float>(at, 4 * kTileTokens);
+  work.weights = take<uint8_t>(at, 4 * kTileTokens * 4);
+  for (uint8_t*& tile : work.tiles)
+    tile = take<uint8_t>(at, int64_t{kTileTokens} * run.head_dim * 4);
+  work.widened = take<uint8_t>(at, int64_t{kTileTokens} * run.head_dim + 64);
+  work.queries = take<float>(at, 3 * query_floats);
   work.int_queries = work.queries + query_floats;
   float* o = work.queries + 2 * query_floats;
-  work.q_unit = reinterpret_cast<float*>(take(at, run.n_queries * 4));
-  work.q_offset = reinterpret_cast<float*>(take(at, run.n_queries * 4));
-  work.weight_sum = reinterpret_cast<float*>(take(at, run.n_queries * 4));
+  work.q_unit = take<float>(at, run.n_queries);
+  work.q_offset = take<float>(at, run.n_queries);
+  work.weight_sum = take<float>(at, run.n_queries);
   const bool coded = is_coded(run);
   for (int i = 0; i < 2 && coded; i++) {
     const CodeTable& table = i == 0 ? run.k_codes : run.v_codes;
-    work.octets[i] = reinterpret_cast<CodeOctet*>(take(at, sizeof(CodeOctet) * run.head_dim / 8));
-    work.steps[i] = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
+    work.octets[i] = take<CodeOctet>(at, run.head_dim / 8);
+    work.steps[i] = take<float>(at, run.head_dim);
     make_octets(table.widths, run.head_dim, work.octets[i]);
-    for (int32_t d = 0; d < run.head_dim; d++) {
-      work.steps[i][d] = coded_step(table.widths[d]) * table.sigmas[d];
-    }
+    code_steps(table, run.head_dim, work.steps[i]);
   }
   prepare_queries(run, work);
-  for (int32_t h = 0; h < run.n_queries; h++) {
-    run.max[h] = -__builtin_inff();
-    run.sum[h] = 0.0f;
-  }
+  clear_softmax(run.n_queries, run.max, run.sum);
   __builtin_memset(o, 0, query_floats * 4);
 
   bool in_codes = coded;  // the output is in units of the steps
@@ -389,20 +367,8 @@ void decode_run_avx2(const DecodeRun& run) {
       k = dense_rows(run, dense.k, n, work.tiles[0]);
       v = dense_rows(run, dense.v, n, work.tiles[1]);
     }
-    switch (k.kind) {
-      case Kind::kF32:
-        tile_queries<Kind::kF32>(run, k, v, n, work, next_k, next_v);
-        break;
-      case Kind::kF16:
-        tile_queries<Kind::kF16>(run, k, v, n, work, next_k, next_v);
-        break;
-      case Kind::kBF16:
-        tile_queries<Kind::kBF16>(run, k, v, n, work, next_k, next_v);
-        break;
-      case Kind::kInt:
-        tile_queries<Kind::kInt>(run, k, v, n, work, next_k, next_v);
-        break;
-    }
+    with_kind(k.kind,
+              [&]<Kind kKind>() { tile_queries<kKind>(run, k, v, n, work, next_k, next_v); });
   }
   if (in_codes) apply_steps();
   __builtin_memcpy(run.o, o, query_floats * 4);

@@ -4,12 +4,11 @@
 
 #include <immintrin.h>
 
-#include "backend/cpu/attention/decode_kernels.h"
+#include "backend/cpu/attention/decode_common.h"
+#include "backend/cpu/attention/expand_table.h"
 
 namespace mustafar {
 namespace {
-
-enum class Kind { kF32, kF16, kBF16, kInt };
 
 // Dense rows of a tile.
 struct Rows {
@@ -18,28 +17,6 @@ struct Rows {
   const uint16_t* scales;  // bf16 [64], kInt only
   int64_t row_bytes;
 };
-
-// Shuffles that move the first values of 16 bytes to the set bits of a mask byte and zero the rest.
-struct Tables {
-  alignas(16) uint8_t words[256][16];
-  alignas(8) uint8_t bytes[256][8];
-};
-
-constexpr Tables make_tables() {
-  Tables tables{};
-  for (int mask = 0; mask < 256; mask++) {
-    int rank = 0;
-    for (int i = 0; i < 8; i++) {
-      const bool kept = (mask >> i & 1) != 0;
-      tables.bytes[mask][i] = static_cast<uint8_t>(kept ? rank : 0x80);
-      tables.words[mask][2 * i] = static_cast<uint8_t>(kept ? 2 * rank : 0x80);
-      tables.words[mask][2 * i + 1] = static_cast<uint8_t>(kept ? 2 * rank + 1 : 0x80);
-      rank += kept;
-    }
-  }
-  return tables;
-}
-constexpr Tables kTables = make_tables();
 
 struct Prefetch {
   const uint8_t* at;
@@ -64,20 +41,20 @@ void expand(const uint8_t* masks, const uint8_t* values, int32_t row_bytes, int3
       const uint32_t mask = masks[t * mask_bytes + i];
       if constexpr (kBytes == 4) {
         const __m256i ranks = _mm256_cvtepi8_epi32(
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.bytes[mask])));
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.bytes[mask])));
         const __m256i v = _mm256_permutevar8x32_epi32(
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), ranks);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                             _mm256_andnot_si256(_mm256_srai_epi32(ranks, 31), v));
       } else if constexpr (kBytes == 2) {
-        const __m128i v =
-            _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)),
-                             _mm_load_si128(reinterpret_cast<const __m128i*>(kTables.words[mask])));
+        const __m128i v = _mm_shuffle_epi8(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(x)),
+            _mm_load_si128(reinterpret_cast<const __m128i*>(kExpandTable.words[mask])));
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), v);
       } else {
         const __m128i v = _mm_shuffle_epi8(
             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)),
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kTables.bytes[mask])));
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kExpandTable.bytes[mask])));
         _mm_storel_epi64(reinterpret_cast<__m128i*>(out), v);
       }
       x += __builtin_popcount(mask) * kBytes;
@@ -155,19 +132,6 @@ inline __m256 load_floats(const uint8_t* row, int32_t dim) {
 
 inline __m128i load_bytes(const uint8_t* row, int32_t dim) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + dim));
-}
-
-Kind kind_of(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return Kind::kF32;
-    case DType::kF16:
-      return Kind::kF16;
-    case DType::kBF16:
-      return Kind::kBF16;
-    default:
-      return Kind::kInt;
-  }
 }
 
 // Rows of a slot, expanded where it is sparse; then the fetching of the next has been done here.

@@ -133,7 +133,8 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   next.spread(score_steps<kKind, NH>(k.source, n_rows, n_chunks) +
               value_steps<kKind, NH>(v.source, n_rows, n_chunks));
   if constexpr (kKind == Kind::kBF16 && takes_pairs(kKind)) {
-    const int32_t block = head / 4 + (head % 4 != 0);  // a remainder has at most two
+    // Numbers the groups of heads: fours, then at most a two and a one.
+    const int32_t block = head / 4 + (head % 4 != 0);
     const bool remembers = block + 1 < kMaxBlocks;
     const bool two_terms = !remembers || state.two_terms[block];
     if (two_terms) {
@@ -192,21 +193,9 @@ class FmaProducts {
   void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, State& state,
             Prefetch& next) {
     Prefetch none = kNoPrefetch;
-    int32_t head = 0;
-    while (head < run.n_queries) {
-      const int32_t left = run.n_queries - head;
-      Prefetch& prefetch = head == 0 ? next : none;
-      if (left >= 4) {
-        tile_heads<kKind, 4>(run, k, v, n, head, state, work_, prefetch);
-        head += 4;
-      } else if (left >= 2) {
-        tile_heads<kKind, 2>(run, k, v, n, head, state, work_, prefetch);
-        head += 2;
-      } else {
-        tile_heads<kKind, 1>(run, k, v, n, head, state, work_, prefetch);
-        head += 1;
-      }
-    }
+    for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+      tile_heads<kKind, NH>(run, k, v, n, head, state, work_, head == 0 ? next : none);
+    });
   }
 
   static void in_order(Kind kind, const float* o, int32_t head_dim, float* out) {

@@ -16,7 +16,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-#include "backend/cpu/attention/decode_kernels.h"
+#include "backend/cpu/attention/decode_common.h"
 
 namespace mustafar {
 namespace {
@@ -29,10 +29,8 @@ enum class Source {
   kChain,   // they start after as many values as the mask words before have bits
 };
 
-// How a tile's rows are computed with, and which partial softmax they go to. The order of a row's
-// dims in the accumulated output differs between kinds (kOrder).
-enum class Kind { kF32, kF16, kBF16, kInt };
-constexpr int kKinds = 4;
+// A kind of rows has a partial softmax of its own here: the order of a row's dims in the
+// accumulated output differs between kinds (dim_of_lane).
 
 // Where there is AMX, AVX512_BF16's dot product is four times slower than an FMA.
 #if defined(__AVX512BF16__) && !defined(__AMX_TILE__)
@@ -237,8 +235,8 @@ class Prefetch {
     }
   }
 
-  // Chosen on a Zen 4: the first-level cache. On a Xeon, which does not take the path with BF16,
-  // that cost a tenth.
+  // As measured: a Zen 4, which takes the path with BF16, is fastest with fetches to the
+  // first-level cache; a Xeon, which does not take it, was a tenth slower with them.
   static constexpr bool kToFirstLevel = kHasBf16;
 
   const uint8_t* at_;

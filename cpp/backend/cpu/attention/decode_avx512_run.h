@@ -43,25 +43,6 @@ struct Work {
   uint8_t* expanded;  // as large as a tile in f32 and 8 KiB more: rows, for products from memory
 };
 
-uint8_t* take(uint8_t*& at, int64_t bytes) {
-  uint8_t* p = at;
-  at += (bytes + 63) / 64 * 64;
-  return p;
-}
-
-Kind kind_of(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return Kind::kF32;
-    case DType::kF16:
-      return Kind::kF16;
-    case DType::kBF16:
-      return Kind::kBF16;
-    default:
-      return Kind::kInt;
-  }
-}
-
 Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, uint8_t* widened) {
   Rows rows;
   rows.kind = kind_of(layout.dtype);
@@ -177,19 +158,16 @@ void merge_state(const DecodeRun& run, Kind kind, const State& state, const floa
 CodedHead make_coded(const DecodeRun& run, uint8_t*& at) {
   const int32_t n_chunks = run.head_dim / 64;
   CodedHead head;
-  head.k = reinterpret_cast<CodeChunk*>(take(at, sizeof(CodeChunk) * n_chunks));
-  head.v = reinterpret_cast<CodeChunk*>(take(at, sizeof(CodeChunk) * n_chunks));
-  head.k_step = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
-  head.v_step = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
+  head.k = take<CodeChunk>(at, n_chunks);
+  head.v = take<CodeChunk>(at, n_chunks);
+  head.k_step = take<float>(at, run.head_dim);
+  head.v_step = take<float>(at, run.head_dim);
   for (const bool is_key : {true, false}) {
     const CodeTable& table = is_key ? run.k_codes : run.v_codes;
     for (int32_t c = 0; c < n_chunks; c++) {
       make_chunk(table.widths, c, (is_key ? head.k : head.v)[c]);
     }
-    float* step = is_key ? head.k_step : head.v_step;
-    for (int32_t d = 0; d < run.head_dim; d++) {
-      step[d] = coded_step(table.widths[d]) * table.sigmas[d];
-    }
+    code_steps(table, run.head_dim, is_key ? head.k_step : head.v_step);
   }
   return head;
 }
@@ -223,21 +201,22 @@ void run_tiles(DecodeRuns runs) {
   const int32_t n_rows = (n_queries + 7) / 8 * 8;
   Work work;
   uint8_t* at = first.scratch;
-  work.scores = reinterpret_cast<float*>(take(at, 8 * kTileTokens * 4));
-  work.weights = take(at, 8 * kTileTokens * 4);
-  for (uint8_t*& tile : work.tiles) tile = take(at, int64_t{kTileTokens} * head_dim * 4 + 64);
-  work.expanded = take(at, int64_t{kTileTokens} * head_dim * 4 + 8192);
+  work.scores = take<float>(at, 8 * kTileTokens);
+  work.weights = take<uint8_t>(at, 8 * kTileTokens * 4);
+  for (uint8_t*& tile : work.tiles)
+    tile = take<uint8_t>(at, int64_t{kTileTokens} * head_dim * 4 + 64);
+  work.expanded = take<uint8_t>(at, int64_t{kTileTokens} * head_dim * 4 + 8192);
   for (size_t i = 0; i < runs.size(); i++) {
     for (State& state : work.states[i]) {
       state.used = false;
-      state.max = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.sum = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.q_unit = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.q_error = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.q_offset = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.weight_sum = reinterpret_cast<float*>(take(at, n_queries * 4));
-      state.o = reinterpret_cast<float*>(take(at, int64_t{n_rows} * head_dim * 4));
-      state.queries = take(at, int64_t{n_rows} * head_dim * 4);
+      state.max = take<float>(at, n_queries);
+      state.sum = take<float>(at, n_queries);
+      state.q_unit = take<float>(at, n_queries);
+      state.q_error = take<float>(at, n_queries);
+      state.q_offset = take<float>(at, n_queries);
+      state.weight_sum = take<float>(at, n_queries);
+      state.o = take<float>(at, int64_t{n_rows} * head_dim);
+      state.queries = take<uint8_t>(at, int64_t{n_rows} * head_dim * 4);
     }
   }
   const bool coded = is_coded(first);
@@ -279,35 +258,17 @@ void run_tiles(DecodeRuns runs) {
         } else {
           products.prepare(run, k.kind, state);
         }
-        for (int32_t h = 0; h < n_queries; h++) {
-          state.max[h] = -__builtin_inff();
-          state.sum[h] = 0.0f;
-        }
+        clear_softmax(n_queries, state.max, state.sum);
         __builtin_memset(state.o, 0, sizeof(float) * n_rows * head_dim);
       }
-      switch (k.kind) {
-        case Kind::kF32:
-          products.template tile<Kind::kF32>(run, k, v, n, state, next);
-          break;
-        case Kind::kF16:
-          products.template tile<Kind::kF16>(run, k, v, n, state, next);
-          break;
-        case Kind::kBF16:
-          products.template tile<Kind::kBF16>(run, k, v, n, state, next);
-          break;
-        case Kind::kInt:
-          products.template tile<Kind::kInt>(run, k, v, n, state, next);
-          break;
-      }
+      with_kind(k.kind,
+                [&]<Kind kKind>() { products.template tile<kKind>(run, k, v, n, state, next); });
     }
   }
 
   for (size_t i = 0; i < runs.size(); i++) {
     const DecodeRun& run = runs[i];
-    for (int32_t h = 0; h < n_queries; h++) {
-      run.max[h] = -__builtin_inff();
-      run.sum[h] = 0.0f;
-    }
+    clear_softmax(n_queries, run.max, run.sum);
     __builtin_memset(run.o, 0, sizeof(float) * n_queries * head_dim);
     for (int kind = 0; kind < kKinds; kind++) {
       const State& state = work.states[i][kind];

@@ -7,18 +7,14 @@
 namespace mustafar {
 namespace {
 
-// 2^x; 0 below -150, NaN for NaN. Relative error below 2e-7.
+// 2^x; 0 below -150, NaN for NaN.
 inline __m512 exp2_ps(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // the second operand where one is NaN
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.535336188319500e-4f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440266574e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357674640e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.550332471162809e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.402264791363012e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.931472028550421e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  __m512 p = _mm512_set1_ps(kExp2Terms[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; i++) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kExp2Terms[i]));
   return _mm512_scalef_ps(p, n);
 }
 

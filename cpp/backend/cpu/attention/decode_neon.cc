@@ -3,32 +3,11 @@
 // kernel takes up to four query heads at a time.
 #include <arm_neon.h>
 
-#include "backend/cpu/attention/decode_kernels.h"
+#include "backend/cpu/attention/decode_common.h"
+#include "backend/cpu/attention/expand_table.h"
 
 namespace mustafar {
 namespace {
-
-// Shuffles that move the first values of 16 bytes to the set bits of a mask byte and zero the rest.
-struct Tables {
-  alignas(16) uint8_t words[256][16];
-  alignas(8) uint8_t bytes[256][8];
-};
-
-constexpr Tables make_tables() {
-  Tables tables{};
-  for (int mask = 0; mask < 256; mask++) {
-    int rank = 0;
-    for (int i = 0; i < 8; i++) {
-      const bool kept = (mask >> i & 1) != 0;
-      tables.bytes[mask][i] = static_cast<uint8_t>(kept ? rank : 0x80);
-      tables.words[mask][2 * i] = static_cast<uint8_t>(kept ? 2 * rank : 0x80);
-      tables.words[mask][2 * i + 1] = static_cast<uint8_t>(kept ? 2 * rank + 1 : 0x80);
-      rank += kept;
-    }
-  }
-  return tables;
-}
-constexpr Tables kTables = make_tables();
 
 inline void prefetch_lines(const uint8_t*& at, int32_t lines) {
   for (int32_t i = 0; i < lines; i++, at += 64) __builtin_prefetch(at);
@@ -89,12 +68,12 @@ void expand_row(DType dtype, const uint8_t* mask, const uint8_t* values, int32_t
       for (int32_t i = 0, next = 0; i < 8; i++) out[d + i] = bits >> i & 1 ? x[next++] : 0.0f;
       values += 4 * n;
     } else if (dtype == DType::kF16 || dtype == DType::kBF16) {
-      const uint8x16_t x = vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kTables.words[bits]));
+      const uint8x16_t x = vqtbl1q_u8(vld1q_u8(values), vld1q_u8(kExpandTable.words[bits]));
       widen_words(vreinterpretq_u16_u8(x), dtype, out + d);
       values += 2 * n;
     } else {
       const uint8x16_t x = vcombine_u8(vld1_u8(values), vdup_n_u8(0));
-      const uint8x8_t codes = vqtbl1_u8(x, vld1_u8(kTables.bytes[bits]));
+      const uint8x8_t codes = vqtbl1_u8(x, vld1_u8(kExpandTable.bytes[bits]));
       widen_codes(vreinterpret_s8_u8(codes), scale, out + d);
       values += n;
     }
@@ -130,19 +109,15 @@ void unpack_tile(const SlotLayout& layout, const uint8_t* slot, uint8_t* widened
   }
 }
 
-// 2^x; 0 below -126, NaN for NaN. Relative error below 2e-7.
+// 2^x; 0 below -126, NaN for NaN.
 inline float32x4_t exp2_f32(float32x4_t x) {
   const uint32x4_t tiny = vcltq_f32(x, vdupq_n_f32(-126.0f));
   x = vmaxq_f32(x, vdupq_n_f32(-126.0f));
   const float32x4_t n = vrndnq_f32(x);
   const float32x4_t f = vsubq_f32(x, n);
-  float32x4_t p = vdupq_n_f32(1.535336188319500e-4f);
-  p = vfmaq_f32(vdupq_n_f32(1.339887440266574e-3f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(9.618437357674640e-3f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(5.550332471162809e-2f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(2.402264791363012e-1f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(6.931472028550421e-1f), p, f);
-  p = vfmaq_f32(vdupq_n_f32(1.0f), p, f);
+  float32x4_t p = vdupq_n_f32(kExp2Terms[0]);
+#pragma GCC unroll 6
+  for (int i = 1; i < 7; i++) p = vfmaq_f32(vdupq_n_f32(kExp2Terms[i]), p, f);
   const int32x4_t power = vshlq_n_s32(vcvtnq_s32_f32(n), 23);
   p = vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), power));
   return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), tiny));
@@ -201,27 +176,18 @@ void tile_heads(const DecodeRun& run, const float* q, const float* k, const floa
   }
 }
 
-uint8_t* take(uint8_t*& at, int64_t bytes) {
-  uint8_t* p = at;
-  at += (bytes + 63) / 64 * 64;
-  return p;
-}
-
 }  // namespace
 
 void decode_run_neon(const DecodeRun& run) {
   const int32_t head_dim = run.head_dim;
   const int64_t query_floats = int64_t{run.n_queries} * head_dim;
   uint8_t* at = run.scratch;
-  float* k = reinterpret_cast<float*>(take(at, int64_t{kTileTokens} * head_dim * 4));
-  float* v = reinterpret_cast<float*>(take(at, int64_t{kTileTokens} * head_dim * 4));
-  uint8_t* widened = take(at, int64_t{kTileTokens} * head_dim + 64);
-  float* q = reinterpret_cast<float*>(take(at, query_floats * 4));
+  float* k = take<float>(at, int64_t{kTileTokens} * head_dim);
+  float* v = take<float>(at, int64_t{kTileTokens} * head_dim);
+  uint8_t* widened = take<uint8_t>(at, int64_t{kTileTokens} * head_dim + 64);
+  float* q = take<float>(at, query_floats);
   for (int64_t i = 0; i < query_floats; i++) q[i] = run.q[i] * run.q_scale;
-  for (int32_t h = 0; h < run.n_queries; h++) {
-    run.max[h] = -__builtin_inff();
-    run.sum[h] = 0.0f;
-  }
+  clear_softmax(run.n_queries, run.max, run.sum);
   __builtin_memset(run.o, 0, query_floats * 4);
 
   const int32_t n_blocks = run.sequence->n_blocks, end = run.first_tile + run.n_tiles;
@@ -243,20 +209,9 @@ void decode_run_neon(const DecodeRun& run) {
         widen_row(run.tail_dtype, dense.v + t * row_bytes, head_dim, 0.0f, v + t * head_dim);
       }
     }
-    for (int32_t head = 0; head < run.n_queries;) {
-      const float* heads = q + int64_t{head} * head_dim;
-      const int32_t left = run.n_queries - head;
-      if (left >= 4) {
-        tile_heads<4>(run, heads, k, v, n, head);
-        head += 4;
-      } else if (left >= 2) {
-        tile_heads<2>(run, heads, k, v, n, head);
-        head += 2;
-      } else {
-        tile_heads<1>(run, heads, k, v, n, head);
-        head += 1;
-      }
-    }
+    for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+      tile_heads<NH>(run, q + int64_t{head} * head_dim, k, v, n, head);
+    });
   }
 }
 

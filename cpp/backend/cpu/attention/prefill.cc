@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numbers>
 #include <vector>
 
 namespace mustafar {
@@ -93,7 +94,8 @@ class TaskRunner {
   }
 
   void pack_queries() {
-    const float factor = 1.44269504f / std::sqrt(static_cast<float>(args_.head_dim));
+    const float factor =
+        std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(args_.head_dim));
     const int32_t block = kGemmSteps * gemm_.unit;
     for (int32_t row = 0; row < n_rows_; row++) {
       float* to = packed_queries(row / gemm_.rows) + (row % gemm_.rows) * kGemmStride;

@@ -18,7 +18,7 @@ namespace mustafar {
 // window's queries (SequenceView::query_magnitude):
 //   K kOutputAware         per token, |k_d| w[d]
 //   kChannelMagnitude      per channel, |x|
-//   K kChannelOutputAware  over the block, |k_d| w[d]: w alone cannot reorder a channel's tokens
+//   K kChannelOutputAware  over the block, |k_d| w[d]: inside a channel w would change no order
 //   V kChannelOutputAware  per channel, |v_t| a[t], a[t] = sum_d w[d] |k_td|: it bounds the sum of
 //                          the token's |logits|, in place of probabilities that nobody has kept
 //   K kChannelStructured   whole channels by w[d] ||k_d|| (ThinK)

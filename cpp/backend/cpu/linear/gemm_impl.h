@@ -51,7 +51,7 @@ void tile_rows(int32_t steps, const float* input, const float* weights, float* c
   Simd::F s[kRows][2];
 #pragma GCC unroll 14
   for (int r = 0; r < kRows; r++) s[r][0] = s[r][1] = Simd::zero();
-  // The next input panel, a line per step: it may have to come from a shared cache.
+  // The next input panel is prefetched, a line a step: it may lie in a cache that cores share.
   const char* ahead = reinterpret_cast<const char*>(input + Step::kRows * kGemmStride);
   for (int32_t i = 0; i < steps; i++) {
     __builtin_prefetch(ahead + int64_t{i} * 64);

@@ -35,8 +35,8 @@ inline void gemv_step(const typename Load::Element* w, const float* x, int64_t w
   }
 }
 
-// sums[b * kRows + r] over columns [c0, c1), a multiple of the width; c0 is one of a line.
-// ahead: bytes from a column to what is prefetched there.
+// Adds columns [c0, c1), a multiple of the width in number, to sums[b * kRows + r]. Whole lines of
+// weights are prefetched: those `ahead` bytes after the column.
 template <class Load, int kRows, int kBatch>
 inline void gemv_columns(const typename Load::Element* w, const float* x, int64_t w_stride,
                          int64_t x_stride, int64_t c0, int64_t c1, int64_t ahead, Simd::F* sums) {

@@ -72,7 +72,7 @@ void grow_gemm_scratch(ThreadPool& pool, const GemmKernels& gemm, const PackedIn
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, words);
 }
 
-// Asks for part `i` of `parts` of n_rows rows of `bytes` bytes, stride_bytes apart.
+// Prefetches part `i` of `parts` of n_rows rows of `bytes` bytes, stride_bytes apart.
 void prefetch_part(const uint8_t* rows, int64_t n_rows, int64_t bytes, int64_t stride_bytes,
                    int64_t i, int64_t parts) {
   const int64_t lines = (bytes + 63) / 64, all = n_rows * lines;
@@ -100,7 +100,8 @@ void multiply(const GemmKernels& gemm, const PackedInput& x, const Matrix& w, co
           static_cast<const uint8_t*>(w.data) + row * stride_bytes + dtype_bytes(w.dtype, col);
       gemm.pack_weights(weights, w.dtype, w.cols, n_outputs, n, panel);
 
-      // While this panel is multiplied, memory delivers the next one: more rows, else more columns.
+      // The next panel comes from memory while this one is multiplied: the next rows or, after the
+      // last ones, the next columns.
       const bool last = row + gemm.cols >= task.row1;
       const int64_t next_row = last ? task.row0 : row + gemm.cols;
       const uint8_t* next = static_cast<const uint8_t*>(w.data) + next_row * stride_bytes +
