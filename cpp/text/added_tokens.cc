@@ -54,8 +54,8 @@ AddedTokens AddedTokens::parse(const JsonField& field) {
   for (const JsonField& entry : field.elements()) {
     AddedToken token{};
     const int64_t id = entry.at("id").integer();
-    if (id < 0 || id > 1 << 24) {
-      entry.at("id").fail("must be from 0 to " + std::to_string(1 << 24) + ", found " +
+    if (id < 0 || id > kMaxTokenId) {
+      entry.at("id").fail("must be from 0 to " + std::to_string(kMaxTokenId) + ", found " +
                           std::to_string(id));
     }
     token.id = static_cast<int32_t>(id);
@@ -207,7 +207,7 @@ void AddedTokens::split(std::string_view text, bool normalized, bool parse_speci
                         std::vector<Piece>* pieces) const {
   const auto counts = [&](const AddedToken& token, size_t, size_t end, size_t* pos) {
     if (!token.special || parse_special) return true;
-    *pos = end;  // what is found but does not count still hides what overlaps it
+    *pos = end;  // a special token that stays text still hides the tokens that overlap it
     return false;
   };
   split_by(tries_[normalized], text, counts, pieces);

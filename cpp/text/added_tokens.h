@@ -70,8 +70,8 @@ class AddedTokens {
     std::optional<std::pair<int32_t, size_t>> match(std::string_view text, size_t pos) const;
   };
 
-  // counts(token, begin, end, &pos): whether a token spelled at [begin, end) is one; if not, it
-  // moves pos on.
+  // counts(token, begin, end, &pos) tells whether a token that is spelled at [begin, end) is to be
+  // one. If not, it sets pos to where the search goes on.
   template <typename Counts>
   void split_by(const Trie& trie, std::string_view text, const Counts& counts,
                 std::vector<Piece>* pieces) const;

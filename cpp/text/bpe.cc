@@ -10,9 +10,14 @@ namespace mustafar::text {
 
 namespace {
 
+constexpr size_t kCachedTextBytes = 128;  // in a shorter text hardly a word comes twice
+constexpr size_t kBytesPerCachedWord = 8;
+constexpr size_t kMinCachedWords = 64, kMaxCachedWords = 1 << 15;
 constexpr size_t kCacheWordBytes = 64;    // longer words are too rare to remember
 constexpr size_t kSegmentWordBytes = 32;  // longer words are cut where no merge can reach across
 constexpr size_t kShortSymbols = 48;      // up to here a scan for the best pair beats a heap
+// Characters of the Basic Multilingual Plane, and bytes of the longest of them.
+constexpr size_t kBmpCharacters = 0x10000, kBmpBytes = 3;
 constexpr uint32_t kNoMerge = ~uint32_t{0};
 
 std::string byte_token(int byte) {
@@ -24,8 +29,9 @@ std::string byte_token(int byte) {
 }  // namespace
 
 BpeScratch::BpeScratch(size_t text_bytes) {
-  if (text_bytes >= 128)
-    cache_.resize(std::clamp<size_t>(std::bit_ceil(text_bytes / 8), 64, 1 << 15));
+  if (text_bytes < kCachedTextBytes) return;
+  const size_t words = std::bit_ceil(text_bytes / kBytesPerCachedWord);
+  cache_.resize(std::clamp(words, kMinCachedWords, kMaxCachedWords));
 }
 
 BpeModel::BpeModel(Vocab vocab, PairMap merges, const std::vector<uint64_t>& merge_pairs,
@@ -33,11 +39,11 @@ BpeModel::BpeModel(Vocab vocab, PairMap merges, const std::vector<uint64_t>& mer
     : vocab_(std::move(vocab)),
       merges_(std::move(merges)),
       options_(options),
-      bmp_ids_(0x10000, -1) {
+      bmp_ids_(kBmpCharacters, -1) {
   for (int32_t id = 0; id < vocab_.size(); id++) {
     if (!vocab_.contains(id)) continue;
     const std::string_view token = vocab_.token(id);
-    if (token.empty() || token.size() > 3) continue;
+    if (token.empty() || token.size() > kBmpBytes) continue;
     size_t end = 0;
     const char32_t code_point = unicode::next_code_point(token, &end);
     if (end == token.size()) bmp_ids_[code_point] = id;
@@ -162,7 +168,8 @@ void BpeModel::split_into_symbols(std::string_view word, BpeScratch* scratch) co
     if (options_.byte_fallback && std::all_of(bytes.begin(), bytes.end(), [&](char b) {
           return byte_ids_[static_cast<unsigned char>(b)] >= 0;
         })) {
-      // A pending unknown token stays pending and follows the bytes: so does the reference.
+      // An unknown token that is still pending comes behind these bytes, as in the tokenizers
+      // library.
       for (const char b : bytes) symbols.push_back(byte_ids_[static_cast<unsigned char>(b)]);
       continue;
     }

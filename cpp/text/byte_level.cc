@@ -8,18 +8,26 @@ namespace mustafar::text {
 
 namespace {
 
-// Printable Latin-1 stands for itself; the other 68 bytes take U+0100 and on, in order.
+// Bytes that are printable in Latin-1 stand for themselves; the others take the characters from
+// U+0100 on, in order.
+constexpr char32_t kFirstShifted = 0x100;
 constexpr bool is_printable(int byte) {
   return (byte >= '!' && byte <= '~') || (byte >= 0xA1 && byte <= 0xAC) || byte >= 0xAE;
 }
 
+constexpr size_t count_shifted() {
+  size_t count = 0;
+  for (int byte = 0; byte < 256; byte++) count += !is_printable(byte);
+  return count;
+}
+
 struct Alphabet {
-  std::array<std::string, 256> characters;  // UTF-8 of each byte's character
-  std::array<int16_t, 0x100 + 68> bytes;    // byte of each character, or -1
+  std::array<std::string, 256> characters;                     // UTF-8 of each byte's character
+  std::array<int16_t, kFirstShifted + count_shifted()> bytes;  // byte of each character, or -1
 
   Alphabet() {
     bytes.fill(-1);
-    char32_t next = 0x100;
+    char32_t next = kFirstShifted;
     for (int byte = 0; byte < 256; byte++) {
       const char32_t c = is_printable(byte) ? static_cast<char32_t>(byte) : next++;
       unicode::append_utf8(c, &characters[byte]);

@@ -159,8 +159,9 @@ bool is_plain_word(const std::string& s) {
   });
 }
 
-// A message as transformers hands it to the template: reasoning under each of its names, a plain
-// role without the mark of text from outside.
+// A message as transformers hands it to the template: reasoning stands under each of its names. A
+// role that is a plain word is not marked as text from outside, since templates build special
+// tokens of it.
 Value prepare_message(const Value& message, jinja::Budget& budget) {
   if (!message.is_dict()) return message;
   auto out = std::make_shared<jinja::Dict>();

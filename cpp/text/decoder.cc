@@ -12,19 +12,10 @@ namespace mustafar::text {
 
 namespace {
 
-std::string one_character(const JsonField& field) {
-  std::string content = field.string();
-  size_t end = 0;
-  if (!content.empty()) unicode::next_code_point(content, &end);
-  if (end == 0 || end != content.size()) {
-    field.fail("must be one character, found " + unicode::in_quotes(content));
-  }
-  return content;
-}
-
-size_t count_of(const JsonField& field) {
+size_t strip_count(const JsonField& field) {
+  constexpr int64_t kMax = 1 << 20;
   const int64_t count = field.integer();
-  if (count < 0 || count > 1 << 20) field.fail("must be from 0 to 1048576");
+  if (count < 0 || count > kMax) field.fail("must be from 0 to " + std::to_string(kMax));
   return static_cast<size_t>(count);
 }
 
@@ -57,12 +48,12 @@ void Decoder::add(const JsonField& field) {
     step.kind = DecodeStep::Kind::kByteFallback;
   } else if (type == "Strip") {
     step.kind = DecodeStep::Kind::kStrip;
-    step.content = one_character(field.at("content"));
-    step.start = count_of(field.at("start"));
-    step.stop = count_of(field.at("stop"));
+    step.content = field.at("content").character();
+    step.start = strip_count(field.at("start"));
+    step.stop = strip_count(field.at("stop"));
   } else if (type == "Metaspace") {
     step.kind = DecodeStep::Kind::kMetaspace;
-    step.content = one_character(field.at("replacement"));
+    step.content = field.at("replacement").character();
     step.drops_first = field.has("prepend_scheme") ? field.at("prepend_scheme").string() != "never"
                                                    : field.boolean_or("add_prefix_space", true);
   } else if (type != "Fuse") {
@@ -139,7 +130,7 @@ class WholeTokenStage : public DecodeStage {
   std::string buffer_;
 };
 
-// All tokens become one, of the bytes that they spell; malformed parts become U+FFFD.
+// All tokens become one, of the bytes that they spell. What is not valid UTF-8 becomes U+FFFD.
 class ByteLevel final : public WholeTokenStage {
  public:
   using WholeTokenStage::WholeTokenStage;
@@ -193,8 +184,8 @@ class Replace final : public WholeTokenStage {
   MatchScratch* scratch_;
 };
 
-// A run of <0xNN> becomes the text of its bytes, or one U+FFFD for each where they are no valid
-// UTF-8 as a whole: so nothing of a run is certain before its end.
+// A run of <0xNN> becomes the text of its bytes where that is valid UTF-8, and otherwise one U+FFFD
+// for each byte. Which of the two is known only at the run's end, so the whole run is held back.
 class ByteFallback final : public WholeTokenStage {
  public:
   using WholeTokenStage::WholeTokenStage;
@@ -248,7 +239,7 @@ class Strip final : public DecodeStage {
       stripped_++;
     }
     if (fragment.empty()) return;
-    // A run of the character at the end may yet turn out to be the token's end.
+    // The character at the end of the fragment is held back: it is stripped if the token ends here.
     size_t end = fragment.size();
     while (step_.stop > 0 && end >= step_.content.size() &&
            fragment.substr(0, end).ends_with(step_.content)) {

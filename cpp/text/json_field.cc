@@ -75,6 +75,16 @@ std::string JsonField::string() const {
   return value_->get<std::string>();
 }
 
+std::string JsonField::character() const {
+  std::string content = string();
+  size_t end = 0;
+  if (!content.empty()) unicode::next_code_point(content, &end);
+  if (end == 0 || end != content.size()) {
+    fail("must be one character, found " + unicode::in_quotes(content));
+  }
+  return content;
+}
+
 bool JsonField::boolean() const {
   if (!value_->is_boolean()) wrong_kind("true or false");
   return value_->get<bool>();

@@ -28,6 +28,7 @@ class JsonField {
   std::vector<JsonField> elements() const;                         // of an array
   std::vector<std::pair<std::string, JsonField>> members() const;  // of an object
   std::string string() const;
+  std::string character() const;  // a string of one character
   bool boolean() const;
   int64_t integer() const;
 

@@ -80,18 +80,12 @@ void PreTokenizer::add(const JsonField& field) {
   }
 }
 
-// Two spellings: prepend_scheme and split today, add_prefix_space before.
+// Newer files have prepend_scheme and split, older ones add_prefix_space.
 void PreTokenizer::add_metaspace(const JsonField& field) {
   Step step;
   step.kind = Kind::kMetaspace;
   step.behavior = Behavior::kMergedWithNext;
-  step.replacement = field.at("replacement").string();
-  size_t end = 0;
-  if (!step.replacement.empty()) unicode::next_code_point(step.replacement, &end);
-  if (end == 0 || end != step.replacement.size()) {
-    field.at("replacement")
-        .fail("must be one character, found " + unicode::in_quotes(step.replacement));
-  }
+  step.replacement = field.at("replacement").character();
   const std::string scheme = field.has("prepend_scheme") ? field.at("prepend_scheme").string() : "";
   if (scheme == "always") {
     step.prepend = Prepend::kAlways;
@@ -112,7 +106,8 @@ void PreTokenizer::add_metaspace(const JsonField& field) {
   steps_.push_back(std::move(step));
 }
 
-// out->parts, offset by the start of their piece, become spans as the behavior says.
+// Appends the parts of one piece of the text as spans, joined as the step's behavior says. offset:
+// where the piece starts.
 void PreTokenizer::append_split(const Step& step, uint32_t offset, PreTokenized* out) {
   std::vector<Span>& spans = out->next_spans;
   const size_t first = spans.size();

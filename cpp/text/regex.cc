@@ -16,7 +16,8 @@ constexpr uint32_t kMatchLimit = 5'000'000;
 constexpr size_t kStackStartBytes = 64 << 10;
 constexpr size_t kStackLimitBytes = 64 << 20;
 constexpr uint32_t kHeapLimitKilobytes = 128 << 10;
-// A search looks at this many starts, then the clock is read; so it is after as many searches.
+// The clock is read whenever one search has tried this many starting points, and after this many
+// searches.
 constexpr size_t kStartsPerSearch = 1024;
 constexpr uint32_t kCallsPerClockRead = 512;
 
@@ -72,7 +73,7 @@ Regex::Regex(std::string_view source, const std::string& pattern) : source_(sour
   }
   code_ = std::shared_ptr<const pcre2_code>(
       code, [](const pcre2_code* c) { pcre2_code_free(const_cast<pcre2_code*>(c)); });
-  // Where no executable memory is granted, matching interprets: slower, and the same.
+  // May fail where no executable memory is granted: PCRE2 then interprets, slower but the same.
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);
 }
 
@@ -116,7 +117,7 @@ void Regex::find_parts(std::string_view text, MatchScratch* scratch,
   Part match{};
   for (size_t pos = 0; pos <= text.size() && search(text, pos, scratch, &match);) {
     if (match.begin == match.end && match.begin == covered && !parts->empty()) {
-      // An empty match right behind the last one: go on behind the next character.
+      // An empty match right behind the last one counts as part of it: go on one character later.
       if (pos == text.size()) break;
       unicode::next_code_point(text, &pos);
       continue;

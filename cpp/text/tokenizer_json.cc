@@ -13,7 +13,7 @@ using nlohmann::json;
 
 constexpr uintmax_t kMaxFileBytes = 1 << 30;
 constexpr size_t kMaxDepth = 64;
-constexpr int64_t kMaxId = 1 << 24;
+constexpr uint64_t kMaxUnusedIds = 1 << 16;  // beside one for each token
 
 // Receives the parser's events: those inside model.vocab and model.merges go to TokenizerJson's
 // flat storage, all others build the document.
@@ -29,7 +29,7 @@ class Reader {
   }
   bool number_unsigned(uint64_t value) {
     if (mode_ != Mode::kVocab) return scalar(json(value));
-    if (value > uint64_t{kMaxId}) bad_id(std::to_string(value));
+    if (value > uint64_t{kMaxTokenId}) bad_id(std::to_string(value));
     const auto length = static_cast<uint32_t>(out_.vocab_bytes.size() - token_offset_);
     out_.vocab.push_back({token_offset_, length, static_cast<uint32_t>(value)});
     return true;
@@ -115,7 +115,7 @@ class Reader {
   [[noreturn]] void bad_id(const std::string& found) const {
     fail("model.vocab: the id of token " +
          unicode::in_quotes(std::string_view(out_.vocab_bytes).substr(token_offset_)) +
-         " must be an integer from 0 to " + std::to_string(kMaxId) + ", found " + found);
+         " must be an integer from 0 to " + std::to_string(kMaxTokenId) + ", found " + found);
   }
   [[noreturn]] void bad_merge(const std::string& what) const {
     fail("model.merges[" + std::to_string(out_.merges.size()) + "] " + what);
@@ -239,8 +239,8 @@ Vocab build_vocab(const TokenizerJson& json, int64_t max_added_id, size_t added_
   int64_t limit = max_added_id + 1;
   for (const auto& token : json.vocab) limit = std::max<int64_t>(limit, int64_t{token.id} + 1);
   const size_t count = json.vocab.size() + added_count;
-  // Ids may have gaps; a table much larger than its content is a broken file.
-  if (static_cast<uint64_t>(limit) > 2 * count + 65536) {
+  // Ids may have gaps, but a table much larger than its content tells of a broken file.
+  if (static_cast<uint64_t>(limit) > 2 * count + kMaxUnusedIds) {
     throw TokenizerError(json.file + ": the largest token id is " + std::to_string(limit - 1) +
                          ", but there are only " + std::to_string(count) + " tokens");
   }

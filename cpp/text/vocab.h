@@ -9,6 +9,8 @@
 
 namespace mustafar::text {
 
+inline constexpr int64_t kMaxTokenId = 1 << 24;
+
 class Vocab {
  public:
   // Room for ids 0 .. id_limit-1, all unassigned.

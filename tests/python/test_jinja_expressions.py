@@ -307,6 +307,20 @@ s | lower | replace('l', 'L') | trim | length
 nums.0 ~ nums.1
 s.0
 n.real ~ f.is_integer() ~ 2.0.is_integer()
+(f * 1e308).is_integer() ~ (f * 1e308 - f * 1e308).is_integer() ~ 1e300.is_integer()
+{9.22e18: 'same'}[9220000000000000000]
+'%5.1f|%-5d|%+d|% d|%05d|%x|%X|%o|%#x|%s|%r|%%|%.2s|%5.1s|' % (f, n, n, n, n, 255, 255, 8, 255, s, s, s, s)
+'%(a)s %(b)5s' % {'a': 1, 'b': 'x'} ~ '%ld' % 3 ~ '%i' % 3.9
+'{} {}'.format(1, 2) ~ '{1} {0}'.format(1, 2) ~ '{0[a]} {0.real}'.format({'a': 1}) ~ '{k!r:>6}'.format(k='x')
+'{:{}}|{:>{w}.{p}f}'.format('x', 3, 2.5, w=8, p=2)
+'{} {0}'.format(1)
+'{0} {}'.format(1)
+'{0.real} {}'.format(5)
+'{:{:{}}}'.format(1, 2, 3)
+'{!x}'.format(1)
+'{!r'.format(1)
+'{a[b}'.format(a={'b': 1})
+'{:<<5}|{:^^7}|{:=+6}|{:é>4}'.format('x', 'y', 3, 4)
 cycler('a', 'b').next() ~ joiner(',')() ~ 'x'
 [1, 2, 3,] ~ {'a': 1,}
 'a' ~ ('b' if no)

@@ -37,9 +37,11 @@ template <typename... Parts>
   throw Unsupported(concat(parts..., " is not supported by this template engine"));
 }
 
-// What one rendering may use. A step is about one node evaluated, one list item or 16 bytes of text
-// made, so the steps bound time and memory together.
+// What one rendering may use. A step is about one node evaluated, one list item or kBytesPerStep
+// bytes of text made, so the steps bound time and memory together.
 struct Budget {
+  static constexpr size_t kBytesPerStep = 16;
+
   int64_t steps = 0;      // left
   int64_t max_steps = 0;  // for the message
   size_t max_bytes = 0;   // of any one text, the output included
@@ -50,9 +52,13 @@ struct Budget {
     steps -= n;
     if (steps < 0) fail("the template runs for more than ", max_steps, " steps");
   }
-  void charge_text(size_t bytes) {
+  // For a text that grows and is charged once it is complete.
+  void check_size(size_t bytes) const {
     if (bytes > max_bytes) fail("text grows beyond ", max_bytes, " bytes");
-    charge(1 + static_cast<int64_t>(bytes / 16));
+  }
+  void charge_text(size_t bytes) {
+    check_size(bytes);
+    charge(1 + static_cast<int64_t>(bytes / kBytesPerStep));
   }
 };
 

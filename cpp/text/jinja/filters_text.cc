@@ -4,17 +4,13 @@
 #include "text/jinja/filters.h"
 #include "text/jinja/format.h"
 #include "text/jinja/json.h"
+#include "text/jinja/numbers.h"
 #include "text/jinja/objects.h"
 #include "text/unicode/properties.h"
 #include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
-
-Value made(Interpreter& in, Text text) {
-  in.budget().charge_text(text.size());
-  return Value(std::move(text));
-}
 
 // Calls the value's own method for a filter that only converts to text first.
 Value by_method(Interpreter& in, const char* method, const Value& value, CallArgs& args) {
@@ -266,6 +262,9 @@ Value abs_filter(Interpreter&, const Value& value, CallArgs& args) {
   return value.as_int() < 0 ? unary_operation("-", value) : Value(value.as_int());
 }
 
+constexpr int64_t kMaxInt64Power = 18;  // of ten, in 64 bits
+constexpr int64_t kMaxExactPower = 22;  // of ten, as a double
+
 Value round_filter(Interpreter&, const Value& value, CallArgs& args) {
   const Arguments a("round", args, {"precision", "method"});
   const std::string method = !a[1] ? "common" : a[1]->is_text() ? a[1]->bytes() : "";
@@ -285,7 +284,7 @@ Value round_filter(Interpreter&, const Value& value, CallArgs& args) {
     }
     if (value.is_float()) return Value(round_float(d, precision));
     if (precision >= 0) return Value(value.as_int());
-    if (precision < -18) return Value(int64_t{0});
+    if (precision < -kMaxInt64Power) return Value(int64_t{0});
     int64_t unit = 1;
     for (int64_t i = precision; i < 0; i++) unit *= 10;
     const __int128 n = value.as_int();
@@ -295,7 +294,9 @@ Value round_filter(Interpreter&, const Value& value, CallArgs& args) {
     return Value(static_cast<int64_t>(q * unit));
   }
   if (exact) fail("unsupported operand type(s) for ** or pow(): 'int' and 'NoneType'");
-  if (std::abs(precision) > 22) unsupported("round to more than 22 digits by ceil or floor");
+  if (std::abs(precision) > kMaxExactPower) {
+    unsupported("round to more than ", kMaxExactPower, " digits by ceil or floor");
+  }
   const double scale = std::pow(10.0, static_cast<double>(precision));
   const double scaled = d * scale;
   if (!std::isfinite(scaled)) fail("cannot convert float infinity or NaN to integer");

@@ -178,7 +178,10 @@ Value strftime_now(Interpreter& in, CallArgs& args) {
   const Arguments a("strftime_now", args, {"format"}, 1);
   if (!a[0]->is_text()) fail("strftime() argument 1 must be str, not ", type_name(*a[0]));
   const std::string& format = a[0]->bytes();
-  if (format.size() > 1000) fail("strftime_now: the format is longer than 1000 bytes");
+  constexpr size_t kMaxFormatBytes = 1000;
+  if (format.size() > kMaxFormatBytes) {
+    fail("strftime_now: the format is longer than ", kMaxFormatBytes, " bytes");
+  }
   // Microseconds and the zone are not known here; Python prints them so for a naive time.
   std::string plain;
   for (size_t i = 0; i < format.size(); i++) {
@@ -194,7 +197,8 @@ Value strftime_now(Interpreter& in, CallArgs& args) {
     }
   }
   if (plain.empty()) return Value(Text());
-  std::string out(plain.size() * 32 + 256, 0);
+  constexpr size_t kBytesPerLetter = 32, kMoreBytes = 256;  // longer than any date prints
+  std::string out(plain.size() * kBytesPerLetter + kMoreBytes, 0);
   out.resize(std::strftime(out.data(), out.size(), plain.c_str(), &in.now()));
   return Value(Text(out));
 }

@@ -1,9 +1,11 @@
-// Evaluates a parsed template.
+// Renders a parsed template. Statements are in interpreter.cc, expressions in evaluate.cc, macros
+// in macro.cc.
 #pragma once
 
 #include <ctime>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -62,6 +64,7 @@ class Interpreter {
   enum class Flow { kNext, kBreak, kContinue };
 
   Scope& new_scope(Scope* parent);
+  Symbol symbol_of(std::string_view name) const;  // -1: no name of the template
   Flow run(const Body& body, Scope& scope, Text* out);
   Flow run_statement(const Stmt& stmt, Scope& scope, Text* out);
   Flow run_if(const Stmt& stmt, Scope& scope, Text* out);
@@ -73,6 +76,8 @@ class Interpreter {
   void assign(const Expr& target, const Value& value, Scope& scope, Scope& lookup);
   void check_namespaces(const Expr& target, Scope& scope);
   Value make_macro(const MacroNode& macro, Scope& scope);
+  void bind_arguments(const MacroNode& macro, CallArgs& args, Scope& scope);
+  void bind_rest(const MacroNode& macro, const CallArgs& args, Scope& scope);
 
   Value evaluate(const Expr& expr, Scope& scope);
   Value evaluate_name(const Expr& expr, Scope& scope);
@@ -94,6 +99,12 @@ class Interpreter {
   std::vector<std::unique_ptr<Scope>> scopes_;
   std::vector<std::shared_ptr<Object>> objects_;
 };
+
+// A text that a method or filter has made, charged to the budget.
+inline Value made(Interpreter& in, Text text) {
+  in.budget().charge_text(text.size());
+  return Value(std::move(text));
+}
 
 // Python's operators.
 Value binary_operation(Interpreter& in, const std::string& op, const Value& a, const Value& b);

@@ -5,8 +5,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "text/jinja/format.h"
 #include "text/jinja/interpreter.h"
+#include "text/jinja/numbers.h"
 #include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
@@ -66,7 +66,7 @@ class Writer {
   void write(const Value& value, int level) {
     const DepthGuard guard(in_.budget());
     in_.budget().charge(1);
-    if (out.size() > in_.budget().max_bytes) in_.budget().charge_text(out.size());
+    in_.budget().check_size(out.size());
     switch (value.kind()) {
       case Value::Kind::kNone:
         out.append("null");

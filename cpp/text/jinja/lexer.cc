@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <array>
 
-#include "text/jinja/format.h"
+#include "text/jinja/numbers.h"
 #include "text/unicode/properties.h"
 #include "text/unicode/utf8.h"
 
@@ -305,7 +305,8 @@ class Lexer {
         out.push_back(c);
         i++;
       } else {
-        // Python escapes the character first, and then reads the doubled backslash.
+        // jinja2 turns what is not ASCII into escapes before it reads escapes. Behind a backslash
+        // such an escape reads as an escaped backslash and plain text.
         out += escape_character(unicode::next_code_point(body, &i));
       }
     }

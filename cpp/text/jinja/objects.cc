@@ -1,12 +1,13 @@
 #include "text/jinja/objects.h"
 
+#include <cmath>
 #include <unordered_map>
 #include <unordered_set>
 
 namespace mustafar::jinja {
 namespace {
 
-// Yields what a function makes of 0, 1, ... until it has no more.
+// Yields what a function gives until it returns false.
 struct FunctionIterator : Iterator {
   explicit FunctionIterator(std::function<bool(Value*)> f) : function(std::move(f)) {}
   bool next(Value* out) override { return function(out); }
@@ -34,7 +35,7 @@ Range::Range(int64_t start, int64_t stop, int64_t step) : start(start), stop(sto
       step > 0 ? static_cast<__int128>(stop) - start : static_cast<__int128>(start) - stop;
   const __int128 stride = step > 0 ? step : -static_cast<__int128>(step);
   const __int128 n = span <= 0 ? 0 : (span + stride - 1) / stride;
-  constexpr int64_t kMaxRange = 100000;
+  constexpr int64_t kMaxRange = 100000;  // as in jinja2's sandbox
   if (n > kMaxRange) {
     fail("Range too big. The sandbox blocks ranges larger than MAX_RANGE (", kMaxRange, ").");
   }
@@ -164,7 +165,7 @@ Text Namespace::repr(Interpreter& in) {
     out.append(repr_text(Text(attributes[i].first)));
     out.append(": ");
     out.append(jinja::repr(in, attributes[i].second));
-    if (out.size() > in.budget().max_bytes) in.budget().charge_text(out.size());
+    in.budget().check_size(out.size());
   }
   out.append("}>");
   in.budget().charge_text(out.size());
@@ -258,13 +259,12 @@ Value list_index(Interpreter& in, const Value& self, CallArgs& args) {
 Value float_is_integer(Interpreter&, const Value& self, CallArgs& args) {
   const Arguments a("is_integer", args, {});
   const double d = self.as_double();
-  return Value(d == static_cast<double>(static_cast<int64_t>(std::clamp(d, -9e18, 9e18))) ||
-               d > 9e18 || d < -9e18);
+  return Value(std::isfinite(d) && std::floor(d) == d);
 }
 
 struct TypeAttributes {
-  std::unordered_map<std::string, Method> methods;  // null: the engine has it not
-  std::unordered_set<std::string> unsafe;           // would change the value
+  std::unordered_map<std::string, Method> methods;  // null: Python has it, the engine does not
+  std::unordered_set<std::string> unsafe;  // would change the value: the sandbox hides them
 };
 
 const TypeAttributes* attributes_of(const Value& self) {

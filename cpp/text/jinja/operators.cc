@@ -206,7 +206,8 @@ Value slice_value(Interpreter& in, const Value& value, const Value* start, const
   };
   const int64_t first = clamp(bound(start), stride < 0 ? n - 1 : 0);
   const int64_t last = clamp(bound(stop), stride < 0 ? -1 : n);
-  in.budget().charge(1 + std::abs(last - first) / (value.is_text() ? 16 : 1));
+  const int64_t per_step = value.is_text() ? static_cast<int64_t>(Budget::kBytesPerStep) : 1;
+  in.budget().charge(1 + std::abs(last - first) / per_step);
   if (value.is_text() && stride == 1) {
     return Value(first < last ? value.text().sub(offsets[first], offsets[last]) : Text());
   }

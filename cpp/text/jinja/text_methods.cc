@@ -10,11 +10,6 @@
 namespace mustafar::jinja {
 namespace {
 
-Value made(Interpreter& in, Text text) {
-  in.budget().charge_text(text.size());
-  return Value(std::move(text));
-}
-
 Value made(Interpreter& in, std::vector<Text> parts) {
   std::vector<Value> items;
   size_t bytes = 0;

@@ -32,7 +32,7 @@ struct CallArgs {
   std::vector<std::pair<std::string, Value>> keyword;
 };
 
-// Immutable and cheap to copy; containers are shared.
+// Immutable and cheap to copy: copies share text and containers.
 class Value {
  public:
   enum class Kind { kUndefined, kNone, kBool, kInt, kFloat, kText, kList, kDict, kObject };

@@ -89,11 +89,12 @@ void reorder(std::vector<Scalar>* scalars) {
 }
 
 void compose(std::vector<Scalar>* scalars) {
+  constexpr size_t kNone = ~size_t{0};
   size_t kept = 0;
-  size_t starter = ~size_t{0};  // index of the last character of class 0, among those kept
-  int32_t last_class = 0;       // of what was kept since the starter, 0 where that is nothing
+  size_t starter = kNone;  // index of the last character of class 0, among those kept
+  int32_t last_class = 0;  // of what was kept since the starter, 0 where that is nothing
   for (const Scalar s : *scalars) {
-    if (starter != ~size_t{0} && (kept == starter + 1 || last_class < s.combining_class)) {
+    if (starter != kNone && (kept == starter + 1 || last_class < s.combining_class)) {
       // Not blocked: nothing of the same or a higher class stands between.
       if (const char32_t composed = compose_pair((*scalars)[starter].code_point, s.code_point)) {
         (*scalars)[starter].code_point = composed;
@@ -129,8 +130,8 @@ std::string normalize(std::string_view text, NormalForm form) {
   const bool compatibility = form == NormalForm::kNfkc || form == NormalForm::kNfkd;
   const bool composed = form == NormalForm::kNfc || form == NormalForm::kNfkc;
 
-  // Stretches of stable characters are copied; each other one is handled from the character before
-  // its first unstable one (which that may compose with) to its last.
+  // Stable characters are copied. A stretch of unstable ones is decomposed, ordered and composed
+  // together with the character before it, with which its first one may compose.
   std::string out;
   out.reserve(text.size());
   std::vector<Scalar> scalars;
