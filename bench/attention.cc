@@ -133,9 +133,9 @@ struct Cache {
         int64_t{n_layers} * 2 * options.n_kv_heads * step.dense_capacity * options.head_dim;
     dense = HostBuffer(dtype_bytes(tail, values));
     for (int64_t i = 0; i < values; i++) store_float(dense.data(), tail, i, normal(random));
-    step.dense = dense.data();
+    step.dense = dense.as<uint8_t>();
     step.n_rows = 1;
-    if (setting.dtype == DType::kCoded) step.codes = &codes;
+    if (setting.dtype == DType::kCoded) step.codes = codes;
   }
   Cache(Cache&&) = delete;
 
@@ -209,19 +209,19 @@ struct Row {
 double commit_seconds(ThreadPool& pool, const Options& options, Row& row) {
   Cache& cache = *row.cache;
   std::vector<uint8_t*> pages = {const_cast<uint8_t*>(cache.pages[0])};
-  HostBuffer out(cache.dense.bytes()), scratch;
-  SequenceStep sequence = cache.step;
+  HostBuffer out(cache.dense.bytes());
   CommitStep step;
-  step.sequence = &sequence;
+  step.sequence = cache.step;
+  step.layout = cache.step.layout;
   step.dense_tokens = options.window + kBlockTokens;
   step.new_pages = pages.data();
   step.n_new_blocks = 1;
   step.end_pos = step.dense_tokens;
-  step.dense_out = out.data();
+  step.dense_out = out.as<uint8_t>();
   std::vector<double> seconds;
   for (int i = 0; i < 21; i++) {
     const double start = now();
-    commit_blocks(pool, row.isa, cache.tail, options.n_heads, {&step, 1}, 0, 1, scratch);
+    commit_blocks(pool, row.isa, cache.tail, {&step, 1}, 0, 1);
     seconds.push_back(now() - start);
   }
   return median(seconds);

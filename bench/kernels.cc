@@ -224,8 +224,8 @@ struct Bench {
                        step.n_rows = rows;
                        step.pos0 = before;
                        step.fresh_capacity = before + rows;
-                       step.fresh =
-                           take(dtype_bytes(dtype, int64_t{2} * kv_heads * (before + rows) * dim));
+                       step.fresh = static_cast<uint8_t*>(
+                           take(dtype_bytes(dtype, int64_t{2} * kv_heads * (before + rows) * dim)));
                        PrefillAttentionArgs args;
                        args.n_heads = heads;
                        args.n_kv_heads = kv_heads;

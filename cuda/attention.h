@@ -8,9 +8,9 @@
 
 #include <cstdint>
 
+#include "backend/cache_view.h"
 #include "core/dtype.h"
 #include "cuda/device.h"
-#include "cuda/sequence_view.h"
 
 namespace mustafar::cuda {
 

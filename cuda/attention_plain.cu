@@ -38,9 +38,9 @@ struct Scratch {
 __device__ void load_rows(const AttentionArgs& args, const SequenceView& s, const DenseRun& run,
                           int kind, int kv_head, int32_t first, int32_t n, const CodeDim* codes,
                           float* out, int stride) {
-  const SlotLayout& slot = kind == 0 ? args.layout.k : args.layout.v;
-  const int64_t at = kind == 0 ? k_slot_offset(args.layout, args.layer, kv_head)
-                               : v_slot_offset(args.layout, args.layer, kv_head);
+  const SlotLayout& slot = kind == kKeys ? args.layout.k : args.layout.v;
+  const int64_t at = kind == kKeys ? k_slot_offset(args.layout, args.layer, kv_head)
+                                   : v_slot_offset(args.layout, args.layer, kv_head);
   const int32_t stored = s.n_blocks * kBlockTokens;
   for (int t = static_cast<int>(threadIdx.x) / kWarpSize; t < n; t += kThreads / kWarpSize) {
     const int32_t token = first + t;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   w.rescale = w.sum + kPairs;
   w.codes[0] = reinterpret_cast<CodeDim*>(w.rescale + kPairs);
   w.codes[1] = w.codes[0] + head_dim;
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(head_dim));
+  const float scale = kLog2E / sqrtf(static_cast<float>(head_dim));
   const auto query_row = [&](int pair) {
     const int32_t row = s.row0 + (first_pair + pair) / heads_per_kv;
     const int32_t head = kv_head * heads_per_kv + (first_pair + pair) % heads_per_kv;
@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
     w.queries[i] = args.q[query_row(i / head_dim) * head_dim + i % head_dim] * scale;
   }
   for (int kind = 0; kind < 2; kind++) {
-    const SlotLayout& slot = kind == 0 ? args.layout.k : args.layout.v;
+    const SlotLayout& slot = kind == kKeys ? args.layout.k : args.layout.v;
     if (slot.dtype != DType::kCoded || thread / kWarpSize != kind) continue;
-    load_code_dims(code_table(s.codes, args.layout, args.layer, kv_head, kind == 0), head_dim,
+    load_code_dims(code_table(s.codes, args.layout, args.layer, kv_head, kind == kKeys), head_dim,
                    w.codes[kind]);
   }
   if (thread < kPairs) {
@@ -125,15 +125,15 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   const int32_t dense_tokens = s.dense_tokens + (args.decode ? 1 : 0);
   const int64_t row_bytes = head_dim * (args.tail_dtype == DType::kF32 ? 4 : 2);
   const DenseRun key_run =
-      dense_run(s, dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
+      dense_run(s, dense_tokens, args.layer, kKeys, args.n_kv_heads, kv_head, row_bytes);
   const DenseRun value_run =
-      dense_run(s, dense_tokens, args.layer, 1, args.n_kv_heads, kv_head, row_bytes);
+      dense_run(s, dense_tokens, args.layer, kValues, args.n_kv_heads, kv_head, row_bytes);
 
   for (int32_t first = first_token; first < last_token; first += kTokens) {
     const int n = last_token - first < kTokens ? last_token - first : kTokens;
     sync_block();  // all are done with the last tile
-    load_rows(args, s, key_run, 0, kv_head, first, n, w.codes[0], w.keys, w.stride);
-    load_rows(args, s, value_run, 1, kv_head, first, n, w.codes[1], w.values, w.stride);
+    load_rows(args, s, key_run, kKeys, kv_head, first, n, w.codes[0], w.keys, w.stride);
+    load_rows(args, s, value_run, kValues, kv_head, first, n, w.codes[1], w.values, w.stride);
     sync_block();
     for (int i = thread; i < n_pairs * kTokens; i += kThreads) {
       const int pair = i / kTokens, t = i % kTokens;

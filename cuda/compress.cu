@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) compress_rows_kernel(Compre
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   if (block >= step.n_new_blocks) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
-  const SlotLayout& slot = at.kind == 0 ? args.layout.k : args.layout.v;
+  const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   if (slot.ragged) return;
   float* weight = reinterpret_cast<float*>(shared_memory());
   const bool weighted = load_weights(args, step, at, weight);
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kMoveThreads) move_rest_kernel(CompressArgs ar
   const int64_t row_bytes = args.layout.k.head_dim * (args.tail_dtype == DType::kF32 ? 4 : 2);
   const SequenceView& s = step.sequence;
   const DenseRun run = dense_run(s, step.dense_tokens, layer, kind, heads, head, row_bytes);
-  uint8_t* out = step.dense_out + dense_offset(s, layer, kind, heads, head, row_bytes);
+  uint8_t* out =
+      step.dense_out + dense_offset(out_capacity(step), layer, kind, heads, head, row_bytes);
   const int64_t total = int64_t{step.dense_tokens} + step.fresh_tokens;
   const int64_t sinks = s.n_sinks < total ? s.n_sinks : total;
   const int64_t from = sinks + int64_t{step.n_new_blocks} * kBlockTokens;

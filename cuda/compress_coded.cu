@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) compress_coded_kernel(Compr
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   if (block >= step.n_new_blocks) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
-  const SlotLayout& slot = at.kind == 0 ? args.layout.k : args.layout.v;
+  const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   const int32_t n = slot.head_dim, n_words = slot.row_bytes / 4;
   const CodedTable table(shared_memory(), n);
   int32_t* first_dims = reinterpret_cast<int32_t*>(table.first_bit + n);  // [n_words]
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) compress_coded_kernel(Compr
   uint32_t* codes = reinterpret_cast<uint32_t*>(first_dims + n_words) + warp * n;
   if (warp == 0) {
     const CodeTables& tables = step.sequence.codes;
-    load_table(code_table(tables, args.layout, at.layer, at.head, at.kind == 0), n, table);
+    load_table(code_table(tables, args.layout, at.layer, at.head, at.kind == kKeys), n, table);
   }
   sync_block();
   for (int32_t i = static_cast<int32_t>(threadIdx.x); i < n_words; i += kWarps * kWarpSize) {

@@ -3,7 +3,6 @@
 
 #include "cuda/compress.h"
 #include "cuda/device_ops.cuh"
-#include "mustafar/kv_config.h"
 
 namespace mustafar::cuda {
 
@@ -142,7 +141,7 @@ __device__ __forceinline__ int stage_kept(const float (&values)[kWords],
 }
 
 struct SlotPlace {
-  int32_t layer, head, kind;  // kind 0: K, 1: V
+  int32_t layer, head, kind;
   uint8_t* slot;
   DenseRun run;
 };
@@ -156,17 +155,12 @@ __device__ __forceinline__ SlotPlace slot_place(const CompressArgs& args, const 
   at.kind = index & 1;
   at.head = index / 2 % heads;
   at.layer = args.first_layer + index / 2 / heads;
-  at.slot = step.new_pages[block] + (at.kind == 0 ? k_slot_offset(args.layout, at.layer, at.head)
-                                                  : v_slot_offset(args.layout, at.layer, at.head));
+  at.slot =
+      step.new_pages[block] + (at.kind == kKeys ? k_slot_offset(args.layout, at.layer, at.head)
+                                                : v_slot_offset(args.layout, at.layer, at.head));
   at.run =
       dense_run(step.sequence, step.dense_tokens, at.layer, at.kind, heads, at.head, row_bytes);
   return at;
-}
-
-__device__ __forceinline__ bool ranks_by_query(int32_t policy) {
-  return policy == static_cast<int32_t>(PrunePolicy::kOutputAware) ||
-         policy == static_cast<int32_t>(PrunePolicy::kChannelOutputAware) ||
-         policy == static_cast<int32_t>(PrunePolicy::kChannelStructured);
 }
 
 // Ranking weights of a slot's dims into weight [D] (shared); false where all are 1. Ends without a
@@ -175,22 +169,21 @@ __device__ __forceinline__ bool load_weights(const CompressArgs& args, const Com
                                              const SlotPlace& at, float* weight) {
   const SequenceView& s = step.sequence;
   const int32_t head_dim = args.layout.k.head_dim;
-  const int64_t plane = int64_t{at.layer} * args.layout.n_kv_heads + at.head;
-  const float* profile = at.kind == 0 ? s.k_weight : s.v_weight;
-  if (profile != nullptr) profile += plane * head_dim;
-  const bool by_query =
-      ranks_by_query(at.kind == 0 ? step.k_policy : step.v_policy) && s.query_magnitude != nullptr;
+  const int32_t heads = args.layout.n_kv_heads;
+  const float* profile = at.kind == kKeys ? s.transform.k_weight : s.transform.v_weight;
+  if (profile != nullptr) profile += head_index(at.layer, heads, at.head) * head_dim;
+  const bool by_query = needs_queries(step.policy(at.kind)) && s.query_magnitude != nullptr;
   for (int32_t d = static_cast<int32_t>(threadIdx.x); d < head_dim;
        d += static_cast<int32_t>(blockDim.x)) {
     float w = profile != nullptr ? profile[d] : 1.0f;
     if (by_query) {
       const int32_t n = step.end_pos < s.query_window ? step.end_pos : s.query_window;
       float sum = 0.0f;
+      const float* slots = query_slots(s, at.layer, heads, at.head, head_dim);
       for (int32_t p = step.end_pos - n; p < step.end_pos; p++) {
-        sum = add_rounded(
-            sum, s.query_magnitude[(plane * s.query_window + p % s.query_window) * head_dim + d]);
+        sum = add_rounded(sum, slots[int64_t{p % s.query_window} * head_dim + d]);
       }
-      w = at.kind == 0 && profile != nullptr ? multiply_rounded(sum, w) : sum;
+      w = at.kind == kKeys && profile != nullptr ? multiply_rounded(sum, w) : sum;
     }
     weight[d] = w;
   }

@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) compress_ragged_kernel(CompressArgs 
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   if (block >= step.n_new_blocks) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
-  const SlotLayout& slot = at.kind == 0 ? args.layout.k : args.layout.v;
+  const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   if (!slot.ragged) return;
   Scratch w(shared_memory(), slot);
   const int32_t first = step.sequence.n_sinks + block * kBlockTokens;
@@ -235,10 +235,10 @@ __global__ void __launch_bounds__(kThreads) compress_ragged_kernel(CompressArgs 
   }
   const bool weighted = load_weights(args, step, at, w.weight);
   sync_block();
-  const PrunePolicy policy = static_cast<PrunePolicy>(at.kind == 0 ? step.k_policy : step.v_policy);
+  const PrunePolicy policy = step.policy(at.kind);
   if (policy == PrunePolicy::kChannelStructured) {
     select_whole_channels(slot, weighted, w);
-  } else if (policy == PrunePolicy::kChannelOutputAware && at.kind == 0) {
+  } else if (policy == PrunePolicy::kChannelOutputAware && at.kind == kKeys) {
     select_in_block(slot, weighted, w);
   } else {
     const bool by_token = policy == PrunePolicy::kChannelOutputAware;

@@ -6,7 +6,6 @@
 
 #include "cuda/compress.h"
 #include "cuda/elementwise.h"
-#include "cuda/step_views.h"
 #include "mustafar/error.h"
 
 namespace mustafar::cuda {
@@ -134,8 +133,7 @@ const int32_t* CudaBackend::send_tokens(std::span<const int32_t> token_ids) {
 }
 
 const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspace& workspace) {
-  std::vector<SequenceView> views;
-  for (const SequenceStep& step : batch.sequences) views.push_back(view_of(step));
+  const std::vector<SequenceView> views(batch.sequences.begin(), batch.sequences.end());
   return workspace.sequences.send(views, stream_);
 }
 
@@ -271,8 +269,7 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
         bool undo = false;
         for (int32_t i = first; i < first + count; i++) {
           args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
-          const KVTransform* transform = batch.sequences[i].transform;
-          undo = undo || (transform != nullptr && transform->v_backward != nullptr);
+          undo = undo || batch.sequences[i].transform.v_backward != nullptr;
         }
         if (!args.decode && prefill_attention_fast(args, stream_)) {
           if (undo && !undo_value_transform(args, stream_)) {
@@ -371,12 +368,9 @@ void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer,
                          Workspace& workspace) {
   const Lock lock(mutex_);
   CudaWorkspace& ws = on_cuda(workspace);
-  std::vector<CommitView> views;
-  for (const CommitStep& step : steps) views.push_back(view_of(step));
+  const std::vector<CommitView> views(steps.begin(), steps.end());
   const CommitView* device_views = ws.commits.send(views, stream_);
-  const auto layout_of = [](const CommitStep& s) -> const StoreLayout& {
-    return *s.sequence->layout;
-  };
+  const auto layout_of = [](const CommitStep& s) -> const StoreLayout& { return *s.layout; };
   bool quantises = false;
   for (const CommitStep& step : steps) {
     const StoreLayout& layout = layout_of(step);
@@ -466,7 +460,6 @@ void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token
     if (it->graph == nullptr) return;  // no graphs here: body has run
   }
   run_graph(it->graph, stream_);
-  graph_replays_++;
 }
 
 std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype) {

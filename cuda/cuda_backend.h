@@ -67,7 +67,6 @@ class CudaBackend final : public Backend {
   void decode_step(const Batch& batch, std::span<const int32_t> token_ids,
                    std::span<const void* const> buffers, Workspace& workspace,
                    const std::function<void()>& body) override;
-  int64_t graph_replays() const { return graph_replays_; }
 
  private:
   // What a recorded step depends on beyond device memory.
@@ -104,7 +103,6 @@ class CudaBackend final : public Backend {
   std::recursive_mutex mutex_;          // issuing into the stream
   MirroredArray<int32_t> tokens_;
   std::vector<RecordedStep> steps_;
-  int64_t graph_replays_ = 0;
   // Commits of a thread's call whose rows have not been checked: synchronize() does.
   std::map<std::thread::id, std::vector<std::shared_ptr<PinnedFlag>>> unchecked_;
 };

@@ -30,9 +30,8 @@ __global__ void __launch_bounds__(kThreads) query_magnitude_kernel(AttentionArgs
   const int32_t head = static_cast<int32_t>(blockIdx.x);
   const int32_t group = args.n_heads / args.n_kv_heads;
   const int32_t slot = (s.pos0 + r) % s.query_window;
-  float* out =
-      s.query_magnitude +
-      ((int64_t{args.layer} * args.n_kv_heads + head) * s.query_window + slot) * args.head_dim;
+  float* out = query_slots(s, args.layer, args.n_kv_heads, head, args.head_dim) +
+               int64_t{slot} * args.head_dim;
   const float* q =
       args.q + (int64_t{s.row0 + r} * args.n_heads + int64_t{head} * group) * args.head_dim;
   for (int d = static_cast<int>(threadIdx.x); d < args.head_dim; d += kThreads) {

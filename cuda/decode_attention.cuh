@@ -24,6 +24,7 @@
 // rows and 16 V rows as stored; at the end the warps' results over them.
 #pragma once
 
+#include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/decode_coded.cuh"
 #include "cuda/decode_dense.cuh"
@@ -286,15 +287,15 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
       attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
-  // No warp reads the store's queries any more, and the plan is there: read again, it needs no
-  // registers through the loop.
+  // From here on no warp reads the queries of the store. The plan is read again from shared memory,
+  // so that it takes no registers in the loop before.
   sync_block();
   const int32_t first = plan.first, last = plan.last, kv_head = plan.kv_head;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, 0, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, kKeys, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, 1, args.n_kv_heads, kv_head, kRowBytes);
+      s.dense + dense_offset(s, args.layer, kValues, args.n_kv_heads, kv_head, kRowBytes);
   if (last > s.n_blocks) {
     queries.template split<16>();
     sync_block();

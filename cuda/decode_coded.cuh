@@ -16,12 +16,14 @@
 // Rows lie in a stage an odd number of 16 bytes apart: free of bank conflicts.
 #pragma once
 
+#include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/coded_rows.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 
@@ -124,7 +126,7 @@ template <typename Shape>
 __device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* weights,
                            float* scales) {
   constexpr int kLaneDims = Shape::kDim / kWarpSize;
-  const float softmax_scale = 1.44269504f / sqrtf(static_cast<float>(Shape::kDim));
+  const float softmax_scale = kLog2E / sqrtf(static_cast<float>(Shape::kDim));
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
   float x[kLaneDims], largest = 0.0f, offset = 0.0f;  // x: weights of the lowest bits
 #pragma unroll
@@ -137,22 +139,21 @@ __device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* wei
   }
   largest = warp_max(largest);
   offset = warp_sum(offset);
-  const float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;  // 127 * 128
+  const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
 #pragma unroll
   for (int i = 0; i < kLaneDims; i++) {
     const CodeDim& dim = dims[i * kWarpSize + lane];
     float weight = x[i] * inverse;
 #pragma unroll 1
     for (uint32_t b = 0; b < dim.width(); b++, weight *= 2.0f) {
-      const int whole = static_cast<int>(fminf(fmaxf(rintf(weight), -16256.0f), 16256.0f));
-      const int high = (whole + 64) >> 7;
+      const TwoTerms terms = two_terms(weight);
       uint8_t* const at = weights + weight_place(dim.first_bit() + b, static_cast<uint32_t>(warp));
-      at[0] = static_cast<uint8_t>(high);
-      at[kSecondTerm] = static_cast<uint8_t>(whole - high * 128);
+      at[0] = terms.first;
+      at[kSecondTerm] = terms.second;
     }
   }
   if (lane == 0) {
-    scales[warp] = 0.125f * largest / 16256.0f;
+    scales[warp] = 0.125f * largest / kTopWhole;
     scales[kSetQueries + warp] = offset;
   }
 }

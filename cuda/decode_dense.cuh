@@ -22,10 +22,12 @@
 
 #include <type_traits>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 

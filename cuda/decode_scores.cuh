@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 
@@ -18,14 +19,27 @@ constexpr int kQueryRowBytes = kDim * kBits / 8 + 16;
 template <int kDim, int kSets>
 constexpr int kQueryBytes = kSets * (8 * kQueryRowBytes<kDim, 16> + 4 * kSetQueries);
 
-// from: [n_queries][kDim], f32. The softmax's scale, in base 2, goes in. An integer query is scale
-// * (128 first + second). By the whole block, a warp a query, so that its threads share the work; a
-// barrier must follow.
+// A whole number as 128 * first + second, both signed bytes.
+constexpr float kTopWhole = 127 * 128;
+struct TwoTerms {
+  uint8_t first, second;
+};
+
+// x: rounded and cut to [-kTopWhole, kTopWhole].
+__device__ __forceinline__ TwoTerms two_terms(float x) {
+  const int whole = static_cast<int>(fminf(fmaxf(rintf(x), -kTopWhole), kTopWhole));
+  const int high = (whole + 64) >> 7;
+  return {static_cast<uint8_t>(high), static_cast<uint8_t>(whole - high * 128)};
+}
+
+// from: [n_queries][kDim], f32. The queries are multiplied by the softmax's scale, in base 2. An
+// integer query is its own scale times whole numbers (TwoTerms). By the whole block, one warp a
+// query, so that its threads share the work; a barrier must follow.
 template <DType kType, int kBits, int kDim, int kSets>
 __device__ __forceinline__ void split_queries(const float* from, int n_queries, uint8_t* to) {
   constexpr int kLaneDims = kDim / kWarpSize, kStride = kQueryRowBytes<kDim, kBits>;
   static_assert(kLaneDims == 2 || kLaneDims == 4);
-  const float softmax_scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
+  const float softmax_scale = kLog2E / sqrtf(static_cast<float>(kDim));
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
 #pragma unroll
   for (int query = warp; query < kSets * kSetQueries; query += kDecodeWarps) {
@@ -56,17 +70,15 @@ __device__ __forceinline__ void split_queries(const float* from, int n_queries, 
 #pragma unroll
       for (int i = 0; i < kLaneDims; i++) largest = fmaxf(largest, fabsf(x[i]));
       largest = warp_max(largest);
-      const float inverse = largest > 0.0f ? 16256.0f / largest : 0.0f;  // 127 * 128
+      const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
 #pragma unroll
       for (int i = 0; i < kLaneDims; i++) {
-        const int whole =
-            static_cast<int>(fminf(fmaxf(rintf(x[i] * inverse), -16256.0f), 16256.0f));
-        const int high = (whole + 64) >> 7;
-        first[i] = static_cast<uint8_t>(high);
-        second[i] = static_cast<uint8_t>(whole - high * 128);
+        const TwoTerms terms = two_terms(x[i] * inverse);
+        first[i] = terms.first;
+        second[i] = terms.second;
       }
       if (lane == 0) {
-        reinterpret_cast<float*>(to + kSets * 8 * kStride)[query] = largest / 16256.0f;
+        reinterpret_cast<float*>(to + kSets * 8 * kStride)[query] = largest / kTopWhole;
       }
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 

@@ -2,6 +2,7 @@
 // stage of shared memory as they are stored, and expanded from there into fragments.
 #pragma once
 
+#include "cuda/async_copy.cuh"
 #include "cuda/device_ops.cuh"
 #include "cuda/expand.cuh"
 
@@ -18,8 +19,8 @@ struct TileRun {
   int32_t n;
 };
 
-// What a block works on, in shared memory: through the loop over the tiles registers are few, and a
-// page's address asked of global memory there would be waited for at every tile.
+// What a block works on. It is kept in shared memory: the loop over the tiles has no registers to
+// spare, and would wait at every tile if it fetched the page's address from global memory.
 struct BlockPlan {
   static constexpr int kListed = 32;
 

@@ -1,7 +1,7 @@
 // The device language of our kernels: thin wrappers that hold PTX and intrinsics under nvcc, and
 // the same operations on the host SIMT harness (tests/simt) where MUSTAFAR_SIMT is defined. Kernels
-// use nothing of the device beyond this file, so that each of them runs, and is tested, without a
-// GPU.
+// use nothing of the device beyond this file, async_copy.cuh and matrix_ops.cuh, so that each of
+// them runs, and is tested, without a GPU.
 //
 // Rules that the harness relies on: shared memory is dynamic alone (shared_memory()); warp
 // collectives are always full; blocks are multiples of 32 threads and do not wait for each other.
@@ -46,6 +46,7 @@ struct alignas(16) float4 {
 namespace mustafar::cuda {
 
 constexpr int kWarpSize = 32;
+constexpr float kLog2E = 1.44269504f;  // softmax scores are in units of log2
 
 // ---- barriers and collectives of a full warp ----
 
@@ -401,186 +402,6 @@ __device__ __forceinline__ T* load_constant_pointer(T* const* at) {
 #else
   static_assert(sizeof(T*) == sizeof(unsigned long long));
   return reinterpret_cast<T*>(__ldg(reinterpret_cast<const unsigned long long*>(at)));
-#endif
-}
-
-// ---- asynchronous copies to shared memory ----
-
-// 16 bytes, both addresses aligned to 16; past L1.
-__device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
-#if defined(MUSTAFAR_SIMT)
-  simt::cp_async(to_shared, from, 16);
-#else
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-#endif
-}
-
-// 8 bytes, both addresses aligned to 8.
-__device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
-#if defined(MUSTAFAR_SIMT)
-  simt::cp_async(to_shared, from, 8);
-#else
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-#endif
-}
-
-// 16 bytes as cp_async16 does, or 16 zero bytes where there is nothing to copy; from is then not
-// read.
-__device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {
-#if defined(MUSTAFAR_SIMT)
-  alignas(16) static const uint8_t kZeros[16] = {};
-  simt::cp_async(to_shared, copy ? from : kZeros, 16);
-#else
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  const uint32_t bytes = copy ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void cp_async_commit() {
-#if defined(MUSTAFAR_SIMT)
-  simt::cp_async_commit();
-#else
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until at most kGroups of this thread's groups are still under way.
-template <int kGroups>
-__device__ __forceinline__ void cp_async_wait() {
-#if defined(MUSTAFAR_SIMT)
-  simt::cp_async_wait(kGroups);
-#else
-  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-#endif
-}
-
-// ---- matrices in fragments ----
-// With g = lane / 4 and c = lane % 4, of the 2-byte shapes: A [16][16] a0: (row g, columns 2c,
-// 2c+1), a1: row g+8, a2: columns +8, a3: both; B [16][8] b0: (rows 2c, 2c+1, column g), b1: rows
-// +8; C [16][8] c0, c1: (row g, columns 2c, 2c+1), c2, c3: row g+8. Of the 1-byte shape: A [16][32]
-// a0: (row g, columns 4c .. 4c+3), a1: row g+8, a2: columns +16, a3: both; B [32][8] b0: (rows 4c
-// .. 4c+3, column g), b1: rows +16; C as before.
-
-#if defined(MUSTAFAR_SIMT)
-struct MmaOperands {
-  uint32_t a[4], b[2];
-};
-inline simt::Lanes<MmaOperands> exchange_operands(const char* name, const uint32_t* a,
-                                                  const uint32_t* b) {
-  MmaOperands mine;
-  std::memcpy(mine.a, a, 16);
-  std::memcpy(mine.b, b, 8);
-  return simt::exchange_all(name, mine);
-}
-#endif
-
-// acc += A B in f32. kType: kF16 or kBF16.
-template <DType kType>
-__device__ __forceinline__ void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4],
-                                            const uint32_t (&b)[2]) {
-#if defined(MUSTAFAR_SIMT)
-  const auto lanes = exchange_operands("mma_16x8x16", a, b);
-  const int g = simt::lane() >> 2, c = simt::lane() & 3;
-  MmaOperands rows[4], columns[8];  // lanes that hold A of row g and B of columns 2c, 2c + 1
-  for (int i = 0; i < 4; i++) rows[i] = lanes[4 * g + i];
-  for (int i = 0; i < 8; i++) columns[i] = lanes[4 * (2 * c + i / 4) + i % 4];
-  for (int k = 0; k < 16; k++) {
-    const auto at = [k](uint32_t word) { return static_cast<uint16_t>(word >> (16 * (k & 1))); };
-    const int owner = (k & 7) / 2;
-    for (int i = 0; i < 4; i++) {
-      acc[i] += half_float<kType>(at(rows[owner].a[(i >> 1) + 2 * (k >> 3)])) *
-                half_float<kType>(at(columns[4 * (i & 1) + owner].b[k >> 3]));
-    }
-  }
-#else
-  if constexpr (kType == DType::kF16) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
-#endif
-}
-
-// acc += A B of signed bytes.
-__device__ __forceinline__ void mma_16x8x32_s8(int32_t (&acc)[4], const uint32_t (&a)[4],
-                                               const uint32_t (&b)[2]) {
-#if defined(MUSTAFAR_SIMT)
-  const auto lanes = exchange_operands("mma_16x8x32_s8", a, b);
-  const int g = simt::lane() >> 2, c = simt::lane() & 3;
-  MmaOperands rows[4], columns[8];
-  for (int i = 0; i < 4; i++) rows[i] = lanes[4 * g + i];
-  for (int i = 0; i < 8; i++) columns[i] = lanes[4 * (2 * c + i / 4) + i % 4];
-  for (int k = 0; k < 32; k++) {
-    const auto at = [k](uint32_t word) { return static_cast<int8_t>(word >> (8 * (k & 3))); };
-    const int owner = (k & 15) / 4;
-    for (int i = 0; i < 4; i++) {
-      acc[i] +=
-          at(rows[owner].a[(i >> 1) + 2 * (k >> 4)]) * at(columns[4 * (i & 1) + owner].b[k >> 4]);
-    }
-  }
-#else
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#endif
-}
-
-// Transposes an 8 x 8 matrix of 2-byte elements of which lane (g, c) holds row g, columns 2c, 2c+1.
-__device__ __forceinline__ uint32_t transpose_8x8(uint32_t word) {
-#if defined(MUSTAFAR_SIMT)
-  const auto lanes = simt::exchange_all("transpose_8x8", word);
-  const int g = simt::lane() >> 2, c = simt::lane() & 3;
-  const auto at = [&](int row, int column) {
-    return lanes[4 * row + column / 2] >> (16 * (column & 1)) & 0xffffu;
-  };
-  return at(2 * c, g) | at(2 * c + 1, g) << 16;
-#else
-  uint32_t result;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
-  return result;
-#endif
-}
-
-// Four 8 x 8 matrices of 2-byte elements from shared memory: lane i gives the address (16-byte
-// aligned) of row i % 8 of matrix i / 8; out[m]: lane (g, c) gets row g, columns 2c, 2c+1 of matrix
-// m, or with kTransposed rows 2c, 2c+1 of column g.
-template <bool kTransposed>
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
-#if defined(MUSTAFAR_SIMT)
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("misaligned ldmatrix row");
-  const auto rows = simt::exchange_all("load_matrices", static_cast<const uint16_t*>(row));
-  const int g = simt::lane() >> 2, c = simt::lane() & 3;
-  for (int m = 0; m < 4; m++) {
-    const uint32_t low = kTransposed ? rows[8 * m + 2 * c][g] : rows[8 * m + g][2 * c];
-    const uint32_t high = kTransposed ? rows[8 * m + 2 * c + 1][g] : rows[8 * m + g][2 * c + 1];
-    out[m] = low | high << 16;
-  }
-  simt::exchange("load_matrices", "", 0);  // no lane may overwrite a row that another still reads
-#else
-  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(at));
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(at));
-  }
 #endif
 }
 

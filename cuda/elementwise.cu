@@ -77,31 +77,28 @@ struct RopeHead {
   }
   // k F and v F, but q B^T; or null.
   __device__ const float* matrix(const RopeArgs& args, const SequenceView& s) const {
-    const float* const first = kind == 0 ? s.k_backward : kind == 1 ? s.k_forward : s.v_forward;
+    const KVTransform& transform = s.transform;
+    const float* const first = kind == 0   ? transform.k_backward
+                               : kind == 1 ? transform.k_forward
+                                           : transform.v_forward;
     if (first == nullptr) return nullptr;
-    return first +
-           (int64_t{args.layer} * args.n_kv_heads + kv_head) * args.head_dim * args.head_dim;
+    return first + head_index(args.layer, args.n_kv_heads, kv_head) * args.head_dim * args.head_dim;
   }
   // Stores dim d of a row: in place, or rounded where the sequence's new tokens lie.
   __device__ void store(const RopeArgs& args, const SequenceView& s, int64_t row, int d,
                         float value) const {
     const int dims = args.head_dim;
-    const int groups = matrix(args, s) != nullptr ? 1 : kind == 2 ? s.v_groups : s.k_groups;
+    const int groups = matrix(args, s) != nullptr ? 1
+                       : kind == 2                ? s.transform.v_groups
+                                                  : s.transform.k_groups;
     const int at = stored_index(d, groups, dims);
     if (kind == 0) {
       args.q[(row * args.n_heads + head) * dims + at] = value;
       return;
     }
     const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
-    const int64_t position = s.pos0 + row - s.row0;
-    uint8_t* to;
-    if (s.fresh != nullptr) {
-      to = s.fresh + (int64_t{kind - 1} * args.n_kv_heads + head) * s.fresh_capacity * row_bytes +
-           (position - s.fresh_pos0) * row_bytes;
-    } else {
-      to = s.dense + dense_offset(s, args.layer, kind - 1, args.n_kv_heads, head, row_bytes) +
-           s.dense_tokens * row_bytes;
-    }
+    uint8_t* const to = new_row(s, args.layer, kind == 1 ? kKeys : kValues, args.n_kv_heads, head,
+                                s.pos0 + row - s.row0, row_bytes);
     store_element(to, args.tail_dtype, at, value);
   }
 };
@@ -193,7 +190,7 @@ __global__ void __launch_bounds__(kBlockThreads) undo_values_kernel(AttentionArg
   constexpr int kDims = 32 * kTiles;
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t first = static_cast<int32_t>(blockIdx.y) * kBlockRows;
-  if (first >= s.n_rows || s.v_backward == nullptr) return;
+  if (first >= s.n_rows || s.transform.v_backward == nullptr) return;
   const int32_t n = s.n_rows - first < kBlockRows ? s.n_rows - first : kBlockRows;
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (args.n_heads / args.n_kv_heads);
   float* const x = reinterpret_cast<float*>(shared_memory());
@@ -204,7 +201,7 @@ __global__ void __launch_bounds__(kBlockThreads) undo_values_kernel(AttentionArg
     x[i] = i < n * kDims ? at(i / kDims)[i % kDims] : 0.0f;
   }
   transform_block<kTiles, false>(
-      x, s.v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) * kDims * kDims,
+      x, s.transform.v_backward + head_index(args.layer, args.n_kv_heads, kv_head) * kDims * kDims,
       [&](int r, int d, float value) {
         if (r < n) at(r)[d] = value;
       });

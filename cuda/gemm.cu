@@ -6,9 +6,11 @@
 // Rows past an edge repeat the last one and are not stored; columns past the end are zero.
 //
 // Shared: 2 stages x (64 rows of x, 64 rows of W) x 40 values: 20 KiB. Limit: cols a multiple of 8.
+#include "cuda/async_copy.cuh"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 namespace {

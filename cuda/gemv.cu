@@ -7,9 +7,9 @@
 // lanes first, then across the warp, then across the warps through shared memory. The order of a
 // sum depends on nothing but the number of columns.
 //
-// Two neighbours are done in passing. RMSNorm before: W (x s n) = s (W (x n)), so every warp adds
-// up the squares of the columns it reads anyway and the scale s comes in at the end. SiLU after: a
-// group is the same rows of gate and up.
+// The operations before and after are part of the kernel. RMSNorm before: W (x s n) = s (W (x n)),
+// so every warp adds up the squares of the columns that it reads anyway, and the scale s is applied
+// at the end. SiLU after: a group is the same rows of gate and up.
 //
 // Shared: sums and squares of each warp, kWarps x kBatch x (kRows + 1) f32.
 #include "cuda/device_ops.cuh"

@@ -7,14 +7,16 @@
 
 namespace mustafar::cuda {
 
-// One past the end repeats the last row and does not exist.
+// Where a row of the launch is. Behind a matrix's last row a group is filled up with rows that do
+// not exist: they compute with the last one, and are not stored.
 struct RowPlace {
   const LinearPart* part;
   int64_t row;
   bool exists;
 };
 
-// Of kRows neighbours of one matrix, or of kRows / 2 of both gated ones: gate's, then up's.
+// Row r of a group: kRows neighbours of one matrix or, where they are gated, kRows / 2 of gate and
+// then the same of up.
 template <int kRows>
 __device__ __forceinline__ RowPlace row_place(const LinearArgs& args, int64_t group, int r) {
   if (args.gated) {

@@ -10,12 +10,13 @@
 // where x is taken 16 times smaller: up to 10^6). Sums in f32: along the columns of a warp, then
 // over the warps. Their order depends on the number of columns alone, not on the batch.
 //
-// RMSNorm before and SiLU after are done in passing, as in gemv.cu.
+// RMSNorm before and SiLU after are part of the kernel, as in gemv.cu.
 //
 // Shared: per warp the sums [tile][row][column of x] and the squares of x, f32.
 #include "cuda/device_ops.cuh"
 #include "cuda/gemv_rows.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 namespace {

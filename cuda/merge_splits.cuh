@@ -83,10 +83,11 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
   }
   float* const out = args.out + (int64_t{row} * args.n_heads + first_head) * head_dim;
   const int32_t kv_head = first_head / (args.n_heads / args.n_kv_heads);
-  if (s.v_backward != nullptr) {
+  if (s.transform.v_backward != nullptr) {
     transform_rows<kThreads, kMaxHeads>(
         merged, n,
-        s.v_backward + (int64_t{args.layer} * args.n_kv_heads + kv_head) * head_dim * head_dim,
+        s.transform.v_backward +
+            head_index(args.layer, args.n_kv_heads, kv_head) * head_dim * head_dim,
         head_dim, merged + n_parts * n * head_dim,
         [&](int head, int d, float value) { out[head * head_dim + d] = value; });
     return;
@@ -94,7 +95,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
 #pragma unroll 1
   for (int i = thread; i < n * head_dim; i += kThreads) {
     const int d = i % head_dim;
-    out[i] = merged[i - d + stored_index(d, s.v_groups, head_dim)];
+    out[i] = merged[i - d + stored_index(d, s.transform.v_groups, head_dim)];
   }
 }
 

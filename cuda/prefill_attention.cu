@@ -23,9 +23,11 @@
 // Shared: Q [128][D], two stages of K and V [64][D], 2 bytes each; value scales [64] f32; the
 // expansion table; where the dense rows lie: 98.3 KiB at head_dim 128, two blocks a multiprocessor
 // on sm_90. Limits: f16 or bf16 tail, head_dim 64 or 128; any store.
+#include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/matrix_ops.cuh"
 #include "cuda/prefill_tiles.cuh"
 
 namespace mustafar::cuda {
@@ -87,7 +89,7 @@ template <int kDim>
 __device__ __forceinline__ void load_queries(const float* q, const SequenceView& s,
                                              const Pairs& pairs, uint8_t* tile) {
   constexpr int kChunks = kDim / 8;
-  const float scale = 1.44269504f / sqrtf(static_cast<float>(kDim));
+  const float scale = kLog2E / sqrtf(static_cast<float>(kDim));
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll 8  // their loads under way together
   for (int i = 0; i < kChunks; i++) {
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   if (args.writes_out) {
     sync_block();  // the stages are free
     float* rows = reinterpret_cast<float*>(source.stage(0)) + (warp_pair - pairs.first()) * kDim;
-    const int32_t groups = s.v_backward != nullptr ? 1 : s.v_groups;
+    const int32_t groups = s.transform.v_backward != nullptr ? 1 : s.transform.v_groups;
     const int32_t members = kDim / groups;  // of a group: the inverse of stored_index
 #pragma unroll
     for (int r = 0; r < 4; r++) sum[r] = 1.0f / sum[r];

@@ -5,6 +5,7 @@
 // that ldmatrix reads at one chunk, and the 8 chunks that 8 lanes write, lie in different banks.
 #pragma once
 
+#include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/expand.cuh"
@@ -77,10 +78,11 @@ struct DenseRows {
 
 __device__ __forceinline__ DenseRows dense_rows(const AttentionArgs& args, const SequenceView& s,
                                                 int kv_head, int64_t row_bytes) {
-  const DenseRun keys =
-      dense_run(s, s.dense_tokens, args.layer, 0, args.n_kv_heads, kv_head, row_bytes);
-  const int64_t heads_bytes = args.n_kv_heads * row_bytes;
-  return {keys.dense, keys.fresh, heads_bytes * s.dense_capacity, heads_bytes * s.fresh_capacity,
+  const auto run = [&](int32_t kind) {
+    return dense_run(s, s.dense_tokens, args.layer, kind, args.n_kv_heads, kv_head, row_bytes);
+  };
+  const DenseRun keys = run(kKeys), values = run(kValues);
+  return {keys.dense, keys.fresh, values.dense - keys.dense, values.fresh - keys.fresh,
           s.dense_tokens};
 }
 
@@ -220,9 +222,10 @@ __device__ __forceinline__ void expand_run(const SlotLayout& slot, const uint8_t
 template <DType kType>
 __device__ __forceinline__ void codes_to_halves(const uint32_t (&bytes)[kRunDims / 4], float scale,
                                                 uint32_t (&out)[kRunDims / 2]) {
-  // The float 2^23 + byte, exact.
+  // With 0x4b000000 around it a byte makes the float 2^23 + byte, exactly.
+  constexpr float kBias = 8388608.0f + 128.0f;
   const auto value = [scale](uint32_t word, uint32_t i) {
-    return (bits_float(byte_permute(word, 0x4b000000u, 0x7540u | i)) - 8388736.0f) * scale;
+    return (bits_float(byte_permute(word, 0x4b000000u, 0x7540u | i)) - kBias) * scale;
   };
 #pragma unroll
   for (int i = 0; i < kRunDims / 4; i++) {

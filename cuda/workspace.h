@@ -6,18 +6,21 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "backend/backend.h"
 #include "cuda/buffer.h"
 #include "cuda/compress.h"
-#include "cuda/sequence_view.h"
 
 namespace mustafar::cuda {
 
-// An array on the device that follows one on the host; sent only where it changed.
+// An array on the device that follows one on the host; sent only where it changed, which its bytes
+// tell.
 template <typename T>
 class MirroredArray {
+  static_assert(std::has_unique_object_representations_v<T>, "padding would differ at random");
+
  public:
   const T* send(std::span<const T> values, Stream stream) {
     const size_t bytes = values.size_bytes();

@@ -17,9 +17,9 @@
 #include <string>
 #include <vector>
 
+#include "backend/cache_view.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
-#include "format/coded.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
@@ -58,53 +58,9 @@ struct Weights {
   const float* rope_frequencies = nullptr;  // [head_dim / 2]
 };
 
-// What brings rows into the cache's own coordinates: the KV transform of a profile, per layer and
-// KV head D x D, row vectors (k' = k F, q' = q B^T), and the stored order of block_format.h.
-// Matrices and weights are given in stored order; rows without a matrix are dealt to k_groups or
-// v_groups.
-struct KVTransform {
-  const float* k_forward = nullptr;  // [n_layers][n_kv_heads][D][D]
-  const float* k_backward = nullptr;
-  const float* v_forward = nullptr;
-  const float* v_backward = nullptr;
-  const float* k_weight = nullptr;  // [n_layers][n_kv_heads][D] ranking weights, or null
-  const float* v_weight = nullptr;
-  int32_t k_groups = 1;  // 1: the order is the row's own
-  int32_t v_groups = 1;
-};
-
-// One sequence's part in a call. Its cache is the store (n_blocks pages), then the dense buffer
-// (sinks, then tail), then the tokens of this call.
-struct SequenceStep {
-  // Rows of this operation.
-  int32_t row0 = 0;  // first of its rows in the batch
-  int32_t n_rows = 0;
-  int32_t pos0 = 0;  // position of its first row (for RoPE and the causal mask)
-
-  // The cache as it stood before the call.
-  const StoreLayout* layout = nullptr;    // host memory
-  const uint8_t* const* pages = nullptr;  // [n_blocks] page addresses, oldest first
-  int32_t n_blocks = 0;
-  void* dense = nullptr;       // [n_layers][2 (K, V)][n_kv_heads][dense_capacity][D], tail dtype
-  int32_t dense_capacity = 0;  // tokens
-  int32_t dense_tokens = 0;    // valid before the call
-  int32_t n_sinks = 0;         // leading dense tokens that never enter the store
-
-  // Prefill: where the call's keys and values of the current layer go and are read from, starting
-  // at position fresh_pos0: [2 (K, V)][n_kv_heads][fresh_capacity][D], tail dtype. Null in decode:
-  // the row goes to slot dense_tokens of the dense buffer.
-  void* fresh = nullptr;
-  int32_t fresh_capacity = 0;
-  int32_t fresh_pos0 = 0;
-
-  const KVTransform* transform = nullptr;  // host struct of device pointers, or null
-  const CodeTables* codes = nullptr;       // likewise, where the store's rows are coded
-
-  // |q| of the newest queries, summed over a KV head's query heads, kept where a policy ranks keys
-  // by it: [n_layers][n_kv_heads][query_window][D] f32, query at position p in slot p %
-  // query_window.
-  float* query_magnitude = nullptr;
-  int32_t query_window = 0;
+// One sequence's part in a call, and what only the host reads of it.
+struct SequenceStep : SequenceView {
+  const StoreLayout* layout = nullptr;  // host memory
 };
 
 struct Batch {
@@ -113,19 +69,9 @@ struct Batch {
   bool decode = false;
 };
 
-// Moves blocks that left the window into the store: of the logical run dense[0, dense_tokens) ++
-// fresh[0, fresh_tokens) the tokens from n_sinks on are compressed into new_pages, 64 each; what
-// remains (sinks, then the rest) goes to dense_out, which may be the sequence's own dense buffer.
-struct CommitStep {
-  const SequenceStep* sequence = nullptr;
-  int32_t dense_tokens = 0;             // valid now: decode's new row included
-  int32_t fresh_tokens = 0;             // 0 in decode
-  uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
-  int32_t n_new_blocks = 0;
-  int32_t end_pos = 0;  // tokens cached once the call is over
-  void* dense_out = nullptr;
-  int32_t k_policy = 0;  // PrunePolicy
-  int32_t v_policy = 0;
+// Moves blocks that left a sequence's window into its store (CommitView).
+struct CommitStep : CommitView {
+  const StoreLayout* layout = nullptr;  // host memory
 };
 
 // What greedy and top-k sampling need of a row of logits.
@@ -194,7 +140,7 @@ class Backend {
   virtual void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) = 0;
 
   // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and
-  // values are rounded to the tail dtype and appended (SequenceStep::fresh or dense). q: out,
+  // values are rounded to the tail dtype and appended (SequenceView::fresh or dense). q: out,
   // [n_rows][n_heads * D], in the cache's coordinates like the keys.
   virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                            const float* x, float* q, Workspace& workspace) = 0;

@@ -1,13 +1,15 @@
 #include "cli/report.h"
 
 #include "cli/terminal.h"
+#include "runtime/kv_fields.h"
 
 namespace mustafar::cli {
 
 using Json = nlohmann::ordered_json;
 
 Json to_json(const MemoryUsage& memory) {
-  return {{"allocated", memory.allocated},
+  return {{"used", memory.used},
+          {"allocated", memory.allocated},
           {"dense_equivalent", memory.dense_equivalent},
           {"masks", memory.masks},
           {"values", memory.values},
@@ -22,16 +24,17 @@ Json to_json(const MemoryUsage& memory) {
 }
 
 Json to_json(const KVConfig& config) {
-  Json json = {
-      {"k_sparsity", config.effective_k_sparsity()}, {"v_sparsity", config.effective_v_sparsity()},
-      {"pattern", name_of(config.pattern)},          {"window", config.window},
-      {"sink_tokens", config.sink_tokens},           {"value_dtype", name_of(config.value_dtype)},
-      {"k_policy", name_of(config.k_policy)},        {"v_policy", name_of(config.v_policy)},
-      {"profile", config.profile != nullptr}};
-  if (config.coded()) {
-    json["k_bits"] = config.effective_k_bits();
-    json["v_bits"] = config.effective_v_bits();
-  }
+  Json json = Json::object();
+  const auto add = [&](bool coded_only) {
+    for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+      if constexpr (!kIsOverall<T>) {  // those for keys and for values say it
+        if (field.coded_only == coded_only) json[field.name] = kv_value(config, field);
+      }
+    });
+  };
+  add(/*coded_only=*/false);
+  json["profile"] = config.profile != nullptr;
+  if (config.coded()) add(/*coded_only=*/true);
   return json;
 }
 
@@ -74,7 +77,7 @@ std::string summary(const GenerateStats& stats, const MemoryUsage& memory) {
   };
   std::string line = phase("prompt", stats.prompt_tokens, stats.prefill_seconds) + " | " +
                      phase("generated", stats.generated_tokens, stats.decode_seconds) + " | KV " +
-                     format_bytes(static_cast<double>(memory.allocated)) + ", dense " +
+                     format_bytes(static_cast<double>(memory.used)) + ", dense " +
                      format_bytes(static_cast<double>(memory.dense_equivalent));
   if (memory.compressed_tokens == 0) return line + ", nothing compressed yet";
   return line + ", sparsity K " + format_number(memory.k_sparsity, 3) + " V " +

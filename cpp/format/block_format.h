@@ -27,12 +27,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-
-#if defined(__CUDACC__)
-#define MUSTAFAR_HOST_DEVICE __host__ __device__
-#else
-#define MUSTAFAR_HOST_DEVICE
-#endif
+#include "mustafar/host_device.h"
 
 namespace mustafar {
 

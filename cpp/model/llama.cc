@@ -56,6 +56,7 @@ void Llama::run_decode(std::span<SequenceCache* const> caches, std::span<const i
   float* x = buffers.x(int64_t{n} * config_.hidden_size);
   const void* const used[] = {&weights_, x, rows, buffers.q(n * width),
                               buffers.attention(n * width)};
+  for (int32_t i = 0; i < n; i++) caches[i]->copy_to_grown(pending[i], buffers.workspace());
   backend_.decode_step(batch, tokens, used, buffers.workspace(), [&] {
     backend_.embed(weights_, tokens, x);
     for (int32_t layer = 0; layer < config_.n_layers; layer++) run_layer(layer, batch, x, buffers);
@@ -139,7 +140,7 @@ bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
   std::vector<CommitStep> commits;
   for (const Part& part : parts_) {
     SequenceStep& call = calls.emplace_back(part.cache->view(part.pending));
-    call.fresh = part.fresh.data();
+    call.fresh = static_cast<uint8_t*>(part.fresh.data());
     call.fresh_capacity = static_cast<int32_t>(part.n);
     call.fresh_pos0 = call.pos0;
   }

@@ -39,9 +39,6 @@ class Llama {
   Llama(const ModelConfig& config, const Weights& weights, Backend& backend)
       : config_(config), weights_(weights), backend_(backend) {}
 
-  const ModelConfig& config() const { return config_; }
-  Backend& backend() const { return backend_; }
-
   // One decode step of several sequences: appends tokens[i] to caches[i] and writes the logits
   // after it to logits (host, [caches.size()][vocab]). All or none: throws with every cache
   // unchanged.
@@ -50,7 +47,7 @@ class Llama {
 
   // The same, but only the top_k largest logits of each row come to the host: to top
   // [caches.size()]. The rows stay in buffers.logits() until its next use. 1 <= top_k <=
-  // backend().max_top_logits().
+  // Backend::max_top_logits().
   void decode_top(std::span<SequenceCache* const> caches, std::span<const int32_t> tokens,
                   int32_t top_k, std::span<TopLogits> top, ForwardBuffers& buffers) const;
 

@@ -7,6 +7,7 @@
 #include "model/llama.h"
 #include "mustafar/error.h"
 #include "runtime/model_impl.h"
+#include "runtime/prompt_ids.h"
 
 namespace mustafar {
 namespace {
@@ -77,7 +78,7 @@ class Gatherer {
     }
   }
 
-  // q: [n_rows][n_heads * D] f32 on the device; keys and values: SequenceStep::fresh.
+  // q: [n_rows][n_heads * D] f32 on the device; keys and values: SequenceView::fresh.
   void observe(int32_t layer, const Batch& batch, const float* q) {
     const SequenceStep& step = batch.sequences[0];
     const int32_t skipped = std::clamp(skip_ - step.pos0, 0, step.n_rows);
@@ -85,11 +86,10 @@ class Gatherer {
     if (n == 0) return;
     const Rows rows = fetch(step, skipped, n, q + int64_t{skipped} * config_.n_heads * d());
 
-    const auto vectors = [&](int64_t plane) {  // of the keys, then values of one KV head
-      return [&rows, plane, this](int64_t i, float* row) {
-        for (int64_t j = 0; j < d(); j++) {
-          row[j] = load_float(rows.fresh, engine_.dtype, (plane * rows.capacity + i) * d() + j);
-        }
+    const auto vectors = [&](int32_t kind, int64_t head) {
+      const uint8_t* first = fresh_rows(rows.fresh, kind, head) + rows.first * row_bytes();
+      return [first, this](int64_t i, float* row) {
+        for (int64_t j = 0; j < d(); j++) row[j] = load_float(first, engine_.dtype, i * d() + j);
       };
     };
     // Queries first: they take the longest.
@@ -98,8 +98,9 @@ class Gatherer {
       const int64_t head = task % heads;
       MomentSum& sum = sums_[worker];
       if (task >= heads) {
-        auto& moments = task < 2 * heads ? out_.keys : out_.values;
-        sum.add(n, vectors(task - heads), at(moments, layer, head));
+        const bool keys = task < 2 * heads;
+        sum.add(n, vectors(keys ? kKeys : kValues, head),
+                at(keys ? out_.keys : out_.values, layer, head));
         return;
       }
       for (int64_t h = head * group_; h < (head + 1) * group_; h++) {
@@ -135,30 +136,38 @@ class Gatherer {
  private:
   // A chunk's rows in host memory.
   struct Rows {
-    const uint8_t* fresh = nullptr;  // [2 (K, V)][n_kv_heads][capacity][D], tail dtype
-    int64_t capacity = 0;
+    SequenceView fresh;        // its fresh buffer alone
+    int64_t first = 0;         // of the chunk's tokens in that
     const float* q = nullptr;  // [n][n_heads * D]
   };
 
   int64_t d() const { return config_.head_dim; }
+  int64_t row_bytes() const { return dtype_bytes(engine_.dtype, d()); }
+  uint8_t* fresh_rows(const SequenceView& view, int32_t kind, int64_t head) const {
+    return view.fresh +
+           fresh_offset(view, kind, config_.n_kv_heads, static_cast<int32_t>(head), row_bytes());
+  }
   double* at(std::vector<double>& moments, int64_t layer, int64_t head) const {
     return moments.data() + (layer * config_.n_kv_heads + head) * square_;
   }
 
-  Rows fetch(const SequenceStep& step, int32_t skipped, int64_t n, const float* q) {
-    const int64_t row_bytes = dtype_bytes(engine_.dtype, d());
+  Rows fetch(const SequenceView& step, int32_t skipped, int64_t n, const float* q) {
     const int64_t first = step.pos0 + skipped - step.fresh_pos0;
-    const auto* fresh = static_cast<const uint8_t*>(step.fresh) + first * row_bytes;
     Backend& backend = *engine_.backend;
-    if (backend.host_memory()) return {fresh, step.fresh_capacity, q};
-    fresh_.resize(2 * config_.n_kv_heads * n * row_bytes);
-    q_.resize(n * config_.n_heads * d());
-    for (int64_t plane = 0; plane < 2 * config_.n_kv_heads; plane++) {
-      backend.download(fresh_.data() + plane * n * row_bytes,
-                       fresh + plane * step.fresh_capacity * row_bytes, n * row_bytes);
+    if (backend.host_memory()) return {step, first, q};
+    SequenceView copy;
+    fresh_.resize(2 * config_.n_kv_heads * n * row_bytes());
+    copy.fresh = fresh_.data();
+    copy.fresh_capacity = static_cast<int32_t>(n);
+    for (const int32_t kind : {kKeys, kValues}) {
+      for (int32_t head = 0; head < config_.n_kv_heads; head++) {
+        backend.download(fresh_rows(copy, kind, head),
+                         fresh_rows(step, kind, head) + first * row_bytes(), n * row_bytes());
+      }
     }
+    q_.resize(n * config_.n_heads * d());
     backend.download(q_.data(), q, static_cast<int64_t>(q_.size()) * 4);
-    return {fresh_.data(), n, q_.data()};
+    return {copy, 0, q_.data()};
   }
 
   const Model::Impl& engine_;
@@ -189,13 +198,7 @@ KVStatistics gather_kv_statistics(const Model& model,
                             " tokens, more than the model's context of " +
                             std::to_string(c.max_position_embeddings));
     }
-    for (int32_t id : sequence) {
-      if (id < 0 || id >= c.vocab_size) {
-        throw std::invalid_argument("token id " + std::to_string(id) +
-                                    " is outside the vocabulary of " +
-                                    std::to_string(c.vocab_size));
-      }
-    }
+    check_token_ids(sequence, c.vocab_size);
   }
 
   KVStatistics statistics;

@@ -51,9 +51,7 @@ struct Model::Impl {
   std::mutex auto_profile_mutex;
   std::shared_ptr<const Profile> auto_profile;  // of profile="auto", once asked for
 
-  void add_workspace(int64_t bytes) { workspace_bytes += bytes; }
-
-  std::atomic<int64_t> workspace_bytes{0};
+  std::atomic<int64_t> workspace_bytes{0};  // of all sessions, as they count it
 
  private:
   std::mutex mutex_;

@@ -11,224 +11,6 @@
 
 namespace mustafar {
 
-Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_t> limit)
-    : model(model), engine(model.impl()), kv(kv) {
-  const int64_t context = engine->config.max_position_embeddings;
-  max_tokens = limit.value_or(context);
-  if (max_tokens < 1 || max_tokens > context) {
-    throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) +
-                                ", must be between 1 and the model's context of " +
-                                std::to_string(context) + " tokens");
-  }
-  spec = engine->cache_spec(kv);
-  cache.emplace(engine->new_cache(spec));
-  buffers = std::make_unique<ForwardBuffers>(*engine->backend);
-  count_workspace();
-}
-
-Session::Impl::~Impl() {
-  buffers.reset();
-  count_workspace();
-}
-
-Session::Impl::Use::Use(Impl& impl) : impl_(impl) {
-  if (impl.busy.exchange(true)) {
-    throw StateError(
-        "the session is in use by another call: a session serves one thread at a time");
-  }
-  if (!impl.cache) {
-    impl.busy = false;
-    throw StateError("the session is closed");
-  }
-}
-
-void Session::Impl::count_workspace() {
-  const int64_t now = buffers != nullptr ? buffers->bytes() : 0;
-  engine->workspace_bytes += now - counted_workspace;
-  counted_workspace = now;
-}
-
-void Session::Impl::check_interrupt() {
-  if (cancelled.exchange(false)) throw Cancelled("cancelled by the caller");
-  if (interrupt_check) interrupt_check();
-}
-
-void Session::Impl::check_tokens(std::span<const int32_t> token_ids) const {
-  const int32_t vocab = engine->config.vocab_size;
-  for (size_t i = 0; i < token_ids.size(); i++) {
-    if (token_ids[i] < 0 || token_ids[i] >= vocab) {
-      throw std::invalid_argument("token id " + std::to_string(token_ids[i]) + " at index " +
-                                  std::to_string(i) + " is outside the vocabulary of " +
-                                  std::to_string(vocab));
-    }
-  }
-}
-
-void Session::Impl::check_room(int64_t n) const {
-  const int64_t position = static_cast<int64_t>(tokens.size());
-  if (position + n > max_tokens) {
-    throw ContextOverflow(std::to_string(n) + " tokens after the " + std::to_string(position) +
-                          " cached exceed max_tokens = " + std::to_string(max_tokens));
-  }
-}
-
-void Session::Impl::reserve_tokens(size_t n) {
-  std::lock_guard lock(tokens_mutex);
-  tokens.reserve(tokens.size() + n);
-}
-
-void Session::Impl::append_tokens(std::span<const int32_t> token_ids) {
-  std::lock_guard lock(tokens_mutex);
-  tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
-}
-
-void Session::Impl::cut_tokens(int64_t length) {
-  std::lock_guard lock(tokens_mutex);
-  tokens.resize(length);
-}
-
-std::vector<int32_t> Session::Impl::copy_tokens() const {
-  std::lock_guard lock(tokens_mutex);
-  return tokens;
-}
-
-void Session::Impl::append(std::span<const int32_t> token_ids,
-                           const std::function<void(int64_t, int64_t)>& progress,
-                           int32_t top_needed) {
-  reserve_tokens(token_ids.size());
-  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
-  std::vector<float> next(on_device ? 0 : engine->config.vocab_size);
-  TopLogits next_top;
-  Prefill prefill(*engine->llama, *cache, {token_ids.begin(), token_ids.end()}, *buffers);
-  const auto between = [&](int64_t done, int64_t total) {
-    check_interrupt();
-    if (progress) progress(done, total);
-  };
-  while (prefill.step(between)) {
-  }
-  logits_on_device = false;  // their place is written over
-  const int64_t last = static_cast<int64_t>(token_ids.size()) - 1;
-  if (on_device) {
-    next_top = prefill.top_logits(last, top_needed);
-  } else {
-    prefill.logits(last, 1, next.data());
-  }
-  count_workspace();
-  prefill.finish();
-  append_tokens(token_ids);
-  if (!on_device) logits = std::move(next);
-  has_logits = !on_device;
-  logits_on_device = on_device;
-  top = std::move(next_top);
-}
-
-void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
-  check_interrupt();
-  reserve_tokens(1);
-  SequenceCache* const caches[] = {&*cache};
-  const int32_t ids[] = {token_id};
-  logits_on_device = false;  // their place is written over
-  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
-  TopLogits next_top;
-  if (on_device) {
-    engine->llama->decode_top(caches, ids, top_needed, {&next_top, 1}, *buffers);
-  } else {
-    spare_logits.resize(engine->config.vocab_size);
-    engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
-  }
-  count_workspace();
-  append_tokens(ids);
-  if (!on_device) std::swap(logits, spare_logits);
-  has_logits = !on_device;
-  logits_on_device = on_device;
-  top = std::move(next_top);
-}
-
-bool Session::Impl::has_top(int32_t needed) const {
-  return needed > 0 && top.regular && static_cast<int64_t>(top.ids.size()) >= needed;
-}
-
-void Session::Impl::drop_logits() {
-  has_logits = logits_on_device = false;
-  top = {};
-}
-
-void Session::Impl::fetch_logits() {
-  if (has_logits || !logits_on_device) return;
-  const int64_t vocab = engine->config.vocab_size;
-  logits.resize(vocab);
-  engine->backend->download(logits.data(), buffers->logits(vocab), vocab * 4);
-  has_logits = true;
-}
-
-void Session::Impl::ensure_logits() {
-  fetch_logits();
-  if (has_logits || tokens.empty()) return;
-  const int32_t last = tokens.back();
-  rewind(static_cast<int64_t>(tokens.size()) - 1);
-  append_decode(last);
-}
-
-void Session::Impl::rewind(int64_t position) {
-  const int64_t length = static_cast<int64_t>(tokens.size());
-  if (position < 0 || position > length) {
-    throw std::invalid_argument("cannot rewind to position " + std::to_string(position) +
-                                ": the session holds " + std::to_string(length) + " tokens");
-  }
-  if (position == length) return;
-  if (position == 0) {
-    reset();
-    return;
-  }
-  // Where a policy ranks by the window's queries, tokens that are cut have overwritten older ones'.
-  // The next block to leave the window is ranked by none of those: its window starts later.
-  if (spec->compressed(position) == cache->compressed()) {
-    cache->cut_tail(position);
-    cut_tokens(position);
-    drop_logits();
-    return;
-  }
-  SequenceCache kept = cache->cut_store(position);
-  std::vector<float> next(engine->config.vocab_size);
-  const int64_t first = kept.length();
-  if (first < position) {
-    Prefill prefill(*engine->llama, kept, {tokens.begin() + first, tokens.begin() + position},
-                    *buffers);
-    while (prefill.step([&](int64_t, int64_t) { check_interrupt(); })) {
-    }
-    logits_on_device = false;  // their place is written over
-    prefill.logits(position - first - 1, 1, next.data());
-    prefill.finish();
-    count_workspace();
-  }
-  cache = std::move(kept);
-  cut_tokens(position);
-  drop_logits();
-  has_logits = first < position;
-  if (has_logits) logits = std::move(next);
-}
-
-std::unique_ptr<Session::Impl> Session::Impl::fork() const {
-  auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
-  other->cache = cache->fork();
-  other->tokens = tokens;
-  other->has_logits = has_logits || logits_on_device;
-  if (has_logits) other->logits = logits;
-  if (other->has_logits && !has_logits) {
-    const int64_t vocab = engine->config.vocab_size;
-    other->logits.resize(vocab);
-    engine->backend->download(other->logits.data(), buffers->logits(vocab), vocab * 4);
-  }
-  other->interrupt_check = interrupt_check;
-  return other;
-}
-
-void Session::Impl::reset() {
-  cache.emplace(engine->new_cache(spec));
-  cut_tokens(0);
-  drop_logits();
-}
-
 Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
     : impl_(std::make_unique<Impl>(model, kv, max_tokens)) {}
 Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -244,7 +26,7 @@ std::span<const float> Session::prefill(std::span<const int32_t> token_ids,
   impl_->check_room(static_cast<int64_t>(token_ids.size()));
   impl_->cancelled = false;
   impl_->append(token_ids, progress);
-  return impl_->logits;
+  return impl_->next.values();
 }
 
 std::span<const float> Session::decode(int32_t token_id) {
@@ -253,7 +35,7 @@ std::span<const float> Session::decode(int32_t token_id) {
   impl_->check_room(1);
   impl_->cancelled = false;
   impl_->append_decode(token_id);
-  return impl_->logits;
+  return impl_->next.values();
 }
 
 std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
@@ -276,23 +58,20 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
     session.check_tokens(token_ids.subspan(i, 1));
     session.check_room(1);
     session.reserve_tokens(1);
-    session.spare_logits.resize(session.engine->config.vocab_size);
+    session.next.room(session.vocab_size());
     caches.push_back(&*session.cache);
   }
-  const size_t vocab = first.engine->config.vocab_size;
+  const int64_t vocab = first.vocab_size();
   std::vector<float> logits(n * vocab);
-  first.fetch_logits();
-  first.logits_on_device = false;  // their place is written over
+  first.next.fetch(*first.engine->backend, vocab);  // the call may fail
+  first.next.forget_device_row();
   first.engine->llama->decode(caches, token_ids, logits.data(), *first.buffers);
   first.count_workspace();
   for (size_t i = 0; i < n; i++) {
     Impl& session = *sessions[i]->impl_;
     session.append_tokens(token_ids.subspan(i, 1));
-    std::copy_n(logits.begin() + static_cast<int64_t>(i * vocab), vocab,
-                session.spare_logits.begin());
-    std::swap(session.logits, session.spare_logits);
-    session.drop_logits();
-    session.has_logits = true;
+    std::copy_n(logits.begin() + static_cast<int64_t>(i) * vocab, vocab, session.next.room(vocab));
+    session.next.set_from_room();
   }
   return logits;
 }
@@ -301,20 +80,7 @@ std::span<const float> Session::logits() const {
   Impl::Use use(*impl_);
   if (impl_->tokens.empty()) throw StateError("the session is empty: there are no logits yet");
   impl_->ensure_logits();
-  return impl_->logits;
-}
-
-Scorer Session::Impl::scorer(std::span<const int32_t> token_ids) {
-  check_tokens(token_ids);
-  const int64_t n = static_cast<int64_t>(token_ids.size());
-  if (n < 2) throw std::invalid_argument("scoring needs at least two tokens");
-  if (n > max_tokens) {
-    throw ContextOverflow(std::to_string(n) +
-                          " tokens exceed max_tokens = " + std::to_string(max_tokens));
-  }
-  Scorer scorer(*engine, spec);
-  scorer.between = [this](int64_t, int64_t) { check_interrupt(); };
-  return scorer;
+  return impl_->next.values();
 }
 
 void Session::score_logits(
@@ -323,7 +89,7 @@ void Session::score_logits(
   Impl::Use use(*impl_);
   Scorer scorer = impl_->scorer(token_ids);
   Backend& backend = *impl_->engine->backend;
-  const int64_t vocab = impl_->engine->config.vocab_size;
+  const int64_t vocab = impl_->vocab_size();
   const std::vector<int32_t> ids(token_ids.begin(), token_ids.end());
   std::vector<float> host;
   scorer.run({&ids, 1}, [&](std::span<const Scorer::Row> rows, const float* logits) {
@@ -384,9 +150,7 @@ void Session::close() {
     std::lock_guard lock(impl_->tokens_mutex);
     impl_->tokens = {};
   }
-  impl_->logits = {};
-  impl_->spare_logits = {};
-  impl_->drop_logits();
+  impl_->next = {};
 }
 
 void Session::cancel() { impl_->cancelled = true; }

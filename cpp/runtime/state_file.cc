@@ -5,7 +5,7 @@
 //     sections in the header's order, each zero-padded to a multiple of 64 bytes, hashed likewise:
 //       tokens   int32 [n_tokens]
 //       logits   f32 [vocab], absent after a rewind
-//       dense    sinks and tail as in memory (SequenceStep::dense)
+//       dense    sinks and tail, SequenceCache::download_dense()
 //       queries  query magnitudes, where a policy keeps them
 //       pages    the compressed blocks, oldest first
 //
@@ -25,6 +25,7 @@
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "mustafar/session.h"
+#include "runtime/kv_fields.h"
 #include "runtime/session_impl.h"
 
 namespace mustafar {
@@ -94,20 +95,9 @@ nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object();
 
 nlohmann::ordered_json kv_json(const KVConfig& kv) {
   nlohmann::ordered_json json = empty_object();
-  json["sparsity"] = kv.sparsity;
-  json["k_sparsity"] = kv.effective_k_sparsity();
-  json["v_sparsity"] = kv.effective_v_sparsity();
-  json["pattern"] = name_of(kv.pattern);
-  json["window"] = kv.window;
-  json["sink_tokens"] = kv.sink_tokens;
-  json["value_dtype"] = name_of(kv.value_dtype);
-  if (kv.coded()) {
-    json["bits"] = kv.bits;
-    json["k_bits"] = kv.effective_k_bits();
-    json["v_bits"] = kv.effective_v_bits();
-  }
-  json["k_policy"] = name_of(kv.k_policy);
-  json["v_policy"] = name_of(kv.v_policy);
+  for_each_kv_field([&](const auto& field) {
+    if (!field.coded_only || kv.coded()) json[field.name] = kv_value(kv, field);
+  });
   json["profile_kind"] = kv.profile ? kv.profile->kind : "";
   json["profile_hash"] = kv.profile ? kv.profile->hash() : "";
   return json;
@@ -115,42 +105,39 @@ nlohmann::ordered_json kv_json(const KVConfig& kv) {
 
 KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
-  const double k_sparsity = json.at("k_sparsity").get<double>();
-  const double v_sparsity = json.at("v_sparsity").get<double>();
-  kv.sparsity = json.value("sparsity", k_sparsity);  // older files lack it
-  if (k_sparsity != kv.sparsity) kv.k_sparsity = k_sparsity;
-  if (v_sparsity != kv.sparsity) kv.v_sparsity = v_sparsity;
-  kv.pattern = parse_pattern(json.at("pattern").get<std::string>());
-  kv.window = json.at("window").get<int32_t>();
-  kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
-  kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
-  if (kv.coded()) {
-    kv.bits = json.at("bits").get<double>();
-    const double k_bits = json.at("k_bits").get<double>();
-    const double v_bits = json.at("v_bits").get<double>();
-    if (k_bits != kv.bits) kv.k_bits = k_bits;
-    if (v_bits != kv.bits) kv.v_bits = v_bits;
-  }
-  kv.k_policy = parse_prune_policy(json.at("k_policy").get<std::string>());
-  kv.v_policy = parse_prune_policy(json.at("v_policy").get<std::string>());
+  for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    if (field.coded_only && !kv.coded()) return;  // value_dtype comes before those
+    // Older files have sparsity for keys and values alone.
+    const bool older = kIsOverall<T> && !json.contains(field.name);
+    const nlohmann::json& value = json.at(older ? "k_" + std::string(field.name) : field.name);
+    if constexpr (kIsPerKind<T>) {
+      if (value.get<double>() != kv.*field.otherwise) kv.*field.member = value.get<double>();
+    } else if constexpr (std::is_enum_v<T>) {
+      parse_kv_value(value.get<std::string>(), kv.*field.member);
+    } else {
+      kv.*field.member = value.get<T>();
+    }
+  });
   return kv;
 }
 
-std::vector<Section> sections_of(const Session::Impl& session) {
+// dense, queries: the cache's, of the same names.
+std::vector<Section> sections_of(const Session::Impl& session, const std::vector<uint8_t>& dense,
+                                 const std::vector<uint8_t>& queries) {
   const CacheSpec& spec = *session.spec;
   const SequenceCache& cache = *session.cache;
   std::vector<Section> sections;
   sections.push_back(
       {"tokens", static_cast<int64_t>(session.tokens.size() * 4), {session.tokens.data()}, false});
-  if (session.has_logits) {
-    sections.push_back({"logits",
-                        static_cast<int64_t>(session.logits.size() * 4),
-                        {session.logits.data()},
-                        false});
+  if (session.next.whole()) {
+    const std::span<const float> logits = session.next.values();
+    sections.push_back(
+        {"logits", static_cast<int64_t>(logits.size_bytes()), {logits.data()}, false});
   }
-  sections.push_back({"dense", spec.dense_bytes, {cache.dense()}, true});
-  if (spec.query_bytes > 0)
-    sections.push_back({"queries", spec.query_bytes, {cache.query_magnitude()}, true});
+  sections.push_back({"dense", static_cast<int64_t>(dense.size()), {dense.data()}, false});
+  if (!queries.empty()) {
+    sections.push_back({"queries", static_cast<int64_t>(queries.size()), {queries.data()}, false});
+  }
   Section pages{"pages", spec.layout.page_bytes, {}, true};
   for (const PageRef& page : cache.pages()) pages.pieces.push_back(page.data());
   sections.push_back(std::move(pages));
@@ -270,8 +257,10 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const Model
 void Session::save(const std::filesystem::path& path) const {
   Impl::Use use(*impl_);
   Impl& session = *impl_;
-  session.fetch_logits();
-  const std::vector<Section> sections = sections_of(session);
+  session.next.fetch(*session.engine->backend, session.vocab_size());
+  const std::vector<uint8_t> dense = session.cache->download_dense();
+  const std::vector<uint8_t> queries = session.cache->download_query_magnitude();
+  const std::vector<Section> sections = sections_of(session, dense, queries);
   SectionReader reader(*session.engine->backend);
 
   nlohmann::ordered_json header = empty_object();
@@ -357,17 +346,13 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     if (n > 0) std::memcpy(session->tokens.data(), section("tokens", n * 4), n * 4);
     session->check_tokens(session->tokens);
     if (state.find("logits") != nullptr) {
-      const int64_t vocab = engine.config.vocab_size;
-      session->logits.resize(vocab);
-      std::memcpy(session->logits.data(), section("logits", vocab * 4), vocab * 4);
-      session->has_logits = true;
+      const int64_t vocab = session->vocab_size();
+      std::memcpy(session->next.room(vocab), section("logits", vocab * 4), vocab * 4);
+      session->next.set_from_room();
     }
     Backend& backend = *engine.backend;
-    backend.upload(session->cache->dense(), section("dense", spec.dense_bytes), spec.dense_bytes);
-    if (spec.query_bytes > 0) {
-      backend.upload(session->cache->query_magnitude(), section("queries", spec.query_bytes),
-                     spec.query_bytes);
-    }
+    const uint8_t* dense = section("dense", spec.dense_bytes(spec.most_dense_tokens));
+    const uint8_t* queries = spec.query_bytes > 0 ? section("queries", spec.query_bytes) : nullptr;
     const uint8_t* data = section("pages", n_pages * spec.layout.page_bytes);
     std::vector<PageRef> pages = engine.pool(spec.layout)->allocate(n_pages);
     for (int64_t i = 0; i < n_pages; i++) {
@@ -375,7 +360,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       check_page(spec.layout, page, where + "page " + std::to_string(i));
       backend.upload(pages[i].data(), page, spec.layout.page_bytes);
     }
-    session->cache->restore(std::move(pages), n);
+    session->cache->restore(std::move(pages), n, dense, queries);
     return Session(std::move(session));
   } catch (const nlohmann::json::exception& error) {
     throw StateError(where + "header: " + error.what());

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 
-#include "text/utf8.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -12,23 +13,23 @@ constexpr size_t kMaxContentBytes = 1024;  // bounds the work per byte of text
 
 bool ends_with_word(std::string_view text) {
   if (text.empty()) return false;
-  size_t pos = previous_boundary(text, text.size());
-  return is_word_character(next_code_point(text, &pos));
+  size_t pos = unicode::previous_boundary(text, text.size());
+  return unicode::is_word_character(unicode::next_code_point(text, &pos));
 }
 
 bool starts_with_word(std::string_view text) {
   if (text.empty()) return false;
   size_t pos = 0;
-  return is_word_character(next_code_point(text, &pos));
+  return unicode::is_word_character(unicode::next_code_point(text, &pos));
 }
 
 // Start of the white space that ends the text.
 size_t trailing_space(std::string_view text) {
   size_t end = text.size();
   while (end > 0) {
-    const size_t start = previous_boundary(text, end);
+    const size_t start = unicode::previous_boundary(text, end);
     size_t pos = start;
-    if (!is_white_space(next_code_point(text, &pos))) break;
+    if (!unicode::is_white_space(unicode::next_code_point(text, &pos))) break;
     end = start;
   }
   return end;
@@ -39,7 +40,7 @@ size_t leading_space(std::string_view text) {
   size_t end = 0;
   while (end < text.size()) {
     size_t pos = end;
-    if (!is_white_space(next_code_point(text, &pos))) break;
+    if (!unicode::is_white_space(unicode::next_code_point(text, &pos))) break;
     end = pos;
   }
   return end;
@@ -72,13 +73,13 @@ AddedTokens AddedTokens::parse(const JsonField& field) {
     const auto same_id = added.by_id_.find(token.id);
     if (same_id != added.by_id_.end() && added.tokens_[same_id->second].content != token.content) {
       entry.fail("id " + std::to_string(id) + " is given to " +
-                 in_quotes(added.tokens_[same_id->second].content) + " and to " +
-                 in_quotes(token.content));
+                 unicode::in_quotes(added.tokens_[same_id->second].content) + " and to " +
+                 unicode::in_quotes(token.content));
     }
     const auto same_content = added.by_content_.find(token.content);
     if (same_content != added.by_content_.end() &&
         added.tokens_[same_content->second].id != token.id) {
-      entry.fail(in_quotes(token.content) + " has the ids " +
+      entry.fail(unicode::in_quotes(token.content) + " has the ids " +
                  std::to_string(added.tokens_[same_content->second].id) + " and " +
                  std::to_string(id));
     }
@@ -119,13 +120,13 @@ void AddedTokens::prepare(const Vocab& vocab, const Normalizer& normalizer,
       const AddedToken& token = tokens_[i];
       if (token.special != special) continue;
       const auto vocab_id = vocab.find(token.content);
-      const std::string name = file + ": added_tokens: " + in_quotes(token.content) + " has id " +
-                               std::to_string(token.id);
+      const std::string name = file + ": added_tokens: " + unicode::in_quotes(token.content) +
+                               " has id " + std::to_string(token.id);
       if (vocab_id && *vocab_id != token.id) {
         throw TokenizerError(name + ", but " + std::to_string(*vocab_id) + " in model.vocab");
       }
       if (!vocab_id && vocab.contains(token.id)) {
-        throw TokenizerError(name + ", which is " + in_quotes(vocab.token(token.id)) +
+        throw TokenizerError(name + ", which is " + unicode::in_quotes(vocab.token(token.id)) +
                              " in model.vocab");
       }
       tries_[token.normalized].insert(

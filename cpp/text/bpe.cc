@@ -4,7 +4,7 @@
 #include <bit>
 #include <cstdio>
 
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -39,7 +39,7 @@ BpeModel::BpeModel(Vocab vocab, PairMap merges, const std::vector<uint64_t>& mer
     const std::string_view token = vocab_.token(id);
     if (token.empty() || token.size() > 3) continue;
     size_t end = 0;
-    const char32_t code_point = next_code_point(token, &end);
+    const char32_t code_point = unicode::next_code_point(token, &end);
     if (end == token.size()) bmp_ids_[code_point] = id;
   }
   for (int byte = 0; byte < 256; byte++) {
@@ -60,11 +60,11 @@ void BpeModel::find_joints(const std::vector<uint64_t>& merge_pairs) {
     if (special.find(pair >> 32) || special.find(pair & 0xFFFFFFFF)) return;
     const std::string_view left = vocab_.token(static_cast<int32_t>(pair >> 32));
     const std::string_view right = vocab_.token(static_cast<int32_t>(pair & 0xFFFFFFFF));
-    const size_t last = previous_boundary(left, left.size());
+    const size_t last = unicode::previous_boundary(left, left.size());
     size_t pos = last;
-    const int32_t last_id = char_id(next_code_point(left, &pos), left.substr(last));
+    const int32_t last_id = char_id(unicode::next_code_point(left, &pos), left.substr(last));
     pos = 0;
-    const char32_t first = next_code_point(right, &pos);
+    const char32_t first = unicode::next_code_point(right, &pos);
     const int32_t first_id = char_id(first, right.substr(0, pos));
     // A merge of characters outside the vocabulary never happens.
     if (last_id >= 0 && first_id >= 0) joints_.set(pair_key(last_id, first_id), {});
@@ -93,7 +93,7 @@ void BpeModel::encode_in_segments(std::string_view word, BpeScratch* scratch,
   int32_t previous = -1;
   for (size_t pos = 0; pos < word.size();) {
     const size_t start = pos;
-    const char32_t code_point = next_code_point(word, &pos);
+    const char32_t code_point = unicode::next_code_point(word, &pos);
     const int32_t id = char_id(code_point, word.substr(start, pos - start));
     // Never next to an unknown character: runs of those may fuse.
     if (previous >= 0 && id >= 0 && !joints_.find(pair_key(previous, id))) {
@@ -151,7 +151,7 @@ void BpeModel::split_into_symbols(std::string_view word, BpeScratch* scratch) co
   };
   for (size_t pos = 0; pos < word.size();) {
     const size_t start = pos;
-    const char32_t code_point = next_code_point(word, &pos);
+    const char32_t code_point = unicode::next_code_point(word, &pos);
     const std::string_view bytes = word.substr(start, pos - start);
     const int32_t id = char_id(code_point, bytes);
     if (id >= 0) {

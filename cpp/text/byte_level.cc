@@ -2,7 +2,7 @@
 
 #include <array>
 
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -22,7 +22,7 @@ struct Alphabet {
     char32_t next = 0x100;
     for (int byte = 0; byte < 256; byte++) {
       const char32_t c = is_printable(byte) ? static_cast<char32_t>(byte) : next++;
-      append_utf8(c, &characters[byte]);
+      unicode::append_utf8(c, &characters[byte]);
       bytes[c] = static_cast<int16_t>(byte);
     }
   }

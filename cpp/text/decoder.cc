@@ -1,10 +1,12 @@
 #include "text/decoder.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "text/byte_level.h"
-#include "text/utf8.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -13,9 +15,9 @@ namespace {
 std::string one_character(const JsonField& field) {
   std::string content = field.string();
   size_t end = 0;
-  if (!content.empty()) next_code_point(content, &end);
+  if (!content.empty()) unicode::next_code_point(content, &end);
   if (end == 0 || end != content.size()) {
-    field.fail("must be one character, found " + in_quotes(content));
+    field.fail("must be one character, found " + unicode::in_quotes(content));
   }
   return content;
 }
@@ -142,7 +144,7 @@ class ByteLevel final : public WholeTokenStage {
  public:
   using WholeTokenStage::WholeTokenStage;
   void finish() override {
-    if (!bytes_.empty()) next_.text(kReplacementCharacter);
+    if (!bytes_.empty()) next_.text(unicode::kReplacementCharacter);
     next_.end_token();
     next_.finish();
   }
@@ -151,7 +153,7 @@ class ByteLevel final : public WholeTokenStage {
   void token(std::string_view token) override {
     const size_t size = bytes_.size();
     for (size_t pos = 0; pos < token.size();) {
-      if (const auto byte = byte_level_byte(next_code_point(token, &pos))) {
+      if (const auto byte = byte_level_byte(unicode::next_code_point(token, &pos))) {
         bytes_ += static_cast<char>(*byte);
       } else {  // not of the alphabet, as added tokens may be: the text itself
         bytes_.resize(size);
@@ -162,10 +164,10 @@ class ByteLevel final : public WholeTokenStage {
     std::string certain;
     size_t pos = 0;
     while (pos < bytes_.size()) {
-      const Utf8Step step = read_utf8(bytes_, pos);
+      const unicode::Utf8Step step = unicode::read_utf8(bytes_, pos);
       if (step.truncated) break;
       certain.append(step.valid ? std::string_view(bytes_).substr(pos, step.length)
-                                : kReplacementCharacter);
+                                : unicode::kReplacementCharacter);
       pos += step.length;
     }
     bytes_.erase(0, pos);
@@ -203,10 +205,8 @@ class ByteFallback final : public WholeTokenStage {
 
  protected:
   void token(std::string_view token) override {
-    const int high = token.size() == 6 ? digit(token[3]) : -1;
-    const int low = token.size() == 6 ? digit(token[4]) : -1;
-    if (high >= 0 && low >= 0 && token.starts_with("<0x") && token[5] == '>') {
-      run_ += static_cast<char>(high << 4 | low);
+    if (const auto byte = byte_of(token)) {
+      run_ += *byte;
       return;
     }
     flush();
@@ -214,18 +214,21 @@ class ByteFallback final : public WholeTokenStage {
   }
 
  private:
-  static int digit(char c) {
-    if (c >= '0' && c <= '9') return c - '0';
-    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
-    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
-    return -1;
+  // The byte that a token <0xNN> stands for.
+  static std::optional<char> byte_of(std::string_view token) {
+    constexpr std::string_view kBefore = "<0x", kAfter = ">";
+    if (token.size() != 6 || !token.starts_with(kBefore) || !token.ends_with(kAfter)) return {};
+    const int high = unicode::digit_value(token[3]), low = unicode::digit_value(token[4]);
+    const auto is_hex = [](int digit) { return digit >= 0 && digit < 16; };
+    if (!is_hex(high) || !is_hex(low)) return {};
+    return static_cast<char>(high << 4 | low);
   }
   void flush() {
     if (run_.empty()) return;
-    if (is_valid_utf8(run_)) {
+    if (unicode::is_valid_utf8(run_)) {
       pass(run_);
     } else {
-      for (size_t i = 0; i < run_.size(); i++) pass(kReplacementCharacter);
+      for (size_t i = 0; i < run_.size(); i++) pass(unicode::kReplacementCharacter);
     }
     run_.clear();
   }

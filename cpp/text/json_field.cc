@@ -1,6 +1,6 @@
 #include "text/json_field.h"
 
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -15,13 +15,14 @@ void JsonField::fail(std::string_view what) const {
 }
 
 void JsonField::unsupported_type(std::string_view type, std::string_view supported) const {
-  fail("type " + in_quotes(type) + " is not supported; supported are " + std::string(supported));
+  fail("type " + unicode::in_quotes(type) + " is not supported; supported are " +
+       std::string(supported));
 }
 
 void JsonField::wrong_kind(std::string_view expected) const {
   std::string actual(value_->type_name());
   if (value_->is_string()) {
-    actual += " " + in_quotes(value_->get_ref<const std::string&>());
+    actual += " " + unicode::in_quotes(value_->get_ref<const std::string&>());
   } else if (value_->is_primitive() && !value_->is_null()) {
     actual += " " + value_->dump();
   }
@@ -41,7 +42,7 @@ bool JsonField::has(std::string_view key) const {
 JsonField JsonField::at(std::string_view key) const {
   if (!value_->is_object()) wrong_kind("an object");
   const auto it = value_->find(std::string(key));
-  if (it == value_->end()) fail("field " + in_quotes(key) + " is missing");
+  if (it == value_->end()) fail("field " + unicode::in_quotes(key) + " is missing");
   return child(*it, std::string(".").append(key));
 }
 

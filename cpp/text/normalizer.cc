@@ -3,7 +3,9 @@
 #include <utility>
 
 #include "text/byte_level.h"
-#include "text/utf8.h"
+#include "text/unicode/case_mapping.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -90,10 +92,10 @@ void Normalizer::add(const JsonField& field) {
     step.content = field.at("content").string();
   } else if (type == "NFC" || type == "NFD" || type == "NFKC" || type == "NFKD") {
     step.kind = Kind::kForm;
-    step.form = type == "NFC"    ? NormalForm::kNfc
-                : type == "NFD"  ? NormalForm::kNfd
-                : type == "NFKC" ? NormalForm::kNfkc
-                                 : NormalForm::kNfkd;
+    step.form = type == "NFC"    ? unicode::NormalForm::kNfc
+                : type == "NFD"  ? unicode::NormalForm::kNfd
+                : type == "NFKC" ? unicode::NormalForm::kNfkc
+                                 : unicode::NormalForm::kNfkd;
   } else if (type == "Lowercase") {
     step.kind = Kind::kLowercase;
   } else if (type == "Strip") {
@@ -115,13 +117,13 @@ namespace {
 std::string_view strip(std::string_view text, bool left, bool right) {
   while (left && !text.empty()) {
     size_t pos = 0;
-    if (!is_white_space(next_code_point(text, &pos))) break;
+    if (!unicode::is_white_space(unicode::next_code_point(text, &pos))) break;
     text.remove_prefix(pos);
   }
   while (right && !text.empty()) {
-    const size_t start = previous_boundary(text, text.size());
+    const size_t start = unicode::previous_boundary(text, text.size());
     size_t pos = start;
-    if (!is_white_space(next_code_point(text, &pos))) break;
+    if (!unicode::is_white_space(unicode::next_code_point(text, &pos))) break;
     text = text.substr(0, start);
   }
   return text;
@@ -141,10 +143,10 @@ std::string Normalizer::apply(std::string_view text, MatchScratch* scratch) cons
         current = step.pattern.replace(current, step.content, scratch);
         break;
       case Kind::kForm:
-        current = normalize_unicode(current, step.form);
+        current = unicode::normalize(current, step.form);
         break;
       case Kind::kLowercase:
-        current = lower_case(current);
+        current = unicode::lower_case(current);
         break;
       case Kind::kStrip:
         current = std::string(strip(current, step.strip_left, step.strip_right));

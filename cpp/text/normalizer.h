@@ -1,6 +1,7 @@
 // The normalizer of tokenizer.json: what happens to a text before it is split.
 #pragma once
 
+#include <cstddef>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -8,9 +9,12 @@
 
 #include "text/json_field.h"
 #include "text/regex.h"
-#include "text/unicode_normalize.h"
+#include "text/unicode/normalize.h"
 
 namespace mustafar::text {
+
+// Longest text that is encoded in one call; offsets have 32 bits with room to grow in.
+inline constexpr size_t kMaxTextBytes = size_t{1} << 29;
 
 // A literal or a regular expression, as in {"String": ...} or {"Regex": ...}.
 class Pattern {
@@ -43,7 +47,7 @@ class Normalizer {
     Kind kind;
     std::string content;  // kPrepend, kReplace
     Pattern pattern;      // kReplace
-    NormalForm form = NormalForm::kNfc;
+    unicode::NormalForm form = unicode::NormalForm::kNfc;
     bool strip_left = false, strip_right = false;
   };
   void add(const JsonField& field);

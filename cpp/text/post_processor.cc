@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -24,7 +24,8 @@ void add_template(const JsonField& field, const IsToken& is_token, PostProcessor
   for (const JsonField& piece : single.elements()) {
     if (piece.has("Sequence")) {
       const std::string id = piece.at("Sequence").at("id").string();
-      if (id != "A" || seen) piece.fail("a text is one sequence 'A', found " + in_quotes(id));
+      if (id != "A" || seen)
+        piece.fail("a text is one sequence 'A', found " + unicode::in_quotes(id));
       seen = true;
       continue;
     }

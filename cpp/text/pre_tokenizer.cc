@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "text/byte_level.h"
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -35,7 +35,7 @@ PreTokenizer::Behavior PreTokenizer::parse_behavior(const JsonField& field) {
   if (name == "MergedWithPrevious") return Behavior::kMergedWithPrevious;
   if (name == "MergedWithNext") return Behavior::kMergedWithNext;
   if (name == "Contiguous") return Behavior::kContiguous;
-  field.fail("unknown behavior " + in_quotes(name));
+  field.fail("unknown behavior " + unicode::in_quotes(name));
 }
 
 void PreTokenizer::add_split(Pattern pattern, Behavior behavior, bool invert) {
@@ -87,9 +87,10 @@ void PreTokenizer::add_metaspace(const JsonField& field) {
   step.behavior = Behavior::kMergedWithNext;
   step.replacement = field.at("replacement").string();
   size_t end = 0;
-  if (!step.replacement.empty()) next_code_point(step.replacement, &end);
+  if (!step.replacement.empty()) unicode::next_code_point(step.replacement, &end);
   if (end == 0 || end != step.replacement.size()) {
-    field.at("replacement").fail("must be one character, found " + in_quotes(step.replacement));
+    field.at("replacement")
+        .fail("must be one character, found " + unicode::in_quotes(step.replacement));
   }
   const std::string scheme = field.has("prepend_scheme") ? field.at("prepend_scheme").string() : "";
   if (scheme == "always") {
@@ -101,10 +102,10 @@ void PreTokenizer::add_metaspace(const JsonField& field) {
   } else if (scheme.empty()) {
     step.prepend = field.boolean_or("add_prefix_space", true) ? Prepend::kAlways : Prepend::kNever;
   } else {
-    field.at("prepend_scheme").fail("unknown scheme " + in_quotes(scheme));
+    field.at("prepend_scheme").fail("unknown scheme " + unicode::in_quotes(scheme));
   }
   if (!field.boolean_or("add_prefix_space", true) && step.prepend != Prepend::kNever) {
-    field.fail("add_prefix_space false contradicts prepend_scheme " + in_quotes(scheme));
+    field.fail("add_prefix_space false contradicts prepend_scheme " + unicode::in_quotes(scheme));
   }
   step.pattern = Pattern::literal(step.replacement);
   step.cuts = field.boolean_or("split", true);

@@ -5,7 +5,7 @@
 #include <new>
 
 #include "mustafar/error.h"
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -49,7 +49,7 @@ void MatchScratch::prepare() {
 
 void MatchScratch::charge(std::string_view pattern) {
   if (thread_seconds() - start_seconds_ < budget_seconds_) return;
-  throw TokenizerError("pattern " + in_quotes(pattern) + " took more than " +
+  throw TokenizerError("pattern " + unicode::in_quotes(pattern) + " took more than " +
                        std::to_string(budget_seconds_) + " s of processor time on this text");
 }
 
@@ -67,7 +67,8 @@ Regex::Regex(std::string_view source, const std::string& pattern) : source_(sour
   pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
                                    kOptions, &error, &offset, context.get());
   if (!code) {
-    throw TokenizerError("pattern " + in_quotes(source) + " is not valid: " + message_of(error));
+    throw TokenizerError("pattern " + unicode::in_quotes(source) +
+                         " is not valid: " + message_of(error));
   }
   code_ = std::shared_ptr<const pcre2_code>(
       code, [](const pcre2_code* c) { pcre2_code_free(const_cast<pcre2_code*>(c)); });
@@ -90,19 +91,19 @@ bool Regex::search(std::string_view text, size_t pos, MatchScratch* scratch, Par
     if (rc >= 0) {
       const PCRE2_SIZE* range = pcre2_get_ovector_pointer(scratch->data_.get());
       if (range[0] < pos || range[1] < range[0]) {
-        throw TokenizerError("pattern " + in_quotes(source_) + " matches backwards");
+        throw TokenizerError("pattern " + unicode::in_quotes(source_) + " matches backwards");
       }
       *match = {static_cast<uint32_t>(range[0]), static_cast<uint32_t>(range[1]), true};
       return true;
     }
     if (rc != PCRE2_ERROR_NOMATCH) {
-      throw TokenizerError("pattern " + in_quotes(source_) + " failed at byte " +
+      throw TokenizerError("pattern " + unicode::in_quotes(source_) + " failed at byte " +
                            std::to_string(pos) + " of a text: " + message_of(rc));
     }
     if (last_start == text.size()) return false;
     scratch->charge(source_);
     pos = last_start + 1;
-    while (pos < text.size() && (static_cast<unsigned char>(text[pos]) & 0xC0) == 0x80) pos++;
+    while (pos < text.size() && unicode::is_continuation(text[pos])) pos++;
   }
 }
 
@@ -117,7 +118,7 @@ void Regex::find_parts(std::string_view text, MatchScratch* scratch,
     if (match.begin == match.end && match.begin == covered && !parts->empty()) {
       // An empty match right behind the last one: go on behind the next character.
       if (pos == text.size()) break;
-      next_code_point(text, &pos);
+      unicode::next_code_point(text, &pos);
       continue;
     }
     if (covered != match.begin) parts->push_back({covered, match.begin, false});

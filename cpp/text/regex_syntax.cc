@@ -11,7 +11,7 @@
 
 #include "mustafar/error.h"
 #include "text/regex.h"
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -102,7 +102,7 @@ class Translator {
   explicit Translator(std::string_view pattern) : in_(pattern) {}
 
   std::string run() {
-    if (!is_valid_utf8(in_)) refuse("malformed UTF-8");
+    if (!unicode::is_valid_utf8(in_)) refuse("malformed UTF-8");
     while (pos_ < in_.size()) {
       switch (in_[pos_]) {
         case '\\':
@@ -141,7 +141,7 @@ class Translator {
 
  private:
   [[noreturn]] void refuse(const std::string& what) const {
-    throw TokenizerError("pattern " + in_quotes(in_) + " has " + what + " at byte " +
+    throw TokenizerError("pattern " + unicode::in_quotes(in_) + " has " + what + " at byte " +
                          std::to_string(pos_) + ", which is not supported");
   }
 
@@ -152,7 +152,7 @@ class Translator {
   }
   void copy_character() {
     size_t end = pos_;
-    next_code_point(in_, &end);
+    unicode::next_code_point(in_, &end);
     copy(end - pos_);
   }
 
@@ -324,7 +324,7 @@ class Translator {
     if (spelled.empty()) {
       for (const char c : name) {
         if (!std::isalnum(static_cast<unsigned char>(c)) && c != '_') {
-          refuse("the property " + in_quotes(name));
+          refuse("the property " + unicode::in_quotes(name));
         }
       }
       spelled = "sc:" + std::string(name);

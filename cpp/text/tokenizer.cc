@@ -14,7 +14,7 @@
 #include "text/post_processor.h"
 #include "text/pre_tokenizer.h"
 #include "text/tokenizer_json.h"
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar {
 
@@ -53,7 +53,7 @@ text::BpeModel make_model(const text::TokenizerJson& json, const text::AddedToke
     const std::string unk = model.at("unk_token").string();
     auto id = vocab.find(unk);
     if (!id) id = added.find(unk);
-    if (!id) model.at("unk_token").fail(text::in_quotes(unk) + " is not in the vocabulary");
+    if (!id) model.at("unk_token").fail(unicode::in_quotes(unk) + " is not in the vocabulary");
     options.unk_id = *id;
   }
   text::MergeTable merges = text::build_merges(json, vocab);
@@ -162,7 +162,7 @@ void check_size(std::string_view text) {
 std::vector<int32_t> Tokenizer::encode_chat(std::string_view text,
                                             std::span<const TextRange> outside) const {
   check_size(text);
-  if (!text::is_valid_utf8(text)) throw TokenizerError("a rendered chat that is not UTF-8");
+  if (!unicode::is_valid_utf8(text)) throw TokenizerError("a rendered chat that is not UTF-8");
   std::vector<int32_t> ids;
   EncodeScratch scratch(text.size());
   impl_->added.split_chat(text, outside, &scratch.raw_pieces);
@@ -199,8 +199,8 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
                                        bool parse_special) const {
   check_size(text);
   std::string replaced;
-  if (!text::is_valid_utf8(text)) {
-    replaced = text::replace_invalid_utf8(text);
+  if (!unicode::is_valid_utf8(text)) {
+    replaced = unicode::replace_invalid_utf8(text);
     text = replaced;
   }
   std::vector<int32_t> ids;

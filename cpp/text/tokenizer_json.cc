@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <fstream>
 
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::text {
 
@@ -45,7 +45,7 @@ class Reader {
       case Mode::kDocument:
         return scalar(json(std::move(value)));
       case Mode::kVocab:
-        bad_id(in_quotes(value));
+        bad_id(unicode::in_quotes(value));
       case Mode::kMerges:
         split_merge(value);
         return true;
@@ -103,7 +103,7 @@ class Reader {
     std::string what = error.what();
     if (const size_t colon = what.find(": "); colon != std::string::npos) what.erase(0, colon + 2);
     throw TokenizerError(out_.file + ": not valid JSON at byte " + std::to_string(position) + ": " +
-                         replace_invalid_utf8(what));
+                         unicode::replace_invalid_utf8(what));
   }
 
  private:
@@ -114,7 +114,7 @@ class Reader {
   }
   [[noreturn]] void bad_id(const std::string& found) const {
     fail("model.vocab: the id of token " +
-         in_quotes(std::string_view(out_.vocab_bytes).substr(token_offset_)) +
+         unicode::in_quotes(std::string_view(out_.vocab_bytes).substr(token_offset_)) +
          " must be an integer from 0 to " + std::to_string(kMaxId) + ", found " + found);
   }
   [[noreturn]] void bad_merge(const std::string& what) const {
@@ -130,7 +130,7 @@ class Reader {
     if (text.starts_with("#version")) return;
     const size_t space = text.find(' ');
     if (space == std::string_view::npos || text.find(' ', space + 1) != std::string_view::npos) {
-      bad_merge("must be two tokens with a space between, found " + in_quotes(text));
+      bad_merge("must be two tokens with a space between, found " + unicode::in_quotes(text));
     }
     left_length_ = static_cast<uint32_t>(space);
     right_length_ = static_cast<uint32_t>(text.size() - space - 1);
@@ -213,7 +213,7 @@ TokenizerJson read_tokenizer_json(const std::filesystem::path& path) {
   std::error_code error;
   const bool is_folder = std::filesystem::is_directory(path, error);
   const std::filesystem::path file = is_folder ? path / "tokenizer.json" : path;
-  const std::string name = replace_invalid_utf8(file.string());
+  const std::string name = unicode::replace_invalid_utf8(file.string());
   const auto status = std::filesystem::status(file, error);
   if (!std::filesystem::exists(status)) throw TokenizerError(name + ": no such file");
   if (!std::filesystem::is_regular_file(status))
@@ -252,11 +252,12 @@ Vocab build_vocab(const TokenizerJson& json, int64_t max_added_id, size_t added_
       case Vocab::Conflict::kNone:
         break;
       case Vocab::Conflict::kToken:
-        throw TokenizerError(json.file + ": model.vocab lists token " + in_quotes(token) +
+        throw TokenizerError(json.file + ": model.vocab lists token " + unicode::in_quotes(token) +
                              " twice");
       case Vocab::Conflict::kId:
         throw TokenizerError(json.file + ": model.vocab gives id " + std::to_string(id) + " to " +
-                             in_quotes(vocab.token(id)) + " and to " + in_quotes(token));
+                             unicode::in_quotes(vocab.token(id)) + " and to " +
+                             unicode::in_quotes(token));
     }
   }
   return vocab;
@@ -275,7 +276,7 @@ MergeTable build_merges(const TokenizerJson& json, const Vocab& vocab) {
       const auto id = vocab.find(token);
       if (!id) {
         throw TokenizerError(json.file + ": model.merges[" + std::to_string(rank) +
-                             "]: " + in_quotes(token) + " is not in model.vocab");
+                             "]: " + unicode::in_quotes(token) + " is not in model.vocab");
       }
       return static_cast<uint32_t>(*id);
     };

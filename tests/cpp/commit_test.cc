@@ -29,7 +29,7 @@ class Sequence {
     std::memset(dense_.data(), 0xff, dense_.bytes());
     rows_.resize(planes_);
     step_.layout = &layout_;
-    step_.dense = dense_.data();
+    step_.dense = dense_.as<uint8_t>();
     step_.dense_capacity = capacity_;
     step_.n_sinks = sinks;
   }
@@ -55,13 +55,12 @@ class Sequence {
     for (int32_t i = 0; i < n_new; i++) {
       new_pages.push_back(pages_[pages_.size() - n_new + i].as<uint8_t>());
     }
-    commit_.sequence = &step_;
     commit_.dense_tokens = static_cast<int32_t>(dense_before) + (decode ? 1 : 0);
     commit_.fresh_tokens = decode ? 0 : n;
     commit_.new_pages = new_pages.data();
     commit_.n_new_blocks = n_new;
     commit_.end_pos = position_;
-    commit_.dense_out = dense_.data();
+    commit_.dense_out = dense_.as<uint8_t>();
     const int64_t per_layer = int64_t{2} * layout_.n_kv_heads;
     if (decode) {
       for (int64_t plane = 0; plane < planes_; plane++) {
@@ -70,7 +69,7 @@ class Sequence {
       commit(0, layout_.n_layers);
     } else {
       HostBuffer fresh(per_layer * (n + 1) * row_bytes());
-      step_.fresh = fresh.data();
+      step_.fresh = fresh.as<uint8_t>();
       step_.fresh_capacity = n + 1;
       for (int32_t layer = 0; layer < layout_.n_layers; layer++) {
         for (int64_t i = 0; i < per_layer; i++) {
@@ -84,6 +83,23 @@ class Sequence {
       step_.fresh = nullptr;
     }
     step_.dense_tokens = static_cast<int32_t>(dense_before) + n - n_new * kBlockTokens;
+  }
+
+  // Moves the dense tokens to a buffer of another capacity.
+  void grow(int64_t capacity) {
+    HostBuffer grown(planes_ * capacity * row_bytes());
+    std::memset(grown.data(), 0xff, grown.bytes());
+    commit_ = {};
+    commit_.dense_tokens = step_.dense_tokens;
+    commit_.end_pos = position_;
+    commit_.dense_out = grown.as<uint8_t>();
+    commit_.dense_out_capacity = static_cast<int32_t>(capacity);
+    commit(0, layout_.n_layers);
+    commit_.dense_out_capacity = 0;
+    dense_ = std::move(grown);
+    capacity_ = capacity;
+    step_.dense = dense_.as<uint8_t>();
+    step_.dense_capacity = static_cast<int32_t>(capacity);
   }
 
   // Row of a position as it was produced.
@@ -120,8 +136,9 @@ class Sequence {
   }
   void commit(int32_t first_layer, int32_t n_layers) {
     ThreadPool pool(2);
-    HostBuffer scratch;
-    commit_blocks(pool, isa_, tail_, 4, {&commit_, 1}, first_layer, n_layers, scratch);
+    commit_.sequence = step_;
+    commit_.layout = step_.layout;
+    commit_blocks(pool, isa_, tail_, {&commit_, 1}, first_layer, n_layers);
   }
 
   StoreLayout layout_;
@@ -231,7 +248,7 @@ TEST_P(CommitTest, ProfileWeightsRank) {
   transform.k_weight = k_weight.data();
   transform.v_weight = v_weight.data();
   Sequence sequence(layout, DType::kBF16, 0, 32, GetParam());
-  sequence.step().transform = &transform;
+  sequence.step().transform = transform;
   sequence.append(100, false, random);
   for (int32_t head = 0; head < 2; head++) {
     for (const bool is_key : {true, false}) {
@@ -262,7 +279,7 @@ TEST_P(CommitTest, OutputAwareRanksByTheWindowsQueries) {
   for (float& x : q) x = testing::random_normal(random);
   sequence.step().n_rows = kPrompt;
   record_query_magnitude(sequence.step(), 0, 4, 2, 64, q.data());
-  sequence.commit_step().k_policy = static_cast<int32_t>(PrunePolicy::kOutputAware);
+  sequence.commit_step().k_policy = PrunePolicy::kOutputAware;
   sequence.append(kPrompt, false, random);
   for (int32_t head = 0; head < 2; head++) {
     std::vector<float> weight(64, 0.0f);
@@ -298,9 +315,9 @@ TEST_P(CommitTest, BlockPoliciesFillRaggedSlots) {
       Sequence sequence(layout, DType::kBF16, 0, 32, GetParam());
       sequence.step().query_magnitude = ring.data();
       sequence.step().query_window = 32;
-      sequence.commit_step().k_policy = static_cast<int32_t>(policy);
-      sequence.commit_step().v_policy = static_cast<int32_t>(
-          policy == PrunePolicy::kChannelStructured ? PrunePolicy::kChannelMagnitude : policy);
+      sequence.commit_step().k_policy = policy;
+      sequence.commit_step().v_policy =
+          policy == PrunePolicy::kChannelStructured ? PrunePolicy::kChannelMagnitude : policy;
       std::mt19937 random(4);
       sequence.append(100, false, random);
       for (const bool is_key : {true, false}) {
@@ -330,6 +347,24 @@ TEST_P(CommitTest, BlockPoliciesFillRaggedSlots) {
         EXPECT_LE(dim9, favours_dim9 ? 64 : 20);
       }
     }
+  }
+}
+
+TEST_P(CommitTest, DenseTokensMoveToABufferOfAnotherCapacity) {
+  for (const DType tail : {DType::kF32, DType::kBF16}) {
+    testing::CacheShape shape;
+    shape.n_layers = 2;
+    const StoreLayout layout = testing::make_layout(shape);
+    Sequence sequence(layout, tail, 3, 32, GetParam());
+    std::mt19937 random(6);
+    sequence.append(40, false, random);
+    sequence.grow(131);
+    sequence.expect_dense_rows();
+    for (int i = 0; i < 70; i++) sequence.append(1, true, random);
+    sequence.grow(99);  // as few as the schedule needs
+    sequence.expect_dense_rows();
+    sequence.append(60, false, random);
+    sequence.expect_dense_rows();
   }
 }
 

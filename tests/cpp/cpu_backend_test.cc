@@ -174,7 +174,7 @@ class CpuBackendTest : public testing::TestWithParam<std::tuple<Isa, DType>> {
   static void poison(Workspace& workspace) {
     CpuWorkspace& ws = static_cast<CpuWorkspace&>(workspace);
     for (HostBuffer* b : {&ws.normed, &ws.keys, &ws.values, &ws.gated, &ws.packed, &ws.rope,
-                          &ws.attention, &ws.commit}) {
+                          &ws.attention}) {
       if (b->bytes() > 0) std::memset(b->data(), 0xff, b->bytes());
     }
     for (HostBuffer& b : ws.workers) std::memset(b.data(), 0xff, b.bytes());
@@ -417,7 +417,7 @@ TEST_P(CpuBackendTest, TransformsCancel) {
   auto backend = make(reference.config);
   auto workspace = backend->make_workspace();
   const std::vector<float> x = reference.random(rows * shape.hidden);
-  const auto run = [&](const KVTransform* with, std::vector<float>& q) {
+  const auto run = [&](const KVTransform& with, std::vector<float>& q) {
     Sequence sequence(shape, 2, dtype(), 0, rows, 0, false);
     sequence.step.transform = with;
     const Batch batch{{&sequence.step, 1}, rows, false};
@@ -428,7 +428,7 @@ TEST_P(CpuBackendTest, TransformsCancel) {
     return out;
   };
   std::vector<float> q_plain, q_with;
-  const std::vector<float> plain = run(nullptr, q_plain), with = run(&transform, q_with);
+  const std::vector<float> plain = run({}, q_plain), with = run(transform, q_with);
   const Tolerance tolerance = tolerance_of(dtype(), true);
   expect_close(with, {plain.begin(), plain.end()}, tolerance.nmse, tolerance.largest, "attention");
   // q' = q B^T: element j is q[j - 1] / scale, by layer 1's matrices 2 and 3.

@@ -20,8 +20,9 @@
 #include "text/bpe.h"
 #include "text/regex.h"
 #include "text/tokenizer_json.h"
-#include "text/unicode_normalize.h"
-#include "text/utf8.h"
+#include "text/unicode/case_mapping.h"
+#include "text/unicode/normalize.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar {
 namespace {
@@ -266,7 +267,7 @@ TEST_F(TokenizerTest, StreamEqualsDecode) {
         std::string text;
         for (const int32_t id : ids) {
           const std::string piece = stream.push(id);
-          EXPECT_EQ(text::replace_invalid_utf8(piece), piece);
+          EXPECT_EQ(unicode::replace_invalid_utf8(piece), piece);
           text += piece;
         }
         text += stream.flush();
@@ -583,8 +584,8 @@ TEST(PatternTest, TranslatesRubySyntax) {
 }
 
 TEST(UnicodeTest, NormalForms) {
-  using text::NormalForm;
-  const auto nfc = [](std::string_view s) { return text::normalize_unicode(s, NormalForm::kNfc); };
+  using unicode::NormalForm;
+  const auto nfc = [](std::string_view s) { return unicode::normalize(s, NormalForm::kNfc); };
   EXPECT_EQ(nfc("e\u0301"), "é");
   EXPECT_EQ(nfc("a\u0323\u0302"), "ậ");
   EXPECT_EQ(nfc("a\u0302\u0323"), "ậ");  // marks are put in order first
@@ -594,10 +595,10 @@ TEST(UnicodeTest, NormalForms) {
   EXPECT_EQ(nfc("\u0958"), "\u0915\u093c");  // excluded from composition
   EXPECT_EQ(nfc("q\u0307\u0323"), "q\u0323\u0307");
   EXPECT_EQ(nfc("plain é 漢"), "plain é 漢");
-  EXPECT_EQ(text::normalize_unicode("한é", NormalForm::kNfd), "\u1112\u1161\u11abe\u0301");
-  EXPECT_EQ(text::normalize_unicode("ﬁ①", NormalForm::kNfkc), "fi1");
-  EXPECT_EQ(text::normalize_unicode("ﬁé", NormalForm::kNfkd), "fie\u0301");
-  EXPECT_EQ(text::lower_case("ÀİΣK"), "ài\u0307σk");
+  EXPECT_EQ(unicode::normalize("한é", NormalForm::kNfd), "\u1112\u1161\u11abe\u0301");
+  EXPECT_EQ(unicode::normalize("ﬁ①", NormalForm::kNfkc), "fi1");
+  EXPECT_EQ(unicode::normalize("ﬁé", NormalForm::kNfkd), "fie\u0301");
+  EXPECT_EQ(unicode::lower_case("ÀİΣK"), "ài\u0307σk");
 }
 
 }  // namespace

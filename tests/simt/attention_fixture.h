@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "cuda/attention.h"
-#include "cuda/step_views.h"
 #include "device_memory.h"
 #include "support/kv_test_util.h"
 
@@ -64,15 +63,15 @@ class DeviceCache {
     pages_.upload();
     table_.upload();
     dense_.upload();
-    if (step_.codes != nullptr) {
+    if (step_.codes.k_widths != nullptr) {
       const testing::CacheShape& shape = cache.shape();
-      codes_.emplace(*step_.codes, int64_t{shape.n_layers} * shape.n_kv_heads * shape.head_dim);
+      codes_.emplace(step_.codes, int64_t{shape.n_layers} * shape.n_kv_heads * shape.head_dim);
     }
   }
 
   // Of the step as it was; its transform, if any, already names device memory.
   SequenceView view() const {
-    SequenceView view = view_of(step_);
+    SequenceView view = step_;
     view.pages = table_.device();
     view.dense = dense_.device();
     if (codes_) view.codes = codes_->tables();
@@ -92,7 +91,7 @@ class DeviceCache {
 // transform: its matrices are on the device.
 inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>& caches,
                                         int32_t layer, const std::vector<float>& q, bool fast,
-                                        const KVTransform* transform = nullptr) {
+                                        const KVTransform& transform = {}) {
   const testing::CacheShape& shape = caches[0]->shape();
   std::vector<std::unique_ptr<DeviceCache>> copies;
   std::vector<SequenceView> sequences;

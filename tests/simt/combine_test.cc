@@ -31,8 +31,8 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
     s.n_rows = 1;
     s.n_blocks = n_blocks[row];
     s.dense_tokens = 10 + row;
-    s.v_groups = groups;
-    if (matrix) s.v_backward = backward.floats();
+    s.transform.v_groups = groups;
+    if (matrix) s.transform.v_backward = backward.floats();
     args.max_splits = std::max(args.max_splits, n_decode_splits(s.n_blocks, s.dense_tokens));
   }
   const DeviceArray<SequenceView> views(sequences);

@@ -10,7 +10,6 @@
 
 #include "backend/cpu/compress/commit.h"
 #include "cuda/compress.h"
-#include "cuda/step_views.h"
 #include "device_memory.h"
 #include "mustafar/error.h"
 #include "mustafar/kv_config.h"
@@ -29,10 +28,6 @@ struct Case {
   PrunePolicy k, v;
 };
 
-bool per_channel(PrunePolicy policy) {
-  return policy != PrunePolicy::kMagnitude && policy != PrunePolicy::kOutputAware;
-}
-
 constexpr int32_t kLayers = 2, kHeads = 2, kSinks = 3, kQueryWindow = 8;
 constexpr int32_t kDenseCapacity = 80, kDenseTokens = 40, kFreshTokens = 100, kNewBlocks = 1,
                   kEndPos = 1001;
@@ -50,26 +45,25 @@ class Commit {
     fresh_ = rows(2 * kHeads * kFreshTokens);
     magnitude_ = sizes(int64_t{kLayers} * kHeads * kQueryWindow * c.head_dim);
     weights_ = sizes(int64_t{kLayers} * kHeads * c.head_dim);
-    transform_.k_weight = transform_.v_weight = weights_->host();
-    sequence_.layout = &layout_;
-    sequence_.dense = dense_->host();
-    sequence_.dense_capacity = kDenseCapacity;
-    sequence_.dense_tokens = kDenseTokens;
-    sequence_.n_sinks = kSinks;
-    sequence_.fresh = fresh_->host();
-    sequence_.fresh_capacity = kFreshTokens;
-    sequence_.query_magnitude = magnitude_->host();
-    sequence_.query_window = kQueryWindow;
-    step_.sequence = &sequence_;
+    SequenceView& sequence = step_.sequence;
+    step_.layout = &layout_;
+    sequence.dense = dense_->host();
+    sequence.dense_capacity = kDenseCapacity;
+    sequence.dense_tokens = kDenseTokens;
+    sequence.n_sinks = kSinks;
+    sequence.fresh = fresh_->host();
+    sequence.fresh_capacity = kFreshTokens;
+    sequence.query_magnitude = magnitude_->host();
+    sequence.query_window = kQueryWindow;
     step_.dense_tokens = kDenseTokens;
     step_.fresh_tokens = kFreshTokens;
     step_.n_new_blocks = kNewBlocks;
     step_.end_pos = kEndPos;
-    step_.k_policy = static_cast<int32_t>(c.k);
-    step_.v_policy = static_cast<int32_t>(c.v);
+    step_.k_policy = c.k;
+    step_.v_policy = c.v;
   }
 
-  void use_profile_weights() { sequence_.transform = &transform_; }
+  void use_profile_weights() { weigh(step_.sequence, weights_->host()); }
 
   // Value d of row `index` of the run, head 0 of layer 1.
   void set(int kind, int32_t index, int32_t d, float x) {
@@ -82,13 +76,12 @@ class Commit {
   // The page as the CPU backend fills it. Throws StateError as that does.
   std::vector<uint8_t> on_cpu() {
     ThreadPool pool(1);
-    HostBuffer scratch;
     HostBuffer page(layout_.page_bytes), dense_out(dense_->bytes());
     std::memset(page.data(), 0xff, layout_.page_bytes);
     uint8_t* const address = page.as<uint8_t>();
     step_.new_pages = &address;
-    step_.dense_out = dense_out.data();
-    commit_blocks(pool, detect_isa(), case_.tail, 0, {&step_, 1}, 0, kLayers, scratch);
+    step_.dense_out = dense_out.as<uint8_t>();
+    commit_blocks(pool, detect_isa(), case_.tail, {&step_, 1}, 0, kLayers);
     return {address, address + layout_.page_bytes};
   }
 
@@ -97,13 +90,11 @@ class Commit {
     const DeviceArray<uint8_t*> address(std::vector<uint8_t*>{page.device()});
     dense_->upload();
     fresh_->upload();
-    CommitView view = view_of(step_);
+    CommitView view = step_;
     view.sequence.dense = dense_->device();
     view.sequence.fresh = fresh_->device();
     view.sequence.query_magnitude = magnitude_->device();
-    if (sequence_.transform != nullptr) {
-      view.sequence.k_weight = view.sequence.v_weight = weights_->device();
-    }
+    if (view.sequence.transform.k_weight != nullptr) weigh(view.sequence, weights_->device());
     view.new_pages = address.device();
     view.dense_out = nullptr;  // move_rest()'s
     const DeviceArray<CommitView> steps(std::vector<CommitView>{view});
@@ -127,6 +118,10 @@ class Commit {
   int32_t bad_row = kAllFinite;
 
  private:
+  static void weigh(SequenceView& sequence, const float* weights) {
+    sequence.transform.k_weight = sequence.transform.v_weight = weights;
+  }
+
   std::unique_ptr<DeviceMemory> rows(int64_t n) {
     const int64_t values = n * case_.head_dim;
     auto memory = std::make_unique<DeviceMemory>(dtype_bytes(case_.tail, values), "rows");
@@ -148,8 +143,6 @@ class Commit {
   StoreLayout layout_;
   std::unique_ptr<DeviceMemory> dense_, fresh_;
   std::unique_ptr<DeviceArray<float>> magnitude_, weights_;
-  KVTransform transform_;
-  SequenceStep sequence_;
   CommitStep step_;
 };
 

@@ -382,7 +382,7 @@ TEST(PlainAttention, UndoesTheValueTransform) {
       }
     }
   }
-  const std::vector<float> out = decode_attend({&cache}, 0, q, false, &transform);
+  const std::vector<float> out = decode_attend({&cache}, 0, q, false, transform);
   EXPECT_LE(nmse(expected, out.data()), 1e-10);
 }
 

@@ -93,8 +93,8 @@ struct RopeRows {
       view.dense_capacity = kCapacity;
       view.dense_tokens = 4;
     }
-    view.k_groups = c.order == Order::kGroups ? 4 : 1;
-    view.v_groups = c.order == Order::kGroups ? c.head_dim / 16 : 1;
+    view.transform.k_groups = c.order == Order::kGroups ? 4 : 1;
+    view.transform.v_groups = c.order == Order::kGroups ? c.head_dim / 16 : 1;
   }
   static constexpr int32_t kCapacity = 39;
 
@@ -123,10 +123,10 @@ TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
   Values v_forward(kLayers * kKVHeads * matrix_size, kF32, 3, 0.1f);
   if (c.order == Order::kMatrix) {
     for (RopeRows* s : {&a, &b}) {
-      s->view.k_forward = k_forward.floats();
-      s->view.k_backward = k_backward.floats();
-      s->view.v_forward = v_forward.floats();
-      s->view.k_groups = s->view.v_groups = 8;  // of no effect beside a matrix
+      s->view.transform.k_forward = k_forward.floats();
+      s->view.transform.k_backward = k_backward.floats();
+      s->view.transform.v_forward = v_forward.floats();
+      s->view.transform.k_groups = s->view.transform.v_groups = 8;  // of no effect beside a matrix
     }
   }
   Values q(int64_t{n_rows} * kHeads * dims, kF32, 4), k(int64_t{n_rows} * kKVHeads * dims, kF32, 5);
@@ -197,7 +197,7 @@ TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
       for (int32_t head = 0; head < kHeads; head++) {
         const int64_t at = (int64_t{row} * kHeads + head) * dims;
         const Row want = expected(q_before, at, position, true, has_matrix ? &k_backward : nullptr,
-                                  true, head / (kHeads / kKVHeads), s->view.k_groups);
+                                  true, head / (kHeads / kKVHeads), s->view.transform.k_groups);
         for (int d = 0; d < dims; d++) {
           ASSERT_NEAR(q[at + d], want.values[d], 2e-6 * want.sizes[d])
               << "q, row " << row << " head " << head << " dim " << d;
@@ -206,9 +206,10 @@ TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
       for (int32_t kind = 0; kind < 2; kind++) {
         for (int32_t head = 0; head < kKVHeads; head++) {
           const Values* matrix = !has_matrix ? nullptr : kind == 0 ? &k_forward : &v_forward;
-          const Row want = expected(kind == 0 ? k : v, (int64_t{row} * kKVHeads + head) * dims,
-                                    position, kind == 0, matrix, false, head,
-                                    kind == 0 ? s->view.k_groups : s->view.v_groups);
+          const Row want =
+              expected(kind == 0 ? k : v, (int64_t{row} * kKVHeads + head) * dims, position,
+                       kind == 0, matrix, false, head,
+                       kind == 0 ? s->view.transform.k_groups : s->view.transform.v_groups);
           for (int d = 0; d < dims; d++) {
             const int64_t at = s->at(c, r, kind, head, d);
             ASSERT_NEAR(load_float(s->cache.host(), c.tail, at), want.values[d],
@@ -254,7 +255,7 @@ TEST(Elementwise, ValueTransformUndoneOfAPrompt) {
     sequences[i].n_rows = rows[i];
   }
   Values matrix(kLayers * kKVHeads * kDims * kDims, kF32, 1, 0.1f);
-  sequences[0].v_backward = sequences[2].v_backward = matrix.floats();
+  sequences[0].transform.v_backward = sequences[2].transform.v_backward = matrix.floats();
   Values out(76 * kHeads * kDims, kF32, 2);
   const Values before(76 * kHeads * kDims, kF32, 2);
   const DeviceArray<SequenceView> views(sequences);

@@ -5,7 +5,9 @@
 #include <random>
 #include <vector>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 #include "simt.h"
 
 namespace mustafar::cuda {

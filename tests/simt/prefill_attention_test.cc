@@ -154,7 +154,7 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
 
   // What the kernel writes out itself is what combine makes of its partials, with the dims of
   // values stored in groups put back.
-  sequences[0].v_groups = shape.head_dim / 16;
+  sequences[0].transform.v_groups = shape.head_dim / 16;
   const DeviceArray<SequenceView> grouped(sequences, "the sequences");
   DeviceArray<float> whole(rows * width, "the output written at once");
   args.sequences = grouped.device();

@@ -158,10 +158,10 @@ class RandomCache {
     step_.layout = &layout_;
     step_.pages = pages_.data();
     step_.n_blocks = n_blocks;
-    step_.dense = dense_.data();
+    step_.dense = dense_.as<uint8_t>();
     step_.dense_capacity = capacity;
     step_.dense_tokens = dense_tokens;
-    if (codes_ != nullptr) step_.codes = &codes_->tables;
+    if (codes_ != nullptr) step_.codes = codes_->tables;
   }
   RandomCache(RandomCache&&) = delete;
 

@@ -162,17 +162,12 @@ void CpuBackend::prepare_rope(const Weights& weights, const Batch& batch, CpuWor
   workspace.rope_frequencies = weights.rope_frequencies;
 }
 
-void CpuBackend::store_row(int32_t layer, const SequenceStep& step, int32_t row, bool value,
+void CpuBackend::store_row(int32_t layer, const SequenceStep& step, int32_t row, int32_t kind,
                            const float* x) const {
-  // Fresh: [2][n_kv_heads][fresh_capacity][D]; dense: the same per layer.
-  const bool fresh = step.fresh != nullptr;
-  const int64_t capacity = fresh ? step.fresh_capacity : step.dense_capacity;
-  const int64_t slot = fresh ? step.pos0 + row - step.fresh_pos0 : step.dense_tokens;
-  const int64_t first = ((fresh ? 0 : int64_t{layer} * 2) + (value ? 1 : 0)) * n_kv_heads_;
-  uint8_t* base = static_cast<uint8_t*>(fresh ? step.fresh : step.dense);
-  for (int64_t head = 0; head < n_kv_heads_; head++) {
-    const int64_t at = ((first + head) * capacity + slot) * head_dim_;
-    kernels_.from_f32(x + head * head_dim_, head_dim_, dtype_, base + dtype_bytes(dtype_, at));
+  const int64_t row_bytes = dtype_bytes(dtype_, head_dim_);
+  for (int32_t head = 0; head < n_kv_heads_; head++) {
+    kernels_.from_f32(x + int64_t{head} * head_dim_, head_dim_, dtype_,
+                      new_row(step, layer, kind, n_kv_heads_, head, step.pos0 + row, row_bytes));
   }
 }
 
@@ -183,42 +178,40 @@ void CpuBackend::finish_row(int32_t layer, const SequenceStep& step, int32_t row
   for (int64_t head = 0; head < n_kv_heads_; head++) {
     kernels_.rope(k + head * d, cos, sin, head_dim_);
   }
-  if (step.transform != nullptr) {
-    const KVTransform& transform = *step.transform;
-    const int64_t group = n_heads_ / n_kv_heads_;
-    if (transform.k_forward == nullptr && transform.k_groups > 1) {
-      deal(Deal::kOut, q, n_heads_, transform.k_groups, head_dim_, scratch);
-      deal(Deal::kOut, k, n_kv_heads_, transform.k_groups, head_dim_, scratch);
+  const KVTransform& transform = step.transform;
+  const int64_t group = n_heads_ / n_kv_heads_;
+  if (transform.k_forward == nullptr && transform.k_groups > 1) {
+    deal(Deal::kOut, q, n_heads_, transform.k_groups, head_dim_, scratch);
+    deal(Deal::kOut, k, n_kv_heads_, transform.k_groups, head_dim_, scratch);
+  }
+  if (transform.v_forward == nullptr && transform.v_groups > 1) {
+    deal(Deal::kOut, v, n_kv_heads_, transform.v_groups, head_dim_, scratch);
+  }
+  for (int32_t head = 0; head < n_kv_heads_; head++) {
+    const int64_t matrix = head_index(layer, n_kv_heads_, head) * d * d;
+    if (transform.k_forward != nullptr) {
+      kernels_.multiply_row(k + head * d, transform.k_forward + matrix, head_dim_, scratch);
+      std::copy_n(scratch, d, k + head * d);
+      // q' = q B^T: a product with B as stored.
+      GemvArgs args;
+      args.weights = transform.k_backward + matrix;
+      args.cols = d;
+      args.row1 = d;
+      args.x = q + head * group * d;
+      args.x_stride = d;
+      args.batch = static_cast<int32_t>(group);
+      args.y = scratch;
+      args.y_stride = d;
+      kernels_.gemv(args);
+      std::copy_n(scratch, group * d, q + head * group * d);
     }
-    if (transform.v_forward == nullptr && transform.v_groups > 1) {
-      deal(Deal::kOut, v, n_kv_heads_, transform.v_groups, head_dim_, scratch);
-    }
-    for (int64_t head = 0; head < n_kv_heads_; head++) {
-      const int64_t matrix = (int64_t{layer} * n_kv_heads_ + head) * d * d;
-      if (transform.k_forward != nullptr) {
-        kernels_.multiply_row(k + head * d, transform.k_forward + matrix, head_dim_, scratch);
-        std::copy_n(scratch, d, k + head * d);
-        // q' = q B^T: a product with B as stored.
-        GemvArgs args;
-        args.weights = transform.k_backward + matrix;
-        args.cols = d;
-        args.row1 = d;
-        args.x = q + head * group * d;
-        args.x_stride = d;
-        args.batch = static_cast<int32_t>(group);
-        args.y = scratch;
-        args.y_stride = d;
-        kernels_.gemv(args);
-        std::copy_n(scratch, group * d, q + head * group * d);
-      }
-      if (transform.v_forward != nullptr) {
-        kernels_.multiply_row(v + head * d, transform.v_forward + matrix, head_dim_, scratch);
-        std::copy_n(scratch, d, v + head * d);
-      }
+    if (transform.v_forward != nullptr) {
+      kernels_.multiply_row(v + head * d, transform.v_forward + matrix, head_dim_, scratch);
+      std::copy_n(scratch, d, v + head * d);
     }
   }
-  store_row(layer, step, row, false, k);
-  store_row(layer, step, row, true, v);
+  store_row(layer, step, row, kKeys, k);
+  store_row(layer, step, row, kValues, v);
 }
 
 void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
@@ -246,7 +239,7 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
   ws.workers.resize(pool_.size());
   for (HostBuffer& buffer : ws.workers) grow<float>(buffer, q_dim);
   for (const SequenceStep& step : batch.sequences) {
-    for_rows(pool_, step.n_rows, (step.transform != nullptr ? head_dim_ : 1) * q_dim,
+    for_rows(pool_, step.n_rows, (step.transform.is_identity() ? 1 : head_dim_) * q_dim,
              [&](int64_t i, int worker) {
                const int64_t row = step.row0 + i;
                finish_row(layer, step, static_cast<int32_t>(i), cos + row * half, sin + row * half,
@@ -288,11 +281,10 @@ void CpuBackend::attend(int32_t layer, const Batch& batch, const float* q, float
   ws.workers.resize(pool_.size());
   for (HostBuffer& buffer : ws.workers) grow<float>(buffer, d);
   for (const SequenceStep& step : batch.sequences) {
-    if (step.transform == nullptr) continue;
-    const float* back = step.transform->v_backward;
-    const int32_t groups = step.transform->v_groups;
+    const float* back = step.transform.v_backward;
+    const int32_t groups = step.transform.v_groups;
     if (back == nullptr && groups == 1) continue;
-    if (back != nullptr) back += int64_t{layer} * n_kv_heads_ * d * d;
+    if (back != nullptr) back += head_index(layer, n_kv_heads_, 0) * d * d;
     for_rows(pool_, step.n_rows, q_dim * (back != nullptr ? d : 1), [&](int64_t i, int worker) {
       float* row = out + (step.row0 + i) * q_dim;
       float* scratch = ws.workers[worker].as<float>();
@@ -369,9 +361,8 @@ void CpuBackend::score_rows(const float* logits, int64_t vocab, std::span<RowSco
 }
 
 void CpuBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
-                        Workspace& workspace) {
-  commit_blocks(pool_, isa_, dtype_, n_heads_, steps, first_layer, n_layers,
-                on_cpu(workspace).commit);
+                        Workspace&) {
+  commit_blocks(pool_, isa_, dtype_, steps, first_layer, n_layers);
 }
 
 }  // namespace mustafar

@@ -60,7 +60,8 @@ class CpuBackend final : public Backend {
   // RoPE, KV transform and appending of one row, all heads. q, k, v: the row's projections.
   void finish_row(int32_t layer, const SequenceStep& step, int32_t row, const float* cos,
                   const float* sin, float* q, float* k, float* v, float* scratch) const;
-  void store_row(int32_t layer, const SequenceStep& step, int32_t row, bool value,
+  // Rounds and appends one kind's heads of a row.
+  void store_row(int32_t layer, const SequenceStep& step, int32_t row, int32_t kind,
                  const float* x) const;
 
   Kernels kernels_;

@@ -1,6 +1,6 @@
 // The dense CPU kernels, one table per instruction set. Everything that touches many numbers goes
-// through it; the code around it (cpu_backend.cc, gemm.cc, prefill_attention.cc) only splits work.
-// Pointers to weights need the alignment of their element, all others that of a float.
+// through it; the code around it (cpu_backend.cc, linear/linear.cc, attention/prefill.cc) only
+// splits work. Pointers to weights need the alignment of their element, all others that of a float.
 #pragma once
 
 #include <cstdint>

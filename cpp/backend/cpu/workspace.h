@@ -13,14 +13,13 @@
 namespace mustafar {
 
 struct CpuWorkspace final : Workspace {
-  HostBuffer normed;     // [rows][hidden]
-  HostBuffer keys;       // [rows][n_kv_heads * D]
-  HostBuffer values;     // likewise
-  HostBuffer gated;      // [rows][intermediate]
-  HostBuffer packed;     // a GEMM's input
-  HostBuffer rope;       // [2 (cos, sin)][rows][D / 2]
-  HostBuffer attention;  // decode attention's partial results
-  HostBuffer commit;
+  HostBuffer normed;                // [rows][hidden]
+  HostBuffer keys;                  // [rows][n_kv_heads * D]
+  HostBuffer values;                // likewise
+  HostBuffer gated;                 // [rows][intermediate]
+  HostBuffer packed;                // a GEMM's input
+  HostBuffer rope;                  // [2 (cos, sin)][rows][D / 2]
+  HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
 
   // What rope holds.
@@ -29,8 +28,7 @@ struct CpuWorkspace final : Workspace {
 
   int64_t bytes() const override {
     size_t sum = 0;
-    for (const HostBuffer* buffer :
-         {&normed, &keys, &values, &gated, &packed, &rope, &attention, &commit}) {
+    for (const HostBuffer* buffer : {&normed, &keys, &values, &gated, &packed, &rope, &attention}) {
       sum += buffer->bytes();
     }
     for (const HostBuffer& buffer : workers) sum += buffer.bytes();

@@ -109,7 +109,7 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
   backend.upload(fresh->data(), rows.data(), spec.fresh_bytes(n));
   SequenceStep step = cache.view(pending);
   step.n_rows = static_cast<int32_t>(n);
-  step.fresh = fresh->data();
+  step.fresh = static_cast<uint8_t*>(fresh->data());
   step.fresh_capacity = static_cast<int32_t>(n);
   step.fresh_pos0 = step.pos0;
   if (step.query_magnitude != nullptr) {
@@ -125,7 +125,7 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
   for (int64_t i = 0; i < n; i++) {
     impl.tokens.push_back(static_cast<int32_t>(random() % impl.engine->config.vocab_size));
   }
-  impl.drop_logits();
+  impl.next.drop();
 }
 
 int64_t cache_bytes_read(const Session& session) {

@@ -7,6 +7,8 @@
 #include <span>
 #include <string>
 
+#include "mustafar/prune_policy.h"
+
 namespace mustafar {
 
 class Model;
@@ -25,16 +27,6 @@ enum class ValueType : uint8_t {
   kInt8,
   kInt4,
   kCoded,  // bits dealt to a profile's dims by their energy; nothing is pruned
-};
-
-enum class PrunePolicy : uint8_t {
-  kMagnitude,         // per token, |x|
-  kOutputAware,       // K only, per token: |x| weighted by the sum of |q| over the last window
-  kChannelMagnitude,  // per channel in blocks of 64 tokens, |x|
-  // In blocks of 64 tokens, w the |q| above. K: |k| w over the whole block. V: per channel, |v|
-  // times the token's sum of w |k|, which stands in for its attention probability.
-  kChannelOutputAware,
-  kChannelStructured,  // K only: whole channels per block, ranked by |q||k| (ThinK); the baseline
 };
 
 // The default does no harm: every value is kept, in 8 bits (preset "lossless").

@@ -12,26 +12,11 @@
 #include <vector>
 
 #include "mustafar/kv_config.h"
+#include "mustafar/memory_usage.h"
 #include "mustafar/model.h"
 #include "mustafar/sampling.h"
 
 namespace mustafar {
-
-// Measured bytes of one session's cache. Pages shared by a fork count in each of its owners.
-struct MemoryUsage {
-  int64_t dense_equivalent = 0;  // the same tokens, dense, at 2 bytes a value
-  int64_t masks = 0;             // in the compressed store
-  int64_t values = 0;
-  int64_t scales = 0;
-  int64_t padding = 0;    // alignment inside pages
-  int64_t tail = 0;       // dense sinks and tail, as allocated
-  int64_t policy = 0;     // statistics that a pruning policy keeps
-  int64_t allocated = 0;  // the sum of all but dense_equivalent
-  int64_t compressed_tokens = 0;
-  int64_t dense_tokens = 0;
-  double k_sparsity = 0;  // of the compressed store, as stored
-  double v_sparsity = 0;
-};
 
 class Generation;
 
@@ -86,9 +71,11 @@ class Session {
   const KVConfig& kv_config() const;
   MemoryUsage memory() const;
 
-  void rewind(
-      int64_t position);  // keeps the first `position` tokens; see docs for what is recomputed
-  Session fork() const;   // shares compressed pages, copies the tail
+  // Keeps the first `position` tokens. A compressed block that reaches beyond what would be
+  // compressed at that length goes as a whole; those of its tokens that stay, at most window + 63,
+  // are computed again.
+  void rewind(int64_t position);
+  Session fork() const;  // shares compressed pages, copies the tail
   void reset();
   void close();  // frees the cache; later calls throw StateError
 

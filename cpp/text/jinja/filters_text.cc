@@ -5,6 +5,8 @@
 #include "text/jinja/format.h"
 #include "text/jinja/json.h"
 #include "text/jinja/objects.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -50,18 +52,18 @@ Value title_filter(Interpreter& in, const Value& value, CallArgs& args) {
   const Arguments a("title", args, {});
   const Text text = to_text(in, value);
   Text out;
-  const auto is_gap = [](uint32_t c) {
-    return is_space(c) || c == '-' || c == '(' || c == '{' || c == '[' || c == '<';
+  const auto is_gap = [](char32_t c) {
+    return unicode::is_space(c) || c == '-' || c == '(' || c == '{' || c == '[' || c == '<';
   };
   // Pieces between gaps, and the gaps themselves: first character upper, the rest lower.
   for (size_t i = 0; i < text.size();) {
     const size_t begin = i;
     size_t first_end = i;
-    const bool gap = is_gap(next_code_point(text.bytes, &first_end));
+    const bool gap = is_gap(unicode::next_code_point(text.bytes, &first_end));
     i = first_end;
     while (i < text.size()) {
       size_t next = i;
-      if (is_gap(next_code_point(text.bytes, &next)) != gap) break;
+      if (is_gap(unicode::next_code_point(text.bytes, &next)) != gap) break;
       i = next;
     }
     out.append(map_case(text.sub(begin, first_end), CaseMap::kUpper));
@@ -140,12 +142,12 @@ Value truncate_filter(Interpreter& in, const Value& value, CallArgs& args) {
   const Text end = a[2] ? to_text(in, *a[2]) : Text("...");
   if (a[2] && !a[2]->is_text()) fail("truncate() argument 'end' must be str");
   const int64_t leeway = a[3] && !a[3]->is_none() ? a.integer(3, 5) : 5;
-  const int64_t end_length = static_cast<int64_t>(count_code_points(end.bytes));
+  const int64_t end_length = static_cast<int64_t>(unicode::count_code_points(end.bytes));
   if (length < end_length) fail("expected length >= ", end_length, ", got ", length);
   if (leeway < 0) fail("expected leeway >= 0, got ", leeway);
   if (jinja::length(value) <= length + leeway) return value;
   if (!value.is_text()) unsupported("truncate of a value that is not text");
-  const auto offsets = code_point_offsets(value.bytes());
+  const auto offsets = unicode::code_point_offsets(value.bytes());
   Text kept = value.text().sub(0, offsets[length - end_length]);
   if (!a.flag(1, false)) {
     const size_t space = kept.bytes.rfind(' ');
@@ -161,8 +163,8 @@ Value wordcount_filter(Interpreter& in, const Value& value, CallArgs& args) {
   int64_t words = 0;
   bool in_word = false;
   for (size_t i = 0; i < text.size();) {
-    const uint32_t c = next_code_point(text.bytes, &i);
-    const bool word = is_alnum(c) || c == '_';
+    const char32_t c = unicode::next_code_point(text.bytes, &i);
+    const bool word = unicode::is_alnum(c) || c == '_';
     words += word && !in_word;
     in_word = word;
   }

@@ -6,6 +6,8 @@
 #include <cstdio>
 
 #include "text/jinja/interpreter.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -33,10 +35,10 @@ double read_double(const std::string& s) {
 }
 
 std::string_view trim_space(std::string_view s) {
-  while (!s.empty() && is_space(static_cast<uint8_t>(s.front())) && !(s.front() & 0x80)) {
+  while (!s.empty() && unicode::is_space(static_cast<uint8_t>(s.front())) && !(s.front() & 0x80)) {
     s.remove_prefix(1);
   }
-  while (!s.empty() && !(s.back() & 0x80) && is_space(static_cast<uint8_t>(s.back()))) {
+  while (!s.empty() && !(s.back() & 0x80) && unicode::is_space(static_cast<uint8_t>(s.back()))) {
     s.remove_suffix(1);
   }
   return s;
@@ -157,12 +159,9 @@ std::optional<int64_t> parse_int(std::string_view text, int64_t base) {
   __int128 value = 0;
   bool big = false;
   for (char c : *digits) {
-    const int d = c >= '0' && c <= '9'   ? c - '0'
-                  : c >= 'a' && c <= 'z' ? c - 'a' + 10
-                  : c >= 'A' && c <= 'Z' ? c - 'A' + 10
-                                         : 99;
-    if (d >= base) return std::nullopt;
-    value = value * base + d;
+    const int digit = unicode::digit_value(c);
+    if (digit < 0 || digit >= base) return std::nullopt;
+    value = value * base + digit;
     if (value > static_cast<__int128>(INT64_MAX)) big = true;
     if (big) value = static_cast<__int128>(INT64_MAX) + 1;
   }
@@ -206,7 +205,7 @@ int64_t read_number(std::string_view s, size_t* at) {
 }
 
 Text pad_field(const Text& body, const Spec& spec, char default_align) {
-  const int64_t missing = spec.width - static_cast<int64_t>(count_code_points(body.bytes));
+  const int64_t missing = spec.width - static_cast<int64_t>(unicode::count_code_points(body.bytes));
   if (missing <= 0) return body;
   const char align = spec.align ? spec.align : default_align;
   const int64_t left = align == '<' ? 0 : align == '^' ? missing / 2 : missing;
@@ -308,7 +307,7 @@ Spec parse_spec(const std::string& s) {
   const auto is_align = [](char c) { return c == '<' || c == '>' || c == '^' || c == '='; };
   if (!s.empty()) {
     size_t after = 0;
-    next_code_point(s, &after);
+    unicode::next_code_point(s, &after);
     if (after < s.size() && is_align(s[after])) {
       spec.fill = s.substr(0, after);
       spec.align = s[after];
@@ -362,7 +361,7 @@ Text format_value(Interpreter& in, const Value& value, const Text& spec_text) {
     Text body = value.text();
     body.markup = false;
     if (spec.precision >= 0) {
-      const auto offsets = code_point_offsets(body.bytes);
+      const auto offsets = unicode::code_point_offsets(body.bytes);
       if (static_cast<size_t>(spec.precision) + 1 < offsets.size()) {
         body = body.sub(0, offsets[spec.precision]);
       }
@@ -443,7 +442,7 @@ Text percent_format(Interpreter& in, const Text& format, const Value& values) {
     if (type == 's' || type == 'r') {
       Text body = type == 's' ? to_text(in, value) : repr(in, value);
       if (spec.precision >= 0) {
-        const auto offsets = code_point_offsets(body.bytes);
+        const auto offsets = unicode::code_point_offsets(body.bytes);
         if (static_cast<size_t>(spec.precision) + 1 < offsets.size()) {
           body = body.sub(0, offsets[spec.precision]);
         }

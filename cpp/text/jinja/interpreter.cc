@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "text/jinja/builtins.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -677,7 +678,7 @@ Value Interpreter::get_item(const Value& object, const Value& key) {
     const int64_t i = key.as_int() < 0 ? key.as_int() + n : key.as_int();
     if (i >= 0 && i < n) return object.items()[i];
   } else if (object.is_text() && key.is_integral()) {
-    const auto offsets = code_point_offsets(object.bytes());
+    const auto offsets = unicode::code_point_offsets(object.bytes());
     budget_.charge_text(object.text().size());
     const int64_t n = static_cast<int64_t>(offsets.size()) - 1;
     const int64_t i = key.as_int() < 0 ? key.as_int() + n : key.as_int();

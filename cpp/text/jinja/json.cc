@@ -7,6 +7,7 @@
 
 #include "text/jinja/format.h"
 #include "text/jinja/interpreter.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -15,7 +16,7 @@ void append_string(const Text& text, bool ensure_ascii, Text* out) {
   out->append("\"");
   for (size_t i = 0; i < text.size();) {
     const size_t at = i;
-    uint32_t c = next_code_point(text.bytes, &i);
+    char32_t c = unicode::next_code_point(text.bytes, &i);
     const bool outside = text.outside(at);
     const char* named = c == '"'    ? "\\\""
                         : c == '\\' ? "\\\\"

@@ -4,6 +4,8 @@
 #include <array>
 
 #include "text/jinja/format.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -42,7 +44,7 @@ class Lexer {
   size_t skip_space(size_t at) const {
     while (at < s_.size()) {
       size_t next = at;
-      if (!is_space(next_code_point(s_, &next))) break;
+      if (!unicode::is_space(unicode::next_code_point(s_, &next))) break;
       at = next;
     }
     return at;
@@ -184,8 +186,8 @@ class Lexer {
     size_t end = at_;
     while (end < s_.size()) {
       size_t next = end;
-      const uint32_t code = next_code_point(s_, &next);
-      if (!is_alnum(code) && code != '_') break;
+      const char32_t code = unicode::next_code_point(s_, &next);
+      if (!unicode::is_alnum(code) && code != '_') break;
       end = next;
     }
     if (end > at_) {
@@ -288,13 +290,13 @@ class Lexer {
         out.push_back(decoded[plain.find(c)]);
         i++;
       } else if (c >= '0' && c <= '7') {
-        uint32_t code = 0;
+        char32_t code = 0;
         for (int k = 0; k < 3 && i < body.size() && body[i] >= '0' && body[i] <= '7'; k++) {
-          code = code * 8 + static_cast<uint32_t>(body[i++] - '0');
+          code = code * 8 + static_cast<char32_t>(body[i++] - '0');
         }
-        append_code_point(&out, code);
+        unicode::append_utf8(code, &out);
       } else if (c == 'x' || c == 'u' || c == 'U') {
-        append_code_point(&out, read_hex(body, i + 1, c == 'x' ? 2 : c == 'u' ? 4 : 8));
+        unicode::append_utf8(read_hex(body, i + 1, c == 'x' ? 2 : c == 'u' ? 4 : 8), &out);
         i += c == 'x' ? 3 : c == 'u' ? 5 : 9;
       } else if (c == 'N') {
         throw SyntaxError(line_, "the escape \\N{...} is not supported by this template engine");
@@ -304,30 +306,19 @@ class Lexer {
         i++;
       } else {
         // Python escapes the character first, and then reads the doubled backslash.
-        char escape[16];
-        const uint32_t code = next_code_point(body, &i);
-        std::snprintf(escape, sizeof(escape),
-                      code < 0x100     ? "\\x%02x"
-                      : code < 0x10000 ? "\\u%04x"
-                                       : "\\U%08x",
-                      code);
-        out += escape;
+        out += escape_character(unicode::next_code_point(body, &i));
       }
     }
     return out;
   }
 
-  uint32_t read_hex(const std::string& body, size_t at, size_t digits) const {
+  char32_t read_hex(const std::string& body, size_t at, size_t digits) const {
     if (at + digits > body.size()) throw SyntaxError(line_, "truncated escape in a string");
-    uint32_t code = 0;
+    char32_t code = 0;
     for (size_t i = at; i < at + digits; i++) {
-      const char c = body[i];
-      const int d = c >= '0' && c <= '9'   ? c - '0'
-                    : c >= 'a' && c <= 'f' ? c - 'a' + 10
-                    : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                           : -1;
-      if (d < 0) throw SyntaxError(line_, "truncated escape in a string");
-      code = code << 4 | static_cast<uint32_t>(d);
+      const int digit = unicode::digit_value(body[i]);
+      if (digit < 0 || digit >= 16) throw SyntaxError(line_, "truncated escape in a string");
+      code = code << 4 | static_cast<char32_t>(digit);
     }
     if (code > 0x10ffff) throw SyntaxError(line_, "illegal Unicode character in a string");
     if (code >= 0xd800 && code < 0xe000) {
@@ -348,7 +339,7 @@ class Lexer {
     const char c = s_[at_];
     if (std::string_view("+-/*%~[](){}><=.:|,;").find(c) == std::string_view::npos) {
       size_t end = at_;
-      next_code_point(s_, &end);
+      unicode::next_code_point(s_, &end);
       throw SyntaxError(line_, "unexpected char '" + s_.substr(at_, end - at_) + "'");
     }
     if (c == '(' || c == '[' || c == '{') open->push_back(c == '(' ? ')' : c == '[' ? ']' : '}');
@@ -395,7 +386,7 @@ std::string describe(const Token& token) {
 }
 
 std::vector<Token> tokenize(std::string_view source) {
-  if (!is_valid_utf8(source)) throw SyntaxError(1, "the template is not valid UTF-8");
+  if (!unicode::is_valid_utf8(source)) throw SyntaxError(1, "the template is not valid UTF-8");
   return Lexer(source).run();
 }
 

@@ -4,6 +4,7 @@
 
 #include "text/jinja/format.h"
 #include "text/jinja/interpreter.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -195,7 +196,7 @@ Value slice_value(Interpreter& in, const Value& value, const Value* start, const
   const int64_t stride = bound(step).value_or(1);
   if (stride == 0) fail("slice step cannot be zero");
   std::vector<size_t> offsets;
-  if (value.is_text()) offsets = code_point_offsets(value.bytes());
+  if (value.is_text()) offsets = unicode::code_point_offsets(value.bytes());
   const int64_t n = value.is_text() ? static_cast<int64_t>(offsets.size()) - 1
                                     : static_cast<int64_t>(value.items().size());
   const auto clamp = [&](std::optional<int64_t> v, int64_t otherwise) {

@@ -1,9 +1,13 @@
 #include "text/jinja/text.h"
 
 #include <algorithm>
-#include <stdexcept>
+#include <cstdio>
+#include <optional>
+#include <utility>
 
 #include "text/jinja/errors.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 
@@ -23,12 +27,6 @@ void Text::append(const Text& other, size_t begin, size_t end) {
   bytes.append(other.bytes, begin, end - begin);
 }
 
-void Text::append_code_point(uint32_t c, bool outside) {
-  std::string s;
-  jinja::append_code_point(&s, c);
-  append(s, outside);
-}
-
 void Text::pad(size_t count, std::string_view fill) {
   for (size_t i = 0; i < count; i++) append(fill);
 }
@@ -40,93 +38,78 @@ Text Text::sub(size_t begin, size_t end) const {
   return out;
 }
 
-std::vector<size_t> code_point_offsets(std::string_view s) {
-  std::vector<size_t> offsets;
-  offsets.reserve(s.size() + 1);
-  for (size_t i = 0; i < s.size(); i++) {
-    if ((s[i] & 0xc0) != 0x80) offsets.push_back(i);
-  }
-  offsets.push_back(s.size());
-  return offsets;
-}
-
 namespace {
+
+constexpr char32_t kCapitalSigma = 0x3A3, kSmallSigma = 0x3C3, kFinalSigma = 0x3C2;
 
 // Whether a capital sigma at [at, after) ends a word, as str.lower decides.
 bool is_final_sigma(const std::string& s, size_t at, size_t after) {
   bool cased_before = false;
-  for (size_t i = at; i > 0;) {
-    size_t start = i - 1;
-    while (start > 0 && (s[start] & 0xc0) == 0x80) start--;
-    size_t k = start;
-    const uint32_t c = next_code_point(s, &k);
-    i = start;
-    if (is_case_ignorable(c)) continue;
-    cased_before = is_cased(c);
-    break;
+  while (at > 0 && !cased_before) {
+    at = unicode::previous_boundary(s, at);
+    size_t next = at;
+    const char32_t c = unicode::next_code_point(s, &next);
+    if (unicode::is_case_ignorable(c)) continue;
+    if (!unicode::is_cased(c)) return false;
+    cased_before = true;
   }
   if (!cased_before) return false;
-  for (size_t i = after; i < s.size();) {
-    const uint32_t c = next_code_point(s, &i);
-    if (is_case_ignorable(c)) continue;
-    return !is_cased(c);
+  while (after < s.size()) {
+    const char32_t c = unicode::next_code_point(s, &after);
+    if (!unicode::is_case_ignorable(c)) return !unicode::is_cased(c);
   }
   return true;
 }
 
-// Applies choose(code point, byte offset) -> CaseMap or -1 (keep) to every character.
+// Maps every character as choose(code point) says: a CaseMap, or nothing to keep it.
 template <typename Choose>
 Text map_characters(const Text& text, Choose choose) {
   Text out;
   out.markup = text.markup;
   for (size_t i = 0; i < text.size();) {
     const size_t at = i;
-    const uint32_t c = next_code_point(text.bytes, &i);
-    const int map = choose(c);
+    const char32_t c = unicode::next_code_point(text.bytes, &i);
+    const std::optional<CaseMap> map = choose(c);
     std::string mapped;
-    if (map < 0) {
-      append_code_point(&mapped, c);
-    } else if (c == 0x3a3 && map == static_cast<int>(CaseMap::kLower)) {
-      append_code_point(&mapped, is_final_sigma(text.bytes, at, i) ? 0x3c2 : 0x3c3);
+    if (!map) {
+      unicode::append_utf8(c, &mapped);
+    } else if (c == kCapitalSigma && *map == CaseMap::kLower) {
+      unicode::append_utf8(is_final_sigma(text.bytes, at, i) ? kFinalSigma : kSmallSigma, &mapped);
     } else {
-      append_case(&mapped, c, static_cast<CaseMap>(map));
+      unicode::append_case(c, *map, &mapped);
     }
     out.append(mapped, text.outside(at));
   }
   return out;
 }
 
-constexpr int kToUpperCase = static_cast<int>(CaseMap::kUpper);
-constexpr int kToLowerCase = static_cast<int>(CaseMap::kLower);
-constexpr int kToTitleCase = static_cast<int>(CaseMap::kTitle);
-
 }  // namespace
 
 Text map_case(const Text& text, CaseMap map) {
-  return map_characters(text, [&](uint32_t) { return static_cast<int>(map); });
+  return map_characters(text, [&](char32_t) { return map; });
 }
 
 Text title_case(const Text& text) {
   bool in_word = false;
-  return map_characters(text, [&](uint32_t c) {
-    const int map = in_word ? kToLowerCase : kToTitleCase;
-    in_word = is_cased(c);
+  return map_characters(text, [&](char32_t c) {
+    const CaseMap map = in_word ? CaseMap::kLower : CaseMap::kTitle;
+    in_word = unicode::is_cased(c);
     return map;
   });
 }
 
 Text capitalize(const Text& text) {
   bool first = true;
-  return map_characters(text, [&](uint32_t) {
-    const int map = first ? kToTitleCase : kToLowerCase;
-    first = false;
-    return map;
+  return map_characters(text, [&](char32_t) {
+    return std::exchange(first, false) ? CaseMap::kTitle : CaseMap::kLower;
   });
 }
 
 Text swap_case(const Text& text) {
-  return map_characters(text, [](uint32_t c) {
-    return is_upper(c) ? kToLowerCase : is_lower(c) ? kToUpperCase : -1;
+  return map_characters(text, [](char32_t c) -> std::optional<CaseMap> {
+    if (unicode::is_upper(c)) return CaseMap::kLower;
+    if (unicode::is_lower(c)) return CaseMap::kUpper;
+    return std::nullopt;
   });
 }
 
@@ -136,24 +119,23 @@ Text strip(const Text& text, const std::string* chars, bool left, bool right) {
       const std::string_view c(text.bytes.data() + begin, end - begin);
       for (size_t i = 0; i < chars->size();) {
         const size_t at = i;
-        next_code_point(*chars, &i);
+        unicode::next_code_point(*chars, &i);
         if (std::string_view(*chars).substr(at, i - at) == c) return true;
       }
       return false;
     }
     size_t at = begin;
-    return is_space(next_code_point(text.bytes, &at));
+    return unicode::is_space(unicode::next_code_point(text.bytes, &at));
   };
   size_t begin = 0, end = text.size();
   while (left && begin < end) {
     size_t next = begin;
-    next_code_point(text.bytes, &next);
+    unicode::next_code_point(text.bytes, &next);
     if (!drop(begin, next)) break;
     begin = next;
   }
   while (right && end > begin) {
-    size_t start = end - 1;
-    while (start > begin && (text.bytes[start] & 0xc0) == 0x80) start--;
+    const size_t start = unicode::previous_boundary(text.bytes, end);
     if (!drop(start, end)) break;
     end = start;
   }
@@ -173,7 +155,7 @@ Text replace(const Text& text, const Text& from, const Text& to, int64_t count, 
       check();
       if (at == text.size()) return out;
       const size_t begin = at;
-      next_code_point(text.bytes, &at);
+      unicode::next_code_point(text.bytes, &at);
       out.append(text, begin, at);
     }
   }
@@ -194,8 +176,8 @@ std::vector<Text> split_lines(const Text& text, bool keep_ends) {
   size_t begin = 0;
   for (size_t i = 0; i < text.size();) {
     const size_t at = i;
-    const uint32_t c = next_code_point(text.bytes, &i);
-    if (!is_line_break(c)) continue;
+    const char32_t c = unicode::next_code_point(text.bytes, &i);
+    if (!unicode::is_line_break(c)) continue;
     if (c == '\r' && i < text.size() && text.bytes[i] == '\n') i++;
     lines.push_back(text.sub(begin, keep_ends ? i : at));
     begin = i;
@@ -212,7 +194,7 @@ std::vector<Text> split_whitespace(const Text& text, int64_t max, bool from_righ
   bool in_word = false;
   for (size_t i = 0; i < text.size();) {
     const size_t at = i;
-    const bool space = is_space(next_code_point(text.bytes, &i));
+    const bool space = unicode::is_space(unicode::next_code_point(text.bytes, &i));
     if (!space && !in_word) words.emplace_back(at, i);
     if (!space) words.back().second = i;
     in_word = !space;
@@ -283,6 +265,13 @@ Text escape_html(const Text& text) {
     }
   }
   return out;
+}
+
+std::string escape_character(char32_t c) {
+  char escape[12];
+  const char* form = c < 0x100 ? "\\x%02x" : c < 0x10000 ? "\\u%04x" : "\\U%08x";
+  std::snprintf(escape, sizeof(escape), form, static_cast<unsigned>(c));
+  return escape;
 }
 
 }  // namespace mustafar::jinja

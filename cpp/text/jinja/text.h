@@ -1,11 +1,12 @@
 // Text that remembers which of its bytes came from outside the template.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
-#include "text/jinja/unicode.h"
+#include "text/unicode/case_mapping.h"
 
 namespace mustafar::jinja {
 
@@ -27,13 +28,11 @@ struct Text {
   void append(std::string_view s, bool outside = false);
   void append(const Text& other) { append(other, 0, other.size()); }
   void append(const Text& other, size_t begin, size_t end);  // bytes [begin, end) of other
-  void append_code_point(uint32_t c, bool outside);
-  void pad(size_t count, std::string_view fill = " ");  // fill, count times
+  void pad(size_t count, std::string_view fill = " ");       // fill, count times
   Text sub(size_t begin, size_t end) const;
 };
 
-// Byte offset of every code point, and the length at the end.
-std::vector<size_t> code_point_offsets(std::string_view utf8);
+using unicode::CaseMap;
 
 Text map_case(const Text& text, CaseMap map);
 Text title_case(const Text& text);  // str.title
@@ -48,5 +47,7 @@ std::vector<Text> split_lines(const Text& text, bool keep_ends = false);
 std::vector<Text> split(const Text& text, const std::string* separator, int64_t max,
                         bool from_right);
 Text escape_html(const Text& text);
+// \xHH, \uHHHH or \UHHHHHHHH, as Python writes a character that it cannot show.
+std::string escape_character(char32_t c);
 
 }  // namespace mustafar::jinja

@@ -4,6 +4,8 @@
 
 #include "text/jinja/format.h"
 #include "text/jinja/objects.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 namespace {
@@ -113,7 +115,7 @@ struct Window {
 
 Window window_of(const Value& self, const Arguments& a) {
   Window w;
-  w.offsets = code_point_offsets(self.bytes());
+  w.offsets = unicode::code_point_offsets(self.bytes());
   const int64_t n = static_cast<int64_t>(w.offsets.size()) - 1;
   const auto bound = [&](size_t i, int64_t otherwise) {
     if (!a[i] || a[i]->is_none()) return otherwise;
@@ -152,7 +154,7 @@ Value count_method(Interpreter&, const Value& self, CallArgs& args) {
   const Window w = window_of(self, a);
   if (w.beyond) return Value(int64_t{0});
   const std::string_view part(self.bytes().data() + w.begin, w.end - w.begin);
-  if (wanted.empty()) return Value(static_cast<int64_t>(count_code_points(part)) + 1);
+  if (wanted.empty()) return Value(static_cast<int64_t>(unicode::count_code_points(part)) + 1);
   int64_t n = 0;
   for (size_t at = part.find(wanted); at != std::string_view::npos;
        at = part.find(wanted, at + wanted.size())) {
@@ -208,8 +210,9 @@ Value justified(Interpreter& in, const Value& self, CallArgs& args) {
   no_keywords("center", args);
   const Arguments a("center", args, {"width", "fillchar"}, 1);
   const std::string fill = a[1] ? text_argument(a, 1, "center").bytes : " ";
-  if (count_code_points(fill) != 1) fail("The fill character must be exactly one character long");
-  const int64_t length = static_cast<int64_t>(count_code_points(self.bytes()));
+  if (unicode::count_code_points(fill) != 1)
+    fail("The fill character must be exactly one character long");
+  const int64_t length = static_cast<int64_t>(unicode::count_code_points(self.bytes()));
   const int64_t width = a.integer(0, 0);
   const int64_t missing = std::max<int64_t>(width - length, 0);
   if (missing > 0) in.budget().charge_text(static_cast<size_t>(missing) * fill.size());
@@ -227,7 +230,8 @@ Value justified(Interpreter& in, const Value& self, CallArgs& args) {
 Value zfill_method(Interpreter& in, const Value& self, CallArgs& args) {
   no_keywords("zfill", args);
   const Arguments a("zfill", args, {"width"}, 1);
-  const int64_t missing = a.integer(0, 0) - static_cast<int64_t>(count_code_points(self.bytes()));
+  const int64_t missing =
+      a.integer(0, 0) - static_cast<int64_t>(unicode::count_code_points(self.bytes()));
   if (missing <= 0) return self;
   in.budget().charge_text(static_cast<size_t>(missing));
   const bool sign = !self.text().empty() && (self.bytes()[0] == '-' || self.bytes()[0] == '+');
@@ -237,19 +241,19 @@ Value zfill_method(Interpreter& in, const Value& self, CallArgs& args) {
   return made(in, std::move(out));
 }
 
-template <bool (*kTest)(uint32_t)>
+template <bool (*kTest)(char32_t)>
 Value all_characters(Interpreter&, const Value& self, CallArgs& args) {
   const Arguments a("str test", args, {});
   const std::string& s = self.bytes();
   for (size_t i = 0; i < s.size();) {
-    if (!kTest(next_code_point(s, &i))) return Value(false);
+    if (!kTest(unicode::next_code_point(s, &i))) return Value(false);
   }
   return Value(!s.empty());
 }
 
-bool is_ascii(uint32_t c) { return c < 0x80; }
+bool is_ascii(char32_t c) { return c < 0x80; }
 
-template <bool (*kTest)(uint32_t)>
+template <bool (*kTest)(char32_t)>
 Value all_or_empty(Interpreter& in, const Value& self, CallArgs& args) {
   return self.text().empty() ? Value(true) : all_characters<kTest>(in, self, args);
 }
@@ -258,11 +262,11 @@ Value istitle_method(Interpreter&, const Value& self, CallArgs& args) {
   const Arguments a("istitle", args, {});
   bool cased = false, previous = false;
   for (size_t i = 0; i < self.text().size();) {
-    const uint32_t c = next_code_point(self.bytes(), &i);
-    if (is_upper(c) || is_title(c)) {
+    const char32_t c = unicode::next_code_point(self.bytes(), &i);
+    if (unicode::is_upper(c) || unicode::is_title(c)) {
       if (previous) return Value(false);
       previous = cased = true;
-    } else if (is_lower(c)) {
+    } else if (unicode::is_lower(c)) {
       if (!previous) return Value(false);
       previous = cased = true;
     } else {
@@ -277,9 +281,11 @@ Value istitle_method(Interpreter&, const Value& self, CallArgs& args) {
 bool text_is_case(const std::string& s, bool want_upper) {
   bool cased = false;
   for (size_t i = 0; i < s.size();) {
-    const uint32_t c = next_code_point(s, &i);
-    if (want_upper ? is_lower(c) || is_title(c) : is_upper(c) || is_title(c)) return false;
-    cased = cased || (want_upper ? is_upper(c) : is_lower(c));
+    const char32_t c = unicode::next_code_point(s, &i);
+    if (want_upper ? unicode::is_lower(c) || unicode::is_title(c)
+                   : unicode::is_upper(c) || unicode::is_title(c))
+      return false;
+    cased = cased || (want_upper ? unicode::is_upper(c) : unicode::is_lower(c));
   }
   return cased;
 }
@@ -307,16 +313,16 @@ std::optional<Method> find_text_method(const std::string& name) {
       {"format", format_text},
       {"format_map", format_map_text},
       {"index", find_method<false, true>},
-      {"isalnum", all_characters<is_alnum>},
-      {"isalpha", all_characters<is_alpha>},
+      {"isalnum", all_characters<unicode::is_alnum>},
+      {"isalpha", all_characters<unicode::is_alpha>},
       {"isascii", all_or_empty<is_ascii>},
-      {"isdecimal", all_characters<is_decimal>},
-      {"isdigit", all_characters<is_digit>},
+      {"isdecimal", all_characters<unicode::is_decimal>},
+      {"isdigit", all_characters<unicode::is_digit>},
       {"isidentifier", nullptr},
       {"islower", is_case<false>},
-      {"isnumeric", all_characters<is_numeric>},
-      {"isprintable", all_or_empty<is_printable>},
-      {"isspace", all_characters<is_space>},
+      {"isnumeric", all_characters<unicode::is_numeric>},
+      {"isprintable", all_or_empty<unicode::is_printable>},
+      {"isspace", all_characters<unicode::is_space>},
       {"istitle", istitle_method},
       {"isupper", is_case<true>},
       {"join", join_method},

@@ -5,6 +5,8 @@
 
 #include "text/jinja/format.h"
 #include "text/jinja/interpreter.h"
+#include "text/unicode/properties.h"
+#include "text/unicode/utf8.h"
 
 namespace mustafar::jinja {
 
@@ -301,7 +303,7 @@ int64_t length(const Value& value) {
     case Value::Kind::kUndefined:
       return 0;
     case Value::Kind::kText:
-      return static_cast<int64_t>(count_code_points(value.bytes()));
+      return static_cast<int64_t>(unicode::count_code_points(value.bytes()));
     case Value::Kind::kList:
       return static_cast<int64_t>(value.items().size());
     case Value::Kind::kDict:
@@ -347,7 +349,7 @@ struct TextIterator : Iterator {
   bool next(Value* out) override {
     if (at == text.text().size()) return false;
     const size_t begin = at;
-    next_code_point(text.bytes(), &at);
+    unicode::next_code_point(text.bytes(), &at);
     Text c = text.text().sub(begin, at);
     c.markup = false;
     *out = Value(std::move(c));
@@ -402,21 +404,15 @@ Text repr_text(const Text& text) {
   Text out(std::string_view(&quote, 1));
   for (size_t i = 0; i < text.size();) {
     const size_t at = i;
-    const uint32_t c = next_code_point(text.bytes, &i);
+    const char32_t c = unicode::next_code_point(text.bytes, &i);
     const bool outside = text.outside(at);
-    if (c == static_cast<uint32_t>(quote) || c == '\\') {
+    if (c == static_cast<char32_t>(quote) || c == '\\') {
       out.append("\\", outside);
       out.append(text, at, i);
     } else if (c == '\n' || c == '\r' || c == '\t') {
       out.append(c == '\n' ? "\\n" : c == '\r' ? "\\r" : "\\t", outside);
-    } else if (c < 0x20 || c == 0x7f || (c > 0x7f && !is_printable(c))) {
-      char escape[12];
-      std::snprintf(escape, sizeof(escape),
-                    c < 0x100     ? "\\x%02x"
-                    : c < 0x10000 ? "\\u%04x"
-                                  : "\\U%08x",
-                    c);
-      out.append(escape, outside);
+    } else if (c < 0x20 || c == 0x7f || (c > 0x7f && !unicode::is_printable(c))) {
+      out.append(escape_character(c), outside);
     } else {
       out.append(text, at, i);
     }

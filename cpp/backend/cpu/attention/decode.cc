@@ -147,19 +147,28 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
       DecodeRun& run = runs[h];
       const int32_t head = item.first_head + h;
       run.sequence = &sequence;
-      run.layer = args.layer;
-      run.kv_head = head;
-      run.n_kv_heads = args.n_kv_heads;
       run.n_queries = n_queries;
       run.head_dim = args.head_dim;
       run.tail_dtype = args.tail_dtype;
-      run.dense_tokens = plan.dense_tokens;
       run.first_tile = item.run * kRunTiles;
       run.n_tiles = std::min(kRunTiles, plan.n_tiles - run.first_tile);
       if (sequence.n_blocks > 0) {
         run.k_offset = k_slot_offset(*sequence.layout, args.layer, head);
         run.v_offset = v_slot_offset(*sequence.layout, args.layer, head);
       }
+      if (is_coded(run)) {
+        const StoreLayout& layout = *sequence.layout;
+        run.k_codes = code_table(sequence.codes, layout, args.layer, head, true);
+        run.v_codes = code_table(sequence.codes, layout, args.layer, head, false);
+      }
+      const auto dense_rows = [&](int32_t kind) {
+        return dense_run(sequence, plan.dense_tokens, args.layer, kind, args.n_kv_heads, head,
+                         dtype_bytes(args.tail_dtype, args.head_dim))
+            .dense;
+      };
+      run.k_dense = dense_rows(kKeys);
+      run.v_dense = dense_rows(kValues);
+      run.dense_tokens = plan.dense_tokens;
       run.q = args.q + row + head * head_values;
       run.q_scale = 1.44269504f / std::sqrt(static_cast<float>(args.head_dim));
       run.scratch = base + worker * worker_bytes;

@@ -339,7 +339,7 @@ void decode_run_avx2(const DecodeRun& run) {
   work.weight_sum = reinterpret_cast<float*>(take(at, run.n_queries * 4));
   const bool coded = is_coded(run);
   for (int i = 0; i < 2 && coded; i++) {
-    const CodeTable table = code_table_of(run, i == 0);
+    const CodeTable& table = i == 0 ? run.k_codes : run.v_codes;
     work.octets[i] = reinterpret_cast<CodeOctet*>(take(at, sizeof(CodeOctet) * run.head_dim / 8));
     work.steps[i] = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
     make_octets(table.widths, run.head_dim, work.octets[i]);

@@ -182,7 +182,7 @@ CodedHead make_coded(const DecodeRun& run, uint8_t*& at) {
   head.k_step = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
   head.v_step = reinterpret_cast<float*>(take(at, int64_t{4} * run.head_dim));
   for (const bool is_key : {true, false}) {
-    const CodeTable table = code_table_of(run, is_key);
+    const CodeTable& table = is_key ? run.k_codes : run.v_codes;
     for (int32_t c = 0; c < n_chunks; c++) {
       make_chunk(table.widths, c, (is_key ? head.k : head.v)[c]);
     }

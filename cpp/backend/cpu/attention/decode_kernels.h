@@ -1,4 +1,4 @@
-// What decode_attention.cc asks of an instruction set's file: one run of tiles of one KV head.
+// What decode.cc asks of an instruction set's file: one run of tiles of one KV head.
 #pragma once
 
 #include <cstdint>
@@ -15,16 +15,20 @@ inline constexpr int32_t kTileTokens = kBlockTokens;
 // dense buffer in pieces of 64 tokens, the last one partial.
 struct DecodeRun {
   const SequenceStep* sequence = nullptr;
-  int32_t layer = 0, kv_head = 0, n_kv_heads = 0;
   int32_t n_queries = 0;  // query heads of the KV head
   int32_t head_dim = 0;
   DType tail_dtype = DType::kF32;
-  int32_t dense_tokens = 0;  // the new one included
   int32_t first_tile = 0, n_tiles = 0;
-  int64_t k_offset = 0, v_offset = 0;  // of the slots in a page, bytes
-  const float* q = nullptr;            // [n_queries][head_dim]
-  float q_scale = 0.0f;                // log2(e) / sqrt(head_dim): scores are in units of log2
-  uint8_t* scratch = nullptr;          // decode_scratch_bytes(), aligned to 128; shared by a span
+  // Where the KV head's keys and values lie: of a page, byte offsets of the slots, and the tables
+  // of coded ones; of the dense buffer, [dense_tokens][head_dim] of the tail type.
+  int64_t k_offset = 0, v_offset = 0;
+  CodeTable k_codes, v_codes;
+  const uint8_t* k_dense = nullptr;
+  const uint8_t* v_dense = nullptr;
+  int32_t dense_tokens = 0;    // the new one included
+  const float* q = nullptr;    // [n_queries][head_dim]
+  float q_scale = 0.0f;        // log2(e) / sqrt(head_dim): scores are in units of log2
+  uint8_t* scratch = nullptr;  // decode_scratch_bytes(), aligned to 128; shared by a span
 
   // Out: the partial softmax. max [n_queries] in log2 units, sum [n_queries] of 2^(score - max),
   // o [n_queries][head_dim] of the values weighted so.
@@ -57,15 +61,10 @@ struct DenseTile {
 };
 
 [[maybe_unused]] static inline DenseTile dense_tile(const DecodeRun& run, int32_t tile) {
-  const int64_t row_bytes = dtype_bytes(run.tail_dtype, run.head_dim);
-  const int64_t plane = int64_t{run.sequence->dense_capacity} * row_bytes;
-  const int64_t first = int64_t{tile - run.sequence->n_blocks} * kTileTokens;
-  const uint8_t* dense = static_cast<const uint8_t*>(run.sequence->dense) +
-                         (int64_t{run.layer} * 2 * run.n_kv_heads + run.kv_head) * plane +
-                         first * row_bytes;
-  const int64_t left = run.dense_tokens - first;
-  return {dense, dense + run.n_kv_heads * plane,
-          static_cast<int32_t>(left < kTileTokens ? left : kTileTokens)};
+  const int32_t first = (tile - run.sequence->n_blocks) * kTileTokens;
+  const int64_t at = first * dtype_bytes(run.tail_dtype, run.head_dim);
+  const int32_t left = run.dense_tokens - first;
+  return {run.k_dense + at, run.v_dense + at, left < kTileTokens ? left : kTileTokens};
 }
 
 // Whether a file below serves these rows: 32 dims at a time, 64 for integers.
@@ -79,14 +78,6 @@ struct DenseTile {
 
 [[maybe_unused]] static inline bool is_coded(const DecodeRun& run) {
   return run.sequence->n_blocks > 0 && run.sequence->layout->k.dtype == DType::kCoded;
-}
-
-// The table of a run's keys or values, where it is coded.
-[[maybe_unused]] static inline CodeTable code_table_of(const DecodeRun& run, bool is_key) {
-  const CodeTables& codes = *run.sequence->codes;
-  const int64_t at = (int64_t{run.layer} * run.n_kv_heads + run.kv_head) * run.head_dim;
-  return {(is_key ? codes.k_widths : codes.v_widths) + at,
-          (is_key ? codes.k_sigmas : codes.v_sigmas) + at};
 }
 
 // Serves every layout and type on every processor.

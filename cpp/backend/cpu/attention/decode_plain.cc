@@ -15,8 +15,8 @@ int32_t expand_tile(const DecodeRun& run, int32_t tile, float* k, float* v) {
     const StoreLayout& layout = *run.sequence->layout;
     const uint8_t* page = run.sequence->pages[tile];
     if (is_coded(run)) {
-      unpack_coded_slot(layout.k, code_table_of(run, true), page + run.k_offset, k);
-      unpack_coded_slot(layout.v, code_table_of(run, false), page + run.v_offset, v);
+      unpack_coded_slot(layout.k, run.k_codes, page + run.k_offset, k);
+      unpack_coded_slot(layout.v, run.v_codes, page + run.v_offset, v);
       return kBlockTokens;
     }
     unpack_slot(layout.k, page + run.k_offset, k);

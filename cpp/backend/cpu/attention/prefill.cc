@@ -11,6 +11,8 @@ namespace mustafar {
 namespace {
 
 constexpr int32_t kMaxPanels = 32;  // of query rows per task: their state stays in the L2 cache
+// More keys than any tile has, and far enough from overflow to count rows from.
+constexpr int32_t kSeesAll = std::numeric_limits<int32_t>::max() / 2;
 
 struct Task {
   const SequenceStep* sequence = nullptr;
@@ -71,11 +73,11 @@ class TaskRunner {
     std::fill_n(scratch_ + layout_.out, int64_t{n_panels_} * gemm_.rows * layout_.out_stride, 0.0f);
 
     attend_store();
-    attend_run(step_.dense, (int64_t{args_.layer} * 2) * args_.n_kv_heads * step_.dense_capacity,
-               step_.dense_capacity, step_.dense_tokens, std::numeric_limits<int32_t>::max() / 2);
+    const DenseRun keys = dense_rows(kKeys), values = dense_rows(kValues);
+    attend_rows(keys.dense, values.dense, step_.dense_tokens, kSeesAll);
     // The task's first token sees the call's tokens up to itself.
     const int32_t first_sees = step_.pos0 + task_.token0 - step_.fresh_pos0 + 1;
-    attend_run(step_.fresh, 0, step_.fresh_capacity, first_sees + task_.n_tokens - 1, first_sees);
+    attend_rows(keys.fresh, values.fresh, first_sees + task_.n_tokens - 1, first_sees);
     store_output();
   }
 
@@ -117,7 +119,7 @@ class TaskRunner {
         const uint8_t* v_slot = page + v_slot_offset(store, args_.layer, task_.kv_head);
         if (store.k.dtype == DType::kCoded) {
           const auto table = [&](bool is_key) {
-            return code_table(*step_.codes, store, args_.layer, task_.kv_head, is_key);
+            return code_table(step_.codes, store, args_.layer, task_.kv_head, is_key);
           };
           kernels_.unpack_coded_slot(store.k, table(true), k_slot, keys + at);
           kernels_.unpack_coded_slot(store.v, table(false), v_slot, values + at);
@@ -130,18 +132,18 @@ class TaskRunner {
     }
   }
 
-  // n tokens of a buffer [2 (K, V)][n_kv_heads][capacity][D] that starts `offset` rows after base.
-  // The task's token i sees first_sees + i of them.
-  void attend_run(const void* base, int64_t offset, int32_t capacity, int32_t n,
-                  int32_t first_sees) {
+  DenseRun dense_rows(int32_t kind) const {
+    return dense_run(step_, step_.dense_tokens, args_.layer, kind, args_.n_kv_heads, task_.kv_head,
+                     dtype_bytes(args_.tail_dtype, args_.head_dim));
+  }
+
+  // n keys and values [n][D] of the tail type. The task's token i sees the first (first_sees + i)
+  // of them.
+  void attend_rows(const uint8_t* keys, const uint8_t* values, int32_t n, int32_t first_sees) {
     const DType dtype = args_.tail_dtype;
-    const int64_t head = offset + int64_t{task_.kv_head} * capacity;
     for (int32_t token = 0; token < n; token += kKeyTile) {
-      const int64_t k = (head + token) * args_.head_dim;
-      const int64_t v = k + int64_t{args_.n_kv_heads} * capacity * args_.head_dim;
-      const uint8_t* data = static_cast<const uint8_t*>(base);
-      attend_tile(data + dtype_bytes(dtype, k), data + dtype_bytes(dtype, v), dtype,
-                  std::min(kKeyTile, n - token), first_sees - token);
+      const int64_t at = dtype_bytes(dtype, int64_t{token} * args_.head_dim);
+      attend_tile(keys + at, values + at, dtype, std::min(kKeyTile, n - token), first_sees - token);
     }
   }
 

@@ -6,18 +6,16 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/isa.h"
-#include "core/buffer.h"
 #include "core/thread_pool.h"
 
 namespace mustafar {
 
 // Compresses layers [first_layer, first_layer + n_layers) of every step, then moves what stays
 // dense to dense_out. Throws StateError naming layer and position where a row that must be
-// quantised is not finite; nothing has been moved then. n_heads: query heads (kept for symmetry
-// with attention).
+// quantised is not finite; nothing has been moved then.
 //
 // Policies beyond the per-token ones, all per block of 64 tokens, w[d] the sum of |q_d| over the
-// window's queries (SequenceStep::query_magnitude):
+// window's queries (SequenceView::query_magnitude):
 //   K kOutputAware         per token, |k_d| w[d]
 //   kChannelMagnitude      per channel, |x|
 //   K kChannelOutputAware  over the block, |k_d| w[d]: w alone cannot reorder a channel's tokens
@@ -26,14 +24,13 @@ namespace mustafar {
 //   K kChannelStructured   whole channels by w[d] ||k_d|| (ThinK)
 // A profile's ranking weights multiply |x| in the per-token policies and w in those of keys; inside
 // a channel they change nothing.
-void commit_blocks(ThreadPool& pool, Isa isa, DType tail_dtype, int32_t n_heads,
-                   std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
-                   HostBuffer& scratch);
+void commit_blocks(ThreadPool& pool, Isa isa, DType tail_dtype, std::span<const CommitStep> steps,
+                   int32_t first_layer, int32_t n_layers);
 
 // Keeps |q| of the step's newest rows for commit, where the step has room for it (else does
 // nothing): the group's query heads summed, position p in slot p % query_window. q:
 // [n_rows][n_heads * head_dim], the step's rows as attention sees them.
-void record_query_magnitude(const SequenceStep& step, int32_t layer, int32_t n_heads,
+void record_query_magnitude(const SequenceView& step, int32_t layer, int32_t n_heads,
                             int32_t n_kv_heads, int32_t head_dim, const float* q);
 
 }  // namespace mustafar

@@ -1,7 +1,7 @@
 // GEMM micro-kernels and the flash-attention panel built of them, over Simd and a Step, which says
 // what one 32-bit word of a packed operand is, how many rows a result tile has and how it is
 // computed. A tile is two vectors wide; here inputs are broadcast and weights are vectors of
-// outputs. Included by kernels_*.cc after simd_math_impl.h.
+// outputs. Included by kernels_*.cc after simd/math_impl.h.
 #pragma once
 
 #include <cstdint>

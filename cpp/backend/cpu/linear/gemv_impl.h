@@ -2,7 +2,7 @@
 // streamed at a time; a batch that does not fit the registers goes over them again while they are
 // in the cache. Every sum has one vector of partial sums, whatever the tile, so that a result
 // depends on neither the batch nor the split into tasks. Included by kernels_*.cc after
-// simd_math_impl.h.
+// simd/math_impl.h.
 #pragma once
 
 #include <cstdint>

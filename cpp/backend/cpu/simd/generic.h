@@ -1,5 +1,5 @@
 // Four floats as a vector of the compiler: the reference, and what runs where nothing better is
-// known. Like every simd_*.h it is included by one kernels_*.cc, and all it defines is internal to
+// known. Like every simd/*.h it is included by one kernels_*.cc, and all it defines is internal to
 // that file.
 #pragma once
 

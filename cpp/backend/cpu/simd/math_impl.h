@@ -1,4 +1,4 @@
-// Loads of every stored type and 2^x over Simd. Included by kernels_*.cc right after one simd_*.h.
+// Loads of every stored type and 2^x over Simd. Included by kernels_*.cc right after one of simd/.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Element-wise kernels and norms over Simd. Included by kernels_*.cc after simd_math_impl.h.
+// Element-wise kernels and norms over Simd. Included by kernels_*.cc after simd/math_impl.h.
 #pragma once
 
 #include <cstdint>

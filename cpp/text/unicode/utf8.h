@@ -5,13 +5,11 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
-namespace mustafar::text {
+namespace mustafar::unicode {
 
 inline constexpr std::string_view kReplacementCharacter = "\xEF\xBF\xBD";  // U+FFFD
-
-// Longest text that is encoded in one call; offsets have 32 bits with room to grow in.
-inline constexpr size_t kMaxTextBytes = size_t{1} << 29;
 
 // One step through text that may be malformed.
 struct Utf8Step {
@@ -22,7 +20,11 @@ struct Utf8Step {
 };
 Utf8Step read_utf8(std::string_view text, size_t pos);  // pos < text.size()
 
-// One step through valid text; moves *pos behind the character.
+// A byte of a character behind its first.
+inline bool is_continuation(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
+
+// One step through valid text; moves *pos (less than text.size()) behind the character. Of
+// malformed text the code point means nothing, but nothing behind its end is read.
 inline char32_t next_code_point(std::string_view text, size_t* pos) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
   const size_t i = *pos;
@@ -31,24 +33,29 @@ inline char32_t next_code_point(std::string_view text, size_t* pos) {
     *pos = i + 1;
     return lead;
   }
-  if (lead < 0xE0) {
+  const size_t left = text.size() - i;
+  if (lead < 0xE0 && left >= 2) {
     *pos = i + 2;
     return (lead & 0x1F) << 6 | (byte(i + 1) & 0x3F);
   }
-  if (lead < 0xF0) {
+  if (lead >= 0xE0 && lead < 0xF0 && left >= 3) {
     *pos = i + 3;
     return (lead & 0x0F) << 12 | (byte(i + 1) & 0x3F) << 6 | (byte(i + 2) & 0x3F);
   }
-  *pos = i + 4;
-  return (lead & 0x07) << 18 | (byte(i + 1) & 0x3F) << 12 | (byte(i + 2) & 0x3F) << 6 |
-         (byte(i + 3) & 0x3F);
+  if (lead >= 0xF0 && left >= 4) {
+    *pos = i + 4;
+    return (lead & 0x07) << 18 | (byte(i + 1) & 0x3F) << 12 | (byte(i + 2) & 0x3F) << 6 |
+           (byte(i + 3) & 0x3F);
+  }
+  *pos = text.size();
+  return 0xFFFD;
 }
 
 // Start of the character that ends before pos; valid text, pos > 0.
 inline size_t previous_boundary(std::string_view text, size_t pos) {
   do {
     pos--;
-  } while (pos > 0 && (static_cast<unsigned char>(text[pos]) & 0xC0) == 0x80);
+  } while (pos > 0 && is_continuation(text[pos]));
   return pos;
 }
 
@@ -56,13 +63,15 @@ void append_utf8(char32_t code_point, std::string* out);
 bool is_ascii(std::string_view text);
 bool is_valid_utf8(std::string_view text);
 
+// Of valid text.
+size_t count_code_points(std::string_view text);
+// Byte offset of every code point, and the length at the end.
+std::vector<size_t> code_point_offsets(std::string_view text);
+
 // Each maximal malformed part becomes one U+FFFD, as in Python's errors="replace".
 std::string replace_invalid_utf8(std::string_view text);
-
-// Unicode's White_Space property.
-bool is_white_space(char32_t code_point);
 
 // A token or name for an error message: quoted, cut after 40 bytes, valid UTF-8.
 std::string in_quotes(std::string_view text);
 
-}  // namespace mustafar::text
+}  // namespace mustafar::unicode

@@ -1,8 +1,9 @@
-#include "text/utf8.h"
+#include "text/unicode/utf8.h"
 
+#include <algorithm>
 #include <cstring>
 
-namespace mustafar::text {
+namespace mustafar::unicode {
 
 Utf8Step read_utf8(std::string_view text, size_t pos) {
   const auto byte = [&](size_t i) { return static_cast<unsigned char>(text[i]); };
@@ -90,6 +91,21 @@ bool is_valid_utf8(std::string_view text) {
   return true;
 }
 
+size_t count_code_points(std::string_view text) {
+  return text.size() -
+         static_cast<size_t>(std::count_if(text.begin(), text.end(), is_continuation));
+}
+
+std::vector<size_t> code_point_offsets(std::string_view text) {
+  std::vector<size_t> offsets;
+  offsets.reserve(text.size() + 1);
+  for (size_t i = 0; i < text.size(); i++) {
+    if (!is_continuation(text[i])) offsets.push_back(i);
+  }
+  offsets.push_back(text.size());
+  return offsets;
+}
+
 std::string replace_invalid_utf8(std::string_view text) {
   std::string out;
   out.reserve(text.size() + 16);
@@ -105,20 +121,14 @@ std::string replace_invalid_utf8(std::string_view text) {
   return out.append(text.substr(copied));
 }
 
-bool is_white_space(char32_t c) {
-  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
-         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
-         c == 0x3000;
-}
-
 std::string in_quotes(std::string_view text) {
   constexpr size_t kLimit = 40;
   const bool cut = text.size() > kLimit;
   std::string_view shown = text.substr(0, kLimit);
-  while (cut && !shown.empty() && (static_cast<unsigned char>(text[shown.size()]) & 0xC0) == 0x80) {
+  while (cut && !shown.empty() && is_continuation(text[shown.size()])) {
     shown.remove_suffix(1);
   }
   return std::string("'").append(replace_invalid_utf8(shown)).append(cut ? "...'" : "'");
 }
 
-}  // namespace mustafar::text
+}  // namespace mustafar::unicode

@@ -1,13 +1,13 @@
-#include "text/unicode_normalize.h"
+#include "text/unicode/normalize.h"
 
 #include <algorithm>
 #include <span>
 #include <vector>
 
-#include "text/unicode_tables.h"
-#include "text/utf8.h"
+#include "text/unicode/tables.h"
+#include "text/unicode/utf8.h"
 
-namespace mustafar::text {
+namespace mustafar::unicode {
 
 namespace {
 
@@ -22,26 +22,19 @@ struct Scalar {
   int32_t combining_class;
 };
 
-const CodePointRange* find_range(std::span<const CodePointRange> table, char32_t c) {
-  const auto it = std::upper_bound(
-      table.begin(), table.end(), c,
-      [](char32_t value, const CodePointRange& range) { return value < range.first; });
-  if (it == table.begin() || c > std::prev(it)->last) return nullptr;
-  return &*std::prev(it);
-}
+constexpr char32_t kFirstCombining = 0x300;
 
 Scalar scalar(char32_t c) {
-  if (c < 0x300) return {c, 0};
-  const CodePointRange* range = find_range(kUnicodeTables.combining_classes, c);
-  return {c, range ? range->value : 0};
+  if (c < kFirstCombining) return {c, 0};
+  const CombiningClassRange* range = find_range(kTokenizerTables.combining_classes, c);
+  return {c, range ? range->combining_class : 0};
 }
 
 bool append_listed(std::span<const Decomposition> table, char32_t c, std::vector<Scalar>* out) {
-  const auto it = std::lower_bound(
-      table.begin(), table.end(), c,
-      [](const Decomposition& entry, char32_t value) { return entry.code_point < value; });
-  if (it == table.end() || it->code_point != c) return false;
-  for (const char32_t part : kUnicodeTables.pool.subspan(it->offset, it->length)) {
+  const Decomposition* entry = find_entry(table, c);
+  if (!entry) return false;
+  const auto pool = kTokenizerTables.decomposition_pool;
+  for (const char32_t part : pool.subspan(entry->offset, entry->length)) {
     out->push_back(scalar(part));
   }
   return true;
@@ -55,8 +48,8 @@ void append_decomposed(char32_t c, bool compatibility, std::vector<Scalar>* out)
     out->push_back({kLeads + index / (kVowelCount * kTailCount), 0});
     out->push_back({kVowels + index / kTailCount % kVowelCount, 0});
     if (index % kTailCount != 0) out->push_back({kTails + index % kTailCount, 0});
-  } else if (!(compatibility && append_listed(kUnicodeTables.compatibility, c, out)) &&
-             !append_listed(kUnicodeTables.canonical, c, out)) {
+  } else if (!(compatibility && append_listed(kTokenizerTables.compatibility, c, out)) &&
+             !append_listed(kTokenizerTables.canonical, c, out)) {
     out->push_back(scalar(c));
   }
 }
@@ -70,7 +63,7 @@ char32_t compose_pair(char32_t first, char32_t second) {
       second > kTails && second - kTails < kTailCount) {
     return first + (second - kTails);
   }
-  const auto table = kUnicodeTables.compositions;
+  const auto table = kTokenizerTables.compositions;
   const auto it = std::lower_bound(table.begin(), table.end(), std::pair(first, second),
                                    [](const Composition& entry, const auto& value) {
                                      return std::pair(entry.first, entry.second) < value;
@@ -117,20 +110,20 @@ void compose(std::vector<Scalar>* scalars) {
 std::span<const CodePointRange> unstable(NormalForm form) {
   switch (form) {
     case NormalForm::kNfc:
-      return kUnicodeTables.unstable_nfc;
+      return kTokenizerTables.unstable_nfc;
     case NormalForm::kNfd:
-      return kUnicodeTables.unstable_nfd;
+      return kTokenizerTables.unstable_nfd;
     case NormalForm::kNfkc:
-      return kUnicodeTables.unstable_nfkc;
+      return kTokenizerTables.unstable_nfkc;
     case NormalForm::kNfkd:
-      return kUnicodeTables.unstable_nfkd;
+      return kTokenizerTables.unstable_nfkd;
   }
   return {};
 }
 
 }  // namespace
 
-std::string normalize_unicode(std::string_view text, NormalForm form) {
+std::string normalize(std::string_view text, NormalForm form) {
   if (is_ascii(text)) return std::string(text);
   const auto table = unstable(form);
   const bool compatibility = form == NormalForm::kNfkc || form == NormalForm::kNfkd;
@@ -169,22 +162,4 @@ std::string normalize_unicode(std::string_view text, NormalForm form) {
   return out.append(text.substr(previous));
 }
 
-std::string lower_case(std::string_view text) {
-  std::string out;
-  out.reserve(text.size());
-  for (size_t pos = 0; pos < text.size();) {
-    const char32_t c = next_code_point(text, &pos);
-    if (c == 0x130) {
-      out += "i\xCC\x87";  // the one character whose lower case is two
-    } else if (const CodePointRange* range = find_range(kUnicodeTables.lower, c)) {
-      append_utf8(c + range->value, &out);
-    } else {
-      append_utf8(c, &out);
-    }
-  }
-  return out;
-}
-
-bool is_word_character(char32_t c) { return find_range(kUnicodeTables.word, c) != nullptr; }
-
-}  // namespace mustafar::text
+}  // namespace mustafar::unicode
