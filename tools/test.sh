@@ -113,11 +113,15 @@ finish() {
   exit 0
 }
 
+# What the quick loop leaves out of ctest, and what of pytest it takes.
+slow_tests='WholeModel|installed_package|CudaSession.SamplingOnTheDevice'
+quick_tests=(tests/python/test_{include_order,types,import,session,state_file,chat,memory,gpu_check}.py)
+
 if [ -n "$quick" ]; then
   build "$release" ON
   source_checks
-  check "ctest $release, not the slow ones" cpp_tests "$release" -LE slow
-  check "pytest, the quick part" pytest_in "build/$release" -m "not slow" QUICK
+  check "ctest $release, not the slow ones" cpp_tests "$release" -LE slow -E "$slow_tests"
+  check "pytest, the quick part" pytest_in "build/$release" "${quick_tests[@]}"
   finish
 fi
 
@@ -134,7 +138,7 @@ check "ctest cpu-debug" cpp_tests cpu-debug
 
 if [ "$release" = cuda-test ]; then
   MUSTAFAR_EXPECT_CUDA=ON check "pytest on the build with CUDA" \
-    pytest_in build/cuda-test tests/python/test_{device,import,session}.py
+    pytest_in build/cuda-test tests/python/test_{device,import,session,threads,batch}.py
 fi
 MUSTAFAR_EXPECT_CUDA=${wheel_cuda/AUTO/} check "pytest" python -m pytest --durations=15
 finish
