@@ -11,12 +11,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from . import _core
+from . import _core, checks
 from ._core import ChatTemplate
 from .stream import ChatStream
-from .types import SamplingParams
+from .types import SamplingParams, TokenLogprob
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -28,7 +29,13 @@ _FINISH_REASONS = {
     "cancelled": "stop",
 }
 
-_RENAMED = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+# What clients send about themselves, or to choose among servers: nothing here depends on it.
+_WITHOUT_EFFECT = frozenset(
+    "model user metadata store service_tier safety_identifier prompt_cache_key"
+    " prompt_cache_retention parallel_tool_calls".split()
+)
+_MOST_CHOICES = 128
+_MOST_TOP_LOGPROBS = 20
 
 
 def native_chat(
@@ -61,6 +68,94 @@ def set_messages(chat: _core.Chat, messages: Sequence[Message]) -> None:
     chat.set_messages_json(json.dumps(list(messages)))
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a request of OpenAI's shape asks for, but for its messages and tools."""
+
+    sampling: SamplingParams
+    n: int
+    logprobs: bool
+    top_logprobs: int
+    with_usage: bool  # of a stream: a last chunk that says it
+    use_tools: bool
+
+    @staticmethod
+    def of(params: SamplingParams | None, fields: Mapping[str, Any]) -> Request:
+        """Reads the fields. None means a field's default.
+
+        Raises TypeError for fields that are not known and values of the wrong kind, ValueError for
+        values that are not served, naming the field.
+        """
+        given = {k: v for k, v in fields.items() if v is not None and k not in _WITHOUT_EFFECT}
+        n = checks.integer("n", given.pop("n", 1), 1, _MOST_CHOICES)
+
+        logprobs = given.pop("logprobs", False)
+        top = checks.integer("top_logprobs", given.pop("top_logprobs", 0), 0, _MOST_TOP_LOGPROBS)
+        if not isinstance(logprobs, bool):  # the number of alternatives, as SamplingParams has it
+            logprobs, top = True, checks.integer("logprobs", logprobs, 0, _MOST_TOP_LOGPROBS)
+        if top > 0 and not logprobs:
+            raise ValueError("top_logprobs needs logprobs=True")
+        if logprobs:
+            given["logprobs"] = max(1, top)
+
+        for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
+            if name in given:
+                given["max_new_tokens"] = checks.integer(name, given.pop(name), 0)
+        _refuse_formats(given.pop("response_format", None))
+        tool_choice = given.pop("tool_choice", "auto")
+        if tool_choice not in ("auto", "none"):
+            raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
+        options = given.pop("stream_options", {})
+        return Request(
+            sampling=SamplingParams.merge(params, given),
+            n=n,
+            logprobs=logprobs,
+            top_logprobs=top,
+            with_usage=bool(options.get("include_usage")),
+            use_tools=tool_choice == "auto",
+        )
+
+
+def _refuse_formats(response_format: Any) -> None:
+    if response_format is None:
+        return
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else response_format
+    if kind != "text":
+        raise ValueError(f'response_format must be {{"type": "text"}}, not {response_format!r}')
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as templates for text expect them.
+
+    Content in parts becomes one text, the parts' texts joined by newlines; the role "developer" is
+    "system" to models that came before it. Raises ValueError for a part that is no text.
+    """
+    plain = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"messages[{i}] must be a dict, not {message!r}")
+        changed = dict(message)
+        if changed.get("role") == "developer":
+            changed["role"] = "system"
+        if isinstance(changed.get("content"), (list, tuple)):
+            changed["content"] = "\n".join(
+                _part_text(part, f"messages[{i}].content[{j}]")
+                for j, part in enumerate(changed["content"])
+            )
+        plain.append(changed)
+    return plain
+
+
+def _part_text(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type") == "text":
+        if isinstance(part.get("text"), str):
+            return str(part["text"])
+        raise TypeError(f"{where}.text must be a text, not {part.get('text')!r}")
+    raise ValueError(f'{where} must be of type "text", not {part!r}')
+
+
 def chat_completion(
     model: _core.Model,
     session: _core.Session,
@@ -73,50 +168,116 @@ def chat_completion(
     sampling: dict[str, Any],
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """See :meth:`Model.chat_completion`."""
-    for theirs, ours in _RENAMED.items():
-        if theirs in sampling:
-            sampling[ours] = sampling.pop(theirs)
-    if sampling.get("stop") is None:
-        sampling.pop("stop", None)
-    native = SamplingParams.merge(params, sampling)._native()
+    request = Request.of(params, sampling)
+    if not request.use_tools:
+        tools = None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
-    set_messages(chat, messages)
-    reply = ChatStream(chat.reply(native))
-    head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": model.folder().name,
-    }
-    if stream:
-        return _chunks(reply, head)
-    result = reply._finish()
-    prompt_tokens = result.stats.prompt_tokens + reply.cached_tokens
-    return {
-        **head,
-        "object": "chat.completion",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.text},
-                "finish_reason": _FINISH_REASONS[result.finish_reason],
-            }
-        ],
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": len(result.token_ids),
-            "total_tokens": prompt_tokens + len(result.token_ids),
-            "prompt_tokens_details": {"cached_tokens": reply.cached_tokens},
-        },
-    }
+    answers = _Answers(model, chat, plain_messages(messages), request)
+    return answers.chunks() if stream else answers.whole()
 
 
-def _chunks(reply: ChatStream, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    def chunk(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return {**head, "object": "chat.completion.chunk", "choices": [choice]}
+class _Answers:
+    """The choices of one request, one after another: the prompt is computed once."""
 
-    with reply:
-        yield chunk({"role": "assistant", "content": ""})
-        for piece in reply:
-            yield chunk({"content": piece})
-        yield chunk({}, _FINISH_REASONS[reply.result.finish_reason])
+    def __init__(
+        self,
+        model: _core.Model,
+        chat: _core.Chat,
+        messages: list[dict[str, Any]],
+        request: Request,
+    ) -> None:
+        self._model, self._chat, self._messages, self._request = model, chat, messages, request
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model.folder().name,
+        }
+        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        self._next = self._begin(0)  # a bad conversation is refused before anything is streamed
+
+    def _begin(self, index: int) -> ChatStream:
+        sampling = self._request.sampling
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
+        set_messages(self._chat, self._messages)
+        return ChatStream(self._chat.reply(sampling._native()))
+
+    def _replies(self) -> Iterator[tuple[int, ChatStream]]:
+        for index in range(self._request.n):
+            reply = self._next if index == 0 else self._begin(index)
+            with reply:
+                yield index, reply
+            self._count(index, reply)
+
+    def _count(self, index: int, reply: ChatStream) -> None:
+        result = reply.result
+        if index == 0:
+            self._cached_tokens = reply.cached_tokens
+            self._prompt_tokens = result.stats.prompt_tokens + reply.cached_tokens
+        self._completion_tokens += len(result.token_ids)
+
+    def _usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
+        }
+
+    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._request.logprobs:
+            return None
+        return {"content": [self._logprob(entry) for entry in entries]}
+
+    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
+        ranked = sorted(entry.top.items(), key=lambda item: -item[1])
+        return {
+            **self._token(entry.token_id, entry.logprob),
+            "top_logprobs": [self._token(*pair) for pair in ranked[: self._request.top_logprobs]],
+        }
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._model.tokenizer().decode([token_id])
+        # A part of a character has no bytes that could be told from its text.
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": logprob, "bytes": data}
+
+    def whole(self) -> dict[str, Any]:
+        choices = []
+        for index, reply in self._replies():
+            result = reply._finish()
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": result.text},
+                    "logprobs": self._logprobs(result.logprobs),
+                    "finish_reason": _FINISH_REASONS[result.finish_reason],
+                }
+            )
+        head = {**self._head, "object": "chat.completion"}
+        return {**head, "choices": choices, "usage": self._usage()}
+
+    def chunks(self) -> Iterator[dict[str, Any]]:
+        head = {**self._head, "object": "chat.completion.chunk"}
+
+        def chunk(
+            index: int,
+            delta: dict[str, Any],
+            reason: str | None = None,
+            logprobs: dict[str, Any] | None = None,
+        ) -> dict[str, Any]:
+            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+            return {**head, "choices": [choice]}
+
+        for index, reply in self._replies():
+            said = 0  # entries of the log-probabilities
+            yield chunk(index, {"role": "assistant", "content": ""})
+            for piece in reply:
+                entries = reply.result.logprobs if self._request.logprobs else []
+                yield chunk(index, {"content": piece}, logprobs=self._logprobs(entries[said:]))
+                said = len(entries)
+            result = reply.result
+            last = self._logprobs(result.logprobs[said:])
+            yield chunk(index, {}, _FINISH_REASONS[result.finish_reason], last)
+        if self._request.with_usage:
+            yield {**head, "choices": [], "usage": self._usage()}

@@ -167,18 +167,30 @@ class Model(Closing):
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """The assistant's reply to a conversation, in the shape of OpenAI's API.
 
+        ``model.chat_completion(**body)`` takes a request's body as clients send it: None means a
+        field's default, fields that only describe the client (``user``, ``metadata``) have no
+        effect, and what is not served is refused by name.
+
         Args:
-            messages: Dicts with role and content.
+            messages: Dicts with role and content, a text or a list of text parts.
             stream: Give an iterator of chunks instead; closing it ends the work.
-            tools: Tool definitions, passed to the chat template.
+                ``stream_options={"include_usage": True}`` adds a last one with the usage.
+            tools: Tool definitions, passed to the chat template unless ``tool_choice="none"``.
             chat_template: Instead of the folder's, as :class:`Chat` takes it.
             kv: How the cache is kept.
             session: A session whose cache is used as far as it agrees; a new one otherwise.
-            params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top,
-                and ``max_tokens`` for ``max_new_tokens``.
+            params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top, and
+                OpenAI's ``max_tokens`` or ``max_completion_tokens`` for ``max_new_tokens``, ``n``
+                for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
+                ``top_logprobs``.
 
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
+
+        Raises:
+            TypeError: A field that is not known, or a value of the wrong kind; named.
+            ValueError: A value that is not served, such as a ``response_format`` but text; named.
+            TemplateError: A conversation that the template refuses.
         """
         if session is None:
             native = _core.Session(self._core, (kv or KVConfig())._native(), None)

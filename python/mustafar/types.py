@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core
+from . import _core, checks
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "f32", "f16", "bf16"]
@@ -107,6 +107,9 @@ def kv_presets() -> dict[Preset, str]:
 class SamplingParams:
     """How the next token is chosen.
 
+    None in a field means its default; a value of the wrong kind is refused when the object is made,
+    with a TypeError or ValueError that names the field. numpy's scalars and arrays are taken.
+
     Attributes:
         max_new_tokens: Tokens to make at most.
         min_new_tokens: End-of-sequence ids are held back before.
@@ -119,8 +122,8 @@ class SamplingParams:
         frequency_penalty: Subtracted per occurrence among generated tokens.
         penalty_window: Newest tokens that ``repetition_penalty`` looks at; -1: all.
         logit_bias: Token id to a number added to its logit.
-        seed: Same seed and logits give the same tokens on any machine; None: drawn.
-        stop: Texts that end the output and are not part of it.
+        seed: Same seed and logits give the same tokens on any machine; None or -1: drawn.
+        stop: Texts that end the output and are not part of it, or one text.
         stop_token_ids: Ids that end it, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence ids.
         logprobs: How many alternatives to report for every token; 0: no log-probabilities.
@@ -140,30 +143,64 @@ class SamplingParams:
     penalty_window: int = 64
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int = 0
     logits_processor: LogitsProcessor | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, _checked(field.name, value, field.default))
+
     def _native(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["stop"] = [self.stop] if isinstance(self.stop, str) else list(self.stop)
-        values["stop_token_ids"] = [int(token) for token in self.stop_token_ids]
-        bias = self.logit_bias
-        values["logit_bias"] = None if bias is None else {int(k): float(v) for k, v in bias.items()}
-        return values
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @staticmethod
     def merge(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
-        """Params with keyword arguments on top; unknown names raise TypeError."""
+        """Params with keyword arguments on top, but for None; unknown names raise TypeError."""
         known = {f.name for f in fields(SamplingParams)}
         for name in overrides:
             if name not in known:
                 raise TypeError(
                     f"unknown sampling parameter {name!r}; known are {', '.join(sorted(known))}"
                 )
-        return replace(params if params is not None else SamplingParams(), **overrides)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return replace(params if params is not None else SamplingParams(), **given)
+
+
+def _checked(name: str, value: Any, default: Any) -> Any:
+    """A field of :class:`SamplingParams` as the native code takes it."""
+    if value is None:
+        return default
+    if name == "seed":
+        return None if value == -1 else checks.integer(name, value, 0, 2**64 - 1)
+    if name == "stop":
+        return checks.texts(name, value)
+    if name == "stop_token_ids":
+        return tuple(checks.integer(name, token) for token in _items(name, value))
+    if name == "logit_bias":
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must map token ids to numbers, not {value!r}")
+        ids = (int(k) if isinstance(k, str) and k.isdigit() else k for k in value)  # JSON's keys
+        return {
+            checks.integer(name, k): checks.number(name, v)
+            for k, v in zip(ids, value.values(), strict=True)
+        }
+    if name == "logits_processor":
+        if not callable(value):
+            raise TypeError(f"{name} must be callable, not {value!r}")
+        return value
+    if isinstance(default, bool):
+        return checks.flag(name, value)
+    return (checks.integer if isinstance(default, int) else checks.number)(name, value)
+
+
+def _items(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name} must be a sequence, not {value!r}")
+    return list(value)
 
 
 @dataclass(frozen=True)
