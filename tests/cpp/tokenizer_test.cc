@@ -583,6 +583,18 @@ TEST(PatternTest, TranslatesRubySyntax) {
   EXPECT_EQ(split("{", "a{b"), "a[{]b");
 }
 
+TEST(UnicodeTest, AStepEndsWhereTruncatedTextDoes) {
+  for (const std::string_view character : {"é", "€", "😀"}) {
+    for (size_t length = 1; length <= character.size(); length++) {
+      const std::vector<char> text(character.begin(), character.begin() + length);
+      size_t pos = 0;
+      const char32_t c = unicode::next_code_point({text.data(), text.size()}, &pos);
+      EXPECT_EQ(pos, length);
+      EXPECT_EQ(c == 0xFFFD, length < character.size());
+    }
+  }
+}
+
 TEST(UnicodeTest, NormalForms) {
   using unicode::NormalForm;
   const auto nfc = [](std::string_view s) { return unicode::normalize(s, NormalForm::kNfc); };
