@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(kMoveThreads) move_rest_kernel(CompressArgs ar
   const int64_t row_bytes = args.layout.k.head_dim * (args.tail_dtype == DType::kF32 ? 4 : 2);
   const SequenceView& s = step.sequence;
   const DenseRun run = dense_run(s, step.dense_tokens, layer, kind, heads, head, row_bytes);
-  uint8_t* out = step.dense_out + dense_offset(s, layer, kind, heads, head, row_bytes);
+  const int32_t capacity = step.dense_out_capacity > 0 ? step.dense_out_capacity : s.dense_capacity;
+  uint8_t* out = step.dense_out + dense_offset(capacity, layer, kind, heads, head, row_bytes);
   const int64_t total = int64_t{step.dense_tokens} + step.fresh_tokens;
   const int64_t sinks = s.n_sinks < total ? s.n_sinks : total;
   const int64_t from = sinks + int64_t{step.n_new_blocks} * kBlockTokens;

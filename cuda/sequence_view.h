@@ -37,7 +37,8 @@ struct SequenceView {
 struct CommitView {
   SequenceView sequence;
   uint8_t* const* new_pages = nullptr;  // [n_new_blocks]
-  uint8_t* dense_out = nullptr;
+  uint8_t* dense_out = nullptr;         // as SequenceView::dense, of dense_out_capacity
+  int32_t dense_out_capacity = 0;       // tokens; 0: as many as the sequence's dense buffer holds
   int32_t dense_tokens = 0, fresh_tokens = 0, n_new_blocks = 0, end_pos = 0;
   int32_t k_policy = 0, v_policy = 0;  // PrunePolicy
 };
@@ -54,11 +55,18 @@ struct DenseRun {
   }
 };
 
-// Bytes to a layer's and head's keys (kind 0) or values (kind 1) in a dense buffer.
+// Bytes to a layer's and head's keys (kind 0) or values (kind 1) in a dense buffer of `capacity`
+// tokens.
+MUSTAFAR_HOST_DEVICE inline int64_t dense_offset(int32_t capacity, int32_t layer, int32_t kind,
+                                                 int32_t n_kv_heads, int32_t head,
+                                                 int64_t row_bytes) {
+  return ((int64_t{layer} * 2 + kind) * n_kv_heads + head) * capacity * row_bytes;
+}
+
 MUSTAFAR_HOST_DEVICE inline int64_t dense_offset(const SequenceView& s, int32_t layer, int32_t kind,
                                                  int32_t n_kv_heads, int32_t head,
                                                  int64_t row_bytes) {
-  return ((int64_t{layer} * 2 + kind) * n_kv_heads + head) * s.dense_capacity * row_bytes;
+  return dense_offset(s.dense_capacity, layer, kind, n_kv_heads, head, row_bytes);
 }
 
 MUSTAFAR_HOST_DEVICE inline DenseRun dense_run(const SequenceView& s, int32_t dense_tokens,

@@ -41,6 +41,7 @@ inline CommitView view_of(const CommitStep& step) {
   view.sequence = view_of(*step.sequence);
   view.new_pages = step.new_pages;
   view.dense_out = static_cast<uint8_t*>(step.dense_out);
+  view.dense_out_capacity = step.dense_out_capacity;
   view.dense_tokens = step.dense_tokens;
   view.fresh_tokens = step.fresh_tokens;
   view.n_new_blocks = step.n_new_blocks;

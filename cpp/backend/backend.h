@@ -116,15 +116,17 @@ struct Batch {
 // Moves blocks that left the window into the store: of the logical run dense[0, dense_tokens) ++
 // fresh[0, fresh_tokens) the tokens from n_sinks on are compressed into new_pages, 64 each; what
 // remains (sinks, then the rest) goes to dense_out, which may be the sequence's own dense buffer.
+// With no new block and no fresh token it moves the dense tokens to another buffer.
 struct CommitStep {
   const SequenceStep* sequence = nullptr;
   int32_t dense_tokens = 0;             // valid now: decode's new row included
   int32_t fresh_tokens = 0;             // 0 in decode
   uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
   int32_t n_new_blocks = 0;
-  int32_t end_pos = 0;  // tokens cached once the call is over
-  void* dense_out = nullptr;
-  int32_t k_policy = 0;  // PrunePolicy
+  int32_t end_pos = 0;             // tokens cached once the call is over
+  void* dense_out = nullptr;       // as SequenceStep::dense, of dense_out_capacity
+  int32_t dense_out_capacity = 0;  // tokens; 0: as many as the sequence's dense buffer holds
+  int32_t k_policy = 0;            // PrunePolicy
   int32_t v_policy = 0;
 };
 

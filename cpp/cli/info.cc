@@ -61,7 +61,7 @@ Json cache_json(const Model& model, const Setting& setting) {
           {"config", to_json(setting.config)},
           {"bytes_per_token", bytes},
           {"of_dense", bytes / dense},
-          {"dense_part_bytes", spec.dense_bytes}};
+          {"dense_part_bytes", spec.dense_bytes(spec.most_dense_tokens)}};
 }
 
 Json tokenizer_json(const Model& model) {

@@ -7,7 +7,8 @@ namespace mustafar::cli {
 using Json = nlohmann::ordered_json;
 
 Json to_json(const MemoryUsage& memory) {
-  return {{"allocated", memory.allocated},
+  return {{"used", memory.used},
+          {"allocated", memory.allocated},
           {"dense_equivalent", memory.dense_equivalent},
           {"masks", memory.masks},
           {"values", memory.values},
@@ -74,7 +75,7 @@ std::string summary(const GenerateStats& stats, const MemoryUsage& memory) {
   };
   std::string line = phase("prompt", stats.prompt_tokens, stats.prefill_seconds) + " | " +
                      phase("generated", stats.generated_tokens, stats.decode_seconds) + " | KV " +
-                     format_bytes(static_cast<double>(memory.allocated)) + ", dense " +
+                     format_bytes(static_cast<double>(memory.used)) + ", dense " +
                      format_bytes(static_cast<double>(memory.dense_equivalent));
   if (memory.compressed_tokens == 0) return line + ", nothing compressed yet";
   return line + ", sparsity K " + format_number(memory.k_sparsity, 3) + " V " +

@@ -1,10 +1,14 @@
 #include "kv/sequence_cache.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace mustafar {
 namespace {
+
+// What the smallest dense buffer has room for. Few tokens of a large model are a megabyte already.
+constexpr int64_t kFewestDenseTokens = 16;
 
 DType dtype_of(ValueType type, DType tail) {
   switch (type) {
@@ -64,16 +68,27 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   const SlotLayout v =
       slot_layout(model.head_dim, false, v_sparsity, config, config.v_policy, dtype);
   spec.layout = make_store_layout(model.n_layers, model.n_kv_heads, k, v);
-  spec.dense_capacity = config.sink_tokens + config.window + kBlockTokens;
+  spec.most_dense_tokens = config.sink_tokens + config.window + kBlockTokens;
   if ((k_sparsity > 0 && needs_queries(config.k_policy)) ||
       (v_sparsity > 0 && needs_queries(config.v_policy))) {
     // Without a window there is still a query to rank by: that of the newest token.
     spec.query_window = std::max(config.window, 1);
   }
-  spec.dense_bytes = spec.n_layers * spec.fresh_bytes(spec.dense_capacity);
   spec.query_bytes =
       int64_t{4} * spec.n_layers * spec.n_kv_heads * spec.query_window * spec.head_dim;
   return spec;
+}
+
+int32_t CacheSpec::dense_capacity(int64_t n) const {
+  // 16, 24, 32, 48, 64, 96 and so on: powers of two and the middle between each and the next.
+  int64_t capacity = kFewestDenseTokens;
+  for (int64_t power = kFewestDenseTokens; capacity < n; power *= 2) {
+    capacity = n <= power + power / 2 ? power + power / 2 : 2 * power;
+  }
+  // Where little is left to grow, it is taken at once. So a buffer has its full size before a block
+  // is due, and no call both grows it and compresses from it.
+  if (capacity + capacity / 4 > most_dense_tokens) return most_dense_tokens;
+  return static_cast<int32_t>(capacity);
 }
 
 SequenceCache::SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool,
@@ -82,13 +97,17 @@ SequenceCache::SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool,
     : backend_(&backend),
       pool_(std::move(pool)),
       budget_(std::move(budget)),
-      spec_(std::move(spec)) {
-  dense_ = KVMemory(backend, budget_, spec_->dense_bytes);
-  if (spec_->query_bytes > 0) {
-    query_magnitude_ = KVMemory(backend, budget_, spec_->query_bytes);
-    const std::vector<uint8_t> zeros(spec_->query_bytes);
-    backend.upload(query_magnitude_.data(), zeros.data(), spec_->query_bytes);
-  }
+      spec_(std::move(spec)) {}
+
+DenseBuffer SequenceCache::new_dense(int32_t capacity) const {
+  return {KVMemory(*backend_, budget_, spec_->dense_bytes(capacity)), capacity};
+}
+
+KVMemory SequenceCache::new_query_magnitude() const {
+  KVMemory memory(*backend_, budget_, spec_->query_bytes);
+  const std::vector<uint8_t> zeros(spec_->query_bytes);
+  backend_->upload(memory.data(), zeros.data(), spec_->query_bytes);
+  return memory;
 }
 
 SequenceCache SequenceCache::fork() const {
@@ -96,8 +115,12 @@ SequenceCache SequenceCache::fork() const {
   other.pages_ = pages_;
   other.length_ = length_;
   other.refresh_page_table();
-  backend_->copy(other.dense_.data(), dense_.data(), spec_->dense_bytes);
-  if (spec_->query_bytes > 0) {
+  if (dense_.capacity > 0) {
+    other.dense_ = new_dense(dense_.capacity);
+    backend_->copy(other.dense_.memory.data(), dense_.memory.data(), dense_.memory.bytes());
+  }
+  if (query_magnitude_.data() != nullptr) {
+    other.query_magnitude_ = KVMemory(*backend_, budget_, spec_->query_bytes);
     backend_->copy(other.query_magnitude_.data(), query_magnitude_.data(), spec_->query_bytes);
   }
   return other;
@@ -110,7 +133,10 @@ SequenceCache SequenceCache::cut_store(int64_t length) const {
   other.refresh_page_table();
   // Sinks lead the dense buffer; whatever follows them is overwritten by what is recomputed.
   const int64_t sinks = std::min<int64_t>(spec_->config.sink_tokens, length);
-  if (sinks > 0) backend_->copy(other.dense_.data(), dense_.data(), spec_->dense_bytes);
+  if (sinks > 0) {
+    other.dense_ = new_dense(dense_.capacity);
+    backend_->copy(other.dense_.memory.data(), dense_.memory.data(), dense_.memory.bytes());
+  }
   other.length_ = stored + sinks;
   return other;
 }
@@ -121,13 +147,23 @@ PendingAppend SequenceCache::prepare(int64_t n, bool in_place) {
   PendingAppend pending;
   pending.n_tokens = n;
   const int64_t new_blocks = (spec_->compressed(length_ + n) - compressed()) / kBlockTokens;
-  // The dense buffer first: it is the smaller, and what a refused page leaves is dropped with it.
-  if (!in_place || new_blocks > 0) {
-    pending.dense = KVMemory(*backend_, budget_, spec_->dense_bytes);
+  const int64_t now = dense_tokens();
+  // The dense buffers first: they are the smaller, and what a refused page leaves is dropped with
+  // them. None is smaller than the one before it: what a sequence came to need it will need again.
+  if (in_place && now + n > dense_.capacity) {
+    pending.grown = new_dense(spec_->dense_capacity(now + n));
   }
-  if (!in_place && spec_->query_bytes > 0) {
-    pending.query_magnitude = KVMemory(*backend_, budget_, spec_->query_bytes);
-    backend_->copy(pending.query_magnitude.data(), query_magnitude_.data(), spec_->query_bytes);
+  if (!in_place || new_blocks > 0) {
+    const int32_t after = spec_->dense_capacity(now + n - new_blocks * kBlockTokens);
+    pending.dense = new_dense(std::max({after, dense_.capacity, pending.grown.capacity}));
+  }
+  if (spec_->query_bytes > 0) {
+    if (query_magnitude_.data() == nullptr) {
+      pending.query_magnitude = new_query_magnitude();
+    } else if (!in_place) {
+      pending.query_magnitude = KVMemory(*backend_, budget_, spec_->query_bytes);
+      backend_->copy(pending.query_magnitude.data(), query_magnitude_.data(), spec_->query_bytes);
+    }
   }
   if (new_blocks > 0) {
     pending.new_pages = pool_->allocate(new_blocks);
@@ -137,6 +173,18 @@ PendingAppend SequenceCache::prepare(int64_t n, bool in_place) {
     page_addresses_.reserve(pages_.size() + new_blocks);
   }
   return pending;
+}
+
+void SequenceCache::copy_to_grown(const PendingAppend& pending, Workspace& workspace) const {
+  if (pending.grown.capacity == 0 || dense_tokens() == 0) return;
+  const SequenceStep step = view_of(dense_);
+  CommitStep move;
+  move.sequence = &step;
+  move.dense_tokens = step.dense_tokens;
+  move.end_pos = static_cast<int32_t>(length_);
+  move.dense_out = pending.grown.memory.data();
+  move.dense_out_capacity = pending.grown.capacity;
+  backend_->commit({&move, 1}, 0, spec_->n_layers, workspace);
 }
 
 // The new pages' addresses follow the old ones', where nothing looks for them until apply().
@@ -155,25 +203,33 @@ void SequenceCache::prepare_page_table(PendingAppend& pending) const {
                    new_bytes);
 }
 
-SequenceStep SequenceCache::view(const PendingAppend& pending) const {
+SequenceStep SequenceCache::view_of(const DenseBuffer& dense) const {
   SequenceStep step;
-  step.n_rows = static_cast<int32_t>(pending.n_tokens);
   step.pos0 = static_cast<int32_t>(length_);
   step.layout = &spec_->layout;
   step.pages = page_table_.data() != nullptr
                    ? static_cast<const uint8_t* const*>(page_table_.data())
                    : page_addresses_.data();
   step.n_blocks = static_cast<int32_t>(pages_.size());
-  step.dense = dense_.data();
-  step.dense_capacity = spec_->dense_capacity;
-  step.dense_tokens = static_cast<int32_t>(length_ - compressed());
+  step.dense = dense.memory.data();
+  step.dense_capacity = dense.capacity;
+  step.dense_tokens = static_cast<int32_t>(dense_tokens());
   step.n_sinks = spec_->config.sink_tokens;
   step.transform = spec_->transform.get();
   step.codes = spec_->codes.get();
-  step.query_magnitude =
-      static_cast<float*>(pending.query_magnitude.data() != nullptr ? pending.query_magnitude.data()
-                                                                    : query_magnitude_.data());
+  step.query_magnitude = static_cast<float*>(query_magnitude_.data());
   step.query_window = spec_->query_window;
+  return step;
+}
+
+SequenceStep SequenceCache::view(const PendingAppend& pending) const {
+  // A first prefill has no dense tokens to attend to, so any buffer will do: the one it will fill.
+  const DenseBuffer& before = dense_.capacity > 0 ? dense_ : pending.dense;
+  SequenceStep step = view_of(pending.grown.capacity > 0 ? pending.grown : before);
+  step.n_rows = static_cast<int32_t>(pending.n_tokens);
+  if (pending.query_magnitude.data() != nullptr) {
+    step.query_magnitude = static_cast<float*>(pending.query_magnitude.data());
+  }
   return step;
 }
 
@@ -191,7 +247,8 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
   }
   commit.n_new_blocks = static_cast<int32_t>(pending.new_pages.size());
   commit.end_pos = static_cast<int32_t>(length_) + n;
-  commit.dense_out = pending.dense.data();
+  commit.dense_out = pending.dense.memory.data();
+  commit.dense_out_capacity = pending.dense.capacity;
   commit.k_policy = static_cast<int32_t>(spec_->config.k_policy);
   commit.v_policy = static_cast<int32_t>(spec_->config.v_policy);
   return commit;
@@ -203,17 +260,68 @@ void SequenceCache::apply(PendingAppend&& pending) noexcept {
     pages_.push_back(std::move(page));
   }
   if (pending.page_table.data() != nullptr) page_table_ = std::move(pending.page_table);
-  if (pending.dense.data() != nullptr) dense_ = std::move(pending.dense);
+  if (pending.dense.capacity > 0) {
+    dense_ = std::move(pending.dense);
+  } else if (pending.grown.capacity > 0) {
+    dense_ = std::move(pending.grown);
+  }
   if (pending.query_magnitude.data() != nullptr) {
     query_magnitude_ = std::move(pending.query_magnitude);
   }
   length_ += pending.n_tokens;
 }
 
-void SequenceCache::restore(std::vector<PageRef> pages, int64_t length) {
+namespace {
+
+// Rows of n tokens from buffers of one capacity to those of another: [n_planes][capacity][row].
+void copy_planes(const uint8_t* from, int64_t from_capacity, uint8_t* to, int64_t to_capacity,
+                 int64_t n_planes, int64_t n, int64_t row_bytes) {
+  for (int64_t plane = 0; plane < n_planes; plane++) {
+    std::memcpy(to + plane * to_capacity * row_bytes, from + plane * from_capacity * row_bytes,
+                n * row_bytes);
+  }
+}
+
+}  // namespace
+
+std::vector<uint8_t> SequenceCache::download_dense() const {
+  const CacheSpec& spec = *spec_;
+  std::vector<uint8_t> out(spec.dense_bytes(spec.most_dense_tokens));
+  if (dense_tokens() == 0) return out;
+  std::vector<uint8_t> held(dense_.memory.bytes());
+  backend_->download(held.data(), dense_.memory.data(), dense_.memory.bytes());
+  copy_planes(held.data(), dense_.capacity, out.data(), spec.most_dense_tokens,
+              int64_t{2} * spec.n_layers * spec.n_kv_heads, dense_tokens(),
+              dtype_bytes(spec.tail_dtype, spec.head_dim));
+  return out;
+}
+
+std::vector<uint8_t> SequenceCache::download_query_magnitude() const {
+  std::vector<uint8_t> out(spec_->query_bytes);
+  if (query_magnitude_.data() != nullptr) {
+    backend_->download(out.data(), query_magnitude_.data(), spec_->query_bytes);
+  }
+  return out;
+}
+
+void SequenceCache::restore(std::vector<PageRef> pages, int64_t length, const uint8_t* dense,
+                            const uint8_t* query_magnitude) {
+  const CacheSpec& spec = *spec_;
   pages_ = std::move(pages);
   length_ = length;
   refresh_page_table();
+  if (dense_tokens() > 0) {
+    dense_ = new_dense(spec.dense_capacity(dense_tokens()));
+    std::vector<uint8_t> held(dense_.memory.bytes());
+    copy_planes(dense, spec.most_dense_tokens, held.data(), dense_.capacity,
+                int64_t{2} * spec.n_layers * spec.n_kv_heads, dense_tokens(),
+                dtype_bytes(spec.tail_dtype, spec.head_dim));
+    backend_->upload(dense_.memory.data(), held.data(), dense_.memory.bytes());
+  }
+  if (spec.query_bytes > 0 && length > 0) {
+    query_magnitude_ = KVMemory(*backend_, budget_, spec.query_bytes);
+    backend_->upload(query_magnitude_.data(), query_magnitude, spec.query_bytes);
+  }
 }
 
 void SequenceCache::refresh_page_table() {
@@ -230,7 +338,8 @@ int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t 
     return spec.compressed(tokens) / kBlockTokens * spec.layout.page_bytes;
   };
   // Two dense buffers exist while a call replaces one by the other.
-  return 2 * (spec.dense_bytes + spec.query_bytes) +
+  const int64_t dense = spec.dense_capacity(std::min<int64_t>(n, spec.most_dense_tokens));
+  return 2 * (spec.dense_bytes(dense) + spec.query_bytes) +
          std::max(pages(n), pages(prompt) + spec.fresh_bytes(prompt));
 }
 
@@ -248,13 +357,14 @@ MemoryUsage SequenceCache::memory() const {
     usage.scales += slots * scales;
     usage.padding += slots * (slot->slot_bytes - masks - scales - values);
   }
-  usage.tail = dense_.bytes();
+  usage.tail = dense_.memory.bytes();
   usage.policy = query_magnitude_.bytes();
   usage.padding += page_table_.bytes();
   usage.allocated =
       usage.masks + usage.values + usage.scales + usage.padding + usage.tail + usage.policy;
+  usage.used = usage.allocated - usage.tail + spec.dense_bytes(dense_tokens());
   usage.compressed_tokens = compressed();
-  usage.dense_tokens = length_ - compressed();
+  usage.dense_tokens = dense_tokens();
   usage.dense_equivalent =
       int64_t{2} * 2 * length_ * spec.n_layers * spec.n_kv_heads * spec.head_dim;
   usage.k_sparsity = 1.0 - static_cast<double>(spec.layout.k.row_keep) / spec.head_dim;

@@ -1,6 +1,7 @@
 // One sequence's keys and values: sinks and tail dense, everything older in compressed pages.
 // The schedule is that of the format: with n tokens cached, the compressed_tokens(n, sinks, window)
-// tokens after the sinks are in pages, 64 to a page; the rest is in the dense buffer.
+// tokens after the sinks are in pages, 64 to a page; the rest is in the dense buffer. That buffer
+// grows with what is in it, so that a short sequence holds little and an empty one nothing.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +24,9 @@ struct CacheSpec {
   int32_t n_layers = 0;
   int32_t n_kv_heads = 0;
   int32_t head_dim = 0;
-  int32_t dense_capacity = 0;  // tokens: sinks + window + 64
-  int32_t query_window = 0;    // queries whose magnitude is kept; 0 where no policy asks
-  int64_t dense_bytes = 0;     // of the dense buffer
-  int64_t query_bytes = 0;     // of the query magnitudes
+  int32_t most_dense_tokens = 0;  // that are dense at any time: sinks + window + 64
+  int32_t query_window = 0;       // queries whose magnitude is kept; 0 where no policy asks
+  int64_t query_bytes = 0;        // of the query magnitudes
   std::shared_ptr<const KVTransform> transform;  // device pointers, or null
   std::shared_ptr<const CodeTables> codes;       // device pointers, where rows are coded
 
@@ -37,11 +37,23 @@ struct CacheSpec {
   int64_t fresh_bytes(int64_t n) const {
     return 2 * n_kv_heads * n * dtype_bytes(tail_dtype, head_dim);
   }
+  // Bytes of n dense tokens in all layers.
+  int64_t dense_bytes(int64_t n) const { return n_layers * fresh_bytes(n); }
+  // Tokens that a dense buffer for n of them (at most most_dense_tokens) is made for: in steps of
+  // about half as many again, so that a sequence that grows token by token copies each row only a
+  // few times.
+  int32_t dense_capacity(int64_t n) const;
 };
 
 // Layouts of a model's cache under a configuration that has been validated, with no transform yet.
 // Throws std::invalid_argument where a combination is refused, naming the fields.
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
+
+// Sinks and tail: [n_layers][2 (K, V)][n_kv_heads][capacity][head_dim], tail dtype.
+struct DenseBuffer {
+  KVMemory memory;
+  int32_t capacity = 0;  // tokens
+};
 
 // What a call will change, prepared before it starts so that nothing can fail for want of memory
 // once it runs, and dropped if it fails.
@@ -50,8 +62,9 @@ struct PendingAppend {
   std::vector<PageRef> new_pages;
   std::vector<uint8_t*> new_page_addresses;
   KVMemory page_table;       // what the cache's becomes; empty where that has room, or has none
-  KVMemory dense;            // what the dense buffer becomes; empty when it is appended to in place
-  KVMemory query_magnitude;  // likewise
+  DenseBuffer grown;         // for a call in place that finds the dense buffer full: a larger one
+  DenseBuffer dense;         // where the commit writes what stays dense; empty where there is none
+  KVMemory query_magnitude;  // what the query magnitudes become; empty where they stay
 };
 
 class SequenceCache {
@@ -76,6 +89,8 @@ class SequenceCache {
   // Everything that appending n tokens needs. in_place: the call writes its rows into the dense
   // buffer (decode), so that without a commit nothing is copied. Throws OutOfMemory, unchanged.
   PendingAppend prepare(int64_t n, bool in_place);
+  // Before a call in place: copies the dense tokens to the larger buffer, where there is one.
+  void copy_to_grown(const PendingAppend& pending, Workspace& workspace) const;
   // Keys and values of one layer of a call of n tokens (SequenceStep::fresh), within the budget.
   KVMemory fresh(int64_t n) const { return KVMemory(*backend_, budget_, spec_->fresh_bytes(n)); }
   // The parts of a call's views that depend on the cache alone.
@@ -87,14 +102,22 @@ class SequenceCache {
   static int64_t bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n);
   MemoryUsage memory() const;
 
-  // For state files.
+  // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens
+  // as in a DenseBuffer of capacity most_dense_tokens, zeros where there is none; and the query
+  // magnitudes, query_bytes of them. Host memory.
   const std::vector<PageRef>& pages() const { return pages_; }
-  void* dense() const { return dense_.data(); }
-  void* query_magnitude() const { return query_magnitude_.data(); }
-  // Takes over contents read from a file: pages, dense buffer and magnitudes already filled.
-  void restore(std::vector<PageRef> pages, int64_t length);
+  std::vector<uint8_t> download_dense() const;
+  std::vector<uint8_t> download_query_magnitude() const;
+  // Makes an empty cache one of `length` tokens: pages already filled, dense tokens and query
+  // magnitudes as above. Throws OutOfMemory.
+  void restore(std::vector<PageRef> pages, int64_t length, const uint8_t* dense,
+               const uint8_t* query_magnitude);
 
  private:
+  int64_t dense_tokens() const { return length_ - compressed(); }
+  DenseBuffer new_dense(int32_t capacity) const;
+  KVMemory new_query_magnitude() const;  // zeros
+  SequenceStep view_of(const DenseBuffer& dense) const;
   void refresh_page_table();
   void prepare_page_table(PendingAppend& pending) const;
 
@@ -104,9 +127,9 @@ class SequenceCache {
   std::shared_ptr<const CacheSpec> spec_;
   std::vector<PageRef> pages_;
   std::vector<const uint8_t*> page_addresses_;  // host
-  KVMemory page_table_;  // the same on the device, where it needs its own; with room for more
-  KVMemory dense_;
-  KVMemory query_magnitude_;
+  KVMemory page_table_;       // the same on the device, where it needs its own; with room for more
+  DenseBuffer dense_;         // none while no token is dense
+  KVMemory query_magnitude_;  // none until the first token
   int64_t length_ = 0;
 };
 

@@ -56,6 +56,7 @@ void Llama::run_decode(std::span<SequenceCache* const> caches, std::span<const i
   float* x = buffers.x(int64_t{n} * config_.hidden_size);
   const void* const used[] = {&weights_, x, rows, buffers.q(n * width),
                               buffers.attention(n * width)};
+  for (int32_t i = 0; i < n; i++) caches[i]->copy_to_grown(pending[i], buffers.workspace());
   backend_.decode_step(batch, tokens, used, buffers.workspace(), [&] {
     backend_.embed(weights_, tokens, x);
     for (int32_t layer = 0; layer < config_.n_layers; layer++) run_layer(layer, batch, x, buffers);

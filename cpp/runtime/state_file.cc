@@ -5,7 +5,7 @@
 //     sections in the header's order, each zero-padded to a multiple of 64 bytes, hashed likewise:
 //       tokens   int32 [n_tokens]
 //       logits   f32 [vocab], absent after a rewind
-//       dense    sinks and tail as in memory (SequenceStep::dense)
+//       dense    sinks and tail, SequenceCache::download_dense()
 //       queries  query magnitudes, where a policy keeps them
 //       pages    the compressed blocks, oldest first
 //
@@ -136,7 +136,9 @@ KVConfig kv_from(const nlohmann::json& json) {
   return kv;
 }
 
-std::vector<Section> sections_of(const Session::Impl& session) {
+// dense, queries: the cache's, of the same names.
+std::vector<Section> sections_of(const Session::Impl& session, const std::vector<uint8_t>& dense,
+                                 const std::vector<uint8_t>& queries) {
   const CacheSpec& spec = *session.spec;
   const SequenceCache& cache = *session.cache;
   std::vector<Section> sections;
@@ -148,9 +150,10 @@ std::vector<Section> sections_of(const Session::Impl& session) {
                         {session.logits.data()},
                         false});
   }
-  sections.push_back({"dense", spec.dense_bytes, {cache.dense()}, true});
-  if (spec.query_bytes > 0)
-    sections.push_back({"queries", spec.query_bytes, {cache.query_magnitude()}, true});
+  sections.push_back({"dense", static_cast<int64_t>(dense.size()), {dense.data()}, false});
+  if (!queries.empty()) {
+    sections.push_back({"queries", static_cast<int64_t>(queries.size()), {queries.data()}, false});
+  }
   Section pages{"pages", spec.layout.page_bytes, {}, true};
   for (const PageRef& page : cache.pages()) pages.pieces.push_back(page.data());
   sections.push_back(std::move(pages));
@@ -271,7 +274,9 @@ void Session::save(const std::filesystem::path& path) const {
   Impl::Use use(*impl_);
   Impl& session = *impl_;
   session.fetch_logits();
-  const std::vector<Section> sections = sections_of(session);
+  const std::vector<uint8_t> dense = session.cache->download_dense();
+  const std::vector<uint8_t> queries = session.cache->download_query_magnitude();
+  const std::vector<Section> sections = sections_of(session, dense, queries);
   SectionReader reader(*session.engine->backend);
 
   nlohmann::ordered_json header = empty_object();
@@ -363,11 +368,8 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       session->has_logits = true;
     }
     Backend& backend = *engine.backend;
-    backend.upload(session->cache->dense(), section("dense", spec.dense_bytes), spec.dense_bytes);
-    if (spec.query_bytes > 0) {
-      backend.upload(session->cache->query_magnitude(), section("queries", spec.query_bytes),
-                     spec.query_bytes);
-    }
+    const uint8_t* dense = section("dense", spec.dense_bytes(spec.most_dense_tokens));
+    const uint8_t* queries = spec.query_bytes > 0 ? section("queries", spec.query_bytes) : nullptr;
     const uint8_t* data = section("pages", n_pages * spec.layout.page_bytes);
     std::vector<PageRef> pages = engine.pool(spec.layout)->allocate(n_pages);
     for (int64_t i = 0; i < n_pages; i++) {
@@ -375,7 +377,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       check_page(spec.layout, page, where + "page " + std::to_string(i));
       backend.upload(pages[i].data(), page, spec.layout.page_bytes);
     }
-    session->cache->restore(std::move(pages), n);
+    session->cache->restore(std::move(pages), n, dense, queries);
     return Session(std::move(session));
   } catch (const nlohmann::json::exception& error) {
     throw StateError(where + "header: " + error.what());

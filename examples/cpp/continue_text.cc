@@ -28,7 +28,7 @@ int main(int argc, char** argv) try {
 
   const mustafar::MemoryUsage memory = session.memory();
   std::cout << "\n"
-            << session.position() << " tokens, KV cache " << memory.allocated
+            << session.position() << " tokens, KV cache " << memory.used
             << " bytes, dense it would be " << memory.dense_equivalent << "\n";
   return 0;
 } catch (const std::exception& error) {

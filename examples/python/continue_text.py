@@ -12,5 +12,5 @@ for piece in session.stream(sys.argv[2], max_new_tokens=64, temperature=0):
     print(piece, end="", flush=True)
 
 memory = session.memory()
-print(f"\n{session.position} tokens, KV cache {memory.allocated} bytes, ", end="")
+print(f"\n{session.position} tokens, KV cache {memory.used} bytes, ", end="")
 print(f"dense it would be {memory.dense_equivalent}")

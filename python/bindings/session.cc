@@ -23,6 +23,7 @@ py::dict memory_dict(const Session& session) {
   d["tail"] = usage.tail;
   d["policy"] = usage.policy;
   d["allocated"] = usage.allocated;
+  d["used"] = usage.used;
   d["compressed_tokens"] = usage.compressed_tokens;
   d["dense_tokens"] = usage.dense_tokens;
   d["k_sparsity"] = usage.k_sparsity;

@@ -209,9 +209,10 @@ class MemoryUsage:
         values: Packed values of the store.
         scales: Scales of int8, int4 and coded values.
         padding: Alignment inside pages.
-        tail: Dense sinks and tail, as allocated.
+        tail: Dense sinks and tail, room for more tokens included.
         policy: Statistics that a pruning policy keeps.
-        allocated: The sum of all but ``dense_equivalent``.
+        allocated: The sum of masks, values, scales, padding, tail and policy.
+        used: Of that, all but the tail's room for more tokens.
         compressed_tokens: Tokens in the store.
         dense_tokens: Tokens in sinks and tail.
         k_sparsity: Of the compressed keys, as stored.
@@ -226,6 +227,7 @@ class MemoryUsage:
     tail: int
     policy: int
     allocated: int
+    used: int
     compressed_tokens: int
     dense_tokens: int
     k_sparsity: float

@@ -86,6 +86,24 @@ class Sequence {
     step_.dense_tokens = static_cast<int32_t>(dense_before) + n - n_new * kBlockTokens;
   }
 
+  // Moves the dense tokens to a buffer of another capacity.
+  void grow(int64_t capacity) {
+    HostBuffer grown(planes_ * capacity * row_bytes());
+    std::memset(grown.data(), 0xff, grown.bytes());
+    commit_ = {};
+    commit_.sequence = &step_;
+    commit_.dense_tokens = step_.dense_tokens;
+    commit_.end_pos = position_;
+    commit_.dense_out = grown.data();
+    commit_.dense_out_capacity = static_cast<int32_t>(capacity);
+    commit(0, layout_.n_layers);
+    commit_.dense_out_capacity = 0;
+    dense_ = std::move(grown);
+    capacity_ = capacity;
+    step_.dense = dense_.data();
+    step_.dense_capacity = static_cast<int32_t>(capacity);
+  }
+
   // Row of a position as it was produced.
   const std::vector<float>& row(int32_t layer, bool is_key, int32_t head, int32_t position) const {
     return rows_[(layer * 2 + (is_key ? 0 : 1)) * layout_.n_kv_heads + head][position];
@@ -330,6 +348,24 @@ TEST_P(CommitTest, BlockPoliciesFillRaggedSlots) {
         EXPECT_LE(dim9, favours_dim9 ? 64 : 20);
       }
     }
+  }
+}
+
+TEST_P(CommitTest, DenseTokensMoveToABufferOfAnotherCapacity) {
+  for (const DType tail : {DType::kF32, DType::kBF16}) {
+    testing::CacheShape shape;
+    shape.n_layers = 2;
+    const StoreLayout layout = testing::make_layout(shape);
+    Sequence sequence(layout, tail, 3, 32, GetParam());
+    std::mt19937 random(6);
+    sequence.append(40, false, random);
+    sequence.grow(131);
+    sequence.expect_dense_rows();
+    for (int i = 0; i < 70; i++) sequence.append(1, true, random);
+    sequence.grow(99);  // as few as the schedule needs
+    sequence.expect_dense_rows();
+    sequence.append(60, false, random);
+    sequence.expect_dense_rows();
   }
 }
 

@@ -90,6 +90,111 @@ TEST_P(SessionTest, ScheduleHoldsAtEveryLength) {
   check();
 }
 
+// Bytes of n dense tokens, in the tail's type.
+int64_t dense_bytes(int64_t n, DType tail) {
+  const ModelConfig config = small_config();
+  return n * config.n_layers * 2 * config.n_kv_heads * dtype_bytes(tail, config.head_dim);
+}
+
+TEST_P(SessionTest, TheTailGrowsWithItsTokens) {
+  const Model model = small_model();
+  const KVConfig& kv = GetParam();
+  const int64_t most = kv.sink_tokens + kv.window + kBlockTokens;
+  Session session(model, kv);
+  EXPECT_EQ(session.memory().allocated, 0);
+  EXPECT_EQ(model.memory().kv_bytes, 0);
+  int64_t tail = 0, largest = 0;
+  int n_growths = 0;
+  for (int32_t id : ids_of(400)) {
+    session.decode(id);
+    const MemoryUsage memory = session.memory();
+    largest = std::max(largest, memory.dense_tokens);
+    const int64_t room = std::min(std::max<int64_t>(16, 2 * largest), most);
+    EXPECT_LE(memory.tail, dense_bytes(room, DType::kF32)) << session.position();
+    EXPECT_EQ(memory.allocated - memory.used,
+              memory.tail - dense_bytes(memory.dense_tokens, DType::kF32));
+    EXPECT_GE(memory.allocated, memory.used);
+    n_growths += memory.tail != tail;
+    tail = memory.tail;
+  }
+  EXPECT_EQ(tail, dense_bytes(most, DType::kF32));
+  EXPECT_LE(n_growths, 8);
+  session.reset();
+  EXPECT_EQ(session.memory().allocated, 0);
+  EXPECT_EQ(model.memory().kv_bytes, 0);
+}
+
+TEST_P(SessionTest, GrowingChangesNoResult) {
+  const KVConfig& kv = GetParam();
+  Session session(small_model(), kv);
+  const auto ids = ids_of(kv.sink_tokens + kv.window + kBlockTokens - 1);
+  std::vector<std::vector<float>> grown;
+  for (int32_t id : ids) grown.push_back(copy(session.decode(id)));
+  session.rewind(1);  // leaves the buffer as large as it was
+  for (size_t i = 1; i < ids.size(); i++) EXPECT_EQ(copy(session.decode(ids[i])), grown[i]) << i;
+}
+
+// The first prefill's own buffer is the only one, and no larger than what it holds needs.
+TEST_P(SessionTest, APrefillTakesWhatItsTokensNeed) {
+  const KVConfig& kv = GetParam();
+  for (const int64_t n : {1, 16, 17, 60, 97, 150, 230}) {
+    const Model model = small_model();
+    Session session(model, kv);
+    session.prefill(ids_of(n));
+    const MemoryUsage memory = session.memory();
+    const int64_t room = std::max<int64_t>(16, 2 * memory.dense_tokens);
+    EXPECT_LE(memory.tail, dense_bytes(room, DType::kF32)) << n;
+    if (memory.compressed_tokens > 0) continue;
+    EXPECT_EQ(model.memory().kv_bytes, memory.tail);
+    EXPECT_EQ(model.memory().kv_peak_bytes,
+              memory.tail + dense_bytes(n, DType::kF32) / small_config().n_layers);
+  }
+}
+
+TEST_P(SessionTest, ATailThatCannotGrowChangesNothing) {
+  Session probe(small_model(), GetParam());
+  probe.decode(1);
+  const int64_t smallest = probe.memory().tail;
+  const Model model = small_model(2 * smallest);  // the next step needs more, beside this one
+  Session session(model, GetParam()), twin(small_model(), GetParam());
+  const auto ids = ids_of(60);
+  int64_t n = 0;
+  try {
+    for (; n < 60; n++) {
+      session.decode(ids[n]);
+      twin.decode(ids[n]);
+    }
+    FAIL() << "the tail grew beyond kv_budget";
+  } catch (const OutOfMemory& error) {
+    EXPECT_NE(std::string(error.what()).find("kv_budget"), std::string::npos);
+  }
+  EXPECT_EQ(n, 16);
+  EXPECT_EQ(session.position(), n);
+  EXPECT_EQ(model.memory().kv_bytes, smallest);
+  EXPECT_EQ(copy(session.logits()), copy(twin.logits()));
+  EXPECT_THROW(session.decode(ids[n]), OutOfMemory);
+  session.rewind(n - 3);
+  twin.rewind(n - 3);
+  for (int i = 0; i < 3; i++) EXPECT_EQ(copy(session.decode(5)), copy(twin.decode(5)));
+}
+
+// What a scheduler sets aside for a sequence is never too little.
+TEST_P(SessionTest, ReservedBytesAreEnough) {
+  for (const int64_t prompt : {1, 15, 40, 64}) {
+    for (const int64_t n : {16, 17, 33, 64, 90}) {
+      if (n < prompt || compressed_tokens(n, GetParam().sink_tokens, GetParam().window) > 0)
+        continue;
+      const Model model = small_model();
+      Session session(model, GetParam());
+      session.prefill(ids_of(prompt));
+      for (int64_t i = prompt; i < n; i++) session.decode(3);
+      EXPECT_LE(model.memory().kv_peak_bytes,
+                SequenceCache::bytes_for(*session.impl().spec, prompt, n))
+          << prompt << " to " << n;
+    }
+  }
+}
+
 TEST_P(SessionTest, RewindEqualsCutAndPrefill) {
   const Model model = small_model();
   for (const int64_t position : {1, 5, 64, 65, 100, 129, 200, 258}) {
@@ -249,6 +354,46 @@ TEST(SessionFaultTest, RowsThatAreNotFiniteCannotBeQuantised) {
   for (int32_t id : ids_of(63)) session.decode(id);
   EXPECT_THROW(session.decode(5), StateError);
   EXPECT_EQ(session.position(), 63);
+}
+
+// A cache never looks larger than the dense one would be.
+TEST(SessionMemoryTest, ShortConversationsUseNoMoreThanDense) {
+  const Model model = small_model(0, DType::kBF16);
+  for (const char* preset : {"dense", "lossless"}) {
+    Session session(model, KVConfig::preset(preset, model));
+    for (int32_t id : ids_of(300)) {
+      session.decode(id);
+      const MemoryUsage memory = session.memory();
+      EXPECT_LE(memory.used, memory.dense_equivalent) << preset << " " << session.position();
+      if (memory.compressed_tokens == 0) {
+        EXPECT_EQ(memory.used, memory.dense_equivalent);
+      }
+    }
+  }
+}
+
+TEST(SessionMemoryTest, IdleSessionsDoNotKeepALiveOneFromItsNextTurn) {
+  const auto ids = ids_of(200), turn = ids_of(20, 2);
+  int64_t live_needs, idle_holds;
+  {
+    const Model model = small_model();
+    Session live(model);
+    live.prefill(ids);
+    live.prefill(turn);
+    live.decode(1);
+    live_needs = model.memory().kv_peak_bytes;
+    Session idle(model);
+    idle.prefill(ids_of(1));
+    idle_holds = idle.memory().allocated;
+  }
+  const Model model = small_model(live_needs + idle_holds);
+  Session live(model), empty(model), begun(model);
+  live.prefill(ids);
+  begun.prefill(ids_of(1));
+  live.prefill(turn);
+  live.decode(1);
+  EXPECT_EQ(live.position(), 221);
+  EXPECT_LE(5 * idle_holds, dense_bytes(100, DType::kF32));
 }
 
 TEST(SessionFaultTest, SessionsOnManyThreads) {

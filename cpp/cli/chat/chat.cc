@@ -64,7 +64,7 @@ std::string memory_text(const MemoryUsage& memory) {
   const double tokens = static_cast<double>(memory.compressed_tokens + memory.dense_tokens);
   const double share = tokens > 0 ? static_cast<double>(memory.compressed_tokens) / tokens : 0;
   const double sparsity = share * (memory.k_sparsity + memory.v_sparsity) / 2;
-  return "KV " + bytes(memory.allocated) + " of " + bytes(memory.dense_equivalent) +
+  return "KV " + bytes(memory.used) + " of " + bytes(memory.dense_equivalent) +
          " dense | sparsity " + format_number(sparsity, 2);
 }
 
@@ -400,7 +400,7 @@ class ChatProgram {
     note(memory_text(m) + " (K " + format_number(m.k_sparsity, 2) + " V " +
          format_number(m.v_sparsity, 2) + " where compressed)");
     note("masks " + bytes(m.masks) + " | values " + bytes(m.values) + " | scales " +
-         bytes(m.scales) + " | dense tail " + bytes(m.tail));
+         bytes(m.scales) + " | dense tail " + bytes(m.tail) + " | allocated " + bytes(m.allocated));
     note("in all: prompt " + speed(total_.prompt_tokens, total_.prefill_seconds) + " | reply " +
          speed(total_.generated_tokens, total_.decode_seconds));
   }

@@ -33,11 +33,12 @@ struct DenseRun {
 
 const StoreLayout& layout_of(const CommitStep& step) { return *step.sequence->layout; }
 
+// Bytes to a layer's and head's rows in a dense buffer of `capacity` tokens.
 int64_t dense_offset(const CommitStep& step, int32_t layer, bool is_key, int32_t head,
-                     int64_t row_bytes) {
+                     int32_t capacity, int64_t row_bytes) {
   const StoreLayout& layout = layout_of(step);
-  return ((int64_t{layer} * 2 + (is_key ? 0 : 1)) * layout.n_kv_heads + head) *
-         step.sequence->dense_capacity * row_bytes;
+  return ((int64_t{layer} * 2 + (is_key ? 0 : 1)) * layout.n_kv_heads + head) * capacity *
+         row_bytes;
 }
 
 DenseRun dense_run(const CommitStep& step, int32_t layer, bool is_key, int32_t head,
@@ -45,7 +46,7 @@ DenseRun dense_run(const CommitStep& step, int32_t layer, bool is_key, int32_t h
   const SequenceStep& sequence = *step.sequence;
   DenseRun run;
   run.dense = static_cast<const uint8_t*>(sequence.dense) +
-              dense_offset(step, layer, is_key, head, row_bytes);
+              dense_offset(step, layer, is_key, head, sequence.dense_capacity, row_bytes);
   run.fresh = static_cast<const uint8_t*>(sequence.fresh);
   if (run.fresh != nullptr) {
     run.fresh += (int64_t{is_key ? 0 : 1} * layout_of(step).n_kv_heads + head) *
@@ -185,8 +186,10 @@ void move_rest(const CommitStep& step, DType tail_dtype, int32_t layer, bool is_
   const SlotLayout& slot_layout = layout_of(step).k;
   const int64_t row_bytes = dtype_bytes(tail_dtype, slot_layout.head_dim);
   const DenseRun run = dense_run(step, layer, is_key, head, row_bytes);
-  uint8_t* out =
-      static_cast<uint8_t*>(step.dense_out) + dense_offset(step, layer, is_key, head, row_bytes);
+  const int32_t capacity =
+      step.dense_out_capacity > 0 ? step.dense_out_capacity : sequence.dense_capacity;
+  uint8_t* out = static_cast<uint8_t*>(step.dense_out) +
+                 dense_offset(step, layer, is_key, head, capacity, row_bytes);
   const int64_t total = int64_t{step.dense_tokens} + step.fresh_tokens;
   const int64_t sinks = std::min<int64_t>(sequence.n_sinks, total);
   const int64_t stored = int64_t{step.n_new_blocks} * kBlockTokens;
