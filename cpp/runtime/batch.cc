@@ -11,6 +11,8 @@
 #include "mustafar/error.h"
 #include "mustafar/model.h"
 #include "runtime/model_impl.h"
+#include "runtime/next_logits.h"
+#include "runtime/prompt_ids.h"
 #include "runtime/token_loop.h"
 
 namespace mustafar {
@@ -23,11 +25,11 @@ struct Sequence {
   int64_t reserved_bytes = 0;  // of cache, at its longest
   std::optional<SequenceCache> cache;
   std::unique_ptr<Prefill> prefill;
-  // After the last token: the largest where they are enough, else all.
-  TopLogits top;
-  std::vector<float> logits;
+  NextLogits next;  // the largest where they are enough, else all
 
-  int32_t choose() { return top.regular ? loop->choose(top) : loop->choose(logits, tokens); }
+  int32_t choose() {
+    return next.whole() ? loop->choose(next.values(), tokens) : loop->choose(next.top());
+  }
 };
 
 class Scheduler {
@@ -70,13 +72,7 @@ class Scheduler {
       throw ContextOverflow(name + " has " + std::to_string(n) +
                             " tokens, more than the model's context of " + std::to_string(context));
     }
-    for (int32_t id : sequence->tokens) {
-      if (id < 0 || id >= engine_.config.vocab_size) {
-        throw std::invalid_argument(name + ": token id " + std::to_string(id) +
-                                    " is outside the vocabulary of " +
-                                    std::to_string(engine_.config.vocab_size));
-      }
-    }
+    check_token_ids(sequence->tokens, engine_.config.vocab_size, name + ": ");
     sequence->loop = std::make_unique<TokenLoop>(params, engine_.config.vocab_size,
                                                  engine_.config.eos_token_ids, tokenizer);
     sequence->reserved_bytes =
@@ -115,10 +111,16 @@ class Scheduler {
     if (prefilling_->prefill->step(between)) return;
     const int64_t last = static_cast<int64_t>(prefilling_->tokens.size()) - 1;
     const int32_t needed = prefilling_->loop->top_needed();
-    if (on_device(needed)) prefilling_->top = prefilling_->prefill->top_logits(last, needed);
-    if (!prefilling_->top.regular) {
-      prefilling_->logits.resize(engine_.config.vocab_size);
-      prefilling_->prefill->logits(last, 1, prefilling_->logits.data());
+    TopLogits top;
+    if (NextLogits::top_suffices(*engine_.backend, needed)) {
+      top = prefilling_->prefill->top_logits(last, needed);
+    }
+    NextLogits& next = prefilling_->next;
+    if (top.regular) {
+      next.set_top(std::move(top), nullptr);
+    } else {
+      prefilling_->prefill->logits(last, 1, next.room(engine_.config.vocab_size));
+      next.set_from_room();
     }
     prefilling_->prefill->finish();
     prefilling_->prefill.reset();
@@ -145,7 +147,7 @@ class Scheduler {
       needed = needed == 0 || next == 0 ? 0 : std::max(needed, next);
     }
     std::vector<TopLogits> top(n);
-    bool whole = !on_device(needed);
+    bool whole = !NextLogits::top_suffices(*engine_.backend, needed);
     if (whole) {
       logits_.resize(n * vocab);
       engine_.llama->decode(caches, ids, logits_.data(), decode_buffers_);
@@ -161,18 +163,14 @@ class Scheduler {
     for (size_t i = 0; i < n; i++) {
       Sequence& sequence = *active_[i];
       sequence.tokens.push_back(ids[i]);
-      sequence.top = std::move(top[i]);
-      if (whole) {
-        sequence.logits.assign(logits_.begin() + i * vocab, logits_.begin() + (i + 1) * vocab);
+      if (top[i].regular) {
+        sequence.next.set_top(std::move(top[i]), nullptr);
+      } else {
+        sequence.next.set({logits_.data() + i * vocab, vocab});
       }
       sequence.loop->accept(ids[i]);
     }
     retire_done();
-  }
-
-  // Whether `needed` of the largest logits (0: all) come from the device by themselves.
-  bool on_device(int32_t needed) const {
-    return needed > 0 && needed <= engine_.backend->max_top_logits();
   }
 
   void retire_done() {

@@ -4,6 +4,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/session.h"
+#include "runtime/prompt_ids.h"
 #include "runtime/session_impl.h"
 #include "runtime/token_loop.h"
 
@@ -44,11 +45,11 @@ bool Generation::Impl::step(std::string& piece) {
   }
   const auto start = Clock::now();
   int32_t token;
-  if (session->has_top(loop.top_needed())) {
-    token = loop.choose(session->top);
+  if (session->next.has_top(loop.top_needed())) {
+    token = loop.choose(session->next.top());
   } else {
     session->ensure_logits();
-    token = loop.choose(session->logits, session->tokens);
+    token = loop.choose(session->next.values(), session->tokens);
   }
   session->append_decode(token, loop.top_needed(/*ahead=*/1));
   piece = loop.accept(token);
@@ -126,9 +127,7 @@ GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& par
       std::lock_guard lock(impl_->tokens_mutex);
       impl_->tokens = std::move(before->tokens);
     }
-    impl_->drop_logits();
-    impl_->logits = std::move(before->logits);
-    impl_->has_logits = before->has_logits;
+    impl_->next = std::move(before->next);
     throw;
   }
 }

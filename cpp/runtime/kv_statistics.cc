@@ -7,6 +7,7 @@
 #include "model/llama.h"
 #include "mustafar/error.h"
 #include "runtime/model_impl.h"
+#include "runtime/prompt_ids.h"
 
 namespace mustafar {
 namespace {
@@ -189,13 +190,7 @@ KVStatistics gather_kv_statistics(const Model& model,
                             " tokens, more than the model's context of " +
                             std::to_string(c.max_position_embeddings));
     }
-    for (int32_t id : sequence) {
-      if (id < 0 || id >= c.vocab_size) {
-        throw std::invalid_argument("token id " + std::to_string(id) +
-                                    " is outside the vocabulary of " +
-                                    std::to_string(c.vocab_size));
-      }
-    }
+    check_token_ids(sequence, c.vocab_size);
   }
 
   KVStatistics statistics;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "mustafar/error.h"
+#include "runtime/prompt_ids.h"
 #include "runtime/session_impl.h"
 
 namespace mustafar {
@@ -54,14 +55,7 @@ void Session::Impl::check_interrupt() {
 }
 
 void Session::Impl::check_tokens(std::span<const int32_t> token_ids) const {
-  const int32_t vocab = engine->config.vocab_size;
-  for (size_t i = 0; i < token_ids.size(); i++) {
-    if (token_ids[i] < 0 || token_ids[i] >= vocab) {
-      throw std::invalid_argument("token id " + std::to_string(token_ids[i]) + " at index " +
-                                  std::to_string(i) + " is outside the vocabulary of " +
-                                  std::to_string(vocab));
-    }
-  }
+  check_token_ids(token_ids, vocab_size());
 }
 
 void Session::Impl::check_room(int64_t n) const {
@@ -96,9 +90,9 @@ void Session::Impl::append(std::span<const int32_t> token_ids,
                            const std::function<void(int64_t, int64_t)>& progress,
                            int32_t top_needed) {
   reserve_tokens(token_ids.size());
-  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
-  std::vector<float> next(on_device ? 0 : engine->config.vocab_size);
-  TopLogits next_top;
+  const bool top_alone = NextLogits::top_suffices(*engine->backend, top_needed);
+  float* const room = top_alone ? nullptr : next.room(vocab_size());
+  TopLogits top;
   Prefill prefill(*engine->llama, *cache, {token_ids.begin(), token_ids.end()}, *buffers);
   const auto between = [&](int64_t done, int64_t total) {
     check_interrupt();
@@ -106,20 +100,17 @@ void Session::Impl::append(std::span<const int32_t> token_ids,
   };
   while (prefill.step(between)) {
   }
-  logits_on_device = false;  // their place is written over
+  next.forget_device_row();
   const int64_t last = static_cast<int64_t>(token_ids.size()) - 1;
-  if (on_device) {
-    next_top = prefill.top_logits(last, top_needed);
+  if (top_alone) {
+    top = prefill.top_logits(last, top_needed);
   } else {
-    prefill.logits(last, 1, next.data());
+    prefill.logits(last, 1, room);
   }
   count_workspace();
   prefill.finish();
   append_tokens(token_ids);
-  if (!on_device) logits = std::move(next);
-  has_logits = !on_device;
-  logits_on_device = on_device;
-  top = std::move(next_top);
+  set_next(top_alone, std::move(top));
 }
 
 void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
@@ -127,43 +118,30 @@ void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
   reserve_tokens(1);
   SequenceCache* const caches[] = {&*cache};
   const int32_t ids[] = {token_id};
-  logits_on_device = false;  // their place is written over
-  const bool on_device = top_needed > 0 && top_needed <= engine->backend->max_top_logits();
-  TopLogits next_top;
-  if (on_device) {
-    engine->llama->decode_top(caches, ids, top_needed, {&next_top, 1}, *buffers);
+  const bool top_alone = NextLogits::top_suffices(*engine->backend, top_needed);
+  TopLogits top;
+  next.forget_device_row();
+  if (top_alone) {
+    engine->llama->decode_top(caches, ids, top_needed, {&top, 1}, *buffers);
   } else {
-    spare_logits.resize(engine->config.vocab_size);
-    engine->llama->decode(caches, ids, spare_logits.data(), *buffers);
+    engine->llama->decode(caches, ids, next.room(vocab_size()), *buffers);
   }
   count_workspace();
   append_tokens(ids);
-  if (!on_device) std::swap(logits, spare_logits);
-  has_logits = !on_device;
-  logits_on_device = on_device;
-  top = std::move(next_top);
+  set_next(top_alone, std::move(top));
 }
 
-bool Session::Impl::has_top(int32_t needed) const {
-  return needed > 0 && top.regular && static_cast<int64_t>(top.ids.size()) >= needed;
-}
-
-void Session::Impl::drop_logits() {
-  has_logits = logits_on_device = false;
-  top = {};
-}
-
-void Session::Impl::fetch_logits() {
-  if (has_logits || !logits_on_device) return;
-  const int64_t vocab = engine->config.vocab_size;
-  logits.resize(vocab);
-  engine->backend->download(logits.data(), buffers->logits(vocab), vocab * 4);
-  has_logits = true;
+void Session::Impl::set_next(bool top_alone, TopLogits top) {
+  if (top_alone) {
+    next.set_top(std::move(top), buffers->logits(vocab_size()));
+  } else {
+    next.set_from_room();
+  }
 }
 
 void Session::Impl::ensure_logits() {
-  fetch_logits();
-  if (has_logits || tokens.empty()) return;
+  next.fetch(*engine->backend, vocab_size());
+  if (next.whole() || tokens.empty()) return;
   const int32_t last = tokens.back();
   rewind(static_cast<int64_t>(tokens.size()) - 1);
   append_decode(last);
@@ -185,40 +163,34 @@ void Session::Impl::rewind(int64_t position) {
   if (spec->compressed(position) == cache->compressed()) {
     cache->cut_tail(position);
     cut_tokens(position);
-    drop_logits();
+    next.drop();
     return;
   }
   SequenceCache kept = cache->cut_store(position);
-  std::vector<float> next(engine->config.vocab_size);
   const int64_t first = kept.length();
-  if (first < position) {
+  const bool recompute = first < position;
+  if (recompute) {
+    float* const room = next.room(vocab_size());
     Prefill prefill(*engine->llama, kept, {tokens.begin() + first, tokens.begin() + position},
                     *buffers);
     while (prefill.step([&](int64_t, int64_t) { check_interrupt(); })) {
     }
-    logits_on_device = false;  // their place is written over
-    prefill.logits(position - first - 1, 1, next.data());
+    next.forget_device_row();
+    prefill.logits(position - first - 1, 1, room);
     prefill.finish();
     count_workspace();
   }
   cache = std::move(kept);
   cut_tokens(position);
-  drop_logits();
-  has_logits = first < position;
-  if (has_logits) logits = std::move(next);
+  next.drop();
+  if (recompute) next.set_from_room();
 }
 
 std::unique_ptr<Session::Impl> Session::Impl::fork() const {
   auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
   other->cache = cache->fork();
   other->tokens = tokens;
-  other->has_logits = has_logits || logits_on_device;
-  if (has_logits) other->logits = logits;
-  if (other->has_logits && !has_logits) {
-    const int64_t vocab = engine->config.vocab_size;
-    other->logits.resize(vocab);
-    engine->backend->download(other->logits.data(), buffers->logits(vocab), vocab * 4);
-  }
+  other->next = next.copy_to_host(*engine->backend, vocab_size());
   other->interrupt_check = interrupt_check;
   return other;
 }
@@ -226,7 +198,7 @@ std::unique_ptr<Session::Impl> Session::Impl::fork() const {
 void Session::Impl::reset() {
   cache.emplace(engine->new_cache(spec));
   cut_tokens(0);
-  drop_logits();
+  next.drop();
 }
 
 Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
@@ -244,7 +216,7 @@ std::span<const float> Session::prefill(std::span<const int32_t> token_ids,
   impl_->check_room(static_cast<int64_t>(token_ids.size()));
   impl_->cancelled = false;
   impl_->append(token_ids, progress);
-  return impl_->logits;
+  return impl_->next.values();
 }
 
 std::span<const float> Session::decode(int32_t token_id) {
@@ -253,7 +225,7 @@ std::span<const float> Session::decode(int32_t token_id) {
   impl_->check_room(1);
   impl_->cancelled = false;
   impl_->append_decode(token_id);
-  return impl_->logits;
+  return impl_->next.values();
 }
 
 std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
@@ -276,23 +248,20 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
     session.check_tokens(token_ids.subspan(i, 1));
     session.check_room(1);
     session.reserve_tokens(1);
-    session.spare_logits.resize(session.engine->config.vocab_size);
+    session.next.room(session.vocab_size());
     caches.push_back(&*session.cache);
   }
-  const size_t vocab = first.engine->config.vocab_size;
+  const int64_t vocab = first.vocab_size();
   std::vector<float> logits(n * vocab);
-  first.fetch_logits();
-  first.logits_on_device = false;  // their place is written over
+  first.next.fetch(*first.engine->backend, vocab);  // the call may fail
+  first.next.forget_device_row();
   first.engine->llama->decode(caches, token_ids, logits.data(), *first.buffers);
   first.count_workspace();
   for (size_t i = 0; i < n; i++) {
     Impl& session = *sessions[i]->impl_;
     session.append_tokens(token_ids.subspan(i, 1));
-    std::copy_n(logits.begin() + static_cast<int64_t>(i * vocab), vocab,
-                session.spare_logits.begin());
-    std::swap(session.logits, session.spare_logits);
-    session.drop_logits();
-    session.has_logits = true;
+    std::copy_n(logits.begin() + static_cast<int64_t>(i) * vocab, vocab, session.next.room(vocab));
+    session.next.set_from_room();
   }
   return logits;
 }
@@ -301,7 +270,7 @@ std::span<const float> Session::logits() const {
   Impl::Use use(*impl_);
   if (impl_->tokens.empty()) throw StateError("the session is empty: there are no logits yet");
   impl_->ensure_logits();
-  return impl_->logits;
+  return impl_->next.values();
 }
 
 Scorer Session::Impl::scorer(std::span<const int32_t> token_ids) {
@@ -323,7 +292,7 @@ void Session::score_logits(
   Impl::Use use(*impl_);
   Scorer scorer = impl_->scorer(token_ids);
   Backend& backend = *impl_->engine->backend;
-  const int64_t vocab = impl_->engine->config.vocab_size;
+  const int64_t vocab = impl_->vocab_size();
   const std::vector<int32_t> ids(token_ids.begin(), token_ids.end());
   std::vector<float> host;
   scorer.run({&ids, 1}, [&](std::span<const Scorer::Row> rows, const float* logits) {
@@ -383,9 +352,7 @@ void Session::close() {
     std::lock_guard lock(impl_->tokens_mutex);
     impl_->tokens = {};
   }
-  impl_->logits = {};
-  impl_->spare_logits = {};
-  impl_->drop_logits();
+  impl_->next = {};
 }
 
 void Session::cancel() { impl_->cancelled = true; }

@@ -14,6 +14,7 @@
 #include "model/llama.h"
 #include "mustafar/session.h"
 #include "runtime/model_impl.h"
+#include "runtime/next_logits.h"
 #include "runtime/scorer.h"
 
 namespace mustafar {
@@ -30,13 +31,7 @@ struct Session::Impl {
   std::vector<int32_t> tokens;
   // Held where the tokens change, and by those on other threads who look at them meanwhile.
   mutable std::mutex tokens_mutex;
-  // After the last token: on the host, or still on the device (buffers), of which then the largest
-  // may be here; neither where a rewind or a failed call dropped them.
-  std::vector<float> logits;
-  bool has_logits = false;
-  bool logits_on_device = false;
-  TopLogits top;
-  std::vector<float> spare_logits;  // of the step in progress
+  NextLogits next;  // a row that it says is on the device is in `buffers`
 
   std::atomic<bool> busy{false};
   std::atomic<bool> cancelled{false};
@@ -60,8 +55,8 @@ struct Session::Impl {
 
   // Throws Cancelled where cancel() was called, or what the interrupt check throws.
   void check_interrupt();
-  void check_tokens(std::span<const int32_t> token_ids) const;
-  void check_room(int64_t n) const;  // throws ContextOverflow
+  void check_tokens(std::span<const int32_t> token_ids) const;  // throws std::invalid_argument
+  void check_room(int64_t n) const;                             // throws ContextOverflow
   // Changes of the tokens; the one that allocates comes before the others, which do not throw.
   void reserve_tokens(size_t n);  // for n more
   void append_tokens(std::span<const int32_t> token_ids);
@@ -72,11 +67,11 @@ struct Session::Impl {
   void append(std::span<const int32_t> token_ids,
               const std::function<void(int64_t, int64_t)>& progress = {}, int32_t top_needed = 0);
   void append_decode(int32_t token_id, int32_t top_needed = 0);
-  void fetch_logits();   // brings those of the last token to the host if the device has them
-  void ensure_logits();  // as well, or recomputes them where they were dropped
-  // Whether `needed` of the largest logits after the last token are here.
-  bool has_top(int32_t needed) const;
-  void drop_logits();
+  // After a call whose row of logits stays in `buffers` (top_alone), or was written to next.room().
+  void set_next(bool top_alone, TopLogits top);
+  int64_t vocab_size() const { return engine->config.vocab_size; }
+  // Brings all logits after the last token to the host; computes them again where none are known.
+  void ensure_logits();
   void rewind(int64_t position);
   // For these tokens, which it checks, under this session's configuration.
   Scorer scorer(std::span<const int32_t> token_ids);

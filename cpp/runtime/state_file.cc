@@ -144,11 +144,10 @@ std::vector<Section> sections_of(const Session::Impl& session, const std::vector
   std::vector<Section> sections;
   sections.push_back(
       {"tokens", static_cast<int64_t>(session.tokens.size() * 4), {session.tokens.data()}, false});
-  if (session.has_logits) {
-    sections.push_back({"logits",
-                        static_cast<int64_t>(session.logits.size() * 4),
-                        {session.logits.data()},
-                        false});
+  if (session.next.whole()) {
+    const std::span<const float> logits = session.next.values();
+    sections.push_back(
+        {"logits", static_cast<int64_t>(logits.size_bytes()), {logits.data()}, false});
   }
   sections.push_back({"dense", static_cast<int64_t>(dense.size()), {dense.data()}, false});
   if (!queries.empty()) {
@@ -273,7 +272,7 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const Model
 void Session::save(const std::filesystem::path& path) const {
   Impl::Use use(*impl_);
   Impl& session = *impl_;
-  session.fetch_logits();
+  session.next.fetch(*session.engine->backend, session.vocab_size());
   const std::vector<uint8_t> dense = session.cache->download_dense();
   const std::vector<uint8_t> queries = session.cache->download_query_magnitude();
   const std::vector<Section> sections = sections_of(session, dense, queries);
@@ -362,10 +361,9 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     if (n > 0) std::memcpy(session->tokens.data(), section("tokens", n * 4), n * 4);
     session->check_tokens(session->tokens);
     if (state.find("logits") != nullptr) {
-      const int64_t vocab = engine.config.vocab_size;
-      session->logits.resize(vocab);
-      std::memcpy(session->logits.data(), section("logits", vocab * 4), vocab * 4);
-      session->has_logits = true;
+      const int64_t vocab = session->vocab_size();
+      std::memcpy(session->next.room(vocab), section("logits", vocab * 4), vocab * 4);
+      session->next.set_from_room();
     }
     Backend& backend = *engine.backend;
     const uint8_t* dense = section("dense", spec.dense_bytes(spec.most_dense_tokens));

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "mustafar/error.h"
 
 namespace mustafar {
 namespace {
@@ -79,15 +78,6 @@ std::string TokenLoop::finish(FinishReason reason) {
   text += matcher_.flush();
   result.text += text;
   return text;
-}
-
-std::vector<int32_t> prompt_ids(const std::variant<std::string, std::vector<int32_t>>& prompt,
-                                const Tokenizer* tokenizer, int64_t position) {
-  if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
-  if (tokenizer == nullptr) {
-    throw TokenizerError("the model folder has no tokenizer.json: pass token ids instead of text");
-  }
-  return tokenizer->encode(std::get<std::string>(prompt), /*add_special=*/position == 0);
 }
 
 }  // namespace mustafar

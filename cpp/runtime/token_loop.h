@@ -6,7 +6,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "mustafar/sampling.h"
@@ -54,9 +53,5 @@ class TokenLoop {
   int64_t made_ = 0;
   bool done_ = false;
 };
-
-// Ids of a prompt as a generation at this position takes them: BOS only at position 0.
-std::vector<int32_t> prompt_ids(const std::variant<std::string, std::vector<int32_t>>& prompt,
-                                const Tokenizer* tokenizer, int64_t position);
 
 }  // namespace mustafar

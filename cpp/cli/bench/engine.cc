@@ -125,7 +125,7 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
   for (int64_t i = 0; i < n; i++) {
     impl.tokens.push_back(static_cast<int32_t>(random() % impl.engine->config.vocab_size));
   }
-  impl.drop_logits();
+  impl.next.drop();
 }
 
 int64_t cache_bytes_read(const Session& session) {
