@@ -9,6 +9,7 @@
 #include "cli/options.h"
 #include "cli/report.h"
 #include "mustafar/profile.h"
+#include "runtime/kv_fields.h"
 
 namespace mustafar::cli {
 namespace {
@@ -67,35 +68,30 @@ int32_t whole(const std::string& text) {
                          [](const std::string& t, size_t* used) { return std::stoi(t, used); });
 }
 
+// Reads text into the value of a field. Throws std::invalid_argument.
+void read_value(const std::string& text, double& out) { out = real(text); }
+void read_value(const std::string& text, std::optional<double>& out) { out = real(text); }
+void read_value(const std::string& text, int32_t& out) { out = whole(text); }
+template <typename Enum>
+void read_value(const std::string& text, Enum& out) {
+  parse_kv_value(text, out);
+}
+
 using Setter = std::function<void(Draft&, const std::string&)>;
 
 const std::map<std::string, Setter>& setters() {
-  static const std::map<std::string, Setter> all = {
-      {"sparsity",
-       [](Draft& d, const std::string& v) {
-         d.config.sparsity = real(v);
-         d.config.k_sparsity = d.config.v_sparsity = std::nullopt;
-       }},
-      {"k_sparsity", [](Draft& d, const std::string& v) { d.config.k_sparsity = real(v); }},
-      {"v_sparsity", [](Draft& d, const std::string& v) { d.config.v_sparsity = real(v); }},
-      {"bits",
-       [](Draft& d, const std::string& v) {
-         d.config.bits = real(v);
-         d.config.k_bits = d.config.v_bits = std::nullopt;
-       }},
-      {"k_bits", [](Draft& d, const std::string& v) { d.config.k_bits = real(v); }},
-      {"v_bits", [](Draft& d, const std::string& v) { d.config.v_bits = real(v); }},
-      {"pattern", [](Draft& d, const std::string& v) { d.config.pattern = parse_pattern(v); }},
-      {"window", [](Draft& d, const std::string& v) { d.config.window = whole(v); }},
-      {"sinks", [](Draft& d, const std::string& v) { d.config.sink_tokens = whole(v); }},
-      {"value_dtype",
-       [](Draft& d, const std::string& v) { d.config.value_dtype = parse_value_type(v); }},
-      {"k_policy",
-       [](Draft& d, const std::string& v) { d.config.k_policy = parse_prune_policy(v); }},
-      {"v_policy",
-       [](Draft& d, const std::string& v) { d.config.v_policy = parse_prune_policy(v); }},
-      {"profile", [](Draft& d, const std::string& v) { d.profile = v; }},
-  };
+  static const std::map<std::string, Setter> all = [] {
+    std::map<std::string, Setter> setters;
+    for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+      setters[field.key] = [field](Draft& draft, const std::string& text) {
+        T value{};
+        read_value(text, value);
+        set_kv_field(draft.config, field, value);
+      };
+    });
+    setters["profile"] = [](Draft& draft, const std::string& text) { draft.profile = text; };
+    return setters;
+  }();
   return all;
 }
 

@@ -14,6 +14,7 @@
 #include "cli/terminal.h"
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
+#include "runtime/kv_fields.h"
 
 namespace mustafar::cli {
 namespace {
@@ -128,55 +129,37 @@ void CacheFlags::add_to(CLI::App& command) {
   for (const KVPreset& known : kv_presets()) {
     presets += std::string(presets.empty() ? "" : "; ") + known.name + ": " + known.summary;
   }
-  const auto option = [&command](const char* name, auto& value, const std::string& help) {
-    command.add_option(name, value, help)->group(kCacheGroup);
-  };
   command
       .add_option("--kv", preset, "A setting by name, which the options below change. " + presets)
       ->capture_default_str()
       ->group(kCacheGroup);
-  option("--sparsity", sparsity, "Fraction of every row that is pruned; 0: dense");
-  option("--k-sparsity", k_sparsity, "For keys alone");
-  option("--v-sparsity", v_sparsity, "For values alone");
-  option("--pattern", pattern, "group or row");
-  option("--window", window, "Newest tokens that stay dense");
-  option("--sinks", sink_tokens, "First tokens that stay dense");
-  option("--kv-dtype", value_dtype,
-         "Stored values: auto (as computed), f32, f16, bf16, int8, int4, coded");
-  option("--bits", bits, "Of a dim on average, for --kv-dtype coded: 1 to 7");
-  option("--k-bits", k_bits, "For keys alone");
-  option("--v-bits", v_bits, "For values alone");
-  option("--k-policy", k_policy,
-         "What is pruned of keys: magnitude, output_aware, channel_magnitude, "
-         "channel_output_aware, channel_structured");
-  option("--v-policy", v_policy,
-         "What is pruned of values: magnitude, channel_magnitude, channel_output_aware");
-  option(
-      "--profile", profile,
-      "KV transform: a file, hadamard, auto (calibrated once and kept), model (the folder's own) "
-      "or none");
+  for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    // What the command line hands over: a number, or the name of an enumeration's value.
+    using Given = std::conditional_t<kIsPerKind<T>, double,
+                                     std::conditional_t<std::is_enum_v<T>, std::string, T>>;
+    const auto take = [this, field](const Given& value) {
+      given[field.name] = [field, value](KVConfig& config) {
+        if constexpr (std::is_enum_v<T>) {
+          parse_kv_value(value, config.*field.member);
+        } else {
+          set_kv_field<T>(config, field, value);
+        }
+      };
+    };
+    command.add_option_function<Given>(field.option, take, field.help)->group(kCacheGroup);
+  });
+  command
+      .add_option("--profile", profile,
+                  "KV transform: a file, hadamard, auto (calibrated once and kept), model (the "
+                  "folder's own) or none")
+      ->group(kCacheGroup);
 }
 
 KVConfig CacheFlags::validate() const {
   KVConfig config = find_kv_preset(preset).config;
-  if (sparsity) {
-    config.sparsity = *sparsity;
-    config.k_sparsity = config.v_sparsity = std::nullopt;
-  }
-  if (k_sparsity) config.k_sparsity = k_sparsity;
-  if (v_sparsity) config.v_sparsity = v_sparsity;
-  if (bits) {
-    config.bits = *bits;
-    config.k_bits = config.v_bits = std::nullopt;
-  }
-  if (k_bits) config.k_bits = k_bits;
-  if (v_bits) config.v_bits = v_bits;
-  if (window) config.window = *window;
-  if (sink_tokens) config.sink_tokens = *sink_tokens;
-  if (pattern) config.pattern = parse_pattern(*pattern);
-  if (value_dtype) config.value_dtype = parse_value_type(*value_dtype);
-  if (k_policy) config.k_policy = parse_prune_policy(*k_policy);
-  if (v_policy) config.v_policy = parse_prune_policy(*v_policy);
+  for_each_kv_field([&](const auto& field) {  // in this order: sparsity, then that of keys
+    if (const auto set = given.find(field.name); set != given.end()) set->second(config);
+  });
   config.validate();
   return config;
 }

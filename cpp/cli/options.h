@@ -3,6 +3,8 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,9 +33,8 @@ struct ModelFlags {
 // --v-bits --k-policy --v-policy --profile. What is not given is the preset's.
 struct CacheFlags {
   std::string preset = "lossless";
-  std::optional<double> sparsity, k_sparsity, v_sparsity, bits, k_bits, v_bits;
-  std::optional<int32_t> window, sink_tokens;
-  std::optional<std::string> pattern, value_dtype, k_policy, v_policy, profile;
+  std::map<std::string, std::function<void(KVConfig&)>> given;  // what sets a field, by its name
+  std::optional<std::string> profile;
 
   void add_to(CLI::App& command);
   // Checked. Throws std::invalid_argument naming the option's field, ModelError for a bad profile.

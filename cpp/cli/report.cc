@@ -1,6 +1,7 @@
 #include "cli/report.h"
 
 #include "cli/terminal.h"
+#include "runtime/kv_fields.h"
 
 namespace mustafar::cli {
 
@@ -23,16 +24,17 @@ Json to_json(const MemoryUsage& memory) {
 }
 
 Json to_json(const KVConfig& config) {
-  Json json = {
-      {"k_sparsity", config.effective_k_sparsity()}, {"v_sparsity", config.effective_v_sparsity()},
-      {"pattern", name_of(config.pattern)},          {"window", config.window},
-      {"sink_tokens", config.sink_tokens},           {"value_dtype", name_of(config.value_dtype)},
-      {"k_policy", name_of(config.k_policy)},        {"v_policy", name_of(config.v_policy)},
-      {"profile", config.profile != nullptr}};
-  if (config.coded()) {
-    json["k_bits"] = config.effective_k_bits();
-    json["v_bits"] = config.effective_v_bits();
-  }
+  Json json = Json::object();
+  const auto add = [&](bool coded_only) {
+    for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+      if constexpr (!kIsOverall<T>) {  // those for keys and for values say it
+        if (field.coded_only == coded_only) json[field.name] = kv_value(config, field);
+      }
+    });
+  };
+  add(/*coded_only=*/false);
+  json["profile"] = config.profile != nullptr;
+  if (config.coded()) add(/*coded_only=*/true);
   return json;
 }
 

@@ -11,6 +11,7 @@
 #include "core/atomic_file.h"
 #include "core/hash.h"
 #include "mustafar/error.h"
+#include "runtime/kv_fields.h"
 
 namespace mustafar {
 namespace {
@@ -127,18 +128,6 @@ std::vector<TextRange> ranges_from(std::span<const TextRange> ranges, size_t beg
     if (range.end > begin) out.push_back({std::max(range.begin, begin) - begin, range.end - begin});
   }
   return out;
-}
-
-bool same_bits(const KVConfig& a, const KVConfig& b) {
-  return !a.coded() || (a.effective_k_bits() == b.effective_k_bits() &&
-                        a.effective_v_bits() == b.effective_v_bits());
-}
-
-bool same_config(const KVConfig& a, const KVConfig& b) {
-  return a.effective_k_sparsity() == b.effective_k_sparsity() &&
-         a.effective_v_sparsity() == b.effective_v_sparsity() && a.pattern == b.pattern &&
-         a.window == b.window && a.sink_tokens == b.sink_tokens && a.value_dtype == b.value_dtype &&
-         same_bits(a, b) && a.k_policy == b.k_policy && a.v_policy == b.v_policy;
 }
 
 }  // namespace
@@ -494,7 +483,7 @@ bool Chat::load(const std::filesystem::path& file) {
     cached.text = saved.at("text").get<std::string>();
     cached.tokens = session.tokens();
     if (is_text(saved.at("hash"), hash_of(session.tokens())) &&
-        same_config(session.kv_config(), impl_->session->kv_config()) &&
+        same_kv_fields(session.kv_config(), impl_->session->kv_config()) &&
         session.max_tokens() == impl_->session->max_tokens()) {
       for (const Json& range : saved.at("outside")) {
         cached.outside.push_back({range.at(0).get<size_t>(), range.at(1).get<size_t>()});

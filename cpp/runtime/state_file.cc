@@ -25,6 +25,7 @@
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "mustafar/session.h"
+#include "runtime/kv_fields.h"
 #include "runtime/session_impl.h"
 
 namespace mustafar {
@@ -94,20 +95,9 @@ nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object();
 
 nlohmann::ordered_json kv_json(const KVConfig& kv) {
   nlohmann::ordered_json json = empty_object();
-  json["sparsity"] = kv.sparsity;
-  json["k_sparsity"] = kv.effective_k_sparsity();
-  json["v_sparsity"] = kv.effective_v_sparsity();
-  json["pattern"] = name_of(kv.pattern);
-  json["window"] = kv.window;
-  json["sink_tokens"] = kv.sink_tokens;
-  json["value_dtype"] = name_of(kv.value_dtype);
-  if (kv.coded()) {
-    json["bits"] = kv.bits;
-    json["k_bits"] = kv.effective_k_bits();
-    json["v_bits"] = kv.effective_v_bits();
-  }
-  json["k_policy"] = name_of(kv.k_policy);
-  json["v_policy"] = name_of(kv.v_policy);
+  for_each_kv_field([&](const auto& field) {
+    if (!field.coded_only || kv.coded()) json[field.name] = kv_value(kv, field);
+  });
   json["profile_kind"] = kv.profile ? kv.profile->kind : "";
   json["profile_hash"] = kv.profile ? kv.profile->hash() : "";
   return json;
@@ -115,24 +105,21 @@ nlohmann::ordered_json kv_json(const KVConfig& kv) {
 
 KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
-  const double k_sparsity = json.at("k_sparsity").get<double>();
-  const double v_sparsity = json.at("v_sparsity").get<double>();
-  kv.sparsity = json.value("sparsity", k_sparsity);  // older files lack it
-  if (k_sparsity != kv.sparsity) kv.k_sparsity = k_sparsity;
-  if (v_sparsity != kv.sparsity) kv.v_sparsity = v_sparsity;
-  kv.pattern = parse_pattern(json.at("pattern").get<std::string>());
-  kv.window = json.at("window").get<int32_t>();
-  kv.sink_tokens = json.at("sink_tokens").get<int32_t>();
-  kv.value_dtype = parse_value_type(json.at("value_dtype").get<std::string>());
-  if (kv.coded()) {
-    kv.bits = json.at("bits").get<double>();
-    const double k_bits = json.at("k_bits").get<double>();
-    const double v_bits = json.at("v_bits").get<double>();
-    if (k_bits != kv.bits) kv.k_bits = k_bits;
-    if (v_bits != kv.bits) kv.v_bits = v_bits;
-  }
-  kv.k_policy = parse_prune_policy(json.at("k_policy").get<std::string>());
-  kv.v_policy = parse_prune_policy(json.at("v_policy").get<std::string>());
+  for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    if (field.coded_only && !kv.coded()) return;  // value_dtype comes before those
+    if constexpr (kIsOverall<T>) {
+      const bool older =
+          !json.contains(field.name);  // files that have it for keys and values alone
+      kv.*field.member = json.at(older ? "k_" + std::string(field.name) : field.name).get<double>();
+    } else if constexpr (kIsPerKind<T>) {
+      const double value = json.at(field.name).get<double>();
+      if (value != kv.*field.otherwise) kv.*field.member = value;
+    } else if constexpr (std::is_enum_v<T>) {
+      parse_kv_value(json.at(field.name).get<std::string>(), kv.*field.member);
+    } else {
+      kv.*field.member = json.at(field.name).get<T>();
+    }
+  });
   return kv;
 }
 

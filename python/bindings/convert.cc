@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "mustafar/profile.h"
+#include "runtime/kv_fields.h"
 
 namespace py = pybind11;
 
@@ -68,18 +69,13 @@ std::function<void()> interrupt_check() {
 
 KVConfig kv_config_from(const py::dict& fields, const Model& model) {
   KVConfig kv;
-  kv.sparsity = fields["sparsity"].cast<double>();
-  kv.k_sparsity = fields["k_sparsity"].cast<std::optional<double>>();
-  kv.v_sparsity = fields["v_sparsity"].cast<std::optional<double>>();
-  kv.pattern = parse_pattern(fields["pattern"].cast<std::string>());
-  kv.window = fields["window"].cast<int32_t>();
-  kv.sink_tokens = fields["sink_tokens"].cast<int32_t>();
-  kv.value_dtype = parse_value_type(fields["value_dtype"].cast<std::string>());
-  kv.bits = fields["bits"].cast<double>();
-  kv.k_bits = fields["k_bits"].cast<std::optional<double>>();
-  kv.v_bits = fields["v_bits"].cast<std::optional<double>>();
-  kv.k_policy = parse_prune_policy(fields["k_policy"].cast<std::string>());
-  kv.v_policy = parse_prune_policy(fields["v_policy"].cast<std::string>());
+  for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    if constexpr (std::is_enum_v<T>) {
+      parse_kv_value(fields[field.name].cast<std::string>(), kv.*field.member);
+    } else {
+      kv.*field.member = fields[field.name].cast<T>();
+    }
+  });
   const py::object profile = fields["profile"];
   if (py::isinstance<Profile>(profile)) {
     kv.profile = profile.cast<std::shared_ptr<Profile>>();
@@ -91,18 +87,13 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
 
 py::dict kv_dict(const KVConfig& kv) {
   py::dict d;
-  d["sparsity"] = kv.sparsity;
-  d["k_sparsity"] = kv.k_sparsity;
-  d["v_sparsity"] = kv.v_sparsity;
-  d["pattern"] = name_of(kv.pattern);
-  d["window"] = kv.window;
-  d["sink_tokens"] = kv.sink_tokens;
-  d["value_dtype"] = name_of(kv.value_dtype);
-  d["bits"] = kv.bits;
-  d["k_bits"] = kv.k_bits;
-  d["v_bits"] = kv.v_bits;
-  d["k_policy"] = name_of(kv.k_policy);
-  d["v_policy"] = name_of(kv.v_policy);
+  for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    if constexpr (std::is_enum_v<T>) {
+      d[field.name] = name_of(kv.*field.member);
+    } else {
+      d[field.name] = kv.*field.member;
+    }
+  });
   d["profile"] = std::const_pointer_cast<Profile>(kv.profile);
   return d;
 }
