@@ -96,7 +96,7 @@ TEST_F(ChatTest, SecondTurnComputesOnlyWhatIsNew) {
   const GenerateResult again = other.generate(
       std::vector<int32_t>(all.begin() + held, all.begin() + prompt_end), greedy(20));
   EXPECT_EQ(again.token_ids, reply.result().token_ids);
-  EXPECT_EQ(chat.messages().back().content, text);
+  EXPECT_EQ(chat.messages().back().content(), text);
 }
 
 TEST_F(ChatTest, SpecialTokensOfUsersAreText) {
@@ -172,7 +172,7 @@ TEST_F(ChatTest, StoppedReplyKeepsWhatWasSaid) {
     said += piece;
     return ++pieces < 5;
   });
-  EXPECT_EQ(chat.messages().back().content.substr(0, said.size()), said);
+  EXPECT_EQ(chat.messages().back().content().substr(0, said.size()), said);
   expect_agreement(chat);
   {
     ChatReply dropped = chat.start("More", greedy(50));
@@ -201,7 +201,9 @@ TEST_F(ChatTest, FailuresLeaveTheMessages) {
   EXPECT_EQ(chat.messages_json(), before);
   EXPECT_THROW(chat.set_messages_json("{"), std::invalid_argument);
   EXPECT_THROW(chat.set_messages_json("[{}]"), std::invalid_argument);
-  EXPECT_THROW(chat.add({"user", "x", "[1]"}), std::invalid_argument);
+  for (const char* bad : {"{", "[1]", "{}", R"({"role": 1})"}) {
+    EXPECT_THROW(chat.add(ChatMessage::from_json(bad)), std::invalid_argument) << bad;
+  }
   EXPECT_EQ(chat.messages_json(), before);
   chat.send("fine", greedy(2));
   expect_agreement(chat);
@@ -215,10 +217,28 @@ TEST_F(ChatTest, ContextShiftDropsOldestTurns) {
   Chat chat(s, o);
   for (int i = 0; i < 12; i++) chat.send("Tell me more of number " + std::to_string(i), greedy(12));
   EXPECT_GT(chat.dropped_turns(), 0);
-  EXPECT_EQ(chat.messages()[0].role, "system");
-  EXPECT_EQ(chat.messages()[1].role, "user");
+  EXPECT_EQ(chat.messages()[0].role(), "system");
+  EXPECT_EQ(chat.messages()[1].role(), "user");
   EXPECT_LE(s.position(), 96);
   expect_agreement(chat);
+}
+
+TEST(ChatMessageTest, IsAJsonObjectWithItsRoleFirst) {
+  const ChatMessage plain("user", "say \"hi\"");
+  EXPECT_EQ(plain.role(), "user");
+  EXPECT_EQ(plain.content(), "say \"hi\"");
+  EXPECT_EQ(plain.json(), R"({"role":"user","content":"say \"hi\""})");
+  const ChatMessage call =
+      ChatMessage::from_json(R"({"tool_calls": [{"id": 1}], "role": "assistant", "name": "x"})");
+  EXPECT_EQ(call.role(), "assistant");
+  EXPECT_EQ(call.content(), "");
+  EXPECT_EQ(call.json(),
+            R"({"role":"assistant","content":null,"tool_calls":[{"id":1}],"name":"x"})");
+  const ChatMessage parts =
+      ChatMessage::from_json(R"({"content": [{"type": "text"}], "role": "user"})");
+  EXPECT_EQ(parts.content(), "");
+  EXPECT_EQ(parts.json(), R"({"role":"user","content":[{"type":"text"}]})");
+  EXPECT_EQ(ChatMessage("user", "\xff").json(), "{\"role\":\"user\",\"content\":\"\xef\xbf\xbd\"}");
 }
 
 TEST_F(ChatTest, SaveAndLoad) {
@@ -312,7 +332,7 @@ TEST(ChatEndurance, ThousandTurns) {
         if (pick < 5) {
           chat.send("turn " + std::to_string(turn), params);
         } else if (pick == 5 && !chat.messages().empty() &&
-                   chat.messages().back().role == "assistant") {
+                   chat.messages().back().role() == "assistant") {
           ChatReply reply = chat.regenerate(params);
           std::string piece;
           for (int i = 0; i < 3; i++) reply.step(piece);

@@ -16,10 +16,23 @@
 
 namespace mustafar {
 
-struct ChatMessage {
-  std::string role;     // "system", "user", "assistant", "tool", ...
-  std::string content;  // text; where `fields` has a content of its own, that counts
-  std::string fields;   // JSON object of further fields (tool_calls, tool_call_id, ...), or empty
+// A JSON object with a role, a content and whatever else a template may look at (tool_calls,
+// tool_call_id, ...).
+class ChatMessage {
+ public:
+  // role: "system", "user", "assistant", "tool", ...
+  ChatMessage(std::string role, std::string_view content);
+  // Throws std::invalid_argument for what is no object with a role.
+  static ChatMessage from_json(std::string_view object);
+
+  const std::string& role() const { return role_; }
+  std::string content() const;                       // its text; empty where it is not a text
+  const std::string& json() const { return json_; }  // the object, on one line
+
+ private:
+  friend struct ChatJson;
+  ChatMessage() = default;
+  std::string role_, json_;
 };
 
 struct ChatOptions {

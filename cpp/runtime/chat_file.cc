@@ -1,0 +1,130 @@
+// A conversation on disk: messages, date and anchors as JSON, the session's state beside it.
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "core/atomic_file.h"
+#include "core/hash.h"
+#include "mustafar/error.h"
+#include "runtime/chat_impl.h"
+#include "runtime/kv_fields.h"
+
+namespace mustafar {
+namespace {
+
+using Json = ChatJson::Json;
+
+constexpr const char* kFormat = "mustafar chat 1";
+constexpr size_t kMaxChatFileBytes = size_t{256} << 20;
+
+// Not by nlohmann's operator: that makes a value of the text, and does not let its failing through.
+bool is_text(const Json& json, std::string_view text) {
+  return json.is_string() && json.get_ref<const std::string&>() == text;
+}
+
+std::string hash_of(std::span<const int32_t> tokens) {
+  Hash64 hash;
+  hash.add(tokens.data(), tokens.size_bytes());
+  return hash.hex();
+}
+
+Json pair(size_t first, size_t second) {
+  Json json = Json::array();
+  json.push_back(first);
+  json.push_back(second);
+  return json;
+}
+
+}  // namespace
+
+void Chat::save(const std::filesystem::path& file) const {
+  const std::vector<int32_t>& tokens = impl_->session->tokens();
+  Json anchors = Json::array();
+  for (const auto& anchor : impl_->cached.anchors) {
+    if (anchor.tokens <= tokens.size()) anchors.push_back(pair(anchor.bytes, anchor.tokens));
+  }
+  Json outside = Json::array();
+  for (const TextRange& range : impl_->cached.outside) {
+    outside.push_back(pair(range.begin, range.end));
+  }
+  // Field by field: lists in braces leak where memory runs out half-way through them.
+  Json saved = Json::object();
+  saved["tokens"] = tokens.size();
+  saved["hash"] = hash_of(tokens);
+  saved["text"] = impl_->cached.text;
+  saved["outside"] = std::move(outside);
+  saved["anchors"] = std::move(anchors);
+  Json json = Json::object();
+  json["format"] = kFormat;
+  json["messages"] = Json::parse(ChatJson::text(impl_->messages));
+  json["date"] = *impl_->options.date;
+  json["cache"] = std::move(saved);
+  const std::filesystem::path cache = file.string() + ".cache";
+  impl_->session->save(cache);
+  const std::string text = ChatJson::dump(json, 1) + "\n";
+  AtomicFile out(file);
+  out.write(text.data(), text.size());
+  out.commit();
+}
+
+bool Chat::load(const std::filesystem::path& file) {
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(file, error)) throw Error(file.string() + ": no such file");
+  if (std::filesystem::file_size(file, error) > kMaxChatFileBytes || error) {
+    throw Error(file.string() + ": too large for a saved chat");
+  }
+  std::ifstream in(file, std::ios::binary);
+  std::ostringstream content;
+  content << in.rdbuf();
+  const Json json = Json::parse(content.str(), nullptr, false);
+  if (!in || !json.is_object() || !json.contains("format") || !is_text(json["format"], kFormat) ||
+      !json.contains("messages") || !json.contains("date") || !json["date"].is_string()) {
+    throw Error(file.string() + ": not a saved chat");
+  }
+  std::vector<ChatMessage> messages;
+  try {
+    messages = ChatJson::messages(json["messages"]);
+  } catch (const std::invalid_argument& e) {
+    throw Error(file.string() + ": " + e.what());
+  }
+
+  // The cache is a help only: whatever is wrong with it, the conversation itself is loaded.
+  ChatAnchors cached;
+  bool usable = false;
+  try {
+    const Json& saved = json.at("cache");
+    Session session = Session::load(impl_->session->model(), file.string() + ".cache",
+                                    impl_->session->kv_config().profile);
+    cached.text = saved.at("text").get<std::string>();
+    cached.tokens = session.tokens();
+    if (is_text(saved.at("hash"), hash_of(session.tokens())) &&
+        same_kv_fields(session.kv_config(), impl_->session->kv_config()) &&
+        session.max_tokens() == impl_->session->max_tokens()) {
+      for (const Json& range : saved.at("outside")) {
+        cached.outside.push_back({range.at(0).get<size_t>(), range.at(1).get<size_t>()});
+      }
+      for (const Json& anchor : saved.at("anchors")) {
+        cached.anchors.push_back({anchor.at(0).get<size_t>(), anchor.at(1).get<size_t>()});
+        if (cached.anchors.back().bytes > cached.text.size() ||
+            cached.anchors.back().tokens > cached.tokens.size()) {
+          throw Error("anchor out of range");
+        }
+      }
+      *impl_->session = std::move(session);
+      usable = true;
+    }
+  } catch (const OutOfMemory&) {
+    throw;
+  } catch (const Error&) {
+  } catch (const nlohmann::json::exception&) {
+  } catch (const std::invalid_argument&) {
+  }
+  impl_->messages = std::move(messages);
+  impl_->options.date = json["date"].get<std::string>();
+  impl_->cached = usable ? std::move(cached) : ChatAnchors{};
+  impl_->sync();
+  return usable;
+}
+
+}  // namespace mustafar

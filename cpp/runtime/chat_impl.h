@@ -1,0 +1,43 @@
+// What a Chat holds, for the library's own use.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mustafar/chat.h"
+#include "runtime/chat_anchors.h"
+#include "runtime/chat_messages.h"
+
+namespace mustafar {
+
+struct Chat::Impl {
+  Session* session = nullptr;
+  ChatTemplate chat_template;
+  ChatOptions options;
+  std::vector<ChatMessage> messages;
+  std::vector<int32_t> end_tokens;
+  ChatAnchors cached;
+  int64_t dropped_turns = 0;
+
+  Impl(Session& s, ChatTemplate t, ChatOptions o)
+      : session(&s), chat_template(std::move(t)), options(std::move(o)) {}
+
+  const Tokenizer& tokenizer() const { return session->model().tokenizer(); }
+  RenderedChat render(bool with_prompt) const;
+  std::vector<int32_t> encode(const RenderedChat& chat) const {
+    return cached.encode(chat, session->tokens(), tokenizer());
+  }
+
+  // Takes other messages, with a cache shortened to what they begin with.
+  void change_messages(std::vector<ChatMessage> changed);
+  // Shortens the cache to what the messages as they stand begin with.
+  void sync();
+  // Drops the oldest turn: from the first user message to the next one. False where only one is
+  // left.
+  bool drop_oldest_turn();
+  // Starts a reply to the messages; where that fails they become `before`.
+  ChatReply begin(const SamplingParams& params, std::vector<ChatMessage> before);
+};
+
+}  // namespace mustafar
