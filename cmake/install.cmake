@@ -3,19 +3,22 @@
 include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 
+# The licences of the libraries inside.
+function(mustafar_install_licences)
+  foreach(package libpcre2-dev libedit-dev libbsd-dev libmd-dev libncurses-dev libcli11-dev
+          nlohmann-json3-dev)
+    if(EXISTS /usr/share/doc/${package}/copyright)
+      install(FILES /usr/share/doc/${package}/copyright RENAME ${package}.txt ${ARGN})
+    endif()
+  endforeach()
+endfunction()
+
 if(SKBUILD)
   install(TARGETS _core LIBRARY DESTINATION mustafar COMPONENT python)
   if(TARGET mustafar_command)
     install(TARGETS mustafar_command RUNTIME DESTINATION ${SKBUILD_SCRIPTS_DIR} COMPONENT python)
   endif()
-  # The licences of the libraries inside.
-  foreach(package libpcre2-dev libedit-dev libbsd-dev libmd-dev libncurses-dev libcli11-dev
-          nlohmann-json3-dev)
-    if(EXISTS /usr/share/doc/${package}/copyright)
-      install(FILES /usr/share/doc/${package}/copyright DESTINATION mustafar/licenses
-        RENAME ${package}.txt COMPONENT python)
-    endif()
-  endforeach()
+  mustafar_install_licences(DESTINATION mustafar/licenses COMPONENT python)
   return()
 endif()
 
@@ -32,13 +35,28 @@ if(MUSTAFAR_WITH_CUDA)
 endif()
 
 install(TARGETS mustafar EXPORT mustafar-targets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
-install(DIRECTORY cpp/include/mustafar DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(DIRECTORY cpp/include/mustafar ${PROJECT_BINARY_DIR}/cpp/include/mustafar
+  DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT mustafar-targets NAMESPACE mustafar:: DESTINATION ${MUSTAFAR_CMAKE_DIR})
 configure_package_config_file(cmake/mustafar-config.cmake.in mustafar-config.cmake
   INSTALL_DESTINATION ${MUSTAFAR_CMAKE_DIR} PATH_VARS MUSTAFAR_ARCHIVE_DIR)
 write_basic_package_version_file(mustafar-config-version.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/mustafar-config.cmake
   ${CMAKE_CURRENT_BINARY_DIR}/mustafar-config-version.cmake DESTINATION ${MUSTAFAR_CMAKE_DIR})
+
+# For builds without CMake.
+set(MUSTAFAR_PC_LIBS "-L\${libdir}/mustafar -lpcre2-8 -pthread")
+if(MUSTAFAR_WITH_CUDA)
+  string(APPEND MUSTAFAR_PC_LIBS " -lcudart_static -ldl -lrt")
+endif()
+file(RELATIVE_PATH MUSTAFAR_PC_TO_PREFIX
+  ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
+configure_file(cmake/mustafar.pc.in mustafar.pc @ONLY)
+install(FILES ${CMAKE_CURRENT_BINARY_DIR}/mustafar.pc
+  DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+
+install(FILES LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
+mustafar_install_licences(DESTINATION ${CMAKE_INSTALL_DOCDIR}/licenses)
 
 if(TARGET mustafar_command)
   install(TARGETS mustafar_command RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})

@@ -11,6 +11,7 @@
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "mustafar/error.h"
+#include "mustafar/version.h"
 
 namespace mustafar::cli {
 namespace {

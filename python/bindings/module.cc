@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
+#include "mustafar/version.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native part of mustafar; use the mustafar package instead.";

@@ -19,6 +19,43 @@ run(${CMAKE_COMMAND} -S ${WORK}/source/cpp -B ${WORK}/build -G ${GENERATOR}
   -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_PREFIX_PATH=${WORK}/moved)
 run(${CMAKE_COMMAND} --build ${WORK}/build)
 
+# Without CMake: every public header with the warnings that a careful project has on, and the same
+# program by pkg-config.
+file(GLOB headers RELATIVE ${WORK}/moved/include ${WORK}/moved/include/mustafar/*.h)
+list(TRANSFORM headers REPLACE "(.+)" "#include <\\1>\n")
+list(JOIN headers "" includes)
+file(WRITE ${WORK}/headers.cc "${includes}
+#if MUSTAFAR_VERSION_MAJOR * 100 + MUSTAFAR_VERSION_MINOR < 1
+#error \"the version is not there\"
+#endif
+int main() {
+  const mustafar::ModelOptions model{.threads = 2};
+  const mustafar::KVConfig kv{.window = 16};
+  const mustafar::SamplingParams sampling{.temperature = 0};
+  const mustafar::BatchOptions batch{.max_batch = 4};
+  const mustafar::ChatOptions chat{.system = \"Be brief.\"};
+  return model.threads + kv.window + batch.max_batch + static_cast<int>(sampling.temperature) -
+         (chat.system ? 22 : 0);
+}
+")
+run(${COMPILER} -std=c++20 -Wall -Wextra -Wpedantic -Wshadow -Werror -I${WORK}/moved/include
+  ${WORK}/headers.cc -o ${WORK}/headers)
+run(${WORK}/headers)
+find_program(pkg_config pkg-config)
+if(pkg_config)
+  file(GLOB_RECURSE pc ${WORK}/moved/*.pc)
+  get_filename_component(pc ${pc} DIRECTORY)
+  run(${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${pc} ${pkg_config} --cflags --libs mustafar)
+  string(STRIP "${output}" flags)
+  separate_arguments(flags UNIX_COMMAND "${flags}")
+  run(${COMPILER} -std=c++20 ${WORK}/source/cpp/continue_text.cc ${flags} -o ${WORK}/by_pkg_config)
+endif()
+file(GLOB_RECURSE licences ${WORK}/moved/share/doc/*.txt ${WORK}/moved/share/doc/LICENSE)
+list(LENGTH licences n_licences)
+if(n_licences LESS 2)
+  message(FATAL_ERROR "licences in the prefix: ${licences}")
+endif()
+
 foreach(model ${SOURCE}/python/mustafar/models/demo ${SOURCE}/../shared/data/models/story)
   if(NOT EXISTS ${model}/config.json)
     continue()

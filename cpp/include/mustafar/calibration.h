@@ -25,7 +25,7 @@ struct CalibrationOptions {
   // unlike all others.
   int32_t skip_tokens = 4;
   // Called now and then with tokens done and in all; what it throws ends the work.
-  std::function<void(int64_t done, int64_t total)> progress;
+  std::function<void(int64_t done, int64_t total)> progress = {};
 };
 
 // Gathers statistics over texts on the model's own device and makes a profile from them, which fits

@@ -36,11 +36,11 @@ class ChatMessage {
 };
 
 struct ChatOptions {
-  std::optional<ChatTemplate> chat_template;  // none: the model folder's
-  std::optional<std::string> system;          // first message
-  std::string tools;                          // JSON array of tool definitions; empty: none
-  std::string variables;                      // JSON object of further template variables; or empty
-  std::optional<std::string> date;            // as ChatTemplateOptions; none: when the chat started
+  std::optional<ChatTemplate> chat_template = {};  // none: the model folder's
+  std::optional<std::string> system = {};          // first message
+  std::string tools = {};                          // JSON array of tool definitions; empty: none
+  std::string variables = {};            // JSON object of further template variables; or empty
+  std::optional<std::string> date = {};  // as ChatTemplateOptions; none: when the chat started
   // A prompt that exceeds the context drops whole oldest turns instead of failing.
   bool context_shift = false;
 };

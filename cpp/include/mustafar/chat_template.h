@@ -17,11 +17,11 @@ namespace mustafar {
 struct ChatTemplateOptions {
   bool add_generation_prompt = false;  // end with what starts the assistant's turn
   // Special tokens as text; none: the folder's, or empty.
-  std::optional<std::string> bos_token, eos_token;
-  std::string tools;      // JSON array of tool definitions; empty: no tools
-  std::string variables;  // JSON object of further variables; empty: none
+  std::optional<std::string> bos_token = {}, eos_token = {};
+  std::string tools = {};      // JSON array of tool definitions; empty: no tools
+  std::string variables = {};  // JSON object of further variables; empty: none
   // What strftime_now prints: "YYYY-MM-DD" or "YYYY-MM-DDTHH:MM:SS"; none: the local time.
-  std::optional<std::string> date;
+  std::optional<std::string> date = {};
   // Bounds on a template gone wild. A step is about one operation or 16 bytes of text made.
   int64_t max_steps = 20'000'000;
   int64_t max_output_bytes = int64_t{64} << 20;

@@ -31,19 +31,19 @@ enum class ValueType : uint8_t {
 
 // The default does no harm: every value is kept, in 8 bits (preset "lossless").
 struct KVConfig {
-  double sparsity = 0.0;             // fraction of every row that is pruned, [0, 1); 0: dense
-  std::optional<double> k_sparsity;  // for keys alone
-  std::optional<double> v_sparsity;  // for values alone
+  double sparsity = 0.0;                  // fraction of every row that is pruned, [0, 1); 0: dense
+  std::optional<double> k_sparsity = {};  // for keys alone
+  std::optional<double> v_sparsity = {};  // for values alone
   Pattern pattern = Pattern::kGroup;
   int32_t window = 32;      // newest tokens that stay dense
   int32_t sink_tokens = 4;  // first tokens that stay dense
   ValueType value_dtype = ValueType::kInt8;
-  double bits = 3.0;             // coded: of a dim, on average, [1, 7]
-  std::optional<double> k_bits;  // for keys alone
-  std::optional<double> v_bits;  // for values alone
+  double bits = 3.0;                  // coded: of a dim, on average, [1, 7]
+  std::optional<double> k_bits = {};  // for keys alone
+  std::optional<double> v_bits = {};  // for values alone
   PrunePolicy k_policy = PrunePolicy::kMagnitude;
   PrunePolicy v_policy = PrunePolicy::kMagnitude;
-  std::shared_ptr<const Profile> profile;  // null: none
+  std::shared_ptr<const Profile> profile = {};  // null: none
 
   bool coded() const { return value_dtype == ValueType::kCoded; }
   double effective_k_sparsity() const { return k_sparsity.value_or(sparsity); }

@@ -28,7 +28,7 @@ struct ModelOptions {
   int64_t kv_budget = 0;       // bytes that all sessions' caches together may take; 0: no limit
   // Called while weights are read (or uploaded, on a GPU): bytes done, bytes in all. What it throws
   // ends the loading.
-  std::function<void(int64_t done, int64_t total)> progress;
+  std::function<void(int64_t done, int64_t total)> progress = {};
 };
 
 struct ModelMemory {
@@ -46,7 +46,7 @@ using Prompt = std::variant<std::string, std::vector<int32_t>>;
 struct BatchOptions {
   int32_t max_batch = 64;  // sequences that decode together
   // Asked between the parts of the work; throwing from it stops the call.
-  std::function<void()> interrupt_check;
+  std::function<void()> interrupt_check = {};
 };
 
 class Model {

@@ -17,9 +17,9 @@ namespace mustafar {
 // What a caller may hear of while a profile is made; any may be null.
 struct ProfileHooks {
   // Tokens done and in all, now and then; what it throws ends the work and leaves nothing behind.
-  std::function<void(int64_t done, int64_t total)> progress;
-  std::function<void(const std::string& line)> note;     // a calibration begins, and why
-  std::function<void(const std::string& line)> warning;  // its profile could not be kept
+  std::function<void(int64_t done, int64_t total)> progress = {};
+  std::function<void(const std::string& line)> note = {};     // a calibration begins, and why
+  std::function<void(const std::string& line)> warning = {};  // its profile could not be kept
 };
 
 class Profile {

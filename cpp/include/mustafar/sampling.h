@@ -27,13 +27,13 @@ struct SamplingParams {
   double presence_penalty = 0.0;    // subtracted once from tokens that were generated
   double frequency_penalty = 0.0;   // subtracted per occurrence among generated tokens
   int32_t penalty_window = 64;      // newest tokens that repetition_penalty looks at; -1: all
-  std::vector<std::pair<int32_t, float>> logit_bias;  // (token id, added to its logit)
-  std::optional<uint64_t> seed;                       // none: drawn from the system
-  std::vector<std::string> stop;                      // texts that end the output; not part of it
-  std::vector<int32_t> stop_token_ids;                // beside the model's own
-  bool ignore_eos = false;                            // go on past the model's end-of-sequence ids
+  std::vector<std::pair<int32_t, float>> logit_bias = {};  // (token id, added to its logit)
+  std::optional<uint64_t> seed = {};                       // none: drawn from the system
+  std::vector<std::string> stop = {};        // texts that end the output; not part of it
+  std::vector<int32_t> stop_token_ids = {};  // beside the model's own
+  bool ignore_eos = false;                   // go on past the model's end-of-sequence ids
   int32_t logprobs = 0;  // alternatives to report for every token; -1: none at all
-  LogitsProcessor logits_processor;
+  LogitsProcessor logits_processor = {};
 
   // Throws std::invalid_argument naming the field, its value and the range.
   void validate(int64_t vocab_size) const;
