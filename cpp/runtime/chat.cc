@@ -197,7 +197,7 @@ std::optional<std::string> Chat::undo() {
   const auto last = std::find_if(messages.rbegin(), messages.rend(),
                                  [](const ChatMessage& m) { return m.role() == "user"; });
   if (last == messages.rend()) return std::nullopt;
-  const std::string text = last->content();
+  std::string text = last->content();
   impl_->change_messages({messages.begin(), last.base() - 1});
   return text;
 }
