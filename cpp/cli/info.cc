@@ -19,6 +19,9 @@
 namespace mustafar::cli {
 namespace {
 
+constexpr size_t kMostSpecialTokens = 1000;  // listed; some tokenizers reserve many more
+constexpr double kTableTokens = 16384;       // what the table of settings gives bytes for, "16K"
+
 using Json = nlohmann::ordered_json;
 
 struct Options {
@@ -68,7 +71,7 @@ Json tokenizer_json(const Model& model) {
   if (!model.has_tokenizer()) return nullptr;
   const Tokenizer& tokenizer = model.tokenizer();
   Json special = Json::array();
-  for (int32_t id = 0; id < tokenizer.vocab_size() && special.size() < 1000; id++) {
+  for (int32_t id = 0; id < tokenizer.vocab_size() && special.size() < kMostSpecialTokens; id++) {
     if (tokenizer.is_special(id))
       special.push_back({{"id", id}, {"text", tokenizer.id_to_token(id)}});
   }
@@ -167,7 +170,7 @@ void print_cache(const Json& json) {
     std::printf("| %-18s | %12s | %8s%% | %12s |\n", row.at("setting").get<std::string>().c_str(),
                 format_number(bytes, 0).c_str(),
                 format_number(100 * row.at("of_dense").get<double>(), 1).c_str(),
-                format_bytes(16384 * bytes).c_str());
+                format_bytes(kTableTokens * bytes).c_str());
   }
 }
 

@@ -13,6 +13,8 @@ namespace {
 // Small slabs on the host keep what is held close to what is used; device allocations are dear.
 constexpr int64_t kSmallHostSlab = 256 << 10;
 constexpr int64_t kSmallDeviceSlab = 32 << 20;
+// The share of a budget that is kept for what is needed now: no page of it is held ahead.
+constexpr int64_t kReservedShare = 8;
 
 }  // namespace
 
@@ -169,8 +171,8 @@ PageRef::Slab* BlockPool::fullest_slab() {
 PageRef::Slab* BlockPool::add_slab(int64_t missing) {
   const auto bytes = [&](int64_t n_pages) { return slab_bytes(layout_.page_bytes, n_pages); };
   int64_t n_pages = next_slab_pages(layout_.page_bytes, small_slab_bytes_, held_bytes_, missing);
-  // What is held ahead of its need must not be what somebody lacks: not of a budget's last eighth.
-  if (budget_->available() - bytes(n_pages) < budget_->limit() / 8) {
+  // Pages that nobody has asked for yet must not use up a budget that others are short of.
+  if (budget_->available() - bytes(n_pages) < budget_->limit() / kReservedShare) {
     n_pages = std::min(n_pages, missing);
   }
   auto slab = std::make_unique<PageRef::Slab>();
@@ -179,7 +181,7 @@ PageRef::Slab* BlockPool::add_slab(int64_t missing) {
       slab->memory = KVMemory(backend_, budget_, bytes(n_pages));
     } catch (const OutOfMemory&) {
       if (n_pages == 1) throw;
-      n_pages = n_pages > missing ? missing : n_pages / 2;  // what is left may lie in pieces
+      n_pages = n_pages > missing ? missing : n_pages / 2;  // free memory may be in smaller pieces
     }
   }
   slab->references.assign(n_pages, 0);

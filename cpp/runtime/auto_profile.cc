@@ -20,15 +20,16 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Of the options below; in the file's name, so that releases that differ keep a file each. The text
-// is known by its hash.
+// Part of a kept profile's file name, as the text's hash is: to be raised when auto_options()
+// change, so that releases which calibrate differently each keep their own file.
 constexpr const char* kVersion = "1";
+constexpr int64_t kCalibrationTokens = 8192;
 
 CalibrationOptions auto_options() {
   CalibrationOptions options;
   options.kind = "balanced";
   options.scale_power = 0.5;
-  options.max_tokens = 8192;
+  options.max_tokens = kCalibrationTokens;
   return options;
 }
 

@@ -36,8 +36,8 @@ class NextLogits {
   // What a call wrote into room() are the logits now.
   void set_from_room();
   void set(std::span<const float> logits);  // a copy
-  // The largest of a row. device_row: where the whole row stays until forget_device_row() is called,
-  // or null where others may write over it unseen.
+  // The largest of a row. device_row: where the whole row stays until forget_device_row() is
+  // called, or null where others may write over it unseen.
   void set_top(TopLogits top, const float* device_row);
   // A call has begun to write over the row on the device.
   void forget_device_row() { device_row_ = nullptr; }

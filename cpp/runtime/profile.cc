@@ -17,6 +17,9 @@
 namespace mustafar {
 namespace {
 
+// Of a tensor in one direction; no model has as many layers, heads or dims.
+constexpr uint64_t kLargestExtent = 1 << 20;
+
 constexpr const char* kFormatVersion = "2";
 constexpr const char* kFolderProfile = "kv_profile.safetensors";
 
@@ -90,7 +93,7 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
     throw ModelError(where + "tensor k_forward is missing or is not [layers, kv_heads, D, D]");
   }
   for (uint64_t extent : first->shape) {
-    if (extent > 1 << 20)
+    if (extent > kLargestExtent)
       throw ModelError(where + "k_forward has shape " + shape_text(first->shape));
   }
   profile->n_layers = static_cast<int32_t>(first->shape[0]);

@@ -14,6 +14,9 @@
 namespace mustafar {
 namespace {
 
+// Tokens that are sorted at first where top-k sets no number; mostly enough for top-p and min-p.
+constexpr int64_t kFirstSorted = 256;
+
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 uint64_t system_seed() {
@@ -247,14 +250,14 @@ int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
     return draw_from(weights_, total, {});
   }
 
-  // What top-p's share is taken of.
+  // top-p asks for a share of the weight of all tokens, of which only a beginning is sorted below.
   double all = 0;
   if (!cut_k && cut_p) {
     weights_.resize(n);
     all = fill_weights(n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
   }
   const int64_t most = cut_k ? params_.top_k : n;
-  int64_t count = cut_k ? most : std::min<int64_t>(most, 256);
+  int64_t count = cut_k ? most : std::min<int64_t>(most, kFirstSorted);
   for (;;) {
     top_select(logits, count, order_);
     sorted_.resize(order_.size());

@@ -107,17 +107,15 @@ KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
     if (field.coded_only && !kv.coded()) return;  // value_dtype comes before those
-    if constexpr (kIsOverall<T>) {
-      const bool older =
-          !json.contains(field.name);  // files that have it for keys and values alone
-      kv.*field.member = json.at(older ? "k_" + std::string(field.name) : field.name).get<double>();
-    } else if constexpr (kIsPerKind<T>) {
-      const double value = json.at(field.name).get<double>();
-      if (value != kv.*field.otherwise) kv.*field.member = value;
+    // Older files have sparsity for keys and values alone.
+    const bool older = kIsOverall<T> && !json.contains(field.name);
+    const nlohmann::json& value = json.at(older ? "k_" + std::string(field.name) : field.name);
+    if constexpr (kIsPerKind<T>) {
+      if (value.get<double>() != kv.*field.otherwise) kv.*field.member = value.get<double>();
     } else if constexpr (std::is_enum_v<T>) {
-      parse_kv_value(json.at(field.name).get<std::string>(), kv.*field.member);
+      parse_kv_value(value.get<std::string>(), kv.*field.member);
     } else {
-      kv.*field.member = json.at(field.name).get<T>();
+      kv.*field.member = value.get<T>();
     }
   });
   return kv;

@@ -4,7 +4,6 @@
 #include <stdexcept>
 #include <utility>
 
-
 namespace mustafar {
 namespace {
 

@@ -19,9 +19,16 @@ struct Digit {
   int bits;
 };
 constexpr std::array<Digit, 3> kDigits = {{{21, 11}, {10, 11}, {0, 10}}};
+constexpr size_t kMostDigitValues = size_t{1} << 11;
 
-// Few of many: a scan that keeps the best so far; a candidate rarely enters. Returns false where it
-// turns out too many do.
+constexpr int64_t kFewShare = 64;  // k is few of n where it is at most this share
+// Replacements that a scan may make before it is given up: so many for each of the k, and this
+// share of the values. In random order there are about k ln(n / k).
+constexpr int64_t kReplacementsPerKept = 16;
+constexpr int64_t kReplacementsShare = 64;
+
+// For few of many: a scan that keeps the best so far, and rarely replaces one of them. Returns
+// false where the values come in an order that makes it replace too often.
 bool scan_select(std::span<const float> values, int64_t k, std::vector<int32_t>& indices) {
   const auto better = [&](int32_t a, int32_t b) {  // heap order: the worst on top
     return values[a] > values[b] || (values[a] == values[b] && a < b);
@@ -29,7 +36,8 @@ bool scan_select(std::span<const float> values, int64_t k, std::vector<int32_t>&
   indices.resize(k);
   for (int64_t i = 0; i < k; i++) indices[i] = static_cast<int32_t>(i);
   std::make_heap(indices.begin(), indices.end(), better);
-  int64_t budget = 16 * k + static_cast<int64_t>(values.size()) / 64;  // replacements
+  int64_t budget =
+      kReplacementsPerKept * k + static_cast<int64_t>(values.size()) / kReplacementsShare;
   float worst = values[indices.front()];
   for (int64_t i = k; i < static_cast<int64_t>(values.size()); i++) {
     if (!(values[i] > worst)) continue;
@@ -49,7 +57,7 @@ void radix_select(std::span<const float> values, int64_t k, std::vector<int32_t>
   uint32_t prefix_mask = 0;
   int64_t missing = k;  // how many of the keys that start with prefix belong to the k largest
   for (const Digit digit : kDigits) {
-    std::array<int64_t, 2048> counts{};
+    std::array<int64_t, kMostDigitValues> counts{};
     const uint32_t digit_mask = (1u << digit.bits) - 1;
     for (const float value : values) {
       const uint32_t key = key_of(value);
@@ -80,7 +88,7 @@ void top_select(std::span<const float> values, int64_t k, std::vector<int32_t>& 
   if (k == n) {
     indices.resize(n);
     for (int64_t i = 0; i < n; i++) indices[i] = static_cast<int32_t>(i);
-  } else if (k > n / 64 || !scan_select(values, k, indices)) {
+  } else if (k > n / kFewShare || !scan_select(values, k, indices)) {
     radix_select(values, k, indices);
   }
   std::sort(indices.begin(), indices.end(), [&](int32_t a, int32_t b) {

@@ -70,10 +70,11 @@ std::function<void()> interrupt_check() {
 KVConfig kv_config_from(const py::dict& fields, const Model& model) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
+    const py::object value = fields[field.name];
     if constexpr (std::is_enum_v<T>) {
-      parse_kv_value(fields[field.name].cast<std::string>(), kv.*field.member);
+      parse_kv_value(value.cast<std::string>(), kv.*field.member);
     } else {
-      kv.*field.member = fields[field.name].cast<T>();
+      kv.*field.member = value.cast<T>();
     }
   });
   const py::object profile = fields["profile"];

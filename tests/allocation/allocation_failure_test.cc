@@ -147,6 +147,8 @@ TEST_F(AllocationFailure, PrefillThatCompresses) {
 
 TEST_F(AllocationFailure, DecodeThatCommitsABlock) {
   fail_each_on_session("decode", 30, [](Session& s) { s.decode(9); });
+  fail_each_on_session("decode that grows the tail", 24, [](Session& s) { s.decode(9); });
+  fail_each_on_session("first decode", 0, [](Session& s) { s.decode(9); });
   fail_each_on_session("commit", 79, [](Session& s) { s.decode(9); });
   kv_.k_policy = PrunePolicy::kOutputAware;
   kv_.value_dtype = ValueType::kInt8;

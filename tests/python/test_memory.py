@@ -104,13 +104,55 @@ def test_bytes_at_16k(folder: Path, name: str, kv: KVConfig, row_bytes: int) -> 
 def test_grows_with_the_context_not_its_maximum(folder: Path) -> None:
     with mustafar.Model(folder, device="cpu") as model:
         session = Session(model, KVConfig(sparsity=0.5, value_dtype="auto"))
-        empty = session.memory().allocated
+        assert session.memory().allocated == 0
         session.prefill([5] * 1000)
-        used = session.memory().allocated - empty
+        usage = session.memory()
         per_token = LAYERS * KV_HEADS * 2 * 144
-        assert 900 * per_token <= used <= 1000 * per_token
+        assert 900 * per_token <= usage.allocated - usage.tail <= 1000 * per_token
         fork = session.fork()
         before = model.memory().kv_bytes
         fork.prefill([6] * 64)
         grown = model.memory().kv_bytes - before
         assert grown <= 64 * per_token + (512 << 10)  # the shared pages are not copied
+
+
+@pytest.mark.parametrize("preset", ["dense", "lossless"])
+def test_a_short_conversation_uses_no_more_than_dense(folder: Path, preset: str) -> None:
+    rows = LAYERS * KV_HEADS * 2 * DIM * 2
+    with mustafar.Model(folder, device="cpu") as model:
+        session = Session(model, KVConfig.preset(preset))
+        assert model.memory().kv_bytes == 0
+        session.prefill([5] * 7)
+        for token in range(3, 123):
+            session.decode(token)
+            usage = session.memory()
+            tokens = session.position
+            assert usage.dense_equivalent == tokens * rows
+            assert usage.used <= usage.dense_equivalent
+            if usage.compressed_tokens == 0:
+                assert usage.used == tokens * rows
+                assert usage.allocated <= max(16, 1.6 * tokens) * rows
+        assert usage.compressed_tokens == 64
+        session.reset()
+        assert session.memory().allocated == session.memory().used == 0
+        assert model.memory().kv_bytes == 0
+
+
+def test_idle_sessions_leave_a_budget_to_the_live_one(folder: Path) -> None:
+    """What an idle session once took: the whole tail, and twice that after a first token."""
+    kv = KVConfig()
+    rows = LAYERS * KV_HEADS * 2 * DIM * 2
+    tail = (kv.sink_tokens + kv.window + 64) * rows
+    with mustafar.Model(folder, device="cpu") as model:
+        live = Session(model, kv)
+        live.prefill([5] * 300)
+        live.prefill([6] * 20)
+        needed = model.memory().kv_peak_bytes
+    with mustafar.Model(folder, device="cpu", kv_budget=needed + tail) as model:
+        live = Session(model, kv)
+        live.prefill([5] * 300)
+        idle = [Session(model, kv) for _ in range(4)]
+        for session in idle[:3]:
+            session.prefill([7])
+        live.prefill([6] * 20)
+        assert live.position == 320

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cli/chat/commands.h"
+#include "cli/chat/display.h"
 #include "cli/chat/line_editor.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
@@ -36,38 +37,6 @@ std::string history_path() {
   return home ? std::string(home) + "/.mustafar_history" : "";
 }
 
-// Escape sequences, empty where colours are not wanted.
-struct Style {
-  explicit Style(bool terminal) {
-    const char* no_color = std::getenv("NO_COLOR");
-    const char* term = std::getenv("TERM");
-    if (!terminal || (no_color && *no_color) || (term && std::string(term) == "dumb")) return;
-    dim = "\033[2m";
-    bold = "\033[1;32m";
-    off = "\033[0m";
-  }
-  std::string prompt(const char* text) const {
-    return *bold ? std::string("\1") + bold + "\1" + text + "\1" + off + "\1" : text;
-  }
-  const char *dim = "", *bold = "", *off = "";
-};
-
-std::string bytes(int64_t n) { return format_bytes(static_cast<double>(n)); }
-
-std::string speed(int64_t tokens, double seconds) {
-  return std::to_string(tokens) + " tokens " +
-         format_number(per_second(static_cast<double>(tokens), seconds), 1) + " t/s";
-}
-
-// Sparsity of the whole cache: the share of its values that are not stored.
-std::string memory_text(const MemoryUsage& memory) {
-  const double tokens = static_cast<double>(memory.compressed_tokens + memory.dense_tokens);
-  const double share = tokens > 0 ? static_cast<double>(memory.compressed_tokens) / tokens : 0;
-  const double sparsity = share * (memory.k_sparsity + memory.v_sparsity) / 2;
-  return "KV " + bytes(memory.used) + " of " + bytes(memory.dense_equivalent) +
-         " dense | sparsity " + format_number(sparsity, 2);
-}
-
 class ChatProgram {
  public:
   explicit ChatProgram(const Options& options)
@@ -86,7 +55,7 @@ class ChatProgram {
       note(model_.folder().filename().string() + " | context " +
            std::to_string(session_.max_tokens()) + " tokens | " +
            (session_.kv_config().coded()
-                ? sparsity_text()
+                ? sparsity_text(session_.kv_config())
                 : "sparsity " + format_number(session_.kv_config().sparsity, 2)) +
            " | /help lists the commands");
     }
@@ -273,9 +242,9 @@ class ChatProgram {
   }
 
   std::string turn_line(const GenerateStats& stats, int64_t cached_tokens) const {
-    std::string line = "prompt " + speed(stats.prompt_tokens, stats.prefill_seconds);
+    std::string line = "prompt " + speed_text(stats.prompt_tokens, stats.prefill_seconds);
     if (cached_tokens > 0) line += " (" + std::to_string(cached_tokens) + " cached)";
-    return line + " | reply " + speed(stats.generated_tokens, stats.decode_seconds) + " | " +
+    return line + " | reply " + speed_text(stats.generated_tokens, stats.decode_seconds) + " | " +
            context_text() + " | " + memory_text(session_.memory());
   }
 
@@ -337,24 +306,14 @@ class ChatProgram {
     const auto [file, question] = split_file(needed(argument, "/read FILE [TEXT]"));
     std::string text = read_text(file);
     if (!question.empty()) text += "\n\n" + question;
-    note("read " + file + ", " + bytes(static_cast<int64_t>(text.size())));
+    note("read " + file + ", " + bytes_text(static_cast<int64_t>(text.size())));
     send(text);
-  }
-
-  std::string sparsity_text() const {
-    const KVConfig& kv = session_.kv_config();
-    if (kv.coded()) {
-      return "coded, bits K " + format_number(kv.effective_k_bits(), 2) + " V " +
-             format_number(kv.effective_v_bits(), 2);
-    }
-    return "sparsity K " + format_number(kv.effective_k_sparsity(), 2) + " V " +
-           format_number(kv.effective_v_sparsity(), 2);
   }
 
   // The conversation moves to a cache of another sparsity, computed here and now; until that is
   // done, and where it fails, the cache stays as it was.
   void set_sparsity(const std::string& argument) {
-    if (argument.empty()) return note(sparsity_text());
+    if (argument.empty()) return note(sparsity_text(session_.kv_config()));
     KVConfig kv = session_.kv_config();
     if (kv.coded()) throw std::invalid_argument("/sparsity: a coded cache prunes nothing");
     char* end = nullptr;
@@ -371,15 +330,16 @@ class ChatProgram {
     } catch (const Cancelled&) {
       clear_interrupt();
       leave_on_interrupt_ = true;
-      return note("interrupted: the cache stays as it was, " + sparsity_text() +
+      return note("interrupted: the cache stays as it was, " + sparsity_text(session_.kv_config()) +
                   "; Ctrl-C again leaves");
     } catch (const std::exception& error) {
-      return note(std::string(error.what()) + "; the cache stays as it was, " + sparsity_text());
+      return note(std::string(error.what()) + "; the cache stays as it was, " +
+                  sparsity_text(session_.kv_config()));
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     session_ = std::move(changed);
-    note(sparsity_text() +
-         (tokens > 0 ? "; computed again: " + speed(tokens, seconds.count()) : ""));
+    note(sparsity_text(session_.kv_config()) +
+         (tokens > 0 ? "; computed again: " + speed_text(tokens, seconds.count()) : ""));
   }
 
   // Computes the conversation so far in another session, with a bar; Ctrl-C throws Cancelled.
@@ -399,10 +359,11 @@ class ChatProgram {
          std::to_string(m.dense_tokens));
     note(memory_text(m) + " (K " + format_number(m.k_sparsity, 2) + " V " +
          format_number(m.v_sparsity, 2) + " where compressed)");
-    note("masks " + bytes(m.masks) + " | values " + bytes(m.values) + " | scales " +
-         bytes(m.scales) + " | dense tail " + bytes(m.tail) + " | allocated " + bytes(m.allocated));
-    note("in all: prompt " + speed(total_.prompt_tokens, total_.prefill_seconds) + " | reply " +
-         speed(total_.generated_tokens, total_.decode_seconds));
+    note("masks " + bytes_text(m.masks) + " | values " + bytes_text(m.values) + " | scales " +
+         bytes_text(m.scales) + " | dense tail " + bytes_text(m.tail) + " | allocated " +
+         bytes_text(m.allocated));
+    note("in all: prompt " + speed_text(total_.prompt_tokens, total_.prefill_seconds) +
+         " | reply " + speed_text(total_.generated_tokens, total_.decode_seconds));
   }
 
   const Options& options_;

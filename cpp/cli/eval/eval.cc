@@ -9,12 +9,9 @@
 #include <vector>
 
 #include "cli/commands.h"
-#include "cli/eval/answer_task.h"
-#include "cli/eval/jsonl_cases.h"
-#include "cli/eval/made_cases.h"
-#include "cli/eval/ppl_task.h"
 #include "cli/eval/results.h"
 #include "cli/eval/table.h"
+#include "cli/eval/task_list.h"
 #include "cli/interrupt.h"
 #include "cli/kv_setting.h"
 #include "cli/options.h"
@@ -28,34 +25,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-constexpr const char* kTasks[] = {"ppl", "needle", "needle-multi", "copy", "qa"};
-constexpr int32_t kNeedles = 4;     // of needle-multi
-constexpr int32_t kMostFacts = 16;  // different towns
-constexpr int64_t kDecodeCost = 8;  // a decoded token's time, in prefilled tokens, about
-
-struct Options {
-  ModelFlags model;
-  std::vector<std::string> tasks;
-  std::vector<std::string> settings;  // lists
-  std::string grid;
-  std::string file;
-  std::vector<std::string> jsonl;
-  int64_t chunk_tokens = 1024;
-  int64_t max_chunks = 20;
-  std::vector<int64_t> lengths;
-  std::vector<double> depths = {0, 25, 50, 75, 100};
-  int32_t tries = 1;
-  int32_t words = 40;
-  int32_t facts = 8;
-  int32_t reply_tokens = 32;
-  int64_t max_cases = -1;
-  uint64_t seed = 1;
-  bool no_chat = false;
-  bool json = false;
-  std::string output;
-};
-
-std::vector<EvalSetting> settings_of(const Options& options, const Model& model) {
+std::vector<EvalSetting> settings_of(const EvalOptions& options, const Model& model) {
   std::vector<std::string> texts;
   for (const std::string& list : options.settings) {
     const auto some = split_kv_settings(list);
@@ -76,125 +46,6 @@ std::vector<EvalSetting> settings_of(const Options& options, const Model& model)
     if (!known) settings.push_back({text, config});
   }
   return settings;
-}
-
-// The lengths asked for, or those of the usual ones that the model's context has room for.
-std::vector<int64_t> lengths_of(const Options& options, const Model& model) {
-  const int64_t context = model.config().max_position_embeddings;
-  for (const int64_t length : options.lengths) {
-    if (length > context) {
-      throw std::invalid_argument("--lengths has " + std::to_string(length) +
-                                  ", more than the model's context of " + std::to_string(context) +
-                                  " tokens");
-    }
-  }
-  if (!options.lengths.empty()) return options.lengths;
-  std::vector<int64_t> lengths;
-  for (const int64_t length : {1024, 2048, 4096, 8000}) {
-    if (length <= context) lengths.push_back(length);
-  }
-  if (lengths.empty()) lengths.push_back(context);
-  return lengths;
-}
-
-// Everything that tasks are made of; outlives them.
-struct Material {
-  Material(const Options& options, const Model& model)
-      : text(options.file.empty() ? "" : read_text(options.file)),
-        dialogue(model, !options.no_chat),
-        prose(text) {
-    made = {lengths_of(options, model), options.depths, options.tries, options.seed};
-  }
-
-  const std::string text;
-  const Dialogue dialogue;
-  const Prose prose;
-  MadeOptions made;
-};
-
-Json made_parameters(const Options& options, const Material& material) {
-  return {{"text", material.text.empty() ? Json() : Json(text_hash(material.text))},
-          {"lengths", material.made.lengths},
-          {"tries", options.tries},
-          {"seed", options.seed},
-          {"chat", material.dialogue.is_chat()}};
-}
-
-std::unique_ptr<EvalTask> make_task(const std::string& name, const Options& options,
-                                    const Model& model, const Material& material) {
-  if (name == "ppl") {
-    return std::make_unique<PplTask>(model, material.text, options.file, options.chunk_tokens,
-                                     options.max_chunks);
-  }
-  const auto maker = std::make_shared<CaseMaker>(model.tokenizer(), material.dialogue,
-                                                 material.prose, material.made);
-  Json parameters = made_parameters(options, material);
-  AnswerRules rules;
-  rules.max_new_tokens = options.reply_tokens;
-  int64_t documents = options.tries, replies = options.tries * rules.max_new_tokens;
-  std::function<std::vector<EvalCase>()> make;
-  if (name == "copy") {
-    parameters["words"] = options.words;
-    rules.forced = true;
-    replies = options.tries * options.words;
-    make = [maker, &options] { return maker->copies(options.words); };
-  } else if (name == "qa") {
-    parameters["facts"] = options.facts;
-    parameters["reply_tokens"] = options.reply_tokens;
-    rules.conversation = true;
-    replies *= options.facts;
-    make = [maker, &options] { return maker->interviews(options.facts, options.reply_tokens); };
-  } else {
-    const int32_t keys = name == "needle" ? 1 : kNeedles;
-    rules.stop = {".", "\n"};  // what is said after the code is of no interest
-    parameters["depths"] = options.depths;
-    parameters["reply_tokens"] = options.reply_tokens;
-    documents *= static_cast<int64_t>(options.depths.size());
-    replies *= static_cast<int64_t>(options.depths.size());
-    make = [maker, &options, keys] { return maker->needles(keys, options.reply_tokens); };
-  }
-  int64_t work = 0;
-  for (const int64_t length : material.made.lengths) {
-    work += documents * length + kDecodeCost * replies;
-  }
-  return std::make_unique<AnswerTask>(model, material.dialogue, name, std::move(parameters), rules,
-                                      work, std::move(make));
-}
-
-std::unique_ptr<EvalTask> make_jsonl_task(const std::string& file, const Options& options,
-                                          const Model& model, const Material& material) {
-  const std::string text = read_text(file);
-  const int64_t room = model.config().max_position_embeddings - options.reply_tokens;
-  JsonlCases cases = read_jsonl(text, file, model, material.dialogue, room, options.max_cases);
-  AnswerRules rules;
-  rules.every_answer = cases.every_answer;
-  rules.f1 = !cases.every_answer;
-  rules.max_new_tokens = options.reply_tokens;
-  const Json parameters = {{"text", text_hash(text)},
-                           {"cases", cases.cases.size()},
-                           {"reply_tokens", options.reply_tokens},
-                           {"chat", material.dialogue.is_chat()}};
-  const int64_t work =
-      cases.tokens + kDecodeCost * options.reply_tokens * static_cast<int64_t>(cases.cases.size());
-  const std::string name = "jsonl:" + std::filesystem::path(file).stem().string();
-  return std::make_unique<AnswerTask>(model, material.dialogue, name, parameters, rules, work,
-                                      [made = std::move(cases.cases)] { return made; });
-}
-
-std::vector<std::unique_ptr<EvalTask>> tasks_of(const Options& options, const Model& model,
-                                                const Material& material) {
-  std::vector<std::string> names = options.tasks;
-  if (names.empty() && options.jsonl.empty()) {
-    for (const char* name : kTasks) {
-      if (std::string(name) != "ppl" || !options.file.empty()) names.push_back(name);
-    }
-  }
-  std::vector<std::unique_ptr<EvalTask>> tasks;
-  for (const std::string& name : names) tasks.push_back(make_task(name, options, model, material));
-  for (const std::string& file : options.jsonl) {
-    tasks.push_back(make_jsonl_task(file, options, model, material));
-  }
-  return tasks;
 }
 
 // Runs what the results do not have yet.
@@ -264,11 +115,11 @@ void print_json(const Model& model, const std::vector<std::unique_ptr<EvalTask>>
   std::printf("%s\n", dump(out, 2).c_str());
 }
 
-void check(const Options& options) {
+void check(const EvalOptions& options) {
   for (const std::string& task : options.tasks) {
-    if (std::find(std::begin(kTasks), std::end(kTasks), task) == std::end(kTasks)) {
+    if (std::find(std::begin(kEvalTasks), std::end(kEvalTasks), task) == std::end(kEvalTasks)) {
       std::string known;
-      for (const char* name : kTasks) known += (known.empty() ? "" : ", ") + std::string(name);
+      for (const char* name : kEvalTasks) known += (known.empty() ? "" : ", ") + std::string(name);
       throw std::invalid_argument("there is no task \"" + task + "\"; the tasks are " + known +
                                   ", and --jsonl for questions from a file");
     }
@@ -283,14 +134,14 @@ void check(const Options& options) {
   }
 }
 
-int eval(const Options& options) {
+int eval(const EvalOptions& options) {
   check(options);
   const InterruptGuard guard;
   const Model model = options.model.load();
   const std::vector<EvalSetting> settings = settings_of(options, model);
   Results results(model, options.output);
-  const Material material(options, model);
-  const auto tasks = tasks_of(options, model, material);
+  const EvalMaterial material(options, model);
+  const auto tasks = eval_tasks(options, model, material);
   try {
     run_all(tasks, settings, results);
   } catch (const Cancelled&) {
@@ -311,7 +162,7 @@ int eval(const Options& options) {
 }  // namespace
 
 void add_eval(CLI::App& app, Run& run) {
-  const auto options = std::make_shared<Options>();
+  const auto options = std::make_shared<EvalOptions>();
   CLI::App* command = app.add_subcommand(
       "eval", "Measure what cache settings cost: perplexity, retrieval, copying, conversation");
   options->model.add_to(*command);

@@ -70,9 +70,11 @@ class Session {
   const KVConfig& kv_config() const;
   MemoryUsage memory() const;
 
-  void rewind(
-      int64_t position);  // keeps the first `position` tokens; see docs for what is recomputed
-  Session fork() const;   // shares compressed pages, copies the tail
+  // Keeps the first `position` tokens. A compressed block that reaches beyond what would be
+  // compressed at that length goes as a whole; those of its tokens that stay, at most window + 63,
+  // are computed again.
+  void rewind(int64_t position);
+  Session fork() const;  // shares compressed pages, copies the tail
   void reset();
   void close();  // frees the cache; later calls throw StateError
 

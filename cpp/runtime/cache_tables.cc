@@ -1,0 +1,161 @@
+// What sessions of a model share, made once for those in use: pools of pages, and on the device the
+// tables of profiles.
+#include <stdexcept>
+#include <utility>
+
+#include "mustafar/error.h"
+#include "mustafar/profile.h"
+#include "runtime/model_impl.h"
+
+namespace mustafar {
+namespace {
+
+// Brings values into stored order. They are matrices [.][D][D]: with columns, each row's elements
+// go to where their dims are stored; without, the rows themselves do. Weights [.][D] are rows, and
+// so need columns.
+std::vector<float> in_stored_order(const std::vector<float>& values, int32_t dim, int32_t n_groups,
+                                   bool columns) {
+  std::vector<float> out(values.size());
+  const int64_t n_rows = static_cast<int64_t>(values.size()) / dim;
+  for (int64_t row = 0; row < n_rows; row++) {
+    const int64_t matrix = row / dim * dim;
+    const int64_t to =
+        columns ? row : matrix + stored_index(static_cast<int32_t>(row % dim), n_groups, dim);
+    for (int32_t d = 0; d < dim; d++) {
+      const int32_t column = columns ? stored_index(d, n_groups, dim) : d;
+      out[to * dim + column] = values[row * dim + d];
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+std::shared_ptr<BlockPool> Model::Impl::pool(const StoreLayout& layout) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(pools_, [](const auto& entry) { return entry.second.expired(); });
+  for (const auto& [known, pool] : pools_) {
+    if (known == layout) {
+      if (auto live = pool.lock()) return live;
+    }
+  }
+  auto pool = std::make_shared<BlockPool>(*backend, budget, layout);
+  pools_.emplace_back(layout, pool);
+  return pool;
+}
+
+std::shared_ptr<const KVTransform> Model::Impl::transform(
+    const std::shared_ptr<const Profile>& profile, int32_t k_groups, int32_t v_groups) {
+  if (profile == nullptr && k_groups == 1 && v_groups == 1) return nullptr;
+  std::lock_guard lock(mutex_);
+  std::erase_if(transforms_, [](const auto& entry) { return entry.transform.expired(); });
+  for (const KnownTransform& known : transforms_) {
+    const auto live = known.transform.lock();
+    // A profile that has gone locks to null, as none does.
+    if (live == nullptr || (live->k_forward == nullptr) != (profile == nullptr)) continue;
+    if (known.profile.lock() == profile && live->k_groups == k_groups &&
+        live->v_groups == v_groups) {
+      return live;
+    }
+  }
+  if (profile != nullptr) profile->check(config, fingerprint);
+  // The struct and the matrices that it points to live and die together.
+  struct Uploaded {
+    KVTransform view;
+    std::vector<std::unique_ptr<DeviceMemory>> memory;
+  };
+  auto uploaded = std::make_shared<Uploaded>();
+  const auto upload = [&](const std::vector<float>& values, int32_t n_groups,
+                          bool columns) -> const float* {
+    if (values.empty()) return nullptr;
+    const std::vector<float> stored = in_stored_order(values, config.head_dim, n_groups, columns);
+    const int64_t bytes = static_cast<int64_t>(stored.size()) * 4;
+    uploaded->memory.push_back(backend->allocate(bytes));
+    backend->upload(uploaded->memory.back()->data(), stored.data(), bytes);
+    return static_cast<const float*>(uploaded->memory.back()->data());
+  };
+  KVTransform& view = uploaded->view;
+  view.k_groups = k_groups;
+  view.v_groups = v_groups;
+  if (profile != nullptr) {
+    view.k_forward = upload(profile->k_forward, k_groups, true);
+    view.k_backward = upload(profile->k_backward, k_groups, false);
+    view.v_forward = upload(profile->v_forward, v_groups, true);
+    view.v_backward = upload(profile->v_backward, v_groups, false);
+    view.k_weight = upload(profile->k_weight, k_groups, true);
+    view.v_weight = upload(profile->v_weight, v_groups, true);
+  }
+  std::shared_ptr<const KVTransform> transform(uploaded, &view);
+  transforms_.push_back({profile, transform});
+  return transform;
+}
+
+std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
+  if (!kv.coded()) return nullptr;
+  if (kv.profile == nullptr || kv.profile->k_sigma.empty() || kv.profile->v_sigma.empty()) {
+    throw std::invalid_argument(
+        std::string("profile: value_dtype \"coded\" needs one with k_sigma and v_sigma, ") +
+        (kv.profile == nullptr ? "none was given"
+                               : "this one of kind " + kv.profile->kind + " has none") +
+        "; \"mustafar calibrate\" makes one");
+  }
+  if (!backend->codes()) {
+    throw DeviceError("value_dtype \"coded\" is not supported on device \"" + backend->device() +
+                      "\": use device \"cpu\" or another value_dtype");
+  }
+  const double k_bits = kv.effective_k_bits(), v_bits = kv.effective_v_bits();
+  std::lock_guard lock(mutex_);
+  std::erase_if(codes_, [](const Codes& entry) { return entry.tables.expired(); });
+  for (const Codes& known : codes_) {
+    if (known.profile.lock() == kv.profile && known.k_bits == k_bits && known.v_bits == v_bits) {
+      if (auto live = known.tables.lock()) return live;
+    }
+  }
+  // The struct and the tables that it points to live and die together.
+  struct Uploaded {
+    CodeTables view;
+    std::vector<std::unique_ptr<DeviceMemory>> memory;
+  };
+  auto uploaded = std::make_shared<Uploaded>();
+  const auto upload = [&](const void* data, int64_t bytes) {
+    uploaded->memory.push_back(backend->allocate(bytes));
+    backend->upload(uploaded->memory.back()->data(), data, bytes);
+    return uploaded->memory.back()->data();
+  };
+  const auto upload_kind = [&](const std::vector<float>& sigmas, const std::vector<float>& weights,
+                               double bits, const uint8_t*& device_widths,
+                               const float*& device_sigmas) {
+    // Bits go where errors count: a dim that was scaled for integers counts as it was before.
+    std::vector<float> unscaled = sigmas;
+    for (size_t i = 0; i < weights.size(); i++) unscaled[i] *= weights[i];
+    std::vector<uint8_t> widths(sigmas.size());
+    for (size_t at = 0; at < sigmas.size(); at += config.head_dim) {
+      deal_widths(unscaled.data() + at, config.head_dim, coded_row_bytes(config.head_dim, bits),
+                  widths.data() + at);
+    }
+    device_widths = static_cast<const uint8_t*>(upload(widths.data(), widths.size()));
+    device_sigmas = static_cast<const float*>(upload(sigmas.data(), sigmas.size() * 4));
+  };
+  const Profile& profile = *kv.profile;
+  CodeTables& view = uploaded->view;
+  upload_kind(profile.k_sigma, profile.k_weight, k_bits, view.k_widths, view.k_sigmas);
+  upload_kind(profile.v_sigma, profile.v_weight, v_bits, view.v_widths, view.v_sigmas);
+  std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
+  codes_.push_back({kv.profile, k_bits, v_bits, tables});
+  return tables;
+}
+
+std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
+  kv.validate();
+  CacheSpec spec = make_cache_spec(config, dtype, kv);
+  spec.transform = transform(kv.profile, n_groups(spec.layout.k), n_groups(spec.layout.v));
+  spec.codes = code_tables(kv);
+  return std::make_shared<const CacheSpec>(std::move(spec));
+}
+
+SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec) {
+  std::shared_ptr<BlockPool> pages = pool(spec->layout);  // before spec moves
+  return SequenceCache(*backend, std::move(pages), budget, std::move(spec));
+}
+
+}  // namespace mustafar

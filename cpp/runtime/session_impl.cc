@@ -1,0 +1,214 @@
+#include "runtime/session_impl.h"
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "mustafar/error.h"
+#include "runtime/prompt_ids.h"
+
+namespace mustafar {
+
+Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_t> limit)
+    : model(model), engine(model.impl()), kv(kv) {
+  const int64_t context = engine->config.max_position_embeddings;
+  max_tokens = limit.value_or(context);
+  if (max_tokens < 1 || max_tokens > context) {
+    throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) +
+                                ", must be between 1 and the model's context of " +
+                                std::to_string(context) + " tokens");
+  }
+  spec = engine->cache_spec(kv);
+  cache.emplace(engine->new_cache(spec));
+  buffers = std::make_unique<ForwardBuffers>(*engine->backend);
+  count_workspace();
+}
+
+Session::Impl::~Impl() {
+  buffers.reset();
+  count_workspace();
+}
+
+Session::Impl::Use::Use(Impl& impl) : impl_(impl) {
+  if (impl.busy.exchange(true)) {
+    throw StateError(
+        "the session is in use by another call: a session serves one thread at a time");
+  }
+  if (!impl.cache) {
+    impl.busy = false;
+    throw StateError("the session is closed");
+  }
+}
+
+void Session::Impl::count_workspace() {
+  const int64_t now = buffers != nullptr ? buffers->bytes() : 0;
+  engine->workspace_bytes += now - counted_workspace;
+  counted_workspace = now;
+}
+
+void Session::Impl::check_interrupt() {
+  if (cancelled.exchange(false)) throw Cancelled("cancelled by the caller");
+  if (interrupt_check) interrupt_check();
+}
+
+void Session::Impl::check_tokens(std::span<const int32_t> token_ids) const {
+  check_token_ids(token_ids, vocab_size());
+}
+
+void Session::Impl::check_room(int64_t n) const {
+  const int64_t position = static_cast<int64_t>(tokens.size());
+  if (position + n > max_tokens) {
+    throw ContextOverflow(std::to_string(n) + " tokens after the " + std::to_string(position) +
+                          " cached exceed max_tokens = " + std::to_string(max_tokens));
+  }
+}
+
+void Session::Impl::reserve_tokens(size_t n) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.reserve(tokens.size() + n);
+}
+
+void Session::Impl::append_tokens(std::span<const int32_t> token_ids) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
+}
+
+void Session::Impl::cut_tokens(int64_t length) {
+  std::lock_guard lock(tokens_mutex);
+  tokens.resize(length);
+}
+
+std::vector<int32_t> Session::Impl::copy_tokens() const {
+  std::lock_guard lock(tokens_mutex);
+  return tokens;
+}
+
+void Session::Impl::append(std::span<const int32_t> token_ids,
+                           const std::function<void(int64_t, int64_t)>& progress,
+                           int32_t top_needed) {
+  reserve_tokens(token_ids.size());
+  const bool top_alone = NextLogits::top_suffices(*engine->backend, top_needed);
+  float* const room = top_alone ? nullptr : next.room(vocab_size());
+  TopLogits top;
+  Prefill prefill(*engine->llama, *cache, {token_ids.begin(), token_ids.end()}, *buffers);
+  const auto between = [&](int64_t done, int64_t total) {
+    check_interrupt();
+    if (progress) progress(done, total);
+  };
+  while (prefill.step(between)) {
+  }
+  next.forget_device_row();
+  const int64_t last = static_cast<int64_t>(token_ids.size()) - 1;
+  if (top_alone) {
+    top = prefill.top_logits(last, top_needed);
+  } else {
+    prefill.logits(last, 1, room);
+  }
+  count_workspace();
+  prefill.finish();
+  append_tokens(token_ids);
+  set_next(top_alone, std::move(top));
+}
+
+void Session::Impl::append_decode(int32_t token_id, int32_t top_needed) {
+  check_interrupt();
+  reserve_tokens(1);
+  SequenceCache* const caches[] = {&*cache};
+  const int32_t ids[] = {token_id};
+  const bool top_alone = NextLogits::top_suffices(*engine->backend, top_needed);
+  TopLogits top;
+  next.forget_device_row();
+  if (top_alone) {
+    engine->llama->decode_top(caches, ids, top_needed, {&top, 1}, *buffers);
+  } else {
+    engine->llama->decode(caches, ids, next.room(vocab_size()), *buffers);
+  }
+  count_workspace();
+  append_tokens(ids);
+  set_next(top_alone, std::move(top));
+}
+
+void Session::Impl::set_next(bool top_alone, TopLogits top) {
+  if (top_alone) {
+    next.set_top(std::move(top), buffers->logits(vocab_size()));
+  } else {
+    next.set_from_room();
+  }
+}
+
+void Session::Impl::ensure_logits() {
+  next.fetch(*engine->backend, vocab_size());
+  if (next.whole() || tokens.empty()) return;
+  const int32_t last = tokens.back();
+  rewind(static_cast<int64_t>(tokens.size()) - 1);
+  append_decode(last);
+}
+
+void Session::Impl::rewind(int64_t position) {
+  const int64_t length = static_cast<int64_t>(tokens.size());
+  if (position < 0 || position > length) {
+    throw std::invalid_argument("cannot rewind to position " + std::to_string(position) +
+                                ": the session holds " + std::to_string(length) + " tokens");
+  }
+  if (position == length) return;
+  if (position == 0) {
+    reset();
+    return;
+  }
+  // Where a policy ranks by the window's queries, tokens that are cut have overwritten older ones'.
+  // The next block to leave the window is ranked by none of those: its window starts later.
+  if (spec->compressed(position) == cache->compressed()) {
+    cache->cut_tail(position);
+    cut_tokens(position);
+    next.drop();
+    return;
+  }
+  SequenceCache kept = cache->cut_store(position);
+  const int64_t first = kept.length();
+  const bool recompute = first < position;
+  if (recompute) {
+    float* const room = next.room(vocab_size());
+    Prefill prefill(*engine->llama, kept, {tokens.begin() + first, tokens.begin() + position},
+                    *buffers);
+    while (prefill.step([&](int64_t, int64_t) { check_interrupt(); })) {
+    }
+    next.forget_device_row();
+    prefill.logits(position - first - 1, 1, room);
+    prefill.finish();
+    count_workspace();
+  }
+  cache = std::move(kept);
+  cut_tokens(position);
+  next.drop();
+  if (recompute) next.set_from_room();
+}
+
+std::unique_ptr<Session::Impl> Session::Impl::fork() const {
+  auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+  other->cache = cache->fork();
+  other->tokens = tokens;
+  other->next = next.copy_to_host(*engine->backend, vocab_size());
+  other->interrupt_check = interrupt_check;
+  return other;
+}
+
+void Session::Impl::reset() {
+  cache.emplace(engine->new_cache(spec));
+  cut_tokens(0);
+  next.drop();
+}
+
+Scorer Session::Impl::scorer(std::span<const int32_t> token_ids) {
+  check_tokens(token_ids);
+  const int64_t n = static_cast<int64_t>(token_ids.size());
+  if (n < 2) throw std::invalid_argument("scoring needs at least two tokens");
+  if (n > max_tokens) {
+    throw ContextOverflow(std::to_string(n) +
+                          " tokens exceed max_tokens = " + std::to_string(max_tokens));
+  }
+  Scorer scorer(*engine, spec);
+  scorer.between = [this](int64_t, int64_t) { check_interrupt(); };
+  return scorer;
+}
+
+}  // namespace mustafar
