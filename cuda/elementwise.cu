@@ -97,8 +97,9 @@ struct RopeHead {
       return;
     }
     const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
-    uint8_t* const to = new_row(s, args.layer, kind == 1 ? kKeys : kValues, args.n_kv_heads, head,
-                                s.pos0 + row - s.row0, row_bytes);
+    // kKeys or kValues; as a choice of two it would have the compiler write the stores twice.
+    uint8_t* const to =
+        new_row(s, args.layer, kind - 1, args.n_kv_heads, head, s.pos0 + row - s.row0, row_bytes);
     store_element(to, args.tail_dtype, at, value);
   }
 };
