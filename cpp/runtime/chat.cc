@@ -34,7 +34,14 @@ RenderedChat Chat::Impl::render(bool with_prompt) const {
   o.tools = options.tools;
   o.variables = options.variables;
   o.date = options.date;
-  return chat_template.render_marked(ChatJson::text(messages), o);
+  const std::string with_objects = ChatJson::template_text(messages);
+  const std::string as_given = ChatJson::text(messages);
+  try {
+    return chat_template.render_marked(with_objects, o);
+  } catch (const TemplateError&) {
+    if (with_objects == as_given) throw;
+  }
+  return chat_template.render_marked(as_given, o);  // some templates join the arguments as text
 }
 
 void Chat::Impl::change_messages(std::vector<ChatMessage> changed) {
