@@ -2,11 +2,13 @@
 // the decoder for the way back.
 #include "mustafar/tokenizer.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <mutex>
 #include <utility>
 
 #include "mustafar/error.h"
+#include "text/added_token_files.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
 #include "text/decoder.h"
@@ -141,9 +143,12 @@ struct Tokenizer::Impl {
 };
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {
-  auto impl = std::make_shared<Impl>(text::read_tokenizer_json(path));
   std::error_code ignored;
-  impl->folder = std::filesystem::is_directory(path, ignored) ? path : path.parent_path();
+  const bool is_folder = std::filesystem::is_directory(path, ignored);
+  text::TokenizerJson json = text::read_tokenizer_json(path);
+  if (is_folder) text::add_tokens_of_folder(path, &json);
+  auto impl = std::make_shared<Impl>(json);
+  impl->folder = is_folder ? path : path.parent_path();
   if (impl->folder.empty()) impl->folder = ".";
   return Tokenizer(std::move(impl));
 }
