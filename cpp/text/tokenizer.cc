@@ -80,12 +80,23 @@ struct Tokenizer::Impl {
 
   bool contains(int32_t id) const { return added.find(id) || model.vocab().contains(id); }
 
-  // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
-  std::string_view token(int32_t id) const {
+  // As spelled in tokenizer.json; none for an id that is no token.
+  std::optional<std::string_view> find_token(int32_t id) const {
     if (const text::AddedToken* token = added.find(id)) return token->content;
     if (model.vocab().contains(id)) return model.vocab().token(id);
+    return std::nullopt;
+  }
+  // Throws TokenizerError for an id that is no token.
+  std::string_view token(int32_t id) const {
+    if (const auto found = find_token(id)) return *found;
     throw TokenizerError("token id " + std::to_string(id) + " is not in the vocabulary of " +
                          std::to_string(model.vocab().size()) + " ids");
+  }
+  // Models pad their vocabulary, so an id that is no token may well be generated: it has no text.
+  void decode(int32_t id, bool skip_special, text::DecodeRun* run) const {
+    if (id < 0) throw TokenizerError("token id " + std::to_string(id) + " is negative");
+    const auto found = find_token(id);
+    if (found && !(skip_special && is_special(id))) run->token(*found);
   }
 
   bool is_special(int32_t id) const {
@@ -234,10 +245,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
 
 std::string Tokenizer::decode(std::span<const int32_t> token_ids, bool skip_special) const {
   text::DecodeRun run(impl_->decoder);
-  for (const int32_t id : token_ids) {
-    const std::string_view token = impl_->token(id);
-    if (!skip_special || !impl_->is_special(id)) run.token(token);
-  }
+  for (const int32_t id : token_ids) impl_->decode(id, skip_special, &run);
   run.finish();
   return run.take();
 }
@@ -271,8 +279,7 @@ Tokenizer::Stream::Stream(Stream&&) noexcept = default;
 Tokenizer::Stream& Tokenizer::Stream::operator=(Stream&&) noexcept = default;
 
 std::string Tokenizer::Stream::push(int32_t token_id) {
-  const std::string_view token = state_->impl->token(token_id);
-  if (!state_->skip_special || !state_->impl->is_special(token_id)) state_->run.token(token);
+  state_->impl->decode(token_id, state_->skip_special, &state_->run);
   return state_->run.take();
 }
 

@@ -76,8 +76,8 @@ str with lone surrogates.)")
             return text;
           },
           py::arg("token_ids"), py::arg("skip_special") = false, R"(
-Text of token ids, a sequence or an integer array. Raises TokenizerError for an id that is no
-token.)")
+Text of token ids, a sequence or an integer array. An id that is no token, as in the padding of a
+model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
       .def(
           "apply_chat_template",
           [](const Tokenizer& self, const py::object& messages, bool add_generation_prompt,

@@ -76,6 +76,14 @@ class TokenizerTest : public testing::Test {
   fs::path folder_;
 };
 
+// All that a stream makes of ids.
+std::string stream_text(Tokenizer::Stream* stream, std::span<const int32_t> ids) {
+  std::string text;
+  for (const int32_t id : ids) text += stream->push(id);
+  text += stream->flush();
+  return text;
+}
+
 // Byte-level, with a few words and two added tokens, one of them special.
 json small_byte_level() {
   json j = json::parse(R"({
@@ -239,16 +247,35 @@ TEST_F(TokenizerTest, InvalidUtf8IsReplacedAndNulIsText) {
   EXPECT_EQ(t.decode(t.encode(nul, false)), nul);
 }
 
-TEST_F(TokenizerTest, IdsOutsideTheVocabularyAreErrors) {
+TEST_F(TokenizerTest, IdsThatAreNoTokenHaveNoText) {
+  const Tokenizer t = load(small_byte_level());
+  const Ids the = t.encode("the"), e_acute = t.encode("é");
+  ASSERT_EQ(e_acute.size(), 2u);
+  for (const int32_t id : {t.vocab_size(), INT32_MAX}) {
+    for (const bool skip : {false, true}) {
+      EXPECT_EQ(t.decode(Ids{id, id}, skip), "");
+      EXPECT_EQ(t.decode(Ids{the[0], id, the[0]}, skip), "thethe");
+      EXPECT_EQ(t.decode(Ids{e_acute[0], id, e_acute[1]}, skip), "é");
+      Tokenizer::Stream stream(t, skip);
+      EXPECT_EQ(stream.push(id), "");
+      EXPECT_EQ(stream_text(&stream, Ids{e_acute[0], id, e_acute[1]}), "é");
+    }
+    EXPECT_FALSE(t.is_special(id));
+  }
+}
+
+TEST_F(TokenizerTest, NegativeIdsAndSpellingsOfNoTokenAreErrors) {
   const Tokenizer t = load(small_byte_level());
   Tokenizer::Stream stream(t);
-  for (const int32_t id : {-1, t.vocab_size(), INT32_MAX, INT32_MIN}) {
+  for (const int32_t id : {-1, INT32_MIN}) {
     EXPECT_THROW(t.decode(Ids{id}), TokenizerError);
-    EXPECT_THROW(t.id_to_token(id), TokenizerError);
     EXPECT_THROW(stream.push(id), TokenizerError);
   }
+  for (const int32_t id : {-1, t.vocab_size(), INT32_MAX, INT32_MIN}) {
+    EXPECT_THROW(t.id_to_token(id), TokenizerError);
+  }
   try {
-    t.decode(Ids{100000});
+    t.id_to_token(100000);
     FAIL();
   } catch (const TokenizerError& error) {
     EXPECT_NE(std::string(error.what()).find("100000"), std::string::npos);
@@ -427,7 +454,7 @@ TEST_F(TokenizerTest, AcceptsSparseIdsAndEmptyTokens) {
   EXPECT_EQ(t.vocab_size(), 8);
   EXPECT_EQ(t.encode("ab"), Ids{7});  // no unknown token: 'b' vanishes
   EXPECT_EQ(t.decode(Ids{7, 2, 3, 4}), "a<0x-1><0xZZ>");
-  EXPECT_THROW(t.decode(Ids{5}), TokenizerError);
+  EXPECT_EQ(t.decode(Ids{7, 5, 0, 7}), "aa");  // no tokens have 5 and 0
 }
 
 TEST_F(TokenizerTest, RefusesBrokenMerges) {
