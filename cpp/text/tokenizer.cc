@@ -269,24 +269,71 @@ struct Tokenizer::Stream::State {
   std::shared_ptr<const Impl> impl;  // keeps what the run refers to
   bool skip_special;
   text::DecodeRun run;
+  // The end of the text before, which the run may still hold: it is left out as far as it comes.
+  std::string before;
+
+  std::string take() {
+    std::string text = run.take();
+    if (before.empty() || text.empty()) return text;
+    size_t same = 0;
+    while (same < text.size() && same < before.size() && text[same] == before[same]) same++;
+    // Where they differ the tokens have made another text of their last bytes, which counts.
+    before.erase(0, same == text.size() ? same : before.size());
+    while (same > 0 && same < text.size() && unicode::is_continuation(text[same])) same--;
+    text.erase(0, same);
+    return text;
+  }
 };
 
-Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special)
+namespace {
+
+// Enough for what a decoder can hold back, the start of a character, and for it to have begun.
+constexpr int kTokensBefore = 16;
+
+}  // namespace
+
+Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special,
+                          std::span<const int32_t> after)
     : state_(std::make_unique<State>(
-          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder)})) {}
+          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder), {}})) {
+  const Impl& impl = *tokenizer.impl_;
+  size_t begin = after.size();
+  for (int with_text = 0; begin > 0 && with_text < kTokensBefore; begin--) {
+    const int32_t id = after[begin - 1];
+    if (impl.find_token(id) && !(skip_special && impl.is_special(id))) with_text++;
+  }
+  if (begin == after.size()) return;
+  text::DecodeRun whole(impl.decoder);
+  for (const int32_t id : after.subspan(begin)) {
+    impl.decode(id, skip_special, &state_->run);
+    impl.decode(id, skip_special, &whole);
+  }
+  state_->run.settle();
+  state_->run.take();
+  whole.settle();
+  whole.take();
+  whole.finish();
+  state_->before = whole.take();
+}
 Tokenizer::Stream::~Stream() = default;
 Tokenizer::Stream::Stream(Stream&&) noexcept = default;
 Tokenizer::Stream& Tokenizer::Stream::operator=(Stream&&) noexcept = default;
 
 std::string Tokenizer::Stream::push(int32_t token_id) {
   state_->impl->decode(token_id, state_->skip_special, &state_->run);
-  return state_->run.take();
+  return state_->take();
+}
+
+std::string Tokenizer::Stream::settle() {
+  state_->run.settle();
+  return state_->take();
 }
 
 std::string Tokenizer::Stream::flush() {
   state_->run.finish();
-  std::string rest = state_->run.take();
+  std::string rest = state_->take();
   state_->run = text::DecodeRun(state_->impl->decoder);
+  state_->before.clear();
   return rest;
 }
 

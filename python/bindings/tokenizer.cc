@@ -112,10 +112,12 @@ variables of the template. Raises TemplateError where there is no template or it
 conversation, and TypeError or ValueError for values that JSON does not have.)")
       .def(
           "stream",
-          [](const Tokenizer& self, bool skip_special) {
-            return Tokenizer::Stream(self, skip_special);
+          [](const Tokenizer& self, bool skip_special, const py::object& after) {
+            return Tokenizer::Stream(self, skip_special, token_ids_from(after));
           },
-          py::arg("skip_special") = true, "An incremental decoder.")
+          py::arg("skip_special") = true, py::arg("after") = py::tuple(), R"(
+An incremental decoder. after: ids that come before the first one pushed; the text is then what
+follows theirs.)")
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
                              "One more than the largest id, added tokens included.")
       .def_property_readonly("special_prefix", &Tokenizer::special_prefix,

@@ -317,6 +317,64 @@ TEST_F(TokenizerTest, StreamHoldsBackHalfCharacters) {
   EXPECT_EQ(stream.push(ids[0]), "a");  // as new
 }
 
+TEST_F(TokenizerTest, StreamContinuesTheTokensBefore) {
+  std::mt19937 random(2);
+  for (const json& j : {small_byte_level(), small_sentencepiece()}) {
+    const Tokenizer t = load(j);
+    for (const char* text : {"the the", " the  the ", "é😀the é", "aaaa the 😀😀😀😀😀😀"}) {
+      const Ids ids = t.encode(text, false);
+      for (size_t cut = 0; cut <= ids.size(); cut++) {
+        const std::span<const int32_t> all(ids);
+        Tokenizer::Stream stream(t, true, all.first(cut));
+        const std::string rest = stream_text(&stream, all.subspan(cut));
+        // A character that the cut divides, by up to three bytes, comes whole.
+        bool fits = false;
+        for (size_t n = 0; n <= std::min<size_t>(cut, 3); n++) {
+          fits = fits || t.decode(all.first(cut - n)) + rest == t.decode(ids);
+        }
+        EXPECT_TRUE(fits) << text << ", cut at " << cut << ": " << rest;
+        EXPECT_EQ(stream_text(&stream, all.first(1)), t.decode(all.first(1)));  // as new
+      }
+    }
+  }
+}
+
+TEST_F(TokenizerTest, StreamLeavesOutWhatTheTextBeforeHasAlready) {
+  for (const json& j : {small_byte_level(), small_sentencepiece()}) {
+    const Tokenizer t = load(j);
+    const Ids face = t.encode("a😀", false), a = t.encode("aa", false);
+    ASSERT_GE(face.size(), 5u);
+    const Ids half(face.begin(), face.end() - 2);
+    ASSERT_TRUE(t.decode(half).ends_with("\uFFFD"));
+    EXPECT_EQ(Tokenizer::Stream(t, true, half).flush(), "");
+    Tokenizer::Stream other(t, true, half);
+    EXPECT_EQ(stream_text(&other, Ids{a.back()}), t.decode(Ids{a.back()}));
+    Tokenizer::Stream settled(t, true, face);
+    EXPECT_EQ(settled.settle(), "");
+    EXPECT_EQ(settled.push(a.back()), t.decode(Ids{a.back()}));
+  }
+}
+
+TEST_F(TokenizerTest, SpecialTokensBeforeDoNotHideTheTextBeforeThem) {
+  const Tokenizer t = load(small_sentencepiece());
+  Ids before = t.encode("the", false);
+  before.insert(before.end(), 40, 2);  // </s>
+  const int32_t the = t.encode("the", false)[0];
+  EXPECT_EQ(Tokenizer::Stream(t, true, before).push(the), " the");
+  EXPECT_EQ(Tokenizer::Stream(t, true, Ids(40, 2)).push(the), "the");  // nothing has begun
+  EXPECT_EQ(Tokenizer::Stream(t, false, Ids(40, 2)).push(the), " the");
+}
+
+TEST_F(TokenizerTest, SettledBytesAreWholeCharacters) {
+  const Tokenizer t = load(small_sentencepiece());
+  const auto id = [&](const char* token) { return t.token_to_id(token).value(); };
+  Tokenizer::Stream stream(t);
+  for (const char* byte : {"<0xC3>", "<0xA9>", "<0xC3>"}) EXPECT_EQ(stream.push(id(byte)), "");
+  EXPECT_EQ(stream.settle(), "é");
+  EXPECT_EQ(stream.push(id("<0xA9>")), "");
+  EXPECT_EQ(stream.flush(), "é");
+}
+
 TEST_F(TokenizerTest, ByteFallbackRunsAreWholeOrReplaced) {
   const Tokenizer t = load(small_sentencepiece());
   const auto id = [&](const char* token) { return t.token_to_id(token).value(); };
