@@ -135,8 +135,9 @@ ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessag
     session->rewind(static_cast<int64_t>(keep));
     reply->cached_tokens = static_cast<int64_t>(keep);
     reply->prompt_tokens = ids.size();
-    reply->generation.emplace(session->start(
-        std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()), own));
+    reply->generation.emplace(
+        session->start(std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()),
+                       own, PromptOptions{.own_text = true}));
     return ChatReply(std::move(reply));
   } catch (...) {
     messages = std::move(before);
