@@ -75,6 +75,7 @@ class Scheduler {
     check_token_ids(sequence->tokens, engine_.config.vocab_size, name + ": ");
     sequence->loop = std::make_unique<TokenLoop>(params, engine_.config.vocab_size,
                                                  engine_.config.eos_token_ids, tokenizer);
+    sequence->loop->start_after(sequence->tokens);
     sequence->reserved_bytes =
         SequenceCache::bytes_for(*spec_, n, std::min<int64_t>(n + params.max_new_tokens, context));
     return sequence;

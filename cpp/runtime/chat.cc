@@ -34,7 +34,14 @@ RenderedChat Chat::Impl::render(bool with_prompt) const {
   o.tools = options.tools;
   o.variables = options.variables;
   o.date = options.date;
-  return chat_template.render_marked(ChatJson::text(messages), o);
+  const std::string with_objects = ChatJson::template_text(messages);
+  const std::string as_given = ChatJson::text(messages);
+  try {
+    return chat_template.render_marked(with_objects, o);
+  } catch (const TemplateError&) {
+    if (with_objects == as_given) throw;
+  }
+  return chat_template.render_marked(as_given, o);  // some templates join the arguments as text
 }
 
 void Chat::Impl::change_messages(std::vector<ChatMessage> changed) {
@@ -128,8 +135,9 @@ ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessag
     session->rewind(static_cast<int64_t>(keep));
     reply->cached_tokens = static_cast<int64_t>(keep);
     reply->prompt_tokens = ids.size();
-    reply->generation.emplace(session->start(
-        std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()), own));
+    reply->generation.emplace(
+        session->start(std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()),
+                       own, PromptOptions{.own_text = true}));
     return ChatReply(std::move(reply));
   } catch (...) {
     messages = std::move(before);

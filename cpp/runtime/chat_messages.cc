@@ -16,6 +16,21 @@ Json empty_message(const std::string& role) {
   return json;
 }
 
+// function.arguments of every tool call: JSON text becomes what it says, no text an empty object.
+void parse_arguments(Json* message) {
+  if (!message->contains("tool_calls") || !(*message)["tool_calls"].is_array()) return;
+  for (Json& call : (*message)["tool_calls"]) {
+    if (!call.is_object()) continue;
+    Json& function = call.contains("function") ? call["function"] : call;
+    if (!function.is_object() || !function.contains("arguments")) continue;
+    Json& arguments = function["arguments"];
+    if (!arguments.is_string()) continue;
+    const std::string text = arguments.get<std::string>();
+    Json parsed = text.empty() ? Json::object() : Json::parse(text, nullptr, false);
+    if (parsed.is_object() || parsed.is_array()) arguments = std::move(parsed);
+  }
+}
+
 }  // namespace
 
 ChatMessage::ChatMessage(std::string role, std::string_view content) : role_(std::move(role)) {
@@ -54,6 +69,21 @@ std::vector<ChatMessage> ChatJson::messages(const Json& list) {
   std::vector<ChatMessage> messages;
   for (const Json& each : list) messages.push_back(message(each));
   return messages;
+}
+
+std::string ChatJson::template_text(std::span<const ChatMessage> messages) {
+  std::string text = "[";
+  for (const ChatMessage& message : messages) {
+    if (text.size() > 1) text += ",";
+    if (message.json().find("\"tool_calls\"") == std::string::npos) {
+      text += message.json();
+      continue;
+    }
+    Json json = Json::parse(message.json());
+    parse_arguments(&json);
+    text += dump(json);
+  }
+  return text + "]";
 }
 
 std::string ChatJson::text(std::span<const ChatMessage> messages) {

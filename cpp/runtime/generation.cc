@@ -77,7 +77,8 @@ void Generation::stop() {
 
 const GenerateResult& Generation::result() const { return impl_->loop.result; }
 
-Generation Session::start(const Prompt& prompt, const SamplingParams& params) {
+Generation Session::start(const Prompt& prompt, const SamplingParams& params,
+                          const PromptOptions& options) {
   Impl::Use use(*impl_);
   const Model::Impl& engine = *impl_->engine;
   auto generation = std::make_unique<Generation::Impl>(*impl_, params);
@@ -93,6 +94,7 @@ Generation Session::start(const Prompt& prompt, const SamplingParams& params) {
   if (!ids.empty()) {
     impl_->append(ids, impl_->prefill_progress, generation->loop.top_needed());
   }
+  if (!options.own_text) generation->loop.start_after(impl_->tokens);
   generation->expected_position = position();
   generation->loop.result.stats.prompt_tokens = static_cast<int64_t>(ids.size());
   generation->loop.result.stats.prefill_seconds = seconds_since(start);

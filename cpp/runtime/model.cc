@@ -101,7 +101,7 @@ Model Model::load(const std::filesystem::path& path, const ModelOptions& options
   }
   // A model whose tokenizer is of an unknown kind still runs on token ids.
   try {
-    impl.tokenizer = Tokenizer::load(file);
+    impl.tokenizer = Tokenizer::load(folder);
   } catch (const TokenizerError& error) {
     impl.tokenizer_error = error.what();
   }

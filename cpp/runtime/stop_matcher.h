@@ -13,13 +13,19 @@ namespace mustafar {
 // that the outcome does not depend on how the text was cut into tokens.
 class StopMatcher {
  public:
-  // Throws std::invalid_argument for an empty stop text.
-  explicit StopMatcher(const std::vector<std::string>& stops);
+  // sees_hidden: for each stop text whether hidden text counts for it; or empty: for none. Throws
+  // std::invalid_argument for an empty stop text.
+  explicit StopMatcher(const std::vector<std::string>& stops,
+                       const std::vector<bool>& sees_hidden = {});
 
   // Takes a token's text (possibly empty: part of a character, or a skipped special token) and
   // returns what is now certain not to belong to a stop text. Once matched, returns nothing more.
   // is_token false: text without a token of its own (what a decoder held back at the end).
   std::string push(std::string_view piece, bool is_token = true);
+  // Text that is no part of the output, such as a special token's, at the end of what was pushed.
+  // Returns what became certain, as push() does.
+  std::string push_hidden(std::string_view piece);
+  bool sees_hidden() const { return sees_hidden_; }  // any stop text
   // At the end without a match: the text that was held back.
   std::string flush();
 
@@ -36,12 +42,24 @@ class StopMatcher {
     std::string text;
     std::vector<int32_t> failure;  // [i]: longest border of text[0, i), i >= 1 (Knuth-Morris-Pratt)
     int32_t state = 0;             // bytes of text that the pushed text ends with
+    bool sees_hidden = false;
+    std::vector<bool> hidden;  // of those bytes, which are hidden; where sees_hidden
+
+    // Takes the next byte of the text.
+    void take(char byte, bool is_hidden);
+    int64_t visible() const;  // bytes of the output that `state` covers
+    bool complete() const { return state == static_cast<int32_t>(text.size()); }
   };
 
+  // Notes whether the last byte taken, behind the output's first `end` bytes, completed a stop.
+  void find_match(int64_t end);
+  // After bytes were taken: returns the text that became certain.
+  std::string advance();
   // Drops tokens that can't be cut any more, and their text.
   void settle();
 
   std::vector<Stop> stops_;
+  bool sees_hidden_ = false;
   // Offsets are bytes into the whole text.
   std::string recent_;         // text of the tokens that may still be cut
   int64_t recent_begin_ = 0;   // offset of recent_
@@ -49,6 +67,7 @@ class StopMatcher {
   std::vector<int64_t> ends_;  // of the tokens that may still be cut; -1: no text of its own yet
   int64_t settled_tokens_ = 0;
   bool matched_ = false;
+  int64_t match_begin_ = 0;  // where matched
   int64_t kept_tokens_ = 0;
   std::string remainder_;
 };

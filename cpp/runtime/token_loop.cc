@@ -13,6 +13,23 @@ std::vector<int32_t> all_end_ids(const SamplingParams& params, std::span<const i
   return ids;
 }
 
+// Special tokens have no text: the stop texts that spell one need it shown to the matcher.
+std::vector<bool> stops_with_special_tokens(const std::vector<std::string>& stops,
+                                            const Tokenizer* tokenizer) {
+  std::vector<bool> with_special;
+  for (const std::string& stop : stops) {
+    bool found = false;
+    if (tokenizer != nullptr) {
+      for (const int32_t id :
+           tokenizer->encode(stop, /*add_special=*/false, /*parse_special=*/true)) {
+        found = found || tokenizer->is_special(id);
+      }
+    }
+    with_special.push_back(found);
+  }
+  return with_special;
+}
+
 }  // namespace
 
 TokenLoop::TokenLoop(const SamplingParams& params, int64_t vocab_size,
@@ -20,7 +37,8 @@ TokenLoop::TokenLoop(const SamplingParams& params, int64_t vocab_size,
     : params_(params),
       end_ids_(all_end_ids(params, eos_ids)),
       sampler_(vocab_size, params, end_ids_),
-      matcher_(params.stop) {
+      tokenizer_(tokenizer),
+      matcher_(params.stop, stops_with_special_tokens(params.stop, tokenizer)) {
   if (tokenizer != nullptr) {
     stream_.emplace(*tokenizer);
   } else if (!params.stop.empty()) {
@@ -28,6 +46,10 @@ TokenLoop::TokenLoop(const SamplingParams& params, int64_t vocab_size,
         "stop texts need a tokenizer, which the model folder does not have");
   }
   if (params.max_new_tokens == 0) finish(FinishReason::kLength);
+}
+
+void TokenLoop::start_after(std::span<const int32_t> before) {
+  if (tokenizer_ != nullptr && !done_) stream_.emplace(*tokenizer_, /*skip_special=*/true, before);
 }
 
 bool TokenLoop::is_end(int32_t token) const {
@@ -53,7 +75,7 @@ std::string TokenLoop::accept(int32_t token) {
 
   std::string text;
   if (stream_) {
-    text = matcher_.push(stream_->push(token));
+    text = take_text(token);
     if (matcher_.matched()) {
       result.text += text;
       result.token_ids.resize(matcher_.kept_tokens());
@@ -66,6 +88,15 @@ std::string TokenLoop::accept(int32_t token) {
   }
   if (made_ >= params_.max_new_tokens) text += finish(FinishReason::kLength);
   return text;
+}
+
+std::string TokenLoop::take_text(int32_t token) {
+  if (!matcher_.sees_hidden() || !tokenizer_->is_special(token)) {
+    return matcher_.push(stream_->push(token));
+  }
+  std::string text = matcher_.push(stream_->settle(), /*is_token=*/false);
+  text += matcher_.push(stream_->push(token));
+  return text + matcher_.push_hidden(tokenizer_->id_to_token(token));
 }
 
 std::string TokenLoop::finish(FinishReason reason) {

@@ -21,6 +21,9 @@ class TokenLoop {
   TokenLoop(const SamplingParams& params, int64_t vocab_size, std::span<const int32_t> eos_ids,
             const Tokenizer* tokenizer);
 
+  // The text made continues that of these tokens.
+  void start_after(std::span<const int32_t> before);
+
   // Chooses the next token. history: the whole sequence so far.
   int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
   // The same from the largest logits alone, where top_needed() says how many are enough.
@@ -43,10 +46,13 @@ class TokenLoop {
 
  private:
   bool is_end(int32_t token) const;
+  // Takes a token's text; returns what became certain.
+  std::string take_text(int32_t token);
 
   SamplingParams params_;
   std::vector<int32_t> end_ids_;
   Sampler sampler_;
+  const Tokenizer* tokenizer_;
   std::optional<Tokenizer::Stream> stream_;
   StopMatcher matcher_;
   std::optional<TokenLogprob> chosen_;

@@ -82,12 +82,24 @@ void read_special_tokens(const fs::path& folder, ChatTemplate::Impl* impl) {
   }
 }
 
-// Every template of a folder by name, in the order of precedence that transformers has.
-std::map<std::string, std::string> folder_sources(const fs::path& folder) {
+// chat_template.jinja, and others by name in a folder beside it.
+std::map<std::string, std::string> jinja_files(const fs::path& folder) {
+  std::map<std::string, std::string> sources;
   std::error_code error;
   if (fs::exists(folder / "chat_template.jinja", error)) {
-    return {{"default", read_file(folder / "chat_template.jinja")}};
+    sources["default"] = read_file(folder / "chat_template.jinja");
   }
+  fs::directory_iterator file(folder / "additional_chat_templates", error);
+  for (; !error && file != fs::directory_iterator(); file.increment(error)) {
+    const fs::path& path = file->path();
+    if (path.extension() == ".jinja") sources[path.stem().string()] = read_file(path);
+  }
+  return sources;
+}
+
+// Every template of a folder by name, in the order of precedence that transformers has.
+std::map<std::string, std::string> folder_sources(const fs::path& folder) {
+  if (auto sources = jinja_files(folder); !sources.empty()) return sources;
   for (const char* file : {"tokenizer_config.json", "chat_template.json"}) {
     const nlohmann::json config = read_json(folder / file);
     if (config.is_null() || !config.contains("chat_template")) continue;
@@ -320,9 +332,12 @@ ChatTemplate ChatTemplate::from_argument(const std::string& argument, const fs::
     }
   } else if (fs::exists(argument, error)) {
     impl = with_template(read_file(argument));
+  } else if (!folder.empty() && folder_sources(folder).count(argument) > 0) {
+    return from_folder(folder, argument);
   } else {
-    throw TemplateError("--chat-template: '" + argument +
-                        "' is neither a file nor one of: " + joined(names));
+    throw TemplateError(
+        "--chat-template: '" + argument +
+        "' is neither a file, nor one of the model's templates, nor one of: " + joined(names));
   }
   if (!folder.empty()) read_special_tokens(folder, impl.get());
   return ChatTemplate(std::move(impl));

@@ -71,6 +71,7 @@ class Sink final : public DecodeStage {
   explicit Sink(std::string* out) : out_(*out) {}
   void text(std::string_view fragment) override { out_.append(fragment); }
   void end_token() override {}
+  void settle() override {}
   void finish() override {}
 
  private:
@@ -86,6 +87,7 @@ class Spaces final : public DecodeStage {
     next_.text(fragment);
   }
   void end_token() override { between_ = true; }
+  void settle() override { next_.settle(); }
   void finish() override { next_.finish(); }
 
  private:
@@ -98,6 +100,7 @@ class Fuse final : public DecodeStage {
   explicit Fuse(DecodeStage* next) : next_(*next) {}
   void text(std::string_view fragment) override { next_.text(fragment); }
   void end_token() override {}
+  void settle() override { next_.settle(); }
   void finish() override {
     next_.end_token();
     next_.finish();
@@ -116,6 +119,7 @@ class WholeTokenStage : public DecodeStage {
     token(buffer_);
     buffer_.clear();
   }
+  void settle() override { next_.settle(); }
   void finish() override { next_.finish(); }
 
  protected:
@@ -189,6 +193,19 @@ class Replace final : public WholeTokenStage {
 class ByteFallback final : public WholeTokenStage {
  public:
   using WholeTokenStage::WholeTokenStage;
+  // The run ends here, but for the start of a character.
+  void settle() override {
+    size_t pos = 0;
+    while (pos < run_.size()) {
+      const unicode::Utf8Step step = unicode::read_utf8(run_, pos);
+      if (step.truncated) break;
+      pass(step.valid ? std::string_view(run_).substr(pos, step.length)
+                      : unicode::kReplacementCharacter);
+      pos += step.length;
+    }
+    run_.erase(0, pos);
+    next_.settle();
+  }
   void finish() override {
     flush();
     next_.finish();
@@ -258,6 +275,7 @@ class Strip final : public DecodeStage {
     stripped_ = 0;
     next_.end_token();
   }
+  void settle() override { next_.settle(); }
   void finish() override { next_.finish(); }
 
  private:
@@ -290,6 +308,7 @@ class Metaspace final : public DecodeStage {
     is_first_ = false;
     next_.end_token();
   }
+  void settle() override { next_.settle(); }
   void finish() override { next_.finish(); }
 
  private:

@@ -18,6 +18,7 @@ class DecodeStage {
   virtual ~DecodeStage() = default;
   virtual void text(std::string_view fragment) = 0;  // part of the current token
   virtual void end_token() = 0;
+  virtual void settle() = 0;  // between tokens: whole characters are passed on at once
   virtual void finish() = 0;  // after the last token
 };
 
@@ -53,6 +54,7 @@ class DecodeRun {
     stages_.front()->text(token);
     stages_.front()->end_token();
   }
+  void settle() { stages_.front()->settle(); }
   void finish() { stages_.front()->finish(); }
   std::string take();  // the text that became certain since the last call
 

@@ -2,11 +2,13 @@
 // the decoder for the way back.
 #include "mustafar/tokenizer.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <mutex>
 #include <utility>
 
 #include "mustafar/error.h"
+#include "text/added_token_files.h"
 #include "text/added_tokens.h"
 #include "text/bpe.h"
 #include "text/decoder.h"
@@ -78,12 +80,23 @@ struct Tokenizer::Impl {
 
   bool contains(int32_t id) const { return added.find(id) || model.vocab().contains(id); }
 
-  // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
-  std::string_view token(int32_t id) const {
+  // As spelled in tokenizer.json; none for an id that is no token.
+  std::optional<std::string_view> find_token(int32_t id) const {
     if (const text::AddedToken* token = added.find(id)) return token->content;
     if (model.vocab().contains(id)) return model.vocab().token(id);
+    return std::nullopt;
+  }
+  // Throws TokenizerError for an id that is no token.
+  std::string_view token(int32_t id) const {
+    if (const auto found = find_token(id)) return *found;
     throw TokenizerError("token id " + std::to_string(id) + " is not in the vocabulary of " +
                          std::to_string(model.vocab().size()) + " ids");
+  }
+  // Models pad their vocabulary, so an id that is no token may well be generated: it has no text.
+  void decode(int32_t id, bool skip_special, text::DecodeRun* run) const {
+    if (id < 0) throw TokenizerError("token id " + std::to_string(id) + " is negative");
+    const auto found = find_token(id);
+    if (found && !(skip_special && is_special(id))) run->token(*found);
   }
 
   bool is_special(int32_t id) const {
@@ -141,9 +154,12 @@ struct Tokenizer::Impl {
 };
 
 Tokenizer Tokenizer::load(const std::filesystem::path& path) {
-  auto impl = std::make_shared<Impl>(text::read_tokenizer_json(path));
   std::error_code ignored;
-  impl->folder = std::filesystem::is_directory(path, ignored) ? path : path.parent_path();
+  const bool is_folder = std::filesystem::is_directory(path, ignored);
+  text::TokenizerJson json = text::read_tokenizer_json(path);
+  if (is_folder) text::add_tokens_of_folder(path, &json);
+  auto impl = std::make_shared<Impl>(json);
+  impl->folder = is_folder ? path : path.parent_path();
   if (impl->folder.empty()) impl->folder = ".";
   return Tokenizer(std::move(impl));
 }
@@ -229,10 +245,7 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
 
 std::string Tokenizer::decode(std::span<const int32_t> token_ids, bool skip_special) const {
   text::DecodeRun run(impl_->decoder);
-  for (const int32_t id : token_ids) {
-    const std::string_view token = impl_->token(id);
-    if (!skip_special || !impl_->is_special(id)) run.token(token);
-  }
+  for (const int32_t id : token_ids) impl_->decode(id, skip_special, &run);
   run.finish();
   return run.take();
 }
@@ -256,25 +269,71 @@ struct Tokenizer::Stream::State {
   std::shared_ptr<const Impl> impl;  // keeps what the run refers to
   bool skip_special;
   text::DecodeRun run;
+  // The end of the text before, which the run may still hold: it is left out as far as it comes.
+  std::string before;
+
+  std::string take() {
+    std::string text = run.take();
+    if (before.empty() || text.empty()) return text;
+    size_t same = 0;
+    while (same < text.size() && same < before.size() && text[same] == before[same]) same++;
+    // Where they differ the tokens have made another text of their last bytes, which counts.
+    before.erase(0, same == text.size() ? same : before.size());
+    while (same > 0 && same < text.size() && unicode::is_continuation(text[same])) same--;
+    text.erase(0, same);
+    return text;
+  }
 };
 
-Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special)
+namespace {
+
+// Enough for what a decoder can hold back, the start of a character, and for it to have begun.
+constexpr int kTokensBefore = 16;
+
+}  // namespace
+
+Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special,
+                          std::span<const int32_t> after)
     : state_(std::make_unique<State>(
-          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder)})) {}
+          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder), {}})) {
+  const Impl& impl = *tokenizer.impl_;
+  size_t begin = after.size();
+  for (int with_text = 0; begin > 0 && with_text < kTokensBefore; begin--) {
+    const int32_t id = after[begin - 1];
+    if (impl.find_token(id) && !(skip_special && impl.is_special(id))) with_text++;
+  }
+  if (begin == after.size()) return;
+  text::DecodeRun whole(impl.decoder);
+  for (const int32_t id : after.subspan(begin)) {
+    impl.decode(id, skip_special, &state_->run);
+    impl.decode(id, skip_special, &whole);
+  }
+  state_->run.settle();
+  state_->run.take();
+  whole.settle();
+  whole.take();
+  whole.finish();
+  state_->before = whole.take();
+}
 Tokenizer::Stream::~Stream() = default;
 Tokenizer::Stream::Stream(Stream&&) noexcept = default;
 Tokenizer::Stream& Tokenizer::Stream::operator=(Stream&&) noexcept = default;
 
 std::string Tokenizer::Stream::push(int32_t token_id) {
-  const std::string_view token = state_->impl->token(token_id);
-  if (!state_->skip_special || !state_->impl->is_special(token_id)) state_->run.token(token);
-  return state_->run.take();
+  state_->impl->decode(token_id, state_->skip_special, &state_->run);
+  return state_->take();
+}
+
+std::string Tokenizer::Stream::settle() {
+  state_->run.settle();
+  return state_->take();
 }
 
 std::string Tokenizer::Stream::flush() {
   state_->run.finish();
-  std::string rest = state_->run.take();
+  std::string rest = state_->take();
   state_->run = text::DecodeRun(state_->impl->decoder);
+  state_->before.clear();
   return rest;
 }
 

@@ -76,8 +76,8 @@ str with lone surrogates.)")
             return text;
           },
           py::arg("token_ids"), py::arg("skip_special") = false, R"(
-Text of token ids, a sequence or an integer array. Raises TokenizerError for an id that is no
-token.)")
+Text of token ids, a sequence or an integer array. An id that is no token, as in the padding of a
+model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
       .def(
           "apply_chat_template",
           [](const Tokenizer& self, const py::object& messages, bool add_generation_prompt,
@@ -112,10 +112,12 @@ variables of the template. Raises TemplateError where there is no template or it
 conversation, and TypeError or ValueError for values that JSON does not have.)")
       .def(
           "stream",
-          [](const Tokenizer& self, bool skip_special) {
-            return Tokenizer::Stream(self, skip_special);
+          [](const Tokenizer& self, bool skip_special, const py::object& after) {
+            return Tokenizer::Stream(self, skip_special, token_ids_from(after));
           },
-          py::arg("skip_special") = true, "An incremental decoder.")
+          py::arg("skip_special") = true, py::arg("after") = py::tuple(), R"(
+An incremental decoder. after: ids that come before the first one pushed; the text is then what
+follows theirs.)")
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
                              "One more than the largest id, added tokens included.")
       .def_property_readonly("special_prefix", &Tokenizer::special_prefix,

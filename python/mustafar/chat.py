@@ -20,7 +20,8 @@ class Chat:
     """A conversation over one session.
 
     Every turn appends to the session's cache: what is cached is not computed again. A special token
-    that a message spells is text; only the template makes special tokens.
+    that a message spells is text; only the template makes special tokens. The arguments of a tool
+    call may be an object or, as OpenAI's API gives them, JSON text; a template sees the object.
 
     Args:
         session: A :class:`Session`; or a :class:`Model`, a folder or None (the demo model), for

@@ -90,7 +90,8 @@ class Session(Closing):
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top.
 
         Returns:
-            Text and ids. All ids are in the cache; text cut off by a stop text is rewound.
+            Text, which continues that of the tokens before it, and ids. All ids are in the cache;
+            text cut off by a stop text is rewound.
         """
         native = SamplingParams.merge(params, sampling)._native()
         return GenerateResult._of(self._core.generate(prompt, native))

@@ -123,7 +123,8 @@ class SamplingParams:
         penalty_window: Newest tokens that ``repetition_penalty`` looks at; -1: all.
         logit_bias: Token id to a number added to its logit.
         seed: Same seed and logits give the same tokens on any machine; None or -1: drawn.
-        stop: Texts that end the output and are not part of it, or one text.
+        stop: Texts that end the output and are not part of it, or one text. One that spells a
+            special token ends it where that token comes.
         stop_token_ids: Ids that end it, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence ids.
         logprobs: How many alternatives to report for every token; 0: no log-probabilities.

@@ -362,6 +362,40 @@ TEST(ChatEndurance, ThousandTurns) {
   for (const int n : {cancelled, loaded, regenerated, undone}) EXPECT_GT(n, 20);
 }
 
+TEST(ChatToolCalls, ArgumentsGivenAsTextAreObjectsToTheTemplate) {
+  const testing::TemporaryFolder folder;
+  testing::write_tiny_model(folder.path());
+  ModelOptions model_options;
+  model_options.threads = 1;
+  const Model model = Model::load(folder.path(), model_options);
+  Session session(model, KVConfig{});
+  const auto prompt = [&](const char* source, const std::string& call) {
+    ChatOptions options;
+    options.chat_template = ChatTemplate::parse(source);
+    Chat chat(session, options);
+    chat.set_messages_json(R"([{"role": "assistant", "content": null, "tool_calls": [)" + call +
+                           "]}]");
+    const std::string before = chat.messages_json();
+    const std::string text = model.tokenizer().decode(chat.prompt_tokens());
+    EXPECT_EQ(chat.messages_json(), before);  // the messages stay as they were given
+    return text;
+  };
+  const char* as_json = "{{ messages[0].tool_calls[0].function.arguments | tojson }}";
+  const auto call = [](const std::string& arguments) {
+    return R"({"type": "function", "function": {"name": "f", "arguments": )" + arguments + "}}";
+  };
+  const std::string text = R"("{\"b\": 1.5, \"a\": [\"é\"]}")";
+  EXPECT_EQ(prompt(as_json, call(text)), R"({"b": 1.5, "a": ["é"]})");
+  EXPECT_EQ(prompt(as_json, call(R"({"b": 1})")), R"({"b": 1})");
+  EXPECT_EQ(prompt(as_json, call(R"("")")), "{}");
+  EXPECT_EQ(prompt(as_json, call(R"("{\"b\": ")")), R"("{\"b\": ")");  // no JSON stays text
+  EXPECT_EQ(prompt(as_json, call(R"("7")")), R"("7")");
+  // A template that joins the arguments to a text has them as they were given.
+  EXPECT_EQ(prompt("{{ 'a' + messages[0].tool_calls[0].function.arguments }}", call(text)),
+            R"(a{"b": 1.5, "a": ["é"]})");
+  EXPECT_THROW(prompt("{{ raise_exception('no') }}", call(text)), TemplateError);
+}
+
 TEST(TokenizerChat, AppliesTheTemplate) {
   const testing::TemporaryFolder folder;
   testing::write_tiny_model(folder.path());

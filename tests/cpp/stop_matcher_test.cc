@@ -168,5 +168,57 @@ TEST(StopMatcherTest, AgreesWithASearchOfTheWholeText) {
   EXPECT_GT(n_matched, 1000);
 }
 
+// Texts in brackets are hidden; the first stop text counts them, the second does not.
+Outcome run_hidden(const Strings& stops, const Strings& tokens) {
+  StopMatcher matcher(stops, {true, false});
+  Outcome out;
+  for (const std::string& token : tokens) {
+    const bool is_hidden = token.starts_with('[');
+    std::string piece = matcher.push(is_hidden ? "" : token);
+    if (is_hidden) piece += matcher.push_hidden(token);
+    out.pieces.push_back(piece);
+    out.text += piece;
+    if (matcher.matched()) break;
+  }
+  out.text += matcher.flush();
+  out.matched = matcher.matched();
+  out.kept_tokens = matcher.kept_tokens();
+  out.remainder = matcher.remainder();
+  return out;
+}
+
+TEST(StopMatcherTest, HiddenTextCountsForTheStopTextsThatSeeIt) {
+  EXPECT_TRUE(StopMatcher({"a", "b"}, {true, false}).sees_hidden());
+  EXPECT_FALSE(StopMatcher({"a", "b"}).sees_hidden());
+
+  Outcome out = run_hidden({"[end]", "zz"}, {"ab", "[end]", "cd"});
+  EXPECT_TRUE(out.matched);
+  EXPECT_EQ(out.text, "ab");
+  EXPECT_EQ(out.kept_tokens, 1);
+
+  out = run_hidden({"b[end]c", "zz"}, {"a", "b", "[end]", "cd"});
+  EXPECT_EQ(out.pieces, (Strings{"a", "", "", ""}));
+  EXPECT_TRUE(out.matched);
+  EXPECT_EQ(out.kept_tokens, 1);
+
+  out = run_hidden({"b[end]c", "zz"}, {"ab", "[end]", "xy", "[end]"});  // begins, but is none
+  EXPECT_EQ(out.pieces, (Strings{"a", "", "bxy", ""}));
+  EXPECT_FALSE(out.matched);
+  EXPECT_EQ(out.kept_tokens, 4);
+
+  out = run_hidden({"b[end]c", "zz"}, {"ab", "[other]", "c"});
+  EXPECT_EQ(out.pieces, (Strings{"a", "b", "c"}));
+
+  out = run_hidden({"x[end]", "bc"}, {"a", "b", "[end]", "cd"});  // the output must not have "bc"
+  EXPECT_TRUE(out.matched);
+  EXPECT_EQ(out.text, "a");
+  EXPECT_EQ(out.kept_tokens, 1);
+
+  out = run_hidden({"[end]c", "bc"}, {"ab", "[end]", "c"});  // of two at once the longer output
+  EXPECT_EQ(out.text, "a");
+  EXPECT_EQ(out.remainder, "a");
+  EXPECT_EQ(out.kept_tokens, 0);
+}
+
 }  // namespace
 }  // namespace mustafar

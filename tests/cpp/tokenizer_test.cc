@@ -76,6 +76,14 @@ class TokenizerTest : public testing::Test {
   fs::path folder_;
 };
 
+// All that a stream makes of ids.
+std::string stream_text(Tokenizer::Stream* stream, std::span<const int32_t> ids) {
+  std::string text;
+  for (const int32_t id : ids) text += stream->push(id);
+  text += stream->flush();
+  return text;
+}
+
 // Byte-level, with a few words and two added tokens, one of them special.
 json small_byte_level() {
   json j = json::parse(R"({
@@ -239,16 +247,35 @@ TEST_F(TokenizerTest, InvalidUtf8IsReplacedAndNulIsText) {
   EXPECT_EQ(t.decode(t.encode(nul, false)), nul);
 }
 
-TEST_F(TokenizerTest, IdsOutsideTheVocabularyAreErrors) {
+TEST_F(TokenizerTest, IdsThatAreNoTokenHaveNoText) {
+  const Tokenizer t = load(small_byte_level());
+  const Ids the = t.encode("the"), e_acute = t.encode("é");
+  ASSERT_EQ(e_acute.size(), 2u);
+  for (const int32_t id : {t.vocab_size(), INT32_MAX}) {
+    for (const bool skip : {false, true}) {
+      EXPECT_EQ(t.decode(Ids{id, id}, skip), "");
+      EXPECT_EQ(t.decode(Ids{the[0], id, the[0]}, skip), "thethe");
+      EXPECT_EQ(t.decode(Ids{e_acute[0], id, e_acute[1]}, skip), "é");
+      Tokenizer::Stream stream(t, skip);
+      EXPECT_EQ(stream.push(id), "");
+      EXPECT_EQ(stream_text(&stream, Ids{e_acute[0], id, e_acute[1]}), "é");
+    }
+    EXPECT_FALSE(t.is_special(id));
+  }
+}
+
+TEST_F(TokenizerTest, NegativeIdsAndSpellingsOfNoTokenAreErrors) {
   const Tokenizer t = load(small_byte_level());
   Tokenizer::Stream stream(t);
-  for (const int32_t id : {-1, t.vocab_size(), INT32_MAX, INT32_MIN}) {
+  for (const int32_t id : {-1, INT32_MIN}) {
     EXPECT_THROW(t.decode(Ids{id}), TokenizerError);
-    EXPECT_THROW(t.id_to_token(id), TokenizerError);
     EXPECT_THROW(stream.push(id), TokenizerError);
   }
+  for (const int32_t id : {-1, t.vocab_size(), INT32_MAX, INT32_MIN}) {
+    EXPECT_THROW(t.id_to_token(id), TokenizerError);
+  }
   try {
-    t.decode(Ids{100000});
+    t.id_to_token(100000);
     FAIL();
   } catch (const TokenizerError& error) {
     EXPECT_NE(std::string(error.what()).find("100000"), std::string::npos);
@@ -288,6 +315,64 @@ TEST_F(TokenizerTest, StreamHoldsBackHalfCharacters) {
   EXPECT_EQ(stream.push(ids[1]), "");
   EXPECT_EQ(stream.flush(), "\uFFFD");
   EXPECT_EQ(stream.push(ids[0]), "a");  // as new
+}
+
+TEST_F(TokenizerTest, StreamContinuesTheTokensBefore) {
+  std::mt19937 random(2);
+  for (const json& j : {small_byte_level(), small_sentencepiece()}) {
+    const Tokenizer t = load(j);
+    for (const char* text : {"the the", " the  the ", "é😀the é", "aaaa the 😀😀😀😀😀😀"}) {
+      const Ids ids = t.encode(text, false);
+      for (size_t cut = 0; cut <= ids.size(); cut++) {
+        const std::span<const int32_t> all(ids);
+        Tokenizer::Stream stream(t, true, all.first(cut));
+        const std::string rest = stream_text(&stream, all.subspan(cut));
+        // A character that the cut divides, by up to three bytes, comes whole.
+        bool fits = false;
+        for (size_t n = 0; n <= std::min<size_t>(cut, 3); n++) {
+          fits = fits || t.decode(all.first(cut - n)) + rest == t.decode(ids);
+        }
+        EXPECT_TRUE(fits) << text << ", cut at " << cut << ": " << rest;
+        EXPECT_EQ(stream_text(&stream, all.first(1)), t.decode(all.first(1)));  // as new
+      }
+    }
+  }
+}
+
+TEST_F(TokenizerTest, StreamLeavesOutWhatTheTextBeforeHasAlready) {
+  for (const json& j : {small_byte_level(), small_sentencepiece()}) {
+    const Tokenizer t = load(j);
+    const Ids face = t.encode("a😀", false), a = t.encode("aa", false);
+    ASSERT_GE(face.size(), 5u);
+    const Ids half(face.begin(), face.end() - 2);
+    ASSERT_TRUE(t.decode(half).ends_with("\uFFFD"));
+    EXPECT_EQ(Tokenizer::Stream(t, true, half).flush(), "");
+    Tokenizer::Stream other(t, true, half);
+    EXPECT_EQ(stream_text(&other, Ids{a.back()}), t.decode(Ids{a.back()}));
+    Tokenizer::Stream settled(t, true, face);
+    EXPECT_EQ(settled.settle(), "");
+    EXPECT_EQ(settled.push(a.back()), t.decode(Ids{a.back()}));
+  }
+}
+
+TEST_F(TokenizerTest, SpecialTokensBeforeDoNotHideTheTextBeforeThem) {
+  const Tokenizer t = load(small_sentencepiece());
+  Ids before = t.encode("the", false);
+  before.insert(before.end(), 40, 2);  // </s>
+  const int32_t the = t.encode("the", false)[0];
+  EXPECT_EQ(Tokenizer::Stream(t, true, before).push(the), " the");
+  EXPECT_EQ(Tokenizer::Stream(t, true, Ids(40, 2)).push(the), "the");  // nothing has begun
+  EXPECT_EQ(Tokenizer::Stream(t, false, Ids(40, 2)).push(the), " the");
+}
+
+TEST_F(TokenizerTest, SettledBytesAreWholeCharacters) {
+  const Tokenizer t = load(small_sentencepiece());
+  const auto id = [&](const char* token) { return t.token_to_id(token).value(); };
+  Tokenizer::Stream stream(t);
+  for (const char* byte : {"<0xC3>", "<0xA9>", "<0xC3>"}) EXPECT_EQ(stream.push(id(byte)), "");
+  EXPECT_EQ(stream.settle(), "é");
+  EXPECT_EQ(stream.push(id("<0xA9>")), "");
+  EXPECT_EQ(stream.flush(), "é");
 }
 
 TEST_F(TokenizerTest, ByteFallbackRunsAreWholeOrReplaced) {
@@ -427,7 +512,7 @@ TEST_F(TokenizerTest, AcceptsSparseIdsAndEmptyTokens) {
   EXPECT_EQ(t.vocab_size(), 8);
   EXPECT_EQ(t.encode("ab"), Ids{7});  // no unknown token: 'b' vanishes
   EXPECT_EQ(t.decode(Ids{7, 2, 3, 4}), "a<0x-1><0xZZ>");
-  EXPECT_THROW(t.decode(Ids{5}), TokenizerError);
+  EXPECT_EQ(t.decode(Ids{7, 5, 0, 7}), "aa");  // no tokens have 5 and 0
 }
 
 TEST_F(TokenizerTest, RefusesBrokenMerges) {

@@ -294,7 +294,7 @@ def test_encode_and_decode_match_the_oracle(pair: Any, text: str, parse_special:
 @given(data=st.data())
 def test_decode_of_any_ids_matches_the_oracle(pair: Any, data: st.DataObject) -> None:
     ours, oracle = pair
-    valid = st.integers(0, ours.vocab_size - 1)
+    valid = st.integers(0, ours.vocab_size + 20)  # some that no token has
     bytes_first = st.integers(0, min(300, ours.vocab_size - 1))
     ids = data.draw(st.lists(st.one_of(valid, bytes_first), max_size=20))
     ids = [i for i in ids if not _is_normalized_added(oracle, i)]
@@ -372,11 +372,11 @@ def test_ids_of_every_kind(small: mustafar.Tokenizer) -> None:
             small.decode(bad)
     for token_id in (-1, small.vocab_size, 2**31 - 1):
         with pytest.raises(mustafar.TokenizerError, match=str(token_id)):
-            small.decode([token_id])
-        with pytest.raises(mustafar.TokenizerError, match=str(token_id)):
             small.id_to_token(token_id)
-        with pytest.raises(mustafar.TokenizerError, match=str(token_id)):
-            small.stream().push(token_id)
+    with pytest.raises(mustafar.TokenizerError, match="-1"):
+        small.decode([-1])
+    with pytest.raises(mustafar.TokenizerError, match="-1"):
+        small.stream().push(-1)
     with pytest.raises(ValueError):
         small.decode([2**40])
 

@@ -49,8 +49,9 @@ class ChatTemplate {
   // Throws TemplateError naming line and construct.
   static ChatTemplate parse(std::string_view source);
 
-  // The template of a Hugging Face folder: chat_template.jinja, else tokenizer_config.json (a text
-  // or a list of named ones), else chat_template.json; special tokens from tokenizer_config.json.
+  // The template of a Hugging Face folder: chat_template.jinja and those named by files
+  // additional_chat_templates/NAME.jinja, else tokenizer_config.json (a text or a list of named
+  // ones), else chat_template.json; special tokens from tokenizer_config.json.
   // name: one of several named templates; empty: "default", or "tool_use" where tools are given.
   // Throws TemplateError, for a folder without one naming what can be done.
   static ChatTemplate from_folder(const std::filesystem::path& folder,
@@ -62,8 +63,8 @@ class ChatTemplate {
   static ChatTemplate builtin(const std::string& name);
   static std::vector<std::string> builtin_names();
 
-  // What --chat-template names: a built-in template or a file. The special tokens are the folder's,
-  // where one is given.
+  // What --chat-template names: a built-in template, a file, or one of the folder's by its name.
+  // The special tokens are the folder's, where one is given.
   static ChatTemplate from_argument(const std::string& name_or_file,
                                     const std::filesystem::path& folder = {});
 

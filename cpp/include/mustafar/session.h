@@ -20,6 +20,12 @@ namespace mustafar {
 
 class Generation;
 
+struct PromptOptions {
+  // The text made is one of its own, as a chat's reply is. Otherwise it continues the text of the
+  // tokens before it: prompt and text one behind the other are the whole.
+  bool own_text = false;
+};
+
 // Used by one thread at a time: a second one gets StateError. Every call that throws leaves the
 // session as it was before.
 class Session {
@@ -53,7 +59,8 @@ class Session {
                           const PieceCallback& on_piece = {});
   // The same, a step at a time. The session must outlive it and not be used until it is done or
   // destroyed.
-  Generation start(const Prompt& prompt, const SamplingParams& params = {});
+  Generation start(const Prompt& prompt, const SamplingParams& params = {},
+                   const PromptOptions& options = {});
 
   // Natural log-probabilities [n - 1] of token i + 1 given those up to i, on a fresh cache of this
   // session's configuration, where query i sees what decode would have compressed by then.

@@ -46,25 +46,33 @@ class Tokenizer {
   ChatTemplate chat_template() const;
   ChatTemplate chat_template(const std::string& name_or_file) const;
 
-  // Text of ids; always valid UTF-8. Throws TokenizerError for an id outside the vocabulary.
+  // Text of ids; always valid UTF-8. An id that is no token, as in the padding of a model's
+  // vocabulary, has no text; a negative one throws TokenizerError.
   std::string decode(std::span<const int32_t> token_ids, bool skip_special = false) const;
 
   int32_t vocab_size() const;  // one more than the largest id, added tokens included
   std::optional<int32_t> token_to_id(std::string_view token) const;
-  std::string id_to_token(int32_t token_id) const;  // as spelled in tokenizer.json
+  // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
+  std::string id_to_token(int32_t token_id) const;
   bool is_special(int32_t token_id) const;
   std::vector<int32_t> special_prefix() const;  // what add_special puts before a text, e.g. BOS
 
   // Decodes ids one by one, holding back bytes until they are whole UTF-8 characters. The pieces
-  // and the flush together equal decode() of all the ids.
+  // and the flush together equal decode() of all the ids. after: ids that come before the first
+  // one pushed; the text is then what follows theirs, with the space between two words and the rest
+  // of a character that they begin.
   class Stream {
    public:
-    explicit Stream(const Tokenizer& tokenizer, bool skip_special = true);
+    explicit Stream(const Tokenizer& tokenizer, bool skip_special = true,
+                    std::span<const int32_t> after = {});
     ~Stream();
     Stream(Stream&&) noexcept;
     Stream& operator=(Stream&&) noexcept;
     std::string push(int32_t token_id);  // text that became certain, often empty or one token
-    std::string flush();                 // what was held back
+    std::string flush();                 // what was held back; the stream is then as new
+    // Whole characters that were held back; what is pushed from now on does not change them.
+    std::string settle();
+
    private:
     struct State;
     std::unique_ptr<State> state_;

@@ -1,0 +1,17 @@
+// Tokens that files beside tokenizer.json add to it.
+#pragma once
+
+#include <filesystem>
+
+#include "text/tokenizer_json.h"
+
+namespace mustafar::text {
+
+// Adds to added_tokens of a folder's tokenizer.json what transformers adds on loading: the tokens
+// of added_tokens_decoder in tokenizer_config.json, else those of added_tokens.json, and the
+// special tokens that tokenizer_config.json and special_tokens_map.json name. A token of the
+// vocabulary keeps its id, another one gets the next id that is free. Throws TokenizerError naming
+// the file.
+void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* json);
+
+}  // namespace mustafar::text
