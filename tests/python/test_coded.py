@@ -95,7 +95,10 @@ def test_logits_match_attention_over_the_stored_rows(
         budget = isinstance(kv, float)
         profile = mustafar.calibrate(model, [ids_of(400, 9, vocab)], "balanced", budget=budget)
         if isinstance(kv, float):
-            kv = KVConfig(value_dtype="coded", budget_bytes_per_token=bytes_per_token(model, kv))
+            two_words = 8 * model.config["n_kv_heads"]  # more, so that layers must differ
+            kv = KVConfig(
+                value_dtype="coded", budget_bytes_per_token=bytes_per_token(model, kv) + two_words
+            )
         session = Session(model, replace(kv, profile=profile))
         session.prefill(ids[:PROMPT])
         for token in ids[PROMPT:]:
