@@ -122,7 +122,8 @@ class Backend {
   // Rows of a prompt that pass through a layer together: enough for the matrix products to run at
   // full speed, few enough that activations stay small whatever the prompt's length.
   virtual int64_t prefill_rows() const { return 512; }
-  virtual bool codes() const { return false; }         // coded rows are stored and attended to
+  virtual bool codes() const { return false; }              // coded rows are stored and attended to
+  virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.

@@ -71,6 +71,9 @@ void add_calibrate(CLI::App& app, Run& run) {
       ->add_option("--skip", calibration.skip_tokens,
                    "First tokens of every text to leave out (attention sinks)")
       ->capture_default_str();
+  command->add_flag("--budget", calibration.budget,
+                    "Also measure what errors in every layer cost: for --kv-bytes-per-token and "
+                    "--max-kld");
   command->callback([options, &run] { run = [options] { return calibrate(*options); }; });
 }
 

@@ -131,7 +131,7 @@ KVConfig parse_kv_setting(const std::string& text, const Model& model) {
   } catch (const std::invalid_argument& error) {
     fail(text, error.what());
   }
-  draft.config.profile = resolve_profile(draft.profile, model);
+  draft.config.profile = resolve_profile(draft.profile, model, draft.config.budgeted());
   return draft.config;
 }
 
@@ -159,7 +159,9 @@ std::vector<std::string> read_kv_settings(const std::string& file) {
 nlohmann::ordered_json identity_json(const KVConfig& config) {
   nlohmann::ordered_json json = to_json(config);
   json["profile"] = nullptr;
-  if (config.profile != nullptr) json["profile"] = config.profile->hash();
+  if (const Profile* const profile = config.profile.get(); profile != nullptr) {
+    json["profile"] = config.budgeted() ? profile->hash() : profile->transform_hash();
+  }
   return json;
 }
 

@@ -12,9 +12,9 @@ namespace mustafar::cli {
 
 // One setting: items with commas between them, each key=value; the first may be the name of a
 // preset or "default", which the others change. Keys: sparsity, k_sparsity, v_sparsity, pattern,
-// window, sinks, value_dtype, bits, k_bits, v_bits, k_policy, v_policy, profile. Throws
-// std::invalid_argument naming what it does not know or can't read, ModelError for a profile that
-// does not fit the model.
+// window, sinks, value_dtype, bits, k_bits, v_bits, budget_bytes_per_token, max_kld, k_policy,
+// v_policy, profile. Throws std::invalid_argument naming what it does not know or can't read,
+// ModelError for a profile that does not fit the model.
 KVConfig parse_kv_setting(const std::string& text, const Model& model);
 
 // The settings of a list: semicolons (or, between bare names, commas) part them.

@@ -170,11 +170,12 @@ std::string CacheFlags::profile_name() const {
 
 KVConfig CacheFlags::resolve(const Model& model) const {
   KVConfig config = validate();
-  config.profile = resolve_profile(profile_name(), model);
+  config.profile = resolve_profile(profile_name(), model, config.budgeted());
   return config;
 }
 
-std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model) {
+std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model,
+                                               bool costs) {
   Progress bar("calibrating");
   ProfileHooks hooks;
   hooks.progress = [&bar](int64_t done, int64_t total) {
@@ -185,7 +186,7 @@ std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Mo
     bar.clear();
     std::fprintf(stderr, "mustafar: %s\n", line.c_str());
   };
-  return Profile::resolve(name, model, hooks);
+  return Profile::resolve(name, model, hooks, costs);
 }
 
 void SamplingFlags::add_to(CLI::App& command) {

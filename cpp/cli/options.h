@@ -45,7 +45,8 @@ struct CacheFlags {
 
 // Profile::resolve for a person: what it notes goes to stderr, with a progress bar; Ctrl-C throws
 // Cancelled.
-std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model);
+std::shared_ptr<const Profile> resolve_profile(const std::string& name, const Model& model,
+                                               bool costs = false);
 
 // -n -s --temp --top-k --top-p --min-p --repeat-penalty ... --stop --logprobs
 struct SamplingFlags {

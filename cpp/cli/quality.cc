@@ -85,10 +85,12 @@ Json store_json(const Model& model, const KVConfig& config) {
   const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, config);
   const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
   const double dense = 4.0 * c.n_layers * c.n_kv_heads * c.head_dim;
-  return {{"bytes_per_token", bytes},
-          {"of_dense", bytes / dense},
-          {"k_sparsity", 1.0 - static_cast<double>(spec.layout.k.row_keep) / c.head_dim},
-          {"v_sparsity", 1.0 - static_cast<double>(spec.layout.v.row_keep) / c.head_dim}};
+  Json json = {{"bytes_per_token", bytes},
+               {"of_dense", bytes / dense},
+               {"k_sparsity", 1.0 - static_cast<double>(spec.layout.k.row_keep) / c.head_dim},
+               {"v_sparsity", 1.0 - static_cast<double>(spec.layout.v.row_keep) / c.head_dim}};
+  if (config.budgeted()) json["predicted_kld"] = spec.predicted_kld;
+  return json;
 }
 
 std::vector<std::vector<int32_t>> chunks_of(const Model& model, const std::string& text,

@@ -23,7 +23,8 @@ struct Figures {
 // ppl, kld and same_top with their errors. figures: of at least one token.
 nlohmann::ordered_json to_json(const Figures& figures);
 
-// bytes_per_token, of_dense (at 2 bytes a value) and the effective k_sparsity and v_sparsity.
+// bytes_per_token, of_dense (at 2 bytes a value), the effective k_sparsity and v_sparsity, and of a
+// budget predicted_kld.
 nlohmann::ordered_json store_json(const Model& model, const KVConfig& config);
 
 // A text in chunks of `tokens` tokens, each with what the tokenizer puts before a text; the rest is

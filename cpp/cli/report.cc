@@ -28,7 +28,11 @@ Json to_json(const KVConfig& config) {
   const auto add = [&](bool coded_only) {
     for_each_kv_field([&]<typename T>(const KVField<T>& field) {
       if constexpr (!kIsOverall<T>) {  // those for keys and for values say it
-        if (field.coded_only == coded_only) json[field.name] = kv_value(config, field);
+        if (field.coded_only != coded_only || !has_kv_value(config, field)) return;
+        if constexpr (kIsPerKind<T>) {  // a budget takes the place of bits
+          if (config.budgeted() && field.otherwise == &KVConfig::bits) return;
+        }
+        json[field.name] = kv_value(config, field);
       }
     });
   };

@@ -25,6 +25,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "core/dtype.h"
 #include "mustafar/host_device.h"
@@ -56,11 +57,21 @@ struct SlotLayout {
   bool operator==(const SlotLayout&) const = default;
 };
 
-struct StoreLayout {
+// The slots of one layer, alike for all its KV heads.
+struct LayerSlots {
   SlotLayout k, v;
+  int64_t offset = 0;  // bytes from a page's start to the layer's first slot
+};
+
+struct StoreLayout {
+  SlotLayout k, v;  // where layers differ, the first one's
   int32_t n_layers = 0;
   int32_t n_kv_heads = 0;
   int64_t page_bytes = 0;
+  // Where layers have rows of different sizes, as coded rows may: [n_layers], host memory that
+  // outlives the layout. They differ in row_bytes and in what follows from it alone. Null: every
+  // layer has slots k and v, as on devices other than the host it must.
+  const LayerSlots* layers = nullptr;
 
   bool operator==(const StoreLayout&) const = default;
 };
@@ -69,14 +80,31 @@ MUSTAFAR_HOST_DEVICE inline bool has_scales(DType dtype) {
   return dtype == DType::kInt8 || dtype == DType::kInt4 || dtype == DType::kCoded;
 }
 
+// The slots of a layer. Host code alone.
+inline const SlotLayout& slot_of(const StoreLayout& layout, int32_t layer, bool is_key) {
+  if (layout.layers == nullptr) return is_key ? layout.k : layout.v;
+  return is_key ? layout.layers[layer].k : layout.layers[layer].v;
+}
+
 // Bytes from a page's start to the slot of one layer and KV head.
 MUSTAFAR_HOST_DEVICE inline int64_t k_slot_offset(const StoreLayout& layout, int32_t layer,
                                                   int32_t head) {
+#if !defined(__CUDA_ARCH__)
+  if (layout.layers != nullptr) {
+    const LayerSlots& slots = layout.layers[layer];
+    return slots.offset + head * (int64_t{slots.k.slot_bytes} + slots.v.slot_bytes);
+  }
+#endif
   return (int64_t{layer} * layout.n_kv_heads + head) *
          (int64_t{layout.k.slot_bytes} + layout.v.slot_bytes);
 }
 MUSTAFAR_HOST_DEVICE inline int64_t v_slot_offset(const StoreLayout& layout, int32_t layer,
                                                   int32_t head) {
+#if !defined(__CUDA_ARCH__)
+  if (layout.layers != nullptr) {
+    return k_slot_offset(layout, layer, head) + layout.layers[layer].k.slot_bytes;
+  }
+#endif
   return k_slot_offset(layout, layer, head) + layout.k.slot_bytes;
 }
 
@@ -153,16 +181,21 @@ inline int32_t coded_row_bytes(int32_t head_dim, double bits) {
   return round_up(bytes, 4);
 }
 
-// Layout of a slot of coded rows, 1 <= bits <= 7 a dim on average.
-inline SlotLayout make_coded_layout(int32_t head_dim, double bits) {
+// Layout of a slot of coded rows of so many bytes, a multiple of 4.
+inline SlotLayout make_coded_slot(int32_t head_dim, int32_t row_bytes) {
   SlotLayout s;
   s.head_dim = head_dim;
   s.dtype = DType::kCoded;
   s.dense = true;
   s.group = s.keep = s.row_keep = head_dim;
-  s.row_bytes = coded_row_bytes(head_dim, bits);
+  s.row_bytes = row_bytes;
   place_parts(s);
   return s;
+}
+
+// The same, of 1 <= bits <= 7 a dim on average.
+inline SlotLayout make_coded_layout(int32_t head_dim, double bits) {
+  return make_coded_slot(head_dim, coded_row_bytes(head_dim, bits));
 }
 
 // Groups that the dims of a row are dealt to; 1: stored in their own order.
@@ -191,6 +224,22 @@ inline StoreLayout make_store_layout(int32_t n_layers, int32_t n_kv_heads, const
   layout.n_layers = n_layers;
   layout.n_kv_heads = n_kv_heads;
   layout.page_bytes = int64_t{n_layers} * n_kv_heads * (int64_t{k.slot_bytes} + v.slot_bytes);
+  return layout;
+}
+
+// The same of layers that differ. layers: [n_layers], at least one, which the layout keeps pointing
+// to; their offsets are filled in.
+inline StoreLayout make_store_layout(std::span<LayerSlots> layers, int32_t n_kv_heads) {
+  StoreLayout layout;
+  layout.k = layers[0].k;
+  layout.v = layers[0].v;
+  layout.n_layers = static_cast<int32_t>(layers.size());
+  layout.n_kv_heads = n_kv_heads;
+  layout.layers = layers.data();
+  for (LayerSlots& slots : layers) {
+    slots.offset = layout.page_bytes;
+    layout.page_bytes += n_kv_heads * (int64_t{slots.k.slot_bytes} + slots.v.slot_bytes);
+  }
   return layout;
 }
 

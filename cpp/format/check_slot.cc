@@ -54,7 +54,7 @@ void check_page(const StoreLayout& layout, const uint8_t* page, const std::strin
       for (const bool key : {true, false}) {
         const uint8_t* slot =
             page + (key ? k_slot_offset(layout, layer, head) : v_slot_offset(layout, layer, head));
-        const int32_t row = first_bad_row(key ? layout.k : layout.v, slot);
+        const int32_t row = first_bad_row(slot_of(layout, layer, key), slot);
         if (row == kBlockTokens) continue;
         throw StateError(where + ": the " + (key ? "key" : "value") + " mask of layer " +
                          std::to_string(layer) + ", KV head " + std::to_string(head) + ", row " +

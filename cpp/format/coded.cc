@@ -70,6 +70,46 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   return best;
 }
 
+// Deals bits to dims one at a time (see deal_widths).
+class WidthDealer {
+ public:
+  // widths: [n], set to zero.
+  WidthDealer(const float* sigmas, int32_t n, uint8_t* widths)
+      : energies_(n), gains_(n), widths_(widths) {
+    std::memset(widths, 0, n);
+    for (int32_t d = 0; d < n; d++) {
+      energies_[d] = static_cast<double>(sigmas[d]) * sigmas[d];
+      gains_[d] = gain(d);
+    }
+  }
+
+  // So many bits more, or fewer where every dim has the most it can.
+  void deal(int32_t n_bits) {
+    for (int32_t bit = 0; bit < n_bits; bit++) {
+      const int64_t best = std::max_element(gains_.begin(), gains_.end()) - gains_.begin();
+      if (gains_[best] < 0) return;
+      widths_[best]++;
+      gains_[best] = gain(best);
+    }
+  }
+
+  double error() const {
+    double sum = 0;
+    for (size_t d = 0; d < energies_.size(); d++) sum += energies_[d] * kError[widths_[d]];
+    return sum;
+  }
+
+ private:
+  // Of one bit more.
+  double gain(int64_t d) const {
+    if (widths_[d] == kMaxWidth) return -1.0;
+    return energies_[d] * (kError[widths_[d]] - kError[widths_[d] + 1]);
+  }
+
+  std::vector<double> energies_, gains_;  // [n]
+  uint8_t* widths_;
+};
+
 // Appends codes to a row's bits.
 class BitWriter {
  public:
@@ -108,19 +148,16 @@ class BitReader {
 }  // namespace
 
 void deal_widths(const float* sigmas, int32_t head_dim, int32_t row_bytes, uint8_t* widths) {
-  std::vector<double> gains(head_dim);  // of one bit more
-  const auto gain = [&](int32_t d) {
-    if (widths[d] == kMaxWidth) return -1.0;
-    const double energy = static_cast<double>(sigmas[d]) * sigmas[d];
-    return energy * (kError[widths[d]] - kError[widths[d] + 1]);
-  };
-  std::memset(widths, 0, head_dim);
-  for (int32_t d = 0; d < head_dim; d++) gains[d] = gain(d);
-  for (int32_t bit = 0; bit < 8 * row_bytes; bit++) {
-    const int64_t best = std::max_element(gains.begin(), gains.end()) - gains.begin();
-    if (gains[best] < 0) return;
-    widths[best]++;
-    gains[best] = gain(static_cast<int32_t>(best));
+  WidthDealer dealer(sigmas, head_dim, widths);
+  dealer.deal(8 * row_bytes);
+}
+
+void coded_errors(const float* sigmas, int32_t head_dim, int32_t n_words, double* errors) {
+  std::vector<uint8_t> widths(head_dim);
+  WidthDealer dealer(sigmas, head_dim, widths.data());
+  for (int32_t w = 0; w < n_words; w++) {
+    dealer.deal(32);
+    errors[w] = dealer.error();
   }
 }
 

@@ -22,8 +22,9 @@
 
 namespace mustafar {
 
-inline constexpr int32_t kMaxWidth = 7;   // bits
-inline constexpr int32_t kSumLanes = 16;  // partial sums of a row, of dims i mod 16, then halves
+inline constexpr int32_t kMaxWidth = 7;    // bits
+inline constexpr int32_t kScaleBytes = 2;  // of a row's scale
+inline constexpr int32_t kSumLanes = 16;   // partial sums of a row, of dims i mod 16, then halves
 inline constexpr int32_t kScaleChoices = 8;
 // Powers of 2^(1/4), from -2 to 5.
 inline constexpr float kScaleFactors[kScaleChoices] = {0.70710678f, 0.84089642f, 1.0f, 1.18920712f,
@@ -79,6 +80,10 @@ MUSTAFAR_HOST_DEVICE inline float coded_step(int32_t width) {
 // lowers most; of equals, to the first. sigmas: [head_dim]; widths: out [head_dim]. row_bytes: at
 // most coded_row_bytes(head_dim, 7).
 void deal_widths(const float* sigmas, int32_t head_dim, int32_t row_bytes, uint8_t* widths);
+
+// The square error that is expected of rows whose widths are so dealt, summed over dims, for every
+// number of bytes 4, 8, ... 4 * n_words: errors out, [n_words]. sigmas: [head_dim].
+void coded_errors(const float* sigmas, int32_t head_dim, int32_t n_words, double* errors);
 
 // A head's table as packing wants it, [head_dim] each.
 struct CodeRow {

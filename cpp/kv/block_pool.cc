@@ -114,10 +114,10 @@ PageRef::~PageRef() {
   if (pool_) pool_->release(slab_, index_);
 }
 
-BlockPool::BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, const StoreLayout& layout)
+BlockPool::BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, int64_t page_bytes)
     : backend_(backend),
       budget_(std::move(budget)),
-      layout_(layout),
+      page_bytes_(page_bytes),
       small_slab_bytes_(backend.host_memory() ? kSmallHostSlab : kSmallDeviceSlab) {}
 
 BlockPool::~BlockPool() = default;
@@ -138,12 +138,12 @@ std::vector<PageRef> BlockPool::allocate(int64_t n) {
       page.pool_ = self;
       page.slab_ = slab;
       page.index_ = i;
-      page.data_ = static_cast<uint8_t*>(slab->memory.data()) + i * layout_.page_bytes;
+      page.data_ = static_cast<uint8_t*>(slab->memory.data()) + i * page_bytes_;
       pages.push_back(std::move(page));
     }
   };
   try {
-    if (n > free_pages_) budget_->check(slab_bytes(layout_.page_bytes, n - free_pages_));
+    if (n > free_pages_) budget_->check(slab_bytes(page_bytes_, n - free_pages_));
     while (static_cast<int64_t>(pages.size()) < n) {
       const int64_t missing = n - static_cast<int64_t>(pages.size());
       take_from(free_pages_ > 0 ? fullest_slab() : add_slab(missing));
@@ -169,8 +169,8 @@ PageRef::Slab* BlockPool::fullest_slab() {
 }
 
 PageRef::Slab* BlockPool::add_slab(int64_t missing) {
-  const auto bytes = [&](int64_t n_pages) { return slab_bytes(layout_.page_bytes, n_pages); };
-  int64_t n_pages = next_slab_pages(layout_.page_bytes, small_slab_bytes_, held_bytes_, missing);
+  const auto bytes = [&](int64_t n_pages) { return slab_bytes(page_bytes_, n_pages); };
+  int64_t n_pages = next_slab_pages(page_bytes_, small_slab_bytes_, held_bytes_, missing);
   // Pages that nobody has asked for yet must not use up a budget that others are short of.
   if (budget_->available() - bytes(n_pages) < budget_->limit() / kReservedShare) {
     n_pages = std::min(n_pages, missing);

@@ -1,4 +1,4 @@
-// Pages of compressed blocks. A pool serves all sequences of a model whose stores share one layout;
+// Pages of compressed blocks. A pool serves all sequences of a model whose pages have one size;
 // a budget bounds what all pools and dense buffers of a model take together.
 #pragma once
 
@@ -78,10 +78,9 @@ class PageRef {
 // drain.
 class BlockPool : public std::enable_shared_from_this<BlockPool> {
  public:
-  BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, const StoreLayout& layout);
+  BlockPool(Backend& backend, std::shared_ptr<KVBudget> budget, int64_t page_bytes);
   ~BlockPool();
 
-  const StoreLayout& layout() const { return layout_; }
   // Takes n pages or none: throws OutOfMemory with the pool unchanged. Where memory is short, no
   // page is held ahead of its need.
   std::vector<PageRef> allocate(int64_t n);
@@ -97,7 +96,7 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
 
   Backend& backend_;
   std::shared_ptr<KVBudget> budget_;
-  const StoreLayout layout_;
+  const int64_t page_bytes_;
   const int64_t small_slab_bytes_;
   mutable std::mutex mutex_;
   std::list<std::unique_ptr<PageRef::Slab>> slabs_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 namespace mustafar {
@@ -43,7 +44,8 @@ SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVC
 
 }  // namespace
 
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config) {
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
+                          const RowBudget* rows) {
   CacheSpec spec;
   spec.config = config;
   spec.tail_dtype = tail_dtype;
@@ -58,6 +60,18 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   const SlotLayout v =
       slot_layout(model.head_dim, false, v_sparsity, config, config.v_policy, dtype);
   spec.layout = make_store_layout(model.n_layers, model.n_kv_heads, k, v);
+  std::optional<RowBudget> dealt;
+  if (rows == nullptr && config.budgeted()) rows = &dealt.emplace(deal_rows(config));
+  if (rows != nullptr) {
+    auto layers = std::make_shared<std::vector<LayerSlots>>();
+    for (size_t i = 0; i < rows->k_row_bytes.size(); i++) {
+      layers->push_back({make_coded_slot(model.head_dim, rows->k_row_bytes[i]),
+                         make_coded_slot(model.head_dim, rows->v_row_bytes[i])});
+    }
+    spec.layout = make_store_layout(*layers, model.n_kv_heads);
+    spec.layers = std::move(layers);
+    spec.predicted_kld = rows->predicted_kld;
+  }
   spec.most_dense_tokens = config.sink_tokens + config.window + kBlockTokens;
   if ((k_sparsity > 0 && needs_queries(config.k_policy)) ||
       (v_sparsity > 0 && needs_queries(config.v_policy))) {
@@ -339,15 +353,16 @@ MemoryUsage SequenceCache::memory() const {
   MemoryUsage usage;
   const CacheSpec& spec = *spec_;
   const int64_t blocks = static_cast<int64_t>(pages_.size());
-  const int64_t slots = blocks * spec.n_layers * spec.n_kv_heads;
-  for (const SlotLayout* slot : {&spec.layout.k, &spec.layout.v}) {
-    const int64_t masks = kBlockTokens * 4 * slot->mask_words;
-    const int64_t scales = has_scales(slot->dtype) ? kBlockTokens * 2 : 0;
-    const int64_t values = int64_t{kBlockTokens} * slot->row_bytes;
+  const int64_t slots = blocks * spec.n_kv_heads;
+  for (int32_t i = 0; i < 2 * spec.n_layers; i++) {
+    const SlotLayout& slot = slot_of(spec.layout, i / 2, i % 2 == 0);
+    const int64_t masks = kBlockTokens * 4 * slot.mask_words;
+    const int64_t scales = has_scales(slot.dtype) ? kBlockTokens * 2 : 0;
+    const int64_t values = int64_t{kBlockTokens} * slot.row_bytes;
     usage.masks += slots * masks;
     usage.values += slots * values;
     usage.scales += slots * scales;
-    usage.padding += slots * (slot->slot_bytes - masks - scales - values);
+    usage.padding += slots * (slot.slot_bytes - masks - scales - values);
   }
   usage.tail = dense_.memory.bytes();
   usage.policy = query_magnitude_.bytes();

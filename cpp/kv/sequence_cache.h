@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "kv/block_pool.h"
+#include "kv/row_budget.h"
 #include "mustafar/kv_config.h"
 #include "mustafar/memory_usage.h"
 #include "mustafar/model_config.h"
@@ -20,6 +21,8 @@ namespace mustafar {
 struct CacheSpec {
   KVConfig config;
   StoreLayout layout;
+  std::shared_ptr<const std::vector<LayerSlots>> layers;  // that the layout points to, or null
+  double predicted_kld = 0;                               // of a budget, nats a token
   DType tail_dtype = DType::kF32;
   int32_t n_layers = 0;
   int32_t n_kv_heads = 0;
@@ -46,8 +49,10 @@ struct CacheSpec {
 };
 
 // Layouts of a model's cache under a configuration that has been validated, with no transform yet.
-// Throws std::invalid_argument where a combination is refused, naming the fields.
-CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
+// Throws std::invalid_argument where a combination is refused, naming the fields. rows: the sizes
+// of coded rows in every layer; null: as the configuration says, whose budget is then dealt.
+CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
+                          const RowBudget* rows = nullptr);
 
 // Sinks and tail: [n_layers][2 (K, V)][n_kv_heads][capacity][head_dim], tail dtype.
 struct DenseBuffer {

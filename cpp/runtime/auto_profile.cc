@@ -13,6 +13,7 @@
 #include "mustafar/error.h"
 #include "runtime/calibration_pieces.h"
 #include "runtime/calibration_text.h"
+#include "runtime/layer_costs.h"
 #include "runtime/model_impl.h"
 
 namespace mustafar {
@@ -83,10 +84,14 @@ void keep(const Profile& profile, const std::optional<fs::path>& folder, const f
 
 }  // namespace
 
-std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHooks& hooks) {
+std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHooks& hooks,
+                                            bool costs) {
   Model::Impl& engine = *model.impl();
   const std::lock_guard lock(engine.auto_profile_mutex);
-  if (engine.auto_profile != nullptr) return engine.auto_profile;
+  const auto suffices = [costs](const std::shared_ptr<const Profile>& profile) {
+    return profile != nullptr && (!costs || profile->has_costs());
+  };
+  if (suffices(engine.auto_profile)) return engine.auto_profile;
 
   CalibrationOptions options = auto_options();
   options.progress = hooks.progress;
@@ -100,18 +105,29 @@ std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHoo
                         (engine.fingerprint + "-" + options.kind + "-" + kVersion + ".safetensors");
   std::string reason;
   if (folder) {
-    engine.auto_profile =
-        kept_profile(file, model, options.kind, calibration_text_hash(ids), reason);
-    if (engine.auto_profile != nullptr) return engine.auto_profile;
+    auto kept = kept_profile(file, model, options.kind, calibration_text_hash(ids), reason);
+    if (suffices(kept) || engine.auto_profile == nullptr) engine.auto_profile = std::move(kept);
+    if (suffices(engine.auto_profile)) return engine.auto_profile;
   }
+  const bool transform = engine.auto_profile == nullptr;  // that is missing, else the costs alone
   if (hooks.note) {
-    hooks.note("calibrating a KV profile for this model, once" +
-               (reason.empty() ? "" : " (" + reason + ")") +
+    hooks.note(std::string(transform ? "calibrating a KV profile for this model"
+                                     : "measuring what errors in every layer cost") +
+               ", once" + (reason.empty() ? "" : " (" + reason + ")") +
                (folder ? "; kept as " + file.string() : ""));
   }
-  auto profile = std::make_shared<const Profile>(calibrate(model, pieces, options));
-  keep(*profile, folder, file, hooks);
-  engine.auto_profile = std::move(profile);
+  Profile profile;
+  if (transform) {
+    options.budget = costs;
+    profile = calibrate(model, pieces, options);
+  } else {
+    profile = *engine.auto_profile;
+    measure_costs(model, ids, profile, [&](int64_t done, int64_t total) {
+      if (hooks.progress) hooks.progress(done, total);
+    });
+  }
+  keep(profile, folder, file, hooks);
+  engine.auto_profile = std::make_shared<const Profile>(std::move(profile));
   return engine.auto_profile;
 }
 

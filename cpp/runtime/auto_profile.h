@@ -10,6 +10,8 @@ namespace mustafar {
 
 // From the model itself, the cache folder, or a new calibration, in this order. Threads that ask
 // for one model's at once wait for each other; processes work side by side and either's file stays.
-std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHooks& hooks);
+// costs: with k_cost and v_cost, which a profile that is there without them gains.
+std::shared_ptr<const Profile> auto_profile(const Model& model, const ProfileHooks& hooks,
+                                            bool costs = false);
 
 }  // namespace mustafar

@@ -31,16 +31,16 @@ std::vector<float> in_stored_order(const std::vector<float>& values, int32_t dim
 
 }  // namespace
 
-std::shared_ptr<BlockPool> Model::Impl::pool(const StoreLayout& layout) {
+std::shared_ptr<BlockPool> Model::Impl::pool(int64_t page_bytes) {
   std::lock_guard lock(mutex_);
   std::erase_if(pools_, [](const auto& entry) { return entry.second.expired(); });
   for (const auto& [known, pool] : pools_) {
-    if (known == layout) {
+    if (known == page_bytes) {
       if (auto live = pool.lock()) return live;
     }
   }
-  auto pool = std::make_shared<BlockPool>(*backend, budget, layout);
-  pools_.emplace_back(layout, pool);
+  auto pool = std::make_shared<BlockPool>(*backend, budget, page_bytes);
+  pools_.emplace_back(page_bytes, pool);
   return pool;
 }
 
@@ -90,7 +90,8 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
   return transform;
 }
 
-std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
+std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv,
+                                                           const StoreLayout& layout) {
   if (!kv.coded()) return nullptr;
   if (kv.profile == nullptr || kv.profile->k_sigma.empty() || kv.profile->v_sigma.empty()) {
     throw std::invalid_argument(
@@ -103,11 +104,14 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
     throw DeviceError("value_dtype \"coded\" is not supported on device \"" + backend->device() +
                       "\": use device \"cpu\" or another value_dtype");
   }
-  const double k_bits = kv.effective_k_bits(), v_bits = kv.effective_v_bits();
+  std::vector<int32_t> row_bytes;
+  for (int32_t i = 0; i < 2 * config.n_layers; i++) {
+    row_bytes.push_back(slot_of(layout, i / 2, i % 2 == 0).row_bytes);
+  }
   std::lock_guard lock(mutex_);
   std::erase_if(codes_, [](const Codes& entry) { return entry.tables.expired(); });
   for (const Codes& known : codes_) {
-    if (known.profile.lock() == kv.profile && known.k_bits == k_bits && known.v_bits == v_bits) {
+    if (known.profile.lock() == kv.profile && known.row_bytes == row_bytes) {
       if (auto live = known.tables.lock()) return live;
     }
   }
@@ -123,14 +127,13 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
     return uploaded->memory.back()->data();
   };
   const auto upload_kind = [&](const std::vector<float>& sigmas, const std::vector<float>& weights,
-                               double bits, const uint8_t*& device_widths,
+                               int32_t kind, const uint8_t*& device_widths,
                                const float*& device_sigmas) {
-    // Bits go where errors count: a dim that was scaled for integers counts as it was before.
-    std::vector<float> unscaled = sigmas;
-    for (size_t i = 0; i < weights.size(); i++) unscaled[i] *= weights[i];
     std::vector<uint8_t> widths(sigmas.size());
-    for (size_t at = 0; at < sigmas.size(); at += config.head_dim) {
-      deal_widths(unscaled.data() + at, config.head_dim, coded_row_bytes(config.head_dim, bits),
+    for (int32_t head = 0; head < config.n_layers * config.n_kv_heads; head++) {
+      const int64_t at = int64_t{head} * config.head_dim;
+      const std::vector<float> unscaled = unscaled_sigmas(sigmas, weights, at, config.head_dim);
+      deal_widths(unscaled.data(), config.head_dim, row_bytes[head / config.n_kv_heads * 2 + kind],
                   widths.data() + at);
     }
     device_widths = static_cast<const uint8_t*>(upload(widths.data(), widths.size()));
@@ -138,23 +141,51 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv) {
   };
   const Profile& profile = *kv.profile;
   CodeTables& view = uploaded->view;
-  upload_kind(profile.k_sigma, profile.k_weight, k_bits, view.k_widths, view.k_sigmas);
-  upload_kind(profile.v_sigma, profile.v_weight, v_bits, view.v_widths, view.v_sigmas);
+  upload_kind(profile.k_sigma, profile.k_weight, kKeys, view.k_widths, view.k_sigmas);
+  upload_kind(profile.v_sigma, profile.v_weight, kValues, view.v_widths, view.v_sigmas);
   std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
-  codes_.push_back({kv.profile, k_bits, v_bits, tables});
+  codes_.push_back({kv.profile, std::move(row_bytes), tables});
   return tables;
 }
 
-std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv) {
+std::shared_ptr<const RowBudget> Model::Impl::row_budget(const KVConfig& kv) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(budgets_, [](const Budget& entry) { return entry.profile.expired(); });
+  for (const Budget& known : budgets_) {
+    if (known.profile.lock() == kv.profile && known.bytes_per_token == kv.budget_bytes_per_token &&
+        known.max_kld == kv.max_kld) {
+      return known.rows;
+    }
+  }
+  if (kv.profile != nullptr) kv.profile->check(config, fingerprint);
+  const auto rows = std::make_shared<const RowBudget>(deal_rows(kv));
+  budgets_.push_back({kv.profile, kv.budget_bytes_per_token, kv.max_kld, rows});
+  return rows;
+}
+
+std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv,
+                                                         const RowBudget* rows) {
   kv.validate();
-  CacheSpec spec = make_cache_spec(config, dtype, kv);
+  if ((kv.budgeted() || rows != nullptr) && !backend->layers_may_differ()) {
+    throw DeviceError(std::string(kv.max_kld                  ? "max_kld"
+                                  : kv.budget_bytes_per_token ? "budget_bytes_per_token"
+                                                              : "calibration for a budget") +
+                      " is not supported on device \"" + backend->device() +
+                      "\", where all layers' rows are of one size: use bits, or device \"cpu\"");
+  }
+  std::shared_ptr<const RowBudget> dealt;
+  if (kv.budgeted()) {
+    dealt = row_budget(kv);
+    rows = dealt.get();
+  }
+  CacheSpec spec = make_cache_spec(config, dtype, kv, rows);
   spec.transform = transform(kv.profile, n_groups(spec.layout.k), n_groups(spec.layout.v));
-  spec.codes = code_tables(kv);
+  spec.codes = code_tables(kv, spec.layout);
   return std::make_shared<const CacheSpec>(std::move(spec));
 }
 
 SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec) {
-  std::shared_ptr<BlockPool> pages = pool(spec->layout);  // before spec moves
+  std::shared_ptr<BlockPool> pages = pool(spec->layout.page_bytes);  // before spec moves
   return SequenceCache(*backend, std::move(pages), budget, std::move(spec));
 }
 

@@ -25,6 +25,7 @@
 #include "mustafar/error.h"
 #include "runtime/calibration_pieces.h"
 #include "runtime/kv_statistics.h"
+#include "runtime/layer_costs.h"
 #include "runtime/model_impl.h"
 
 namespace mustafar {
@@ -194,13 +195,19 @@ Profile calibrate(const Model& model, std::span<const Prompt> texts,
                   const CalibrationOptions& options) {
   check(options);
   const ModelConfig& c = model.config();
+  if (options.kind == "hadamard" && options.budget) {
+    throw std::invalid_argument("budget needs kind klt or balanced: hadamard has no sigmas");
+  }
   if (options.kind == "hadamard") return *Profile::hadamard(c);
   const auto pieces = calibration_pieces(model, texts, options.max_tokens);
 
   std::optional<ThreadPool> own;  // where the model's device has no threads of the host's
   ThreadPool* pool = model.impl()->backend->host_pool();
   if (pool == nullptr) pool = &own.emplace(0);
-  const auto between = [&options](int64_t done, int64_t total) {
+  int64_t text_tokens = 0;
+  for (const auto& piece : pieces) text_tokens += static_cast<int64_t>(piece.size());
+  const int64_t total = text_tokens + (options.budget ? cost_measure_tokens(model, pieces) : 0);
+  const auto between = [&options, total](int64_t done, int64_t) {
     if (options.progress) options.progress(done, total);
   };
   const KVStatistics sums =
@@ -250,13 +257,15 @@ Profile calibrate(const Model& model, std::span<const Prompt> texts,
                 weight.empty() ? nullptr : weight.data() + head * d,
                 (is_key ? profile.k_sigma : profile.v_sigma).data() + head * d});
   };
-  int64_t total = 0;
-  for (const auto& piece : pieces) total += static_cast<int64_t>(piece.size());
   for (int64_t layer = 0; layer < c.n_layers; layer++) {
     pool->parallel_for(2 * c.n_kv_heads, [&](int64_t i, int) {
       head_task(layer * c.n_kv_heads + i / 2, i % 2 == 0);
     });
-    between(total, total);  // may throw to stop
+    between(text_tokens, total);  // may throw to stop
+  }
+  if (options.budget) {
+    measure_costs(model, pieces, profile,
+                  [&](int64_t done, int64_t) { between(text_tokens + done, total); });
   }
   return profile;
 }

@@ -67,6 +67,32 @@ void check_bits(const char* field, double value) {
   throw std::invalid_argument(message.str());
 }
 
+// A budget takes the place of bits.
+void check_budget(const KVConfig& config) {
+  const char* const field = config.budget_bytes_per_token ? "budget_bytes_per_token" : "max_kld";
+  const double value = config.budget_bytes_per_token.value_or(config.max_kld.value_or(0));
+  const auto refuse = [&](const std::string& why) {
+    throw std::invalid_argument(field + (" " + why));
+  };
+  if (config.budget_bytes_per_token && config.max_kld) {
+    refuse("and max_kld are two ways to say one thing: give one of them");
+  }
+  if (!(value > 0) || !std::isfinite(value)) {
+    std::ostringstream message;
+    message << "must be more than 0, not " << value;
+    refuse(message.str());
+  }
+  if (!config.coded()) {
+    refuse(std::string("applies to value_dtype \"coded\" alone, not to \"") +
+           name_of(config.value_dtype) + "\"");
+  }
+  const char* const taken = config.k_bits                    ? "k_bits"
+                            : config.v_bits                  ? "v_bits"
+                            : config.bits != KVConfig().bits ? "bits"
+                                                             : nullptr;
+  if (taken != nullptr) refuse(std::string("takes the place of ") + taken + ": give one of them");
+}
+
 void check_tokens(const char* field, int32_t value) {
   constexpr int32_t kMost = 1 << 24;
   if (value >= 0 && value <= kMost) return;
@@ -83,6 +109,7 @@ void KVConfig::validate() const {
   check_bits("bits", bits);
   if (k_bits) check_bits("k_bits", *k_bits);
   if (v_bits) check_bits("v_bits", *v_bits);
+  if (budgeted()) check_budget(*this);
   if (coded()) {
     if (effective_k_sparsity() != 0 || effective_v_sparsity() != 0) {
       throw std::invalid_argument(

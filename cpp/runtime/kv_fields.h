@@ -12,8 +12,8 @@
 
 namespace mustafar {
 
-// T: double, of keys and values alike; std::optional<double>, of keys or values alone; int32_t; or
-// one of the enumerations.
+// T: double, of keys and values alike; std::optional<double>, of keys or values alone, or without
+// `otherwise` a field that need not be there; int32_t; or one of the enumerations.
 template <typename T>
 struct KVField {
   const char* name;    // in Python and in files
@@ -21,7 +21,7 @@ struct KVField {
   const char* option;  // on the command line
   const char* help;
   T KVConfig::* member;
-  double KVConfig::* otherwise = nullptr;  // optional fields: what counts where there is no value
+  double KVConfig::* otherwise = nullptr;  // of keys or values: what counts where there is no value
   bool coded_only = false;                 // of no meaning for other value types
 };
 
@@ -50,6 +50,13 @@ void for_each_kv_field(Visit&& visit) {
                 &KVConfig::bits, /*coded_only=*/true});
   visit(PerKind{"v_bits", "v_bits", "--v-bits", "For values alone", &KVConfig::v_bits,
                 &KVConfig::bits, /*coded_only=*/true});
+  visit(PerKind{"budget_bytes_per_token", "budget_bytes_per_token", "--kv-bytes-per-token",
+                "In place of --bits: bytes of a compressed token over all layers, dealt to where "
+                "errors were measured to count most",
+                &KVConfig::budget_bytes_per_token, nullptr, /*coded_only=*/true});
+  visit(PerKind{"max_kld", "max_kld", "--max-kld",
+                "In place of --bits: the fewest bytes that predict at most this divergence in nats",
+                &KVConfig::max_kld, nullptr, /*coded_only=*/true});
   visit(KVField<PrunePolicy>{"k_policy", "k_policy", "--k-policy",
                              "What is pruned of keys: magnitude, output_aware, channel_magnitude, "
                              "channel_output_aware, channel_structured",
@@ -65,11 +72,20 @@ inline constexpr bool kIsOverall = std::is_same_v<T, double>;
 template <typename T>
 inline constexpr bool kIsPerKind = std::is_same_v<T, std::optional<double>>;
 
-// What counts of a field, printable: a double, an int32_t, or the name of an enumeration's value.
+// False of fields that need not be there and are not.
+template <typename T>
+bool has_kv_value(const KVConfig& config, const KVField<T>& field) {
+  if constexpr (kIsPerKind<T>) return field.otherwise != nullptr || config.*field.member;
+  return true;
+}
+
+// What counts of a field, printable: a double (0 where it need not be there and is not), an
+// int32_t, or the name of an enumeration's value.
 template <typename T>
 auto kv_value(const KVConfig& config, const KVField<T>& field) {
   if constexpr (kIsPerKind<T>) {
-    return (config.*field.member).value_or(config.*field.otherwise);
+    const double otherwise = field.otherwise == nullptr ? 0 : config.*field.otherwise;
+    return (config.*field.member).value_or(otherwise);
   } else if constexpr (std::is_enum_v<T>) {
     return name_of(config.*field.member);
   } else {

@@ -35,17 +35,23 @@ struct Model::Impl {
   std::unique_ptr<Llama> llama;
   std::string fingerprint;  // of config, tensor table and sampled bytes: 16 hex digits
 
-  // One pool per store layout in use; pools go with their last sequence.
-  std::shared_ptr<BlockPool> pool(const StoreLayout& layout);
+  // One pool per size of pages in use; pools go with their last sequence.
+  std::shared_ptr<BlockPool> pool(int64_t page_bytes);
   // A profile's products (null: none) and the stored order on this model's device, uploaded once
   // for each in use; null where rows stay as they are.
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile,
                                                int32_t k_groups, int32_t v_groups);
-  std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv);
-  // Tables of coded rows, from the sigmas of a profile that fits the model and the configuration's
-  // bits, made once for those in use; null where rows are not coded. Throws std::invalid_argument
-  // where the profile has no sigmas, DeviceError where the device has no kernels for them.
-  std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv);
+  // rows: see make_cache_spec. Throws as that does, and DeviceError for a budget where the device
+  // needs layers to be alike.
+  std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv, const RowBudget* rows = nullptr);
+  // What a configuration's budget deals to the layers, dealt once for each profile in use. Throws
+  // as deal_rows.
+  std::shared_ptr<const RowBudget> row_budget(const KVConfig& kv);
+  // Tables of coded rows, from the sigmas of a profile that fits the model and the layout's sizes
+  // of rows, made once for those in use; null where rows are not coded. Throws
+  // std::invalid_argument where the profile has no sigmas, DeviceError where the device has no
+  // kernels for them.
+  std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv, const StoreLayout& layout);
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
 
   std::mutex auto_profile_mutex;
@@ -55,7 +61,7 @@ struct Model::Impl {
 
  private:
   std::mutex mutex_;
-  std::vector<std::pair<StoreLayout, std::weak_ptr<BlockPool>>> pools_;
+  std::vector<std::pair<int64_t, std::weak_ptr<BlockPool>>> pools_;
   struct KnownTransform {
     std::weak_ptr<const Profile> profile;
     std::weak_ptr<const KVTransform> transform;
@@ -63,10 +69,16 @@ struct Model::Impl {
   std::vector<KnownTransform> transforms_;
   struct Codes {
     std::weak_ptr<const Profile> profile;
-    double k_bits, v_bits;
+    std::vector<int32_t> row_bytes;  // [n_layers][2 (K, V)]
     std::weak_ptr<const CodeTables> tables;
   };
   std::vector<Codes> codes_;
+  struct Budget {
+    std::weak_ptr<const Profile> profile;
+    std::optional<double> bytes_per_token, max_kld;
+    std::shared_ptr<const RowBudget> rows;
+  };
+  std::vector<Budget> budgets_;
 };
 
 // A model over tensors from anywhere: what load() ends in, and benchmarks with random weights.

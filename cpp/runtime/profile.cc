@@ -51,12 +51,38 @@ auto tensors_of(Self& profile) {
       std::pair{"k_forward", &profile.k_forward}, std::pair{"k_backward", &profile.k_backward},
       std::pair{"v_forward", &profile.v_forward}, std::pair{"v_backward", &profile.v_backward},
       std::pair{"k_weight", &profile.k_weight},   std::pair{"v_weight", &profile.v_weight},
-      std::pair{"k_sigma", &profile.k_sigma},     std::pair{"v_sigma", &profile.v_sigma}};
+      std::pair{"k_sigma", &profile.k_sigma},     std::pair{"v_sigma", &profile.v_sigma},
+      std::pair{"k_cost", &profile.k_cost},       std::pair{"v_cost", &profile.v_cost}};
 }
+
+// A positive number per layer, and optional.
+bool is_per_layer(const std::string& name) { return name.ends_with("_cost"); }
 
 // A positive number per dim, and optional: no matrix.
 bool is_per_dim(const std::string& name) {
   return name.ends_with("_weight") || name.ends_with("_sigma");
+}
+
+bool is_optional(const std::string& name) { return is_per_dim(name) || is_per_layer(name); }
+
+// Extents of a tensor, of the matrices' [n_layers, n_kv_heads, D, D].
+template <typename Shape>
+Shape shape_of(const std::string& name, Shape matrix) {
+  matrix.resize(is_per_layer(name) ? 1 : is_per_dim(name) ? 3 : 4);
+  return matrix;
+}
+
+std::string hash_of(const Profile& profile, bool costs) {
+  Hash64 hash;
+  hash.add(profile.kind);
+  for (const auto& [name, values] : tensors_of(profile)) {
+    // Without costs it is the hash of profiles from before there were any.
+    if (is_per_layer(name) && (!costs || values->empty())) continue;
+    hash.add(name);
+    hash.add_int(static_cast<int64_t>(values->size()));
+    hash.add(values->data(), values->size() * sizeof(float));
+  }
+  return hash.hex();
 }
 
 }  // namespace
@@ -102,11 +128,10 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
   for (auto [name, values] : tensors_of(*profile)) {
     const SafetensorsEntry* entry = find(name);
     if (entry == nullptr) {
-      if (is_per_dim(name)) continue;
+      if (is_optional(name)) continue;
       throw ModelError(where + "tensor " + name + " is missing");
     }
-    std::vector<uint64_t> expected = first->shape;
-    if (is_per_dim(name)) expected.pop_back();
+    const std::vector<uint64_t> expected = shape_of(name, first->shape);
     if (entry->shape != expected || std::strcmp(entry->dtype, "F32") != 0) {
       throw ModelError(where + "tensor " + name + " is " + entry->dtype + " " +
                        shape_text(entry->shape) + ", expected F32 " + shape_text(expected));
@@ -114,7 +139,7 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
     values->resize((entry->end - entry->begin) / 4);
     std::memcpy(values->data(), file.file.data() + entry->begin, values->size() * 4);
     for (float x : *values) {
-      if (!std::isfinite(x) || (is_per_dim(name) && x <= 0)) {
+      if (!std::isfinite(x) || (is_optional(name) && x <= 0)) {
         throw ModelError(where + "tensor " + name + " holds the value " + std::to_string(x));
       }
     }
@@ -131,8 +156,8 @@ void Profile::save(const std::filesystem::path& path) const {
   uint64_t at = 0;
   for (const auto& [name, values] : tensors_of(*this)) {
     if (values->empty()) continue;
-    nlohmann::json shape = {n_layers, n_kv_heads, head_dim};
-    if (!is_per_dim(name)) shape.push_back(head_dim);
+    const std::vector<int32_t> shape =
+        shape_of(name, std::vector<int32_t>{n_layers, n_kv_heads, head_dim, head_dim});
     header[name] = {
         {"dtype", "F32"}, {"shape", shape}, {"data_offsets", {at, at + values->size() * 4}}};
     at += values->size() * 4;
@@ -174,24 +199,16 @@ std::shared_ptr<const Profile> Profile::hadamard(const ModelConfig& config) {
 }
 
 std::shared_ptr<const Profile> Profile::resolve(const std::string& name, const Model& model,
-                                                const ProfileHooks& hooks) {
+                                                const ProfileHooks& hooks, bool costs) {
   if (name.empty() || name == "none") return nullptr;
   if (name == "hadamard") return hadamard(model.config());
-  if (name == "auto") return auto_profile(model, hooks);
+  if (name == "auto") return auto_profile(model, hooks, costs);
   if (name == "model") return load(model.folder() / kFolderProfile);
   return load(name);
 }
 
-std::string Profile::hash() const {
-  Hash64 hash;
-  hash.add(kind);
-  for (const auto& [name, values] : tensors_of(*this)) {
-    hash.add(name);
-    hash.add_int(static_cast<int64_t>(values->size()));
-    hash.add(values->data(), values->size() * sizeof(float));
-  }
-  return hash.hex();
-}
+std::string Profile::hash() const { return hash_of(*this, true); }
+std::string Profile::transform_hash() const { return hash_of(*this, false); }
 
 void Profile::check(const ModelConfig& config, const std::string& fingerprint) const {
   const auto expect = [](const char* what, int32_t mine, int32_t models) {
@@ -209,8 +226,10 @@ void Profile::check(const ModelConfig& config, const std::string& fingerprint) c
   }
   const size_t heads = size_t(n_layers) * n_kv_heads, square = heads * head_dim * head_dim;
   for (const auto& [name, values] : tensors_of(*this)) {
-    const size_t expected = is_per_dim(name) ? heads * head_dim : square;
-    if (values->size() != expected && !(is_per_dim(name) && values->empty())) {
+    const size_t expected = is_per_layer(name) ? size_t(n_layers)
+                            : is_per_dim(name) ? heads * head_dim
+                                               : square;
+    if (values->size() != expected && !(is_optional(name) && values->empty())) {
       throw ModelError(std::string("the profile's ") + name + " has " +
                        std::to_string(values->size()) + " values, expected " +
                        std::to_string(expected));

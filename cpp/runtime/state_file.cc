@@ -93,13 +93,20 @@ class SectionReader {
 // null value, it can't destroy that value.)
 nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object(); }
 
+// Of what a session's contents depend on. Costs decide where there is a budget, and only there, so
+// that a profile which gains them goes on fitting older files.
+std::string hash_of(const Profile& profile, const KVConfig& kv) {
+  return kv.budgeted() ? profile.hash() : profile.transform_hash();
+}
+
 nlohmann::ordered_json kv_json(const KVConfig& kv) {
   nlohmann::ordered_json json = empty_object();
   for_each_kv_field([&](const auto& field) {
-    if (!field.coded_only || kv.coded()) json[field.name] = kv_value(kv, field);
+    if (field.coded_only && !kv.coded()) return;
+    if (has_kv_value(kv, field)) json[field.name] = kv_value(kv, field);
   });
   json["profile_kind"] = kv.profile ? kv.profile->kind : "";
-  json["profile_hash"] = kv.profile ? kv.profile->hash() : "";
+  json["profile_hash"] = kv.profile ? hash_of(*kv.profile, kv) : "";
   return json;
 }
 
@@ -107,6 +114,14 @@ KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
     if (field.coded_only && !kv.coded()) return;  // value_dtype comes before those
+    if constexpr (kIsPerKind<T>) {
+      if (field.otherwise == nullptr) {
+        if (!json.contains(field.name)) return;
+        const nlohmann::json& there = json.at(field.name);
+        kv.*field.member = there.get<double>();
+        return;
+      }
+    }
     // Older files have sparsity for keys and values alone.
     const bool older = kIsOverall<T> && !json.contains(field.name);
     const nlohmann::json& value = json.at(older ? "k_" + std::string(field.name) : field.name);
@@ -232,10 +247,42 @@ StateFile read(const std::filesystem::path& path) {
   }
 }
 
-std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const ModelConfig& config,
+// The sizes of rows in every layer, which a budget and a profile deal again on loading.
+nlohmann::ordered_json rows_json(const StoreLayout& layout) {
+  nlohmann::ordered_json json = empty_object();
+  for (const bool is_key : {true, false}) {
+    nlohmann::ordered_json rows = nlohmann::ordered_json::array();
+    for (int32_t layer = 0; layer < layout.n_layers; layer++) {
+      rows.push_back(slot_of(layout, layer, is_key).row_bytes);
+    }
+    json[is_key ? "k" : "v"] = std::move(rows);
+  }
+  return json;
+}
+
+void check_rows(const nlohmann::json& rows, const StoreLayout& layout, const std::string& where) {
+  for (const bool is_key : {true, false}) {
+    const auto saved = rows.at(is_key ? "k" : "v").get<std::vector<int64_t>>();
+    const std::string what = std::string("row_bytes of ") + (is_key ? "keys" : "values");
+    if (saved.size() != static_cast<size_t>(layout.n_layers)) {
+      throw StateError(where + what + " are of " + std::to_string(saved.size()) + " layers, not " +
+                       std::to_string(layout.n_layers));
+    }
+    for (int32_t layer = 0; layer < layout.n_layers; layer++) {
+      const int32_t dealt = slot_of(layout, layer, is_key).row_bytes;
+      if (saved[layer] == dealt) continue;
+      throw StateError(where + what + " in layer " + std::to_string(layer) + " are " +
+                       std::to_string(saved[layer]) + ", but its budget and this profile deal " +
+                       std::to_string(dealt));
+    }
+  }
+}
+
+std::shared_ptr<const Profile> profile_for(const nlohmann::json& json, const KVConfig& kv,
+                                           const ModelConfig& config,
                                            std::shared_ptr<const Profile> given) {
-  const std::string kind = kv.at("profile_kind").get<std::string>();
-  const std::string hash = kv.at("profile_hash").get<std::string>();
+  const std::string kind = json.at("profile_kind").get<std::string>();
+  const std::string hash = json.at("profile_hash").get<std::string>();
   if (hash.empty()) {
     if (given) throw StateError("the state was saved without a KV profile, but one was given");
     return nullptr;
@@ -245,9 +292,8 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& kv, const Model
     throw StateError("the state was saved with a KV profile of kind " + kind + " and hash " + hash +
                      ": pass that profile");
   }
-  if (given->hash() != hash) {
-    throw StateError("the state was saved with the KV profile with hash " + hash + ", not " +
-                     given->hash());
+  if (const std::string mine = hash_of(*given, kv); mine != hash) {
+    throw StateError("the state was saved with the KV profile with hash " + hash + ", not " + mine);
   }
   return given;
 }
@@ -270,6 +316,7 @@ void Session::save(const std::filesystem::path& path) const {
   header["max_tokens"] = session.max_tokens;
   header["kv"] = kv_json(session.kv);
   header["page_bytes"] = session.spec->layout.page_bytes;
+  if (session.kv.budgeted()) header["row_bytes"] = rows_json(session.spec->layout);
   header["sections"] = nlohmann::ordered_json::array();
   for (const Section& section : sections) {
     Hash64 hash;
@@ -320,13 +367,14 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
                        dtype_name(engine.dtype));
     }
     KVConfig kv = kv_from(header.at("kv"));
-    kv.profile = profile_for(header.at("kv"), engine.config, std::move(profile));
+    kv.profile = profile_for(header.at("kv"), kv, engine.config, std::move(profile));
     const int64_t max_tokens = header.at("max_tokens").get<int64_t>();
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
     }
     auto session = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
     const CacheSpec& spec = *session->spec;
+    if (kv.budgeted()) check_rows(header.at("row_bytes"), spec.layout, where);
     const int64_t n = header.at("n_tokens").get<int64_t>();
     if (n < 0 || n > max_tokens) {
       throw StateError(where + "n_tokens is " + std::to_string(n) + ", max_tokens " +
@@ -354,7 +402,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     const uint8_t* dense = section("dense", spec.dense_bytes(spec.most_dense_tokens));
     const uint8_t* queries = spec.query_bytes > 0 ? section("queries", spec.query_bytes) : nullptr;
     const uint8_t* data = section("pages", n_pages * spec.layout.page_bytes);
-    std::vector<PageRef> pages = engine.pool(spec.layout)->allocate(n_pages);
+    std::vector<PageRef> pages = engine.pool(spec.layout.page_bytes)->allocate(n_pages);
     for (int64_t i = 0; i < n_pages; i++) {
       const uint8_t* page = data + i * spec.layout.page_bytes;
       check_page(spec.layout, page, where + "page " + std::to_string(i));

@@ -49,7 +49,7 @@ std::function<void()> interrupt_check();
 // Profile::resolve without the GIL: Ctrl-C ends it, progress (a callable or None) is told of
 // tokens, and notes go to logging's "mustafar".
 std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
-                                         const pybind11::object& progress);
+                                         const pybind11::object& progress, bool costs);
 
 // From the keyword dictionaries that the Python classes make of themselves.
 KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);

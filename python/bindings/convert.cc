@@ -89,7 +89,7 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
   if (py::isinstance<Profile>(profile)) {
     kv.profile = profile.cast<std::shared_ptr<Profile>>();
   } else if (!profile.is_none()) {
-    kv.profile = resolve_profile(profile.cast<std::string>(), model, py::none());
+    kv.profile = resolve_profile(profile.cast<std::string>(), model, py::none(), kv.budgeted());
   }
   return kv;
 }

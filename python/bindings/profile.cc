@@ -4,10 +4,12 @@
 #include <pybind11/stl/filesystem.h>
 
 #include <cstring>
+#include <optional>
 
 #include "bindings.h"
 #include "core/symmetric_eigen.h"
 #include "core/thread_pool.h"
+#include "kv/row_budget.h"
 #include "mustafar/calibration.h"
 #include "runtime/kv_statistics.h"
 
@@ -46,12 +48,29 @@ std::vector<float> values_of(const Profile& p, const py::object& array, bool mat
   return {values.data(), values.data() + values.size()};
 }
 
+// [n_layers]; none: empty.
+std::vector<float> costs_of(const Profile& p, const py::object& array, const char* name) {
+  if (array.is_none()) return {};
+  const FloatArray values = FloatArray::ensure(array);
+  if (!values || values.ndim() != 1 || values.shape(0) != p.n_layers) {
+    PyErr_Clear();
+    throw py::value_error(std::string(name) + " must be float32 [n_layers]");
+  }
+  return {values.data(), values.data() + values.size()};
+}
+
+py::object cost_array(const std::vector<float>& values) {
+  if (values.empty()) return py::none();
+  return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
 std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_backward,
                               const py::object& v_forward, const py::object& v_backward,
                               const py::object& k_weight, const py::object& v_weight,
                               const std::string& kind, const std::string& fingerprint,
                               const std::string& text_hash, const py::object& k_sigma,
-                              const py::object& v_sigma) {
+                              const py::object& v_sigma, const py::object& k_cost,
+                              const py::object& v_cost) {
   const FloatArray first = FloatArray::ensure(k_forward);
   if (!first || first.ndim() != 4) {
     PyErr_Clear();
@@ -72,6 +91,8 @@ std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_b
   p->v_weight = values_of(*p, v_weight, false, "v_weight");
   p->k_sigma = values_of(*p, k_sigma, false, "k_sigma");
   p->v_sigma = values_of(*p, v_sigma, false, "v_sigma");
+  p->k_cost = costs_of(*p, k_cost, "k_cost");
+  p->v_cost = costs_of(*p, v_cost, "v_cost");
   return p;
 }
 
@@ -88,7 +109,8 @@ std::function<void(int64_t, int64_t)> reporter(const py::object& progress) {
 std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& texts,
                                            const std::string& kind, double balance,
                                            double scale_power, int64_t max_tokens,
-                                           int32_t skip_tokens, const py::object& progress) {
+                                           int32_t skip_tokens, const py::object& progress,
+                                           bool budget) {
   std::vector<Prompt> native;
   for (const py::handle text : texts) native.push_back(prompt_from(text));
   CalibrationOptions options;
@@ -98,6 +120,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   options.max_tokens = max_tokens;
   options.skip_tokens = skip_tokens;
   options.progress = reporter(progress);
+  options.budget = budget;
   py::gil_scoped_release release;
   return std::make_shared<Profile>(calibrate(model, native, options));
 }
@@ -108,6 +131,19 @@ std::function<void(const std::string&)> logger(const char* level) {
     py::gil_scoped_acquire gil;
     py::module_::import("logging").attr("getLogger")("mustafar").attr(level)("%s", line);
   };
+}
+
+// For tests: bytes of rows in every layer, and the divergence that they predict.
+py::tuple dealt_rows(const std::shared_ptr<Profile>& profile, std::optional<double> bytes_per_token,
+                     std::optional<double> max_kld) {
+  KVConfig config;
+  config.value_dtype = ValueType::kCoded;
+  config.profile = profile;
+  config.budget_bytes_per_token = bytes_per_token;
+  config.max_kld = max_kld;
+  config.validate();
+  const RowBudget rows = deal_rows(config);
+  return py::make_tuple(rows.k_row_bytes, rows.v_row_bytes, rows.predicted_kld);
 }
 
 // For tests: the sums that calibration starts from.
@@ -151,30 +187,34 @@ py::tuple eigen_of(const py::array_t<double, py::array::c_style | py::array::for
 }  // namespace
 
 std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
-                                         const py::object& progress) {
+                                         const py::object& progress, bool costs) {
   ProfileHooks hooks;
   hooks.progress = reporter(progress);
   hooks.note = logger("info");
   hooks.warning = logger("warning");
   py::gil_scoped_release release;
-  return std::const_pointer_cast<Profile>(Profile::resolve(name, model, hooks));
+  return std::const_pointer_cast<Profile>(Profile::resolve(name, model, hooks, costs));
 }
 
 void register_profile(py::module_& m) {
   m.def("kv_statistics", &statistics_dict, py::arg("model"), py::arg("sequences"), py::arg("skip"));
-  m.def("resolve_profile", &resolve_profile, py::arg("name"), py::arg("model"),
-        py::arg("progress"));
+  m.def("resolve_profile", &resolve_profile, py::arg("name"), py::arg("model"), py::arg("progress"),
+        py::arg("costs") = false);
+  m.def("deal_rows", &dealt_rows, py::arg("profile"), py::arg("budget_bytes_per_token"),
+        py::arg("max_kld"));
   m.def("symmetric_eigen", &eigen_of, py::arg("matrix"));
   m.def("calibrate", &calibrate_profile, py::arg("model"), py::arg("texts"), py::arg("kind"),
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
-        py::arg("progress"));
+        py::arg("progress"), py::arg("budget") = false);
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
       .def(py::init(&make), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
            py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"), py::arg("kind"),
            py::arg("model_fingerprint"), py::arg("text_hash"), py::arg("k_sigma") = py::none(),
-           py::arg("v_sigma") = py::none(),
+           py::arg("v_sigma") = py::none(), py::arg("k_cost") = py::none(),
+           py::arg("v_cost") = py::none(),
            "A KV transform from float32 matrices [n_layers, n_kv_heads, D, D]; ranking weights and "
-           "root mean squares of transformed dims, [n_layers, n_kv_heads, D] or None.")
+           "root mean squares of transformed dims, [n_layers, n_kv_heads, D] or None; and what "
+           "errors cost, [n_layers] or None.")
       .def_static(
           "load",
           [](const std::filesystem::path& file) {
@@ -208,7 +248,9 @@ void register_profile(py::module_& m) {
       .def_property_readonly("k_sigma",
                              [](const Profile& p) { return array_of(p, p.k_sigma, false); })
       .def_property_readonly("v_sigma",
-                             [](const Profile& p) { return array_of(p, p.v_sigma, false); });
+                             [](const Profile& p) { return array_of(p, p.v_sigma, false); })
+      .def_property_readonly("k_cost", [](const Profile& p) { return cost_array(p.k_cost); })
+      .def_property_readonly("v_cost", [](const Profile& p) { return cost_array(p.v_cost); });
 }
 
 }  // namespace mustafar

@@ -24,6 +24,7 @@ def calibrate(
     scale_power: float = 0.0,
     max_tokens: int | None = 16384,
     skip_tokens: int = 4,
+    budget: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
     """Gathers statistics over texts and makes a profile from them.
@@ -37,6 +38,9 @@ def calibrate(
             before they are quantised, ranking undone: about 0.5 helps int4, 0 is off.
         max_tokens: Use at most this many tokens; None: all.
         skip_tokens: First tokens of every piece that statistics leave out (attention sinks).
+        budget: Also measure what errors in every layer's keys and values cost, for settings with
+            ``budget_bytes_per_token`` or ``max_kld``: 2 n_layers + 2 scorings of the first 1,024
+            tokens of the longest text (at least 200). Not for ``"hadamard"``.
         progress: Called with (tokens done, tokens in all); what it raises ends the work.
 
     Returns:
@@ -45,6 +49,7 @@ def calibrate(
     Raises:
         ValueError: An unknown kind, an argument out of range, a bad token id, or too little text.
         TokenizerError: Texts, where the model has no tokenizer.
+        DeviceError: ``budget`` on a device where layers must be alike.
     """
     if isinstance(texts, str):
         raise TypeError("texts is one text: pass a list of texts")
@@ -57,10 +62,13 @@ def calibrate(
         -1 if max_tokens is None else max_tokens,
         skip_tokens,
         progress,
+        budget,
     )
 
 
-def auto_profile(model: Model, *, progress: Callable[[int, int], None] | None = None) -> Profile:
+def auto_profile(
+    model: Model, *, budget: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Profile:
     """The profile of ``KVConfig(profile="auto")``: made the first time, then kept.
 
     It is calibrated on the model itself with a text of a few thousand tokens that ships with the
@@ -70,10 +78,12 @@ def auto_profile(model: Model, *, progress: Callable[[int, int], None] | None = 
 
     Args:
         model: Has a tokenizer.
+        budget: With what settings with a budget need (see :func:`calibrate`), measured the first
+            time that it is asked for and kept along.
         progress: Called with (tokens done, tokens in all) while it is calibrated; what it raises
             ends the work and leaves nothing behind.
 
     Raises:
         TokenizerError: A model without tokenizer; :func:`calibrate` takes token ids.
     """
-    return cast(Profile, _core.resolve_profile("auto", model._core, progress))
+    return cast(Profile, _core.resolve_profile("auto", model._core, progress, budget))

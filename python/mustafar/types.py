@@ -50,6 +50,13 @@ class KVConfig:
         bits: With ``"coded"``: bits of a dim on average, 1 to 7; a row has 16 more for its scale.
         k_bits: The same for keys alone; None takes ``bits``.
         v_bits: The same for values alone.
+        budget_bytes_per_token: With ``"coded"``, in place of bits: bytes of a compressed token over
+            all layers and KV heads, keys, values and scales, of which never more are taken. Layers
+            get different shares, keys and values too: bytes go where errors were measured to change
+            the model's predictions most. Needs a profile with costs (:func:`calibrate` with
+            ``budget=True``; ``"auto"`` measures them the first time) and device ``"cpu"``.
+        max_kld: The same by quality: the fewest bytes that predict at most this divergence from
+            the dense cache, in nats a token. At most one of the two.
         k_policy: What ranks keys. ``"magnitude"``: ``|k|`` in every token's row.
             ``"output_aware"``: ``|k| * w`` in every row, where ``w[d]`` is the sum of ``|q[d]|``
             over the query heads and the newest ``window`` tokens (at least one) of the call that
@@ -76,6 +83,8 @@ class KVConfig:
     bits: float = 3.0
     k_bits: float | None = None
     v_bits: float | None = None
+    budget_bytes_per_token: float | None = None
+    max_kld: float | None = None
     k_policy: KPolicy = "magnitude"
     v_policy: VPolicy = "magnitude"
     profile: _core.Profile | str | os.PathLike[str] | None = None

@@ -80,6 +80,27 @@ class AutoProfileTest : public ::testing::Test {
   std::optional<std::string> before_;
 };
 
+TEST_F(AutoProfileTest, GainsCostsWhereABudgetAsks) {
+  const Model model = load();
+  Heard first, second, third;
+  const auto made = Profile::resolve("auto", model);
+  EXPECT_FALSE(made->has_costs());
+  const auto richer = Profile::resolve("auto", model, first.hooks(), true);
+  ASSERT_TRUE(richer->has_costs());
+  EXPECT_EQ(richer->transform_hash(), made->hash());
+  EXPECT_NE(richer->hash(), made->hash());
+  EXPECT_EQ(static_cast<int32_t>(richer->k_cost.size()), model.config().n_layers);
+  ASSERT_EQ(first.notes.size(), 1u);
+  EXPECT_EQ(first.notes[0].find("measuring"), 0u) << first.notes[0];
+  EXPECT_EQ(first.last_done, first.last_total);
+  EXPECT_EQ(files(), 1);
+  EXPECT_EQ(Profile::load(kept(model))->hash(), richer->hash());
+  EXPECT_EQ(Profile::resolve("auto", model, second.hooks()), richer);
+  EXPECT_EQ(Profile::resolve("auto", load(), third.hooks(), true)->hash(), richer->hash());
+  EXPECT_TRUE(second.notes.empty());
+  EXPECT_TRUE(third.notes.empty());
+}
+
 TEST_F(AutoProfileTest, IsMadeOnceAndKept) {
   const Model model = load();
   Heard first, second, third;

@@ -100,6 +100,32 @@ TEST(BlockFormatTest, SlotsOfAPageTileIt) {
   EXPECT_EQ(layout.page_bytes, at);
 }
 
+TEST(BlockFormatTest, SlotsOfLayersThatDifferTileAPage) {
+  LayerSlots layers[3];
+  for (int i = 0; i < 3; i++) {
+    layers[i] = {make_coded_slot(64, 4 + 8 * i), make_coded_slot(64, 56 - 4 * i)};
+  }
+  const StoreLayout layout = make_store_layout(layers, 2);
+  int64_t at = 0;
+  for (int layer = 0; layer < 3; layer++) {
+    EXPECT_EQ(slot_of(layout, layer, true).row_bytes, 4 + 8 * layer);
+    EXPECT_EQ(slot_of(layout, layer, false).row_bytes, 56 - 4 * layer);
+    for (int head = 0; head < 2; head++) {
+      EXPECT_EQ(k_slot_offset(layout, layer, head), at);
+      at += kBlockTokens * (4 + 8 * layer + 2);
+      EXPECT_EQ(v_slot_offset(layout, layer, head), at);
+      at += kBlockTokens * (56 - 4 * layer + 2);
+    }
+  }
+  EXPECT_EQ(layout.page_bytes, at);
+  EXPECT_EQ(layout.n_layers, 3);
+  for (int i = 0; i < 3; i++) layers[i] = {make_coded_layout(64, 3), make_coded_layout(64, 2)};
+  const StoreLayout alike = make_store_layout(layers, 2);
+  const StoreLayout uniform = make_store_layout(3, 2, layers[0].k, layers[0].v);
+  EXPECT_EQ(alike.page_bytes, uniform.page_bytes);
+  EXPECT_EQ(v_slot_offset(alike, 2, 1), v_slot_offset(uniform, 2, 1));
+}
+
 TEST(BlockFormatTest, StoreHoldsWholeBlocksBetweenSinksAndWindow) {
   EXPECT_EQ(compressed_tokens(95, 0, 32), 0);
   EXPECT_EQ(compressed_tokens(96, 0, 32), 64);

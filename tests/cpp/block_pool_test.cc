@@ -59,10 +59,8 @@ class BlockPoolTest : public ::testing::Test {
   static constexpr int64_t kLargeSlab = 35 * kPage + kSlabSlack;  // one huge page is in it
 
   void make(int64_t limit = 0, int64_t page_bytes = kPage) {
-    StoreLayout layout;
-    layout.page_bytes = page_bytes;
     budget_ = std::make_shared<KVBudget>(limit);
-    pool_ = std::make_shared<BlockPool>(backend_, budget_, layout);
+    pool_ = std::make_shared<BlockPool>(backend_, budget_, page_bytes);
   }
   ~BlockPoolTest() override {
     pool_.reset();

@@ -137,6 +137,25 @@ TEST_P(CodedAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
   for (const int32_t dense_tokens : {0, 1, 63, 64, 65}) check(shape, 1, dense_tokens, 0.5f);
 }
 
+// Layers of other sizes of rows, from one word on: `check` attends the last layer.
+TEST_P(CodedAttentionTest, LayersMayDiffer) {
+  const auto& [isa, types, head_dim, n_queries] = GetParam();
+  CacheShape shape;
+  shape.n_layers = 3;
+  shape.n_kv_heads = 3;
+  shape.n_queries = n_queries;
+  shape.head_dim = head_dim;
+  shape.tail = types.tail;
+  shape.values = types.values;
+  const int32_t most = coded_row_bytes(head_dim, kMaxWidth);
+  for (const auto& [k_last, v_last] : {std::pair{4, most}, {most - 4, 8}, {12, 4}}) {
+    shape.k_row_bytes = {8, most, k_last};
+    shape.v_row_bytes = {most, 4, v_last};
+    check(shape, 2, 40, 0.5f);
+    check(shape, 17, 3, 0.5f);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, CodedAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),
                                             ::testing::ValuesIn(kCodedTypes),
@@ -192,6 +211,27 @@ TEST_P(DecodeAttentionIsaTest, ResultsDoNotDependOnBatchOrThreads) {
   for (int i = 0; i < 3; i++) {
     const std::vector<float> own(q.begin() + i * row, q.begin() + (i + 1) * row);
     const std::vector<float> alone = attend(GetParam(), {caches[i]}, 0, own, 1);
+    EXPECT_EQ(std::memcmp(alone.data(), together.data() + i * row, row * 4), 0) << i;
+  }
+}
+
+// A sequence whose layers differ beside one whose layers are alike, and one of other values.
+TEST_P(DecodeAttentionIsaTest, SequencesOfOtherLayoutsMayBeInOneBatch) {
+  CacheShape shape = headline();
+  RandomCache floats(shape, 3, 9, 4);
+  shape.n_layers = 2;
+  shape.values = DType::kCoded;
+  RandomCache alike(shape, 3, 90, 2);
+  shape.k_row_bytes = {24, 112};
+  shape.v_row_bytes = {60, 4};
+  RandomCache differing(shape, 5, 40, 1);
+  const int64_t row = int64_t{8} * 128;
+  const std::vector<float> q = random_queries(3 * row, 8);
+  RandomCache* const caches[] = {&differing, &alike, &floats};
+  const std::vector<float> together = attend(GetParam(), {caches[0], caches[1], caches[2]}, 0, q);
+  for (int i = 0; i < 3; i++) {
+    const std::vector<float> own(q.begin() + i * row, q.begin() + (i + 1) * row);
+    const std::vector<float> alone = attend(GetParam(), {caches[i]}, 0, own);
     EXPECT_EQ(std::memcmp(alone.data(), together.data() + i * row, row * 4), 0) << i;
   }
 }

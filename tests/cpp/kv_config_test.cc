@@ -92,6 +92,31 @@ TEST(KVConfigTest, CodedTakesBitsInPlaceOfSparsity) {
   EXPECT_EQ(refusal(config), "k_bits applies to value_dtype \"coded\" alone, not to \"int8\"");
 }
 
+TEST(KVConfigTest, ABudgetTakesThePlaceOfBits) {
+  KVConfig config;
+  config.value_dtype = ValueType::kCoded;
+  config.budget_bytes_per_token = 4680;
+  EXPECT_EQ(refusal(config), "accepted");
+  EXPECT_TRUE(config.budgeted());
+  config.k_bits = 3;
+  EXPECT_EQ(refusal(config), "budget_bytes_per_token takes the place of k_bits: give one of them");
+  config.k_bits.reset();
+  config.bits = 2;
+  EXPECT_EQ(refusal(config), "budget_bytes_per_token takes the place of bits: give one of them");
+  config.bits = KVConfig().bits;
+  config.max_kld = 0.01;
+  EXPECT_NE(refusal(config).find("max_kld"), std::string::npos);
+  config.budget_bytes_per_token.reset();
+  EXPECT_EQ(refusal(config), "accepted");
+  config.max_kld = 0;
+  EXPECT_EQ(refusal(config), "max_kld must be more than 0, not 0");
+  config.max_kld = std::nan("");
+  EXPECT_NE(refusal(config).find("max_kld must be more than 0"), std::string::npos);
+  config.max_kld = 0.01;
+  config.value_dtype = ValueType::kInt8;
+  EXPECT_EQ(refusal(config), "max_kld applies to value_dtype \"coded\" alone, not to \"int8\"");
+}
+
 TEST(KVConfigTest, NamesParseBack) {
   for (const Pattern pattern : {Pattern::kGroup, Pattern::kRow}) {
     EXPECT_EQ(parse_pattern(name_of(pattern)), pattern);

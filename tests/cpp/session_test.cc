@@ -37,6 +37,23 @@ KVConfig config_of(double sparsity, Pattern pattern, int32_t window, int32_t sin
   return kv;
 }
 
+// Rows of every size: the costs of layers are far apart.
+KVConfig budget_config(double bytes_per_token) {
+  const ModelConfig c = small_config();
+  auto profile = std::make_shared<Profile>(*Profile::hadamard(c));
+  profile->kind = "balanced";
+  for (int32_t i = 0; i < c.n_layers * c.n_kv_heads * c.head_dim; i++) {
+    profile->k_sigma.push_back(0.5f / static_cast<float>(1 + i % c.head_dim));
+    profile->v_sigma.push_back(0.1f / static_cast<float>(1 + i % 5));
+  }
+  profile->k_cost = {1.0f, 30.0f, 0.01f};
+  profile->v_cost = {10.0f, 0.1f, 300.0f};
+  KVConfig kv = config_of(0, Pattern::kGroup, 32, 4, ValueType::kCoded);
+  kv.budget_bytes_per_token = bytes_per_token;
+  kv.profile = std::move(profile);
+  return kv;
+}
+
 class SessionTest : public ::testing::TestWithParam<KVConfig> {};
 
 INSTANTIATE_TEST_SUITE_P(
@@ -44,7 +61,8 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(config_of(0, Pattern::kGroup, 32, 0), config_of(0.5, Pattern::kGroup, 32, 0),
                       config_of(0.7, Pattern::kRow, 0, 4),
                       config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8),
-                      config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4)));
+                      config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4),
+                      budget_config(120)));
 
 TEST_P(SessionTest, ScheduleHoldsAtEveryLength) {
   Session session(small_model(), GetParam());
@@ -215,7 +233,7 @@ TEST_P(SessionTest, StateFileGoesOnAlike) {
   Session a(model, GetParam());
   a.prefill(ids_of(170));
   a.save(path);
-  Session b = Session::load(model, path);
+  Session b = Session::load(model, path, GetParam().profile);
   std::filesystem::remove(path);
   EXPECT_EQ(a.tokens(), b.tokens());
   for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
@@ -296,6 +314,67 @@ TEST_P(SessionTest, BatchEqualsOneByOne) {
     EXPECT_EQ(results[i].token_ids, session.generate(prompts[i], params).token_ids) << i;
   }
   EXPECT_EQ(model.memory().kv_bytes, 0);
+}
+
+TEST(SessionBudgetTest, TakesNoMoreThanItsBytes) {
+  const Model model = small_model();
+  for (const double budget : {72.0, 100.0, 120.0, 211.5, 1000.0}) {
+    Session session(model, budget_config(budget));
+    session.prefill(ids_of(32 + 4 + 128));
+    const MemoryUsage memory = session.memory();
+    ASSERT_EQ(memory.compressed_tokens, 128);
+    const double bytes = static_cast<double>(memory.values + memory.scales) / 128;
+    EXPECT_LE(bytes, budget);
+    EXPECT_GT(bytes, std::min(budget, 216.0) - 8) << budget;  // 216: 7 bits everywhere, 8: a word
+    EXPECT_EQ(memory.padding, 0);
+  }
+  EXPECT_THROW(Session(model, budget_config(71)), std::invalid_argument);
+  KVConfig kv = budget_config(120);
+  auto other = std::make_shared<Profile>(*kv.profile);
+  other->k_cost.clear();
+  kv.profile = other;
+  EXPECT_THROW(Session(model, kv), std::invalid_argument);
+}
+
+// A file is bound to the costs that dealt its rows; one without a budget is not.
+TEST(SessionBudgetTest, StateFilesNeedTheCostsTheyWereMadeWith) {
+  const Model model = small_model();
+  const auto path = std::filesystem::temp_directory_path() /
+                    ("mustafar_budget_test_" + std::to_string(::getpid()));
+  KVConfig kv = budget_config(120);
+  auto other = std::make_shared<Profile>(*kv.profile);
+  other->k_cost[0] *= 1000;
+  for (const bool budgeted : {true, false}) {
+    if (!budgeted) kv.budget_bytes_per_token.reset();
+    Session session(model, kv);
+    session.prefill(ids_of(170));
+    session.save(path);
+    if (budgeted) {
+      EXPECT_THROW(Session::load(model, path, other), StateError);
+    } else {
+      Session loaded = Session::load(model, path, other);
+      EXPECT_EQ(copy(loaded.decode(3)), copy(session.decode(3)));
+    }
+    std::filesystem::remove(path);
+  }
+}
+
+TEST(SessionBudgetTest, TheFewestBytesThatPredictTheDivergence) {
+  KVConfig kv = budget_config(120);
+  const double reached = deal_rows(kv).predicted_kld;
+  kv.budget_bytes_per_token = 112;  // a word less in two heads
+  const double missed = deal_rows(kv).predicted_kld;
+  ASSERT_GT(missed, reached);
+  kv.budget_bytes_per_token.reset();
+  kv.max_kld = reached;
+  const RowBudget rows = deal_rows(kv);
+  EXPECT_EQ(rows.predicted_kld, reached);
+  kv.max_kld = (reached + missed) / 2;
+  EXPECT_EQ(deal_rows(kv).k_row_bytes, rows.k_row_bytes);
+  kv.max_kld = missed;
+  EXPECT_EQ(deal_rows(kv).predicted_kld, missed);
+  kv.max_kld = 1e-300;
+  EXPECT_THROW(deal_rows(kv), std::invalid_argument);
 }
 
 TEST(SessionFaultTest, RowsThatAreNotFiniteCannotBeQuantised) {

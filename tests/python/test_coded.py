@@ -30,23 +30,43 @@ def stored_rows(
     pages = pages_of(session, path)
     assert profile.k_sigma is not None and profile.v_sigma is not None
     layers, heads, dim = profile.k_sigma.shape
-    bits = [kv.k_bits or kv.bits, kv.v_bits or kv.bits]
-    slots = [
-        -(-64 * (reference.coded_row_bytes(dim, b) + 2) // reference.SLOT_ALIGNMENT)
-        * reference.SLOT_ALIGNMENT
-        for b in bits
-    ]
-    out = []
-    for which, sigma in enumerate((profile.k_sigma, profile.v_sigma)):
-        rows = np.zeros((layers, heads, len(pages) * 64, dim), np.float32)
-        for p, page in enumerate(pages):
-            for layer, head in np.ndindex(layers, heads):
-                start = (layer * heads + head) * sum(slots) + which * slots[0]
-                rows[layer, head, p * 64 : p * 64 + 64] = reference.unpack_coded_block(
-                    page[start : start + slots[which]], sigma[layer, head], bits[which]
-                )
-        out.append(rows)
+    row_bytes = row_bytes_of(kv, profile)
+    out = [np.zeros((layers, heads, len(pages) * 64, dim), np.float32) for _ in range(2)]
+    for p, page in enumerate(pages):
+        start = 0
+        for layer, head, which in np.ndindex(layers, heads, 2):
+            size = int(row_bytes[which, layer])
+            slot = page[start : start + 64 * (size + 2)]
+            sigma = (profile.k_sigma, profile.v_sigma)[which][layer, head]
+            out[which][layer, head, p * 64 : p * 64 + 64] = reference.unpack_coded_block(
+                slot, sigma, 8 * size / dim
+            )
+            start += len(slot)
+        assert start == len(page)
     return out[0], out[1]
+
+
+def row_bytes_of(kv: KVConfig, profile: Profile) -> np.ndarray:
+    """Bytes of rows, int [2 (K, V), layers], by the reference."""
+    assert profile.k_sigma is not None and profile.v_sigma is not None
+    layers, _, dim = profile.k_sigma.shape
+    if kv.budget_bytes_per_token is None and kv.max_kld is None:
+        bits = (kv.k_bits or kv.bits, kv.v_bits or kv.bits)
+        return np.array([[reference.coded_row_bytes(dim, b)] * layers for b in bits])
+    rows, _ = reference.deal_rows(
+        np.stack([profile.k_sigma, profile.v_sigma]),
+        np.stack([profile.k_cost, profile.v_cost]),
+        kv.budget_bytes_per_token,
+        kv.max_kld,
+    )
+    assert len(np.unique(rows)) > 1
+    return rows
+
+
+def bytes_per_token(model: mustafar.Model, bits: float) -> int:
+    """Of coded rows that are alike in all layers."""
+    rows = 2 * model.config["n_layers"] * model.config["n_kv_heads"]
+    return rows * (reference.coded_row_bytes(model.config["head_dim"], bits) + 2)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +75,13 @@ def stored_rows(
         KVConfig(value_dtype="coded", bits=3.0),
         KVConfig(value_dtype="coded", bits=1.5, v_bits=4.0, window=0, sink_tokens=4),
         KVConfig(value_dtype="coded", bits=6.0, window=64),
+        2.0,  # bits that a budget would pay for if layers were alike
+        3.5,
     ],
-    ids=["3", "1.5-4", "6"],
+    ids=["3", "1.5-4", "6", "budget-2", "budget-3.5"],
 )
 def test_logits_match_attention_over_the_stored_rows(
-    trained: Path, kv: KVConfig, tmp_path: Path
+    trained: Path, kv: KVConfig | float, tmp_path: Path
 ) -> None:
     oracle = pytest.importorskip("support.oracle")
     torch = pytest.importorskip("torch")
@@ -70,12 +92,19 @@ def test_logits_match_attention_over_the_stored_rows(
     ids = ids_of(PROMPT + STEPS, 3, vocab)
     ours = []
     with mustafar.Model(trained, device="cpu", dtype="f32") as model:
-        profile = mustafar.calibrate(model, [ids_of(400, 9, vocab)], "balanced")
+        budget = isinstance(kv, float)
+        profile = mustafar.calibrate(model, [ids_of(400, 9, vocab)], "balanced", budget=budget)
+        if isinstance(kv, float):
+            two_words = 8 * model.config["n_kv_heads"]  # more, so that layers must differ
+            kv = KVConfig(
+                value_dtype="coded", budget_bytes_per_token=bytes_per_token(model, kv) + two_words
+            )
         session = Session(model, replace(kv, profile=profile))
         session.prefill(ids[:PROMPT])
         for token in ids[PROMPT:]:
             ours.append(session.decode(token))
         rows = stored_rows(session, kv, profile, tmp_path / "state")
+    row_bytes = row_bytes_of(kv, profile)
     sinks = kv.sink_tokens
     stored = rows[0].shape[2]
     assert stored >= 128
@@ -98,7 +127,7 @@ def test_logits_match_attention_over_the_stored_rows(
                 # The stored rows are codes of these, but for rounding at the edges of steps.
                 own = x[0, head, sinks : sinks + 64].numpy() @ forward[which][layer, head]
                 sigma = sigmas[which][layer, head]
-                bits = (kv.v_bits if which else kv.k_bits) or kv.bits
+                bits = 8 * row_bytes[which, layer] / len(sigma)
                 block = reference.pack_coded_block(own, sigma, bits)
                 again = reference.unpack_coded_block(block, sigma, bits)
                 same = np.isclose(again, rows[which][layer, head, :64], rtol=1e-3, atol=1e-6)

@@ -33,6 +33,8 @@ struct CacheShape {
   bool ragged = false;
   double k_bits = 3.0;  // coded
   double v_bits = 2.5;
+  // Coded rows of other sizes in other layers: bytes of keys' and values', [n_layers] each.
+  std::vector<int32_t> k_row_bytes, v_row_bytes;
 };
 
 // Normal numbers, drawn from a table: tests need many.
@@ -65,6 +67,22 @@ inline StoreLayout make_layout(const CacheShape& shape) {
                            slot(false, shape.v_sparsity));
 }
 
+// The layout, and the slots that it points to where layers differ.
+struct OwnedLayout {
+  std::vector<LayerSlots> layers;
+  StoreLayout layout;
+
+  explicit OwnedLayout(const CacheShape& shape) : layout(make_layout(shape)) {
+    if (shape.k_row_bytes.empty()) return;
+    for (size_t i = 0; i < shape.k_row_bytes.size(); i++) {
+      layers.push_back({make_coded_slot(shape.head_dim, shape.k_row_bytes[i]),
+                        make_coded_slot(shape.head_dim, shape.v_row_bytes[i])});
+    }
+    layout = make_store_layout(layers, shape.n_kv_heads);
+  }
+  OwnedLayout(OwnedLayout&&) = delete;
+};
+
 // Tables of coded rows for every layer and KV head: energies that fall over the dims, by turns a
 // hundredfold and little.
 struct RandomCodes {
@@ -84,7 +102,8 @@ struct RandomCodes {
         }
         widths[kind].resize(sigmas[kind].size());
         const int64_t at = int64_t{head} * head_dim;
-        deal_widths(&sigmas[kind][at], head_dim, (kind == 0 ? layout.k : layout.v).row_bytes,
+        deal_widths(&sigmas[kind][at], head_dim,
+                    slot_of(layout, head / layout.n_kv_heads, kind == 0).row_bytes,
                     &widths[kind][at]);
       }
     }
@@ -99,7 +118,7 @@ class RandomCache {
   // dense_tokens: valid before the call, the new token comes after them.
   RandomCache(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, uint32_t seed,
               float key_scale = 1.0f)
-      : shape_(shape), layout_(make_layout(shape)), random_(seed) {
+      : shape_(shape), owned_(shape), layout_(owned_.layout), random_(seed) {
     if (shape.values == DType::kCoded) codes_ = std::make_unique<RandomCodes>(layout_, seed);
     const int64_t slab = layout_.page_bytes * n_blocks + kSlabSlack;
     pages_memory_ = HostBuffer(slab);
@@ -119,7 +138,7 @@ class RandomCache {
       for (int32_t i = 0; i < shape.n_layers * shape.n_kv_heads; i++) {
         const int32_t layer = i / shape.n_kv_heads, head = i % shape.n_kv_heads;
         for (const bool is_key : {true, false}) {
-          const SlotLayout& slot = is_key ? layout_.k : layout_.v;
+          const SlotLayout& slot = slot_of(layout_, layer, is_key);
           for (float& x : rows) {
             x = rounded(random_normal(random_) * (is_key ? key_scale : 1.0f), shape.tail);
           }
@@ -177,14 +196,14 @@ class RandomCache {
     if (token < step_.n_blocks * kBlockTokens) {
       const uint8_t* page = pages_[token / kBlockTokens];
       if (codes_ != nullptr) {
-        unpack_coded_row(is_key ? layout_.k : layout_.v,
+        unpack_coded_row(slot_of(layout_, layer, is_key),
                          code_table(codes_->tables, layout_, layer, head, is_key),
                          page + (is_key ? k_slot_offset(layout_, layer, head)
                                         : v_slot_offset(layout_, layer, head)),
                          token % kBlockTokens, out.data());
         return out;
       }
-      unpack_row(is_key ? layout_.k : layout_.v,
+      unpack_row(slot_of(layout_, layer, is_key),
                  page + (is_key ? k_slot_offset(layout_, layer, head)
                                 : v_slot_offset(layout_, layer, head)),
                  token % kBlockTokens, out.data());
@@ -237,7 +256,8 @@ class RandomCache {
 
  private:
   CacheShape shape_;
-  StoreLayout layout_;
+  OwnedLayout owned_;
+  const StoreLayout& layout_;
   std::unique_ptr<RandomCodes> codes_;
   std::mt19937 random_;
   HostBuffer pages_memory_;

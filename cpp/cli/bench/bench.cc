@@ -175,7 +175,7 @@ Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth) {
     KVConfig kv = setting.config;
     kv.profile = setting.profile == "auto" && !model.has_tokenizer()
                      ? stand_in_profile(model.config())
-                     : resolve_profile(setting.profile, model);
+                     : resolve_profile(setting.profile, model, kv.budgeted());
     Session session(model, kv);
     if (options_.fill == "prefill" && depth > 0) {
       session.set_interrupt_check(throw_if_interrupted);

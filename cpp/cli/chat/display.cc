@@ -27,6 +27,10 @@ std::string speed_text(int64_t tokens, double seconds) {
 }
 
 std::string sparsity_text(const KVConfig& kv) {
+  if (kv.budget_bytes_per_token) {
+    return "coded, " + format_number(*kv.budget_bytes_per_token, 0) + " bytes a token";
+  }
+  if (kv.max_kld) return "coded, divergence at most " + format_number(*kv.max_kld, 4);
   if (kv.coded()) {
     return "coded, bits K " + format_number(kv.effective_k_bits(), 2) + " V " +
            format_number(kv.effective_v_bits(), 2);

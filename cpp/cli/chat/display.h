@@ -18,7 +18,7 @@ struct Style {
 
 std::string bytes_text(int64_t bytes);
 std::string speed_text(int64_t tokens, double seconds);
-std::string sparsity_text(const KVConfig& kv);  // or the bits, where rows are coded
+std::string sparsity_text(const KVConfig& kv);  // or the bits or budget of coded rows
 // "KV 1.20 MiB of 2.40 MiB dense | sparsity 0.45": what is used, and the share of the whole cache's
 // values that is not stored.
 std::string memory_text(const MemoryUsage& memory);

@@ -24,6 +24,10 @@ struct CalibrationOptions {
   // First tokens of every piece of text that statistics leave out: attention sinks, whose keys are
   // unlike all others.
   int32_t skip_tokens = 4;
+  // Also measures what errors in every layer cost (Profile::k_cost, v_cost), which settings with a
+  // budget need: 2 n_layers + 2 scorings of 1,024 tokens of the longest text, of at least 200. Not
+  // for hadamard.
+  bool budget = false;
   // Called now and then with tokens done and in all; what it throws ends the work.
   std::function<void(int64_t done, int64_t total)> progress = {};
 };
@@ -31,7 +35,8 @@ struct CalibrationOptions {
 // Gathers statistics over texts on the model's own device and makes a profile from them, which fits
 // this model alone (by its fingerprint). Texts longer than the model's context are cut into pieces.
 // Throws std::invalid_argument for an option out of range, a bad token id or too little text;
-// TokenizerError for texts where the model has no tokenizer; OutOfMemory.
+// TokenizerError for texts where the model has no tokenizer; DeviceError for a budget where the
+// device needs layers to be alike; OutOfMemory.
 Profile calibrate(const Model& model, std::span<const Prompt> texts,
                   const CalibrationOptions& options = {});
 

@@ -41,11 +41,19 @@ struct KVConfig {
   double bits = 3.0;                  // coded: of a dim, on average, [1, 7]
   std::optional<double> k_bits = {};  // for keys alone
   std::optional<double> v_bits = {};  // for values alone
+  // Coded, in place of bits: one budget over all layers, keys and values, dealt by what errors in
+  // each were measured to cost (Profile::k_cost). At most one of the two.
+  std::optional<double> budget_bytes_per_token = {};  // of a compressed token in all layers, its
+                                                      // scales included; never more
+  std::optional<double> max_kld = {};  // nats a token: the fewest bytes that predict at most so
+                                       // much divergence from the dense cache
   PrunePolicy k_policy = PrunePolicy::kMagnitude;
   PrunePolicy v_policy = PrunePolicy::kMagnitude;
   std::shared_ptr<const Profile> profile = {};  // null: none
 
   bool coded() const { return value_dtype == ValueType::kCoded; }
+  // Whether layers have rows of different sizes, which takes a profile with costs.
+  bool budgeted() const { return budget_bytes_per_token || max_kld; }
   double effective_k_sparsity() const { return k_sparsity.value_or(sparsity); }
   double effective_v_sparsity() const { return v_sparsity.value_or(sparsity); }
   double effective_k_bits() const { return k_bits.value_or(bits); }

@@ -41,6 +41,11 @@ class Profile {
   // largest: values are > 0.
   std::vector<float> k_sigma, v_sigma;
   static constexpr float kLeastSigma = 1e-6f;
+  // [n_layers] what errors cost, > 0, or empty where it was not measured: divergence from the dense
+  // cache in nats a token, per unit of expected square error of k' and v' (before they were scaled
+  // by weights), summed over a row's dims and the layer's KV heads.
+  std::vector<float> k_cost, v_cost;
+  bool has_costs() const { return !k_cost.empty() && !v_cost.empty(); }
 
   // Throws ModelError naming file, tensor, expected and actual.
   static std::shared_ptr<const Profile> load(const std::filesystem::path& file);
@@ -53,12 +58,14 @@ class Profile {
   // "" or "none": null; "hadamard"; "model": kv_profile.safetensors in the model's folder; "auto":
   // calibrated on the model (which needs its tokenizer, else TokenizerError) with a text that ships
   // with the library, the first time; kept in $XDG_CACHE_HOME (~/.cache)/mustafar/profiles;
-  // otherwise a file.
+  // otherwise a file. costs: the setting asks for a budget, so that "auto" has to have k_cost and
+  // v_cost: measured the first time, and kept along.
   static std::shared_ptr<const Profile> resolve(const std::string& name, const Model& model,
-                                                const ProfileHooks& hooks = {});
+                                                const ProfileHooks& hooks = {}, bool costs = false);
 
   // Of everything that changes results: 16 hex digits.
   std::string hash() const;
+  std::string transform_hash() const;  // of all but the costs: what counts without a budget
   // Throws ModelError where the profile does not fit the model.
   void check(const ModelConfig& config, const std::string& fingerprint) const;
 };

@@ -2,7 +2,8 @@
 
 Nothing here is used by the runtime, and nothing here calls it. To read in this order: numbers
 (formats and rounding), slots (which values of a row are kept, how a block of 64 tokens is laid out
-in bytes), policies (what ranks the values), coded (the other kind of slot), cache (how blocks make
+in bytes), policies (what ranks the values), coded (the other kind of slot), budget
+(coded rows of other sizes in other layers), cache (how blocks make
 pages, when tokens are compressed, and attention over all of it).
 
 A *row* is one token of one KV head, K or V: ``head_dim`` values. Ranking and quantising read rows
@@ -10,8 +11,10 @@ already rounded to the cache's tail type (`round_to`) and in stored order (`Slot
 of a group are dealt round the row.
 """
 
+from .budget import deal_rows, row_errors
 from .cache import HeadCache, attend, compressed_tokens, page_bytes, slot_offset
 from .coded import (
+    CODED_ERROR,
     CODED_STEP,
     MAX_WIDTH,
     code_row,
@@ -49,6 +52,7 @@ from .slots import (
 
 __all__ = [
     "BLOCK_TOKENS",
+    "CODED_ERROR",
     "CODED_STEP",
     "F32",
     "HeadCache",
@@ -65,6 +69,7 @@ __all__ = [
     "code_row",
     "coded_row_bytes",
     "compressed_tokens",
+    "deal_rows",
     "deal_widths",
     "decode",
     "encode",
@@ -78,6 +83,7 @@ __all__ = [
     "quantise",
     "query_weight",
     "round_to",
+    "row_errors",
     "slot_offset",
     "stored_order",
     "structured_masks",

@@ -20,7 +20,7 @@ CODED_STEP = np.array(
     [0, 1.72, 1.08, 0.65, 0.38, 0.2175, 0.1225, 0.068125],
     np.float32,
 )
-_CODED_ERROR = (1, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000642, 0.000163)
+CODED_ERROR = (1, 0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 0.000642, 0.000163)
 _SCALE_FACTORS = np.array(
     [0.70710678, 0.84089642, 1, 1.18920712, 1.41421356, 1.68179283, 2, 2.37841423], np.float32
 )
@@ -43,7 +43,7 @@ def deal_widths(sigma: F32, row_bytes: int) -> NDArray[np.uint8]:
 
     def gain(d: int) -> float:
         w = widths[d]
-        return -1.0 if w == MAX_WIDTH else energy[d] * (_CODED_ERROR[w] - _CODED_ERROR[w + 1])
+        return -1.0 if w == MAX_WIDTH else energy[d] * (CODED_ERROR[w] - CODED_ERROR[w + 1])
 
     gains = [gain(d) for d in range(len(sigma))]
     for _ in range(8 * row_bytes):

@@ -154,6 +154,8 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
       run.first_tile = item.run * kRunTiles;
       run.n_tiles = std::min(kRunTiles, plan.n_tiles - run.first_tile);
       if (sequence.n_blocks > 0) {
+        run.k_slot = &slot_of(*sequence.layout, args.layer, true);
+        run.v_slot = &slot_of(*sequence.layout, args.layer, false);
         run.k_offset = k_slot_offset(*sequence.layout, args.layer, head);
         run.v_offset = v_slot_offset(*sequence.layout, args.layer, head);
       }

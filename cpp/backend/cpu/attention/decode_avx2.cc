@@ -350,15 +350,14 @@ void decode_run_avx2(const DecodeRun& run) {
     Rows k, v;
     int32_t n = kTileTokens;
     if (tile < run.sequence->n_blocks) {
-      const StoreLayout& layout = *run.sequence->layout;
       const uint8_t* page = run.sequence->pages[tile];
       if (coded) {
-        k = coded_rows(layout.k, work.octets[0], page + run.k_offset, work.tiles[0]);
-        v = coded_rows(layout.v, work.octets[1], page + run.v_offset, work.tiles[1]);
+        k = coded_rows(*run.k_slot, work.octets[0], page + run.k_offset, work.tiles[0]);
+        v = coded_rows(*run.v_slot, work.octets[1], page + run.v_offset, work.tiles[1]);
       } else {
-        k = slot_rows(layout.k, page + run.k_offset, run.head_dim, work.widened, work.tiles[0],
+        k = slot_rows(*run.k_slot, page + run.k_offset, run.head_dim, work.widened, work.tiles[0],
                       next_k);
-        v = slot_rows(layout.v, page + run.v_offset, run.head_dim, work.widened, work.tiles[1],
+        v = slot_rows(*run.v_slot, page + run.v_offset, run.head_dim, work.widened, work.tiles[1],
                       next_v);
       }
     } else {

@@ -193,8 +193,8 @@ void next_lines(const DecodeRun& run, int32_t tile, Prefetch& k, Prefetch& v) {
   k = v = {nullptr, 0};
   if (tile >= run.first_tile + run.n_tiles || tile >= run.sequence->n_blocks) return;
   const uint8_t* page = run.sequence->pages[tile];
-  k = {page + run.k_offset, (run.sequence->layout->k.slot_bytes / 64 + 63) / 64};
-  v = {page + run.v_offset, (run.sequence->layout->v.slot_bytes / 64 + 63) / 64};
+  k = {page + run.k_offset, (run.k_slot->slot_bytes / 64 + 63) / 64};
+  v = {page + run.v_offset, (run.v_slot->slot_bytes / 64 + 63) / 64};
 }
 
 }  // namespace

@@ -118,10 +118,9 @@ Rows dense_rows(const DecodeRun& run, const uint8_t* values, int32_t n, int32_t 
 Prefetch lines_of(const DecodeRun& run, int32_t tile) {
   if (tile >= run.first_tile + run.n_tiles) return kNoPrefetch;
   if (tile < run.sequence->n_blocks) {
-    const StoreLayout& layout = *run.sequence->layout;
     const uint8_t* page = run.sequence->pages[tile];
-    return Prefetch(page + run.k_offset, layout.k.slot_bytes / 64, page + run.v_offset,
-                    layout.v.slot_bytes / 64);
+    return Prefetch(page + run.k_offset, run.k_slot->slot_bytes / 64, page + run.v_offset,
+                    run.v_slot->slot_bytes / 64);
   }
   const DenseTile dense = dense_tile(run, tile);
   const int32_t lines =
@@ -231,14 +230,13 @@ void run_tiles(DecodeRuns runs) {
       Rows k, v;
       int32_t n = kTileTokens;
       if (tile < run.sequence->n_blocks) {
-        const StoreLayout& layout = *run.sequence->layout;
         const uint8_t* page = run.sequence->pages[tile];
         if (coded) {
-          k = coded_rows(layout.k, work.coded[i].k, page + run.k_offset, work.tiles[0]);
-          v = coded_rows(layout.v, work.coded[i].v, page + run.v_offset, work.tiles[1]);
+          k = coded_rows(*run.k_slot, work.coded[i].k, page + run.k_offset, work.tiles[0]);
+          v = coded_rows(*run.v_slot, work.coded[i].v, page + run.v_offset, work.tiles[1]);
         } else {
-          k = slot_rows(layout.k, page + run.k_offset, work.tiles[0]);
-          v = slot_rows(layout.v, page + run.v_offset, work.tiles[1]);
+          k = slot_rows(*run.k_slot, page + run.k_offset, work.tiles[0]);
+          v = slot_rows(*run.v_slot, page + run.v_offset, work.tiles[1]);
         }
       } else {
         const DenseTile dense = dense_tile(run, tile);

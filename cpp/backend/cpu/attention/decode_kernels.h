@@ -19,8 +19,10 @@ struct DecodeRun {
   int32_t head_dim = 0;
   DType tail_dtype = DType::kF32;
   int32_t first_tile = 0, n_tiles = 0;
-  // Where the KV head's keys and values lie: of a page, byte offsets of the slots, and the tables
-  // of coded ones; of the dense buffer, [dense_tokens][head_dim] of the tail type.
+  // Where the KV head's keys and values lie: of a page, the slots, their byte offsets, and the
+  // tables of coded ones (all unset without pages); of the dense buffer, [dense_tokens][head_dim]
+  // of the tail type.
+  const SlotLayout *k_slot = nullptr, *v_slot = nullptr;
   int64_t k_offset = 0, v_offset = 0;
   CodeTable k_codes, v_codes;
   const uint8_t* k_dense = nullptr;
@@ -71,13 +73,12 @@ struct DenseTile {
 [[maybe_unused]] static inline bool decode_serves(const DecodeRun& run) {
   if (run.head_dim % 32 != 0) return false;
   if (run.sequence->n_blocks == 0) return true;
-  const StoreLayout& layout = *run.sequence->layout;
-  if (layout.k.ragged || layout.v.ragged) return false;
-  return is_float(layout.k.dtype) || run.head_dim % 64 == 0;
+  if (run.k_slot->ragged || run.v_slot->ragged) return false;
+  return is_float(run.k_slot->dtype) || run.head_dim % 64 == 0;
 }
 
 [[maybe_unused]] static inline bool is_coded(const DecodeRun& run) {
-  return run.sequence->n_blocks > 0 && run.sequence->layout->k.dtype == DType::kCoded;
+  return run.sequence->n_blocks > 0 && run.k_slot->dtype == DType::kCoded;
 }
 
 // Serves every layout and type on every processor.

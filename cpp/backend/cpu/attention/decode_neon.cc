@@ -194,12 +194,13 @@ void decode_run_neon(const DecodeRun& run) {
   for (int32_t tile = run.first_tile; tile < end; tile++) {
     int32_t n = kTileTokens;
     if (tile < n_blocks) {
-      const StoreLayout& layout = *run.sequence->layout;
       const uint8_t* page = run.sequence->pages[tile];
       const bool more = tile + 1 < end && tile + 1 < n_blocks;
       const uint8_t* next = more ? run.sequence->pages[tile + 1] : nullptr;
-      unpack_tile(layout.k, page + run.k_offset, widened, more ? next + run.k_offset : nullptr, k);
-      unpack_tile(layout.v, page + run.v_offset, widened, more ? next + run.v_offset : nullptr, v);
+      unpack_tile(*run.k_slot, page + run.k_offset, widened, more ? next + run.k_offset : nullptr,
+                  k);
+      unpack_tile(*run.v_slot, page + run.v_offset, widened, more ? next + run.v_offset : nullptr,
+                  v);
     } else {
       const DenseTile dense = dense_tile(run, tile);
       const int64_t row_bytes = dtype_bytes(run.tail_dtype, head_dim);

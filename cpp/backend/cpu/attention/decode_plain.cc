@@ -12,15 +12,14 @@ namespace {
 // Keys and values of a tile in f32. Returns its number of tokens.
 int32_t expand_tile(const DecodeRun& run, int32_t tile, float* k, float* v) {
   if (tile < run.sequence->n_blocks) {
-    const StoreLayout& layout = *run.sequence->layout;
     const uint8_t* page = run.sequence->pages[tile];
     if (is_coded(run)) {
-      unpack_coded_slot(layout.k, run.k_codes, page + run.k_offset, k);
-      unpack_coded_slot(layout.v, run.v_codes, page + run.v_offset, v);
+      unpack_coded_slot(*run.k_slot, run.k_codes, page + run.k_offset, k);
+      unpack_coded_slot(*run.v_slot, run.v_codes, page + run.v_offset, v);
       return kBlockTokens;
     }
-    unpack_slot(layout.k, page + run.k_offset, k);
-    unpack_slot(layout.v, page + run.v_offset, v);
+    unpack_slot(*run.k_slot, page + run.k_offset, k);
+    unpack_slot(*run.v_slot, page + run.v_offset, v);
     return kBlockTokens;
   }
   const DenseTile dense = dense_tile(run, tile);

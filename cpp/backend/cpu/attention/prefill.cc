@@ -116,19 +116,21 @@ class TaskRunner {
       for (int32_t i = 0; i < n; i++) {
         const uint8_t* page = step_.pages[block + i];
         const StoreLayout& store = *step_.layout;
+        const SlotLayout& k_layout = slot_of(store, args_.layer, true);
+        const SlotLayout& v_layout = slot_of(store, args_.layer, false);
         const int64_t at = int64_t{i} * kBlockTokens * args_.head_dim;
         const uint8_t* k_slot = page + k_slot_offset(store, args_.layer, task_.kv_head);
         const uint8_t* v_slot = page + v_slot_offset(store, args_.layer, task_.kv_head);
-        if (store.k.dtype == DType::kCoded) {
+        if (k_layout.dtype == DType::kCoded) {
           const auto table = [&](bool is_key) {
             return code_table(step_.codes, store, args_.layer, task_.kv_head, is_key);
           };
-          kernels_.unpack_coded_slot(store.k, table(true), k_slot, keys + at);
-          kernels_.unpack_coded_slot(store.v, table(false), v_slot, values + at);
+          kernels_.unpack_coded_slot(k_layout, table(true), k_slot, keys + at);
+          kernels_.unpack_coded_slot(v_layout, table(false), v_slot, values + at);
           continue;
         }
-        kernels_.unpack_slot(store.k, k_slot, keys + at);
-        kernels_.unpack_slot(store.v, v_slot, values + at);
+        kernels_.unpack_slot(k_layout, k_slot, keys + at);
+        kernels_.unpack_slot(v_layout, v_slot, values + at);
       }
       attend_tile(keys, values, DType::kF32, n * kBlockTokens, n * kBlockTokens);
     }

@@ -61,7 +61,7 @@ int32_t compress_block(const CommitStep& step, Isa isa, DType tail_dtype, int32_
   const SequenceView& sequence = step.sequence;
   const StoreLayout& layout = *step.layout;
   const bool is_key = kind == kKeys;
-  const SlotLayout& slot_layout = is_key ? layout.k : layout.v;
+  const SlotLayout& slot_layout = slot_of(layout, layer, is_key);
   const int32_t head_dim = slot_layout.head_dim;
   const int64_t row_bytes = dtype_bytes(tail_dtype, head_dim);
   const int64_t first = sequence.n_sinks + int64_t{block} * kBlockTokens;
