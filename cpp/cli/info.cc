@@ -15,6 +15,7 @@
 #include "io/checkpoint.h"
 #include "mustafar/error.h"
 #include "runtime/model_impl.h"
+#include "runtime/row_budget.h"
 
 namespace mustafar::cli {
 namespace {
@@ -57,7 +58,7 @@ std::vector<Setting> settings_of(const KVConfig& chosen) {
 
 Json cache_json(const Model& model, const Setting& setting) {
   const ModelConfig& config = model.config();
-  const CacheSpec spec = make_cache_spec(config, model.impl()->dtype, setting.config);
+  const CacheSpec spec = dealt_cache_spec(config, model.impl()->dtype, setting.config);
   const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
   const double dense = 2.0 * 2 * config.n_layers * config.n_kv_heads * config.head_dim;
   return {{"setting", setting.name},

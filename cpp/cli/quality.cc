@@ -9,6 +9,7 @@
 
 #include "kv/sequence_cache.h"
 #include "runtime/model_impl.h"
+#include "runtime/row_budget.h"
 #include "runtime/scorer.h"
 
 namespace mustafar::cli {
@@ -82,7 +83,7 @@ Json to_json(const Figures& f) {
 
 Json store_json(const Model& model, const KVConfig& config) {
   const ModelConfig& c = model.config();
-  const CacheSpec spec = make_cache_spec(c, model.impl()->dtype, config);
+  const CacheSpec spec = dealt_cache_spec(c, model.impl()->dtype, config);
   const double bytes = static_cast<double>(spec.layout.page_bytes) / kBlockTokens;
   const double dense = 4.0 * c.n_layers * c.n_kv_heads * c.head_dim;
   Json json = {{"bytes_per_token", bytes},

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <utility>
 
 namespace mustafar {
@@ -45,7 +44,7 @@ SlotLayout slot_layout(int32_t head_dim, bool is_key, double sparsity, const KVC
 }  // namespace
 
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          const RowBudget* rows) {
+                          const RowSizes* rows) {
   CacheSpec spec;
   spec.config = config;
   spec.tail_dtype = tail_dtype;
@@ -60,8 +59,6 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
   const SlotLayout v =
       slot_layout(model.head_dim, false, v_sparsity, config, config.v_policy, dtype);
   spec.layout = make_store_layout(model.n_layers, model.n_kv_heads, k, v);
-  std::optional<RowBudget> dealt;
-  if (rows == nullptr && config.budgeted()) rows = &dealt.emplace(deal_rows(config));
   if (rows != nullptr) {
     auto layers = std::make_shared<std::vector<LayerSlots>>();
     for (size_t i = 0; i < rows->k_row_bytes.size(); i++) {

@@ -10,7 +10,7 @@
 
 #include "backend/backend.h"
 #include "kv/block_pool.h"
-#include "kv/row_budget.h"
+#include "kv/row_sizes.h"
 #include "mustafar/kv_config.h"
 #include "mustafar/memory_usage.h"
 #include "mustafar/model_config.h"
@@ -50,9 +50,9 @@ struct CacheSpec {
 
 // Layouts of a model's cache under a configuration that has been validated, with no transform yet.
 // Throws std::invalid_argument where a combination is refused, naming the fields. rows: the sizes
-// of coded rows in every layer; null: as the configuration says, whose budget is then dealt.
+// of coded rows in every layer, which a configuration with a budget needs; null: as its bits say.
 CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config,
-                          const RowBudget* rows = nullptr);
+                          const RowSizes* rows = nullptr);
 
 // Sinks and tail: [n_layers][2 (K, V)][n_kv_heads][capacity][head_dim], tail dtype.
 struct DenseBuffer {

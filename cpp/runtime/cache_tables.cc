@@ -6,6 +6,7 @@
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "runtime/model_impl.h"
+#include "runtime/row_budget.h"
 
 namespace mustafar {
 namespace {
@@ -148,7 +149,7 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv,
   return tables;
 }
 
-std::shared_ptr<const RowBudget> Model::Impl::row_budget(const KVConfig& kv) {
+std::shared_ptr<const RowSizes> Model::Impl::row_budget(const KVConfig& kv) {
   std::lock_guard lock(mutex_);
   std::erase_if(budgets_, [](const Budget& entry) { return entry.profile.expired(); });
   for (const Budget& known : budgets_) {
@@ -158,13 +159,12 @@ std::shared_ptr<const RowBudget> Model::Impl::row_budget(const KVConfig& kv) {
     }
   }
   if (kv.profile != nullptr) kv.profile->check(config, fingerprint);
-  const auto rows = std::make_shared<const RowBudget>(deal_rows(kv));
+  const auto rows = std::make_shared<const RowSizes>(deal_rows(kv));
   budgets_.push_back({kv.profile, kv.budget_bytes_per_token, kv.max_kld, rows});
   return rows;
 }
 
-std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv,
-                                                         const RowBudget* rows) {
+std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv, const RowSizes* rows) {
   kv.validate();
   if ((kv.budgeted() || rows != nullptr) && !backend->layers_may_differ()) {
     throw DeviceError(std::string(kv.max_kld                  ? "max_kld"
@@ -173,7 +173,7 @@ std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv,
                       " is not supported on device \"" + backend->device() +
                       "\", where all layers' rows are of one size: use bits, or device \"cpu\"");
   }
-  std::shared_ptr<const RowBudget> dealt;
+  std::shared_ptr<const RowSizes> dealt;
   if (kv.budgeted()) {
     dealt = row_budget(kv);
     rows = dealt.get();

@@ -7,8 +7,8 @@
 #include <string>
 
 #include "format/coded.h"
-#include "kv/row_budget.h"
 #include "runtime/model_impl.h"
+#include "runtime/row_budget.h"
 #include "runtime/scorer.h"
 
 namespace mustafar {
@@ -67,9 +67,9 @@ void measure_costs(const Model& model, std::span<const std::vector<int32_t>> pie
   config.value_dtype = ValueType::kCoded;
   config.profile = std::make_shared<const Profile>(profile);
   const int32_t coarse = coded_row_bytes(c.head_dim, kCoarseBits);
-  const RowBudget fine = {std::vector<int32_t>(c.n_layers, coded_row_bytes(c.head_dim, kMaxWidth)),
-                          std::vector<int32_t>(c.n_layers, coded_row_bytes(c.head_dim, kMaxWidth)),
-                          0};
+  const RowSizes fine = {std::vector<int32_t>(c.n_layers, coded_row_bytes(c.head_dim, kMaxWidth)),
+                         std::vector<int32_t>(c.n_layers, coded_row_bytes(c.head_dim, kMaxWidth)),
+                         0};
   const auto fine_spec = engine.cache_spec(config, &fine);  // keeps the transform for the others
   const double least = score(fine_spec, nullptr, &dense);
 
@@ -78,7 +78,7 @@ void measure_costs(const Model& model, std::span<const std::vector<int32_t>> pie
   profile.v_cost.assign(c.n_layers, 0.0f);
   for (int32_t layer = 0; layer < c.n_layers; layer++) {
     for (const bool is_key : {true, false}) {
-      RowBudget rows = fine;
+      RowSizes rows = fine;
       (is_key ? rows.k_row_bytes : rows.v_row_bytes)[layer] = coarse;
       const double divergence = score(engine.cache_spec(config, &rows), nullptr, &dense) - least;
       const double cost = std::max(divergence, kLeastDivergence) / errors.at(layer, is_key, coarse);

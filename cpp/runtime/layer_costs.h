@@ -1,5 +1,5 @@
 // What errors in each layer's keys and values cost: the weights by which a budget of bits is dealt
-// (kv/row_budget.h), measured rather than derived.
+// (runtime/row_budget.h), measured rather than derived.
 #pragma once
 
 #include <cstdint>

@@ -43,10 +43,10 @@ struct Model::Impl {
                                                int32_t k_groups, int32_t v_groups);
   // rows: see make_cache_spec. Throws as that does, and DeviceError for a budget where the device
   // needs layers to be alike.
-  std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv, const RowBudget* rows = nullptr);
+  std::shared_ptr<const CacheSpec> cache_spec(const KVConfig& kv, const RowSizes* rows = nullptr);
   // What a configuration's budget deals to the layers, dealt once for each profile in use. Throws
   // as deal_rows.
-  std::shared_ptr<const RowBudget> row_budget(const KVConfig& kv);
+  std::shared_ptr<const RowSizes> row_budget(const KVConfig& kv);
   // Tables of coded rows, from the sigmas of a profile that fits the model and the layout's sizes
   // of rows, made once for those in use; null where rows are not coded. Throws
   // std::invalid_argument where the profile has no sigmas, DeviceError where the device has no
@@ -76,7 +76,7 @@ struct Model::Impl {
   struct Budget {
     std::weak_ptr<const Profile> profile;
     std::optional<double> bytes_per_token, max_kld;
-    std::shared_ptr<const RowBudget> rows;
+    std::shared_ptr<const RowSizes> rows;
   };
   std::vector<Budget> budgets_;
 };

@@ -9,9 +9,9 @@
 #include "bindings.h"
 #include "core/symmetric_eigen.h"
 #include "core/thread_pool.h"
-#include "kv/row_budget.h"
 #include "mustafar/calibration.h"
 #include "runtime/kv_statistics.h"
+#include "runtime/row_budget.h"
 
 namespace py = pybind11;
 
@@ -142,7 +142,7 @@ py::tuple dealt_rows(const std::shared_ptr<Profile>& profile, std::optional<doub
   config.budget_bytes_per_token = bytes_per_token;
   config.max_kld = max_kld;
   config.validate();
-  const RowBudget rows = deal_rows(config);
+  const RowSizes rows = deal_rows(config);
   return py::make_tuple(rows.k_row_bytes, rows.v_row_bytes, rows.predicted_kld);
 }
 

@@ -11,6 +11,7 @@
 
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
+#include "runtime/row_budget.h"
 #include "runtime/session_impl.h"
 #include "support/random_model.h"
 
@@ -367,7 +368,7 @@ TEST(SessionBudgetTest, TheFewestBytesThatPredictTheDivergence) {
   ASSERT_GT(missed, reached);
   kv.budget_bytes_per_token.reset();
   kv.max_kld = reached;
-  const RowBudget rows = deal_rows(kv);
+  const RowSizes rows = deal_rows(kv);
   EXPECT_EQ(rows.predicted_kld, reached);
   kv.max_kld = (reached + missed) / 2;
   EXPECT_EQ(deal_rows(kv).k_row_bytes, rows.k_row_bytes);

@@ -1,4 +1,4 @@
-#include "kv/row_budget.h"
+#include "runtime/row_budget.h"
 
 #include <algorithm>
 #include <sstream>
@@ -49,7 +49,7 @@ RowErrors row_errors(const Profile& profile) {
   return out;
 }
 
-RowBudget deal_rows(const KVConfig& config) {
+RowSizes deal_rows(const KVConfig& config) {
   const char* const field = config.budget_bytes_per_token ? "budget_bytes_per_token" : "max_kld";
   const Profile* const profile = config.profile.get();
   if (profile == nullptr || !profile->has_costs() || profile->k_sigma.empty() ||
@@ -103,12 +103,18 @@ RowBudget deal_rows(const KVConfig& config) {
       if (!add_word()) refuse(field, *config.max_kld, "the largest rows predict", predicted());
     }
   }
-  RowBudget out;
+  RowSizes out;
   for (int32_t i = 0; i < n; i++) {
     (i % 2 == 0 ? out.k_row_bytes : out.v_row_bytes).push_back(words[i] * kWordBytes);
   }
   out.predicted_kld = predicted();
   return out;
+}
+
+CacheSpec dealt_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config) {
+  if (!config.budgeted()) return make_cache_spec(model, tail_dtype, config);
+  const RowSizes rows = deal_rows(config);
+  return make_cache_spec(model, tail_dtype, config, &rows);
 }
 
 }  // namespace mustafar

@@ -13,7 +13,10 @@
 #include <memory>
 #include <vector>
 
+#include "kv/row_sizes.h"
+#include "kv/sequence_cache.h"
 #include "mustafar/kv_config.h"
+#include "mustafar/profile.h"
 
 namespace mustafar {
 
@@ -35,14 +38,12 @@ struct RowErrors {
 };
 RowErrors row_errors(const Profile& profile);
 
-struct RowBudget {
-  std::vector<int32_t> k_row_bytes, v_row_bytes;  // [n_layers]
-  double predicted_kld = 0;                       // nats a token; 0 where nothing was predicted
-};
-
 // What a configuration that asks for a budget (KVConfig::budgeted) gets with its profile. Throws
 // std::invalid_argument naming the field where the profile has no costs, or where the budget does
 // not suffice for the smallest rows or the largest cost more than max_kld.
-RowBudget deal_rows(const KVConfig& config);
+RowSizes deal_rows(const KVConfig& config);
+
+// make_cache_spec, with the budget dealt where the configuration has one.
+CacheSpec dealt_cache_spec(const ModelConfig& model, DType tail_dtype, const KVConfig& config);
 
 }  // namespace mustafar
