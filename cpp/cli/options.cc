@@ -77,9 +77,10 @@ std::string unescape(const std::string& text) {
 
 void ModelFlags::add_to(CLI::App& command) {
   command
-      .add_option("-m,--model", folder,
-                  "Model folder (config.json, safetensors, tokenizer.json), or ORGANISATION/NAME of "
-                  "a model in the Hugging Face cache; without: the small demo model")
+      .add_option(
+          "-m,--model", folder,
+          "Model folder (config.json, safetensors, tokenizer.json), or ORGANISATION/NAME of "
+          "a model in the Hugging Face cache; without: the small demo model")
       ->group(kModelGroup);
   command.add_option("--device", device, "auto, cpu or cuda")
       ->check(CLI::IsMember({"auto", "cpu", "cuda"}))

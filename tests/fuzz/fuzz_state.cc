@@ -40,8 +40,7 @@ std::string repaired(const std::string& file) {
   if (!header.is_object() || !header.contains("sections") || !header["sections"].is_array()) {
     return file;
   }
-  if (header.contains("model_fingerprint"))
-    header["model_fingerprint"] = model().fingerprint();
+  if (header.contains("model_fingerprint")) header["model_fingerprint"] = model().fingerprint();
   size_t at = kPreamble + padded(header_bytes);
   const std::string sections = file.substr(at);
   at = 0;
