@@ -4,43 +4,11 @@
 #include <string>
 #include <string_view>
 
+#include "core/json_text.h"
 #include "io/mapped_file.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
-
-namespace {
-
-// Python writes NaN, Infinity and -Infinity where a number is none, which JSON does not have. Here
-// they become strings of that name: a field that nobody reads does no harm, and one that should be
-// a number is refused with what it says.
-std::string with_named_numbers(std::string_view text) {
-  std::string out;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size();) {
-    const char c = text[i];
-    size_t length = 1;
-    if (in_string) {
-      if (c == '\\') length = std::min<size_t>(2, text.size() - i);
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else {
-      for (const std::string_view name : {"NaN", "Infinity", "-Infinity"}) {
-        if (!text.substr(i).starts_with(name)) continue;
-        out.append("\"").append(name).append("\"");
-        length = 0;
-        i += name.size();
-        break;
-      }
-    }
-    out.append(text.substr(i, length));
-    i += length;
-  }
-  return out;
-}
-
-}  // namespace
 
 nlohmann::json read_json_file(const std::filesystem::path& path, size_t max_bytes) {
   const MappedFile file = MappedFile::open(path);
@@ -51,11 +19,7 @@ nlohmann::json read_json_file(const std::filesystem::path& path, size_t max_byte
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.bytes());
   nlohmann::json value;
   try {
-    value = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
-    if (value.is_discarded()) {
-      const std::string named = with_named_numbers(text);
-      value = nlohmann::json::parse(named.size() != text.size() ? std::string_view(named) : text);
-    }
+    value = parse_json_text(text);
   } catch (const nlohmann::json::exception& error) {
     throw ModelError(path.string() + ": not valid JSON: " + describe(error));
   }

@@ -8,9 +8,11 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include "core/json_text.h"
 #include "mustafar/error.h"
 #include "text/unicode/utf8.h"
 
@@ -23,9 +25,7 @@ using nlohmann::json;
 constexpr uintmax_t kMaxFileBytes = 64 << 20;
 constexpr size_t kMaxTokens = 1 << 18;  // of one file
 
-constexpr const char* kSpecialTokens[] = {"bos_token", "eos_token", "unk_token", "sep_token",
-                                          "pad_token", "cls_token", "mask_token"};
-// Their lists: of older and of newer versions of transformers.
+// Lists of more special tokens: of older and of newer versions of transformers.
 constexpr const char* kSpecialLists[] = {"additional_special_tokens", "extra_special_tokens"};
 
 // A JSON object; an empty one where there is no such file.
@@ -38,9 +38,14 @@ json read_object(const std::filesystem::path& file) {
   }
   std::ifstream stream(file, std::ios::binary);
   const std::string text{std::istreambuf_iterator<char>(stream), {}};
-  json parsed = json::parse(text, nullptr, false);
-  if (!stream || !parsed.is_object()) throw TokenizerError(name + ": not a JSON object");
-  return parsed;
+  if (stream) {
+    try {
+      json parsed = parse_json_text(text);
+      if (parsed.is_object()) return parsed;
+    } catch (const json::exception&) {
+    }
+  }
+  throw TokenizerError(name + ": not a JSON object");
 }
 
 // What a file says of a token that is perhaps to be added.
@@ -80,7 +85,7 @@ std::vector<Candidate> special_tokens(const json& config, const json& map) {
     token->special = true;
     tokens.push_back(std::move(*token));
   };
-  for (const char* name : kSpecialTokens) {
+  for (const char* name : kSpecialTokenNames) {
     for (const json* file : {&map, &config}) {
       if (!file->contains(name) || (*file)[name].is_null()) continue;
       add((*file)[name]);
@@ -150,19 +155,19 @@ void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* js
   json& added = json_file->root["added_tokens"];
   if (added.is_null()) added = json::array();
   if (!added.is_array()) return;  // refused where it is parsed
-  std::unordered_map<std::string, bool> known;
+  std::unordered_set<std::string> known;
   int64_t next = static_cast<int64_t>(json_file->vocab.size());
   for (const json& each : added) {
     if (!each.is_object()) continue;
     if (each.contains("content") && each["content"].is_string()) {
-      known[each["content"].get<std::string>()] = true;
+      known.insert(each["content"].get<std::string>());
     }
     if (each.contains("id") && each["id"].is_number_integer()) {
       next = std::max(next, each["id"].get<int64_t>() + 1);
     }
   }
   std::erase_if(tokens,
-                [&](const Candidate& token) { return !known.emplace(token.content, true).second; });
+                [&](const Candidate& token) { return !known.insert(token.content).second; });
   if (tokens.empty()) return;
   std::unordered_map<std::string_view, uint32_t> vocab;
   for (const auto& entry : json_file->vocab) {

@@ -7,6 +7,10 @@
 
 namespace mustafar::text {
 
+// The names under which the files of a folder have its special tokens.
+inline constexpr const char* kSpecialTokenNames[] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"};
+
 // Adds to added_tokens of a folder's tokenizer.json what transformers adds on loading: the tokens
 // of added_tokens_decoder in tokenizer_config.json, else those of added_tokens.json, and the
 // special tokens that tokenizer_config.json and special_tokens_map.json name. A token of the

@@ -7,7 +7,9 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "core/json_text.h"
 #include "mustafar/error.h"
+#include "text/added_token_files.h"
 #include "text/chat_template_impl.h"
 #include "text/jinja/interpreter.h"
 #include "text/jinja/json.h"
@@ -56,9 +58,12 @@ std::string read_file(const fs::path& file) {
 nlohmann::json read_json(const fs::path& file) {
   std::error_code error;
   if (!fs::exists(file, error)) return nullptr;
-  auto parsed = nlohmann::json::parse(read_file(file), nullptr, false);
-  if (!parsed.is_object()) throw TemplateError(file.string() + ": not a JSON object");
-  return parsed;
+  try {
+    auto parsed = parse_json_text(read_file(file));
+    if (parsed.is_object()) return parsed;
+  } catch (const nlohmann::json::exception&) {
+  }
+  throw TemplateError(file.string() + ": not a JSON object");
 }
 
 // "<s>" or {"content": "<s>", ...}.
@@ -74,8 +79,7 @@ void read_special_tokens(const fs::path& folder, ChatTemplate::Impl* impl) {
   for (const char* file : {"tokenizer_config.json", "special_tokens_map.json"}) {
     const nlohmann::json config = read_json(folder / file);
     if (config.is_null()) continue;
-    for (const char* name : {"bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
-                             "cls_token", "mask_token"}) {
+    for (const char* name : text::kSpecialTokenNames) {
       if (!config.contains(name)) continue;
       if (const auto text = token_text(config[name])) impl->special_tokens.emplace(name, *text);
     }

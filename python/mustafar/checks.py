@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
 from numbers import Real
 from typing import Any
+
+import numpy as np
 
 INT32_MAX = 2**31 - 1
 
@@ -15,8 +16,7 @@ def integer(name: str, value: Any, low: int = -INT32_MAX - 1, high: int = INT32_
 
     Raises TypeError for another kind and ValueError for a number outside low to high.
     """
-    # numpy's own bools are numbers to nobody.
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     number = operator.index(value)
     if not low <= number <= high:
@@ -33,18 +33,9 @@ def number(name: str, value: Any) -> float:
 
 def flag(name: str, value: Any) -> bool:
     """A bool, numpy's too."""
-    if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
+    if isinstance(value, (bool, np.bool_)):
         return bool(value)
     raise TypeError(f"{name} must be True or False, not {value!r}")
-
-
-def choice(name: str, value: Any, known: Collection[str]) -> str:
-    """One of the known names."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    return value
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:

@@ -176,3 +176,16 @@ def test_list_of_named_chat_templates(folder: Path) -> None:
     assert ours == theirs == ["default", "tools False"]
     ours, theirs = rendered(folder, chat_template="tool_use")
     assert ours == theirs == ["tools True", "tools False"]
+
+
+def test_numbers_that_are_none_do_no_harm(folder: Path) -> None:
+    """Python writes Infinity and NaN into its files, which other parsers refuse."""
+    config = {
+        "model_max_length": float("inf"),
+        "added_tokens_decoder": {"512": token("<start>")},
+        "chat_template": "{% for m in messages %}<start>{{ m.content }}{% endfor %}",
+        "eos_token": "</s>",
+    }
+    write(folder, "tokenizer_config.json", config)
+    ours = expect_same(folder, "<start>Once")
+    assert ours.apply_chat_template(MESSAGES, tokenize=False) == "<start>Hi"

@@ -1,0 +1,45 @@
+#include "core/json_text.h"
+
+#include <algorithm>
+#include <string>
+
+namespace mustafar {
+namespace {
+
+// The text with such numbers between quotes; what stands in strings stays.
+std::string with_named_numbers(std::string_view text) {
+  std::string out;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size();) {
+    const char c = text[i];
+    size_t length = 1;
+    if (in_string) {
+      if (c == '\\') length = std::min<size_t>(2, text.size() - i);
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else {
+      for (const std::string_view name : {"NaN", "Infinity", "-Infinity"}) {
+        if (!text.substr(i).starts_with(name)) continue;
+        out.append("\"").append(name).append("\"");
+        length = 0;
+        i += name.size();
+        break;
+      }
+    }
+    out.append(text.substr(i, length));
+    i += length;
+  }
+  return out;
+}
+
+}  // namespace
+
+nlohmann::json parse_json_text(std::string_view text) {
+  auto value = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
+  if (!value.is_discarded()) return value;
+  const std::string named = with_named_numbers(text);
+  return nlohmann::json::parse(named);  // throws what was wrong where it still is
+}
+
+}  // namespace mustafar

@@ -1,0 +1,15 @@
+// JSON as the files of model folders have it.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string_view>
+
+namespace mustafar {
+
+// Python writes NaN, Infinity and -Infinity where a number is none, which JSON does not have. Here
+// they become strings of that name: a field that nobody reads does no harm, and one that should be
+// a number is refused with what it says. Throws nlohmann::json::exception for what is not JSON
+// otherwise.
+nlohmann::json parse_json_text(std::string_view text);
+
+}  // namespace mustafar
