@@ -89,7 +89,9 @@ class Loader {
     const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
-    sample_bytes(quantised.data, shape.bytes());
+    sample_bytes(quantised.data, shape.scales_at());  // without the padding that follows
+    sample_bytes(quantised.scales,
+                 dtype_bytes(shape.scale_dtype, shape.n_tiles() * shape.tile_scales()));
     source_.release(stored.data, bytes);
     report(bytes);
     return quantised;
