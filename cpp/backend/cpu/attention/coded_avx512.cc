@@ -19,7 +19,8 @@ constexpr int32_t kMaxDims = 512;
 
 inline float inverse_of(float x) { return x >= kLeastScale ? 1.0f / x : 0.0f; }
 
-// In the order of the format: halves of the lanes.
+// The sum of 16 lanes in the order of format/coded.cc: the upper half to the lower, again and
+// again.
 inline float total(__m512 x) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -91,7 +92,7 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   return best;
 }
 
-// Bits of every byte of eight codes.
+// A byte for each of eight codes, with as many low bits set as the code is wide.
 inline uint64_t octet_mask(const uint8_t* widths) {
   uint64_t mask = 0;
   for (int i = 0; i < 8; i++) mask |= uint64_t{(1u << widths[i]) - 1} << 8 * i;

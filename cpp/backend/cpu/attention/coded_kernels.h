@@ -1,4 +1,4 @@
-// Coded rows (format/coded.h) in the files of instruction sets.
+// Packing and unpacking of coded rows (format/coded.h) by the files of instruction sets.
 #pragma once
 
 #include <cstdint>
