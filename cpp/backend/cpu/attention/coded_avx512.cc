@@ -15,8 +15,6 @@
 namespace mustafar {
 namespace {
 
-constexpr int32_t kMaxDims = 512;
-
 inline float inverse_of(float x) { return x >= kLeastScale ? 1.0f / x : 0.0f; }
 
 // The sum of 16 lanes in the order of format/coded.cc: the upper half to the lower, again and
@@ -104,12 +102,12 @@ inline uint64_t octet_mask(const uint8_t* widths) {
 int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, const CodeRow& row,
                                DType tail, const uint8_t* const* rows, uint8_t* slot) {
   const int32_t n = layout.head_dim;
-  uint64_t masks[kMaxDims / 8];
+  uint64_t masks[kMaxCodedDims / 8];
   for (int32_t o = 0; o < n / 8; o++) masks[o] = octet_mask(widths + 8 * o);
   __builtin_memset(slot, 0, layout.slot_bytes);
   for (int32_t t = 0; t < kBlockTokens; t++) {
-    alignas(64) float x[kMaxDims];
-    alignas(64) uint8_t codes[kMaxDims];
+    alignas(64) float x[kMaxCodedDims];
+    alignas(64) uint8_t codes[kMaxCodedDims];
     for (int32_t d = 0; d < n; d += 16) _mm512_store_ps(x + d, load_row(tail, rows[t], d));
     const uint16_t scale_bits = choose_scale(row, x, n);
     const float scale = bf16_to_f32(scale_bits);
@@ -146,8 +144,8 @@ int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, 
 void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
                               float* out) {
   const int32_t n = layout.head_dim;
-  if (n % 64 != 0 || n > kMaxDims) return unpack_coded_slot(layout, table, slot, out);
-  alignas(64) float steps[kMaxDims];
+  if (n % 64 != 0 || n > kMaxCodedDims) return unpack_coded_slot(layout, table, slot, out);
+  alignas(64) float steps[kMaxCodedDims];
   for (int32_t d = 0; d < n; d++) steps[d] = coded_step(table.widths[d]) * table.sigmas[d];
   for (int32_t c = 0; c < n / 64; c++) {
     CodeChunk chunk;
