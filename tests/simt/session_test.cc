@@ -203,7 +203,8 @@ TEST_F(CudaSession, ForkRewindAndBatch) {
   }
 }
 
-// A bias of nothing makes the sampler look at whole rows, which come to the host then.
+// A bias of 0 changes no logit but makes the sampler look at whole rows, which then come to the
+// host.
 TEST_F(CudaSession, SamplingOnTheDeviceChoosesTheSameTokens) {
   const Model model = random_model("cuda", 16, DType::kF32);
   for (const double temperature : {0.0, 0.9}) {
