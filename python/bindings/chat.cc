@@ -57,6 +57,11 @@ void register_chat(py::module_& m) {
              const SamplingParams sampling = sampling_params_from(params);
              return begin(self, [&](Chat& chat) { return chat.reply(sampling); });
            })
+      .def("continue_last",
+           [](const py::object& self, const py::dict& params) {
+             const SamplingParams sampling = sampling_params_from(params);
+             return begin(self, [&](Chat& chat) { return chat.continue_last(sampling); });
+           })
       .def("regenerate",
            [](const py::object& self, const py::dict& params) {
              const SamplingParams sampling = sampling_params_from(params);

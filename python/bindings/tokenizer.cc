@@ -80,14 +80,17 @@ Text of token ids, a sequence or an integer array. An id that is no token, as in
 model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
       .def(
           "apply_chat_template",
-          [](const Tokenizer& self, const py::object& messages, bool add_generation_prompt,
+          [](const Tokenizer& self, const py::object& messages,
+             std::optional<bool> add_generation_prompt, const py::object& continue_final_message,
              bool tokenize, const py::object& tools, const py::object& chat_template,
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& date,
              const py::kwargs& variables) -> py::object {
             const ChatTemplate chosen = chat_template_from(self, chat_template);
-            const RenderedChat rendered = render_chat(chosen, messages, add_generation_prompt,
-                                                      bos_token, eos_token, tools, date, variables);
+            const bool continues = py::cast<bool>(py::bool_(continue_final_message));
+            const RenderedChat rendered =
+                render_chat(chosen, messages, add_generation_prompt.value_or(!continues),
+                            continue_final_message, bos_token, eos_token, tools, date, variables);
             if (!tokenize) return py::str(rendered.text);
             std::vector<int32_t> ids;
             {
@@ -96,7 +99,8 @@ model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
             }
             return py::cast(ids);
           },
-          py::arg("messages"), py::arg("add_generation_prompt") = true, py::kw_only(),
+          py::arg("messages"), py::arg("add_generation_prompt") = py::none(), py::kw_only(),
+          py::arg("continue_final_message") = false,
           py::arg("tokenize") = true, py::arg("tools") = py::none(),
           py::arg("chat_template") = py::none(), py::arg("bos_token") = py::none(),
           py::arg("eos_token") = py::none(), py::arg("date") = py::none(), R"(
@@ -104,7 +108,9 @@ Token ids of a conversation as the model expects it: the chat template rendered,
 as their ids. A special token that a message spells stays text.
 
 messages: dicts with "role" and "content". add_generation_prompt: end with what starts the
-assistant's turn. tokenize: False gives the text instead. tools: a list of tool definitions.
+assistant's turn; None is True, but with continue_final_message. continue_final_message: end inside
+the last message instead, so that the reply continues it; True, or the name of another field of the
+message than "content"; ValueError where the template leaves that out. tokenize: False gives the text instead. tools: a list of tool definitions.
 chat_template: a ChatTemplate, or the name of a built-in one or a file; None is the one beside
 tokenizer.json. bos_token, eos_token: None for those of the template's folder. date: what
 strftime_now prints, a str (ISO), date or datetime; None for now. Further keyword arguments are

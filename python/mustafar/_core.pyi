@@ -37,8 +37,9 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
+        continue_final_message: bool | str = False,
         tokenize: Literal[True] = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: ChatTemplate | str | PathLike[str] | None = None,
@@ -51,8 +52,9 @@ class Tokenizer:
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
+        continue_final_message: bool | str = False,
         tokenize: Literal[False],
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: ChatTemplate | str | PathLike[str] | None = None,
@@ -90,6 +92,8 @@ class ChatTemplate:
         eos_token: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         date: str | datetime.date | None = None,
+        *,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> str: ...
     def render_marked(
@@ -100,6 +104,8 @@ class ChatTemplate:
         eos_token: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         date: str | datetime.date | None = None,
+        *,
+        continue_final_message: bool | str = False,
         **variables: Any,
     ) -> tuple[str, list[tuple[int, int]]]: ...
 
@@ -230,6 +236,7 @@ class Chat:
     ) -> None: ...
     def start(self, text: str, params: dict[str, Any]) -> ChatReply: ...
     def reply(self, params: dict[str, Any]) -> ChatReply: ...
+    def continue_last(self, params: dict[str, Any]) -> ChatReply: ...
     def regenerate(self, params: dict[str, Any]) -> ChatReply: ...
     def undo(self) -> str | None: ...
     def clear(self) -> None: ...

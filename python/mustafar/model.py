@@ -182,7 +182,8 @@ class Model(Closing):
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top, and
                 OpenAI's ``max_tokens`` or ``max_completion_tokens`` for ``max_new_tokens``, ``n``
                 for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
-                ``top_logprobs``.
+                ``top_logprobs``. With ``continue_final_message=True`` the reply goes on inside the
+                last message, which the assistant began; the choices hold what is new.
 
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.

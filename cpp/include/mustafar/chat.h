@@ -67,6 +67,10 @@ class Chat {
   ChatReply start(const std::string& text, const SamplingParams& params = {});
   // Replies to the messages as they stand (after add() of a tool's result, say).
   ChatReply reply(const SamplingParams& params = {});
+  // Continues the last message, which the assistant began: what is made becomes a part of it, and
+  // the result holds that alone. Throws std::invalid_argument where the last message is not a text
+  // of the assistant's.
+  ChatReply continue_last(const SamplingParams& params = {});
   // Drops the last reply and starts another. Throws std::invalid_argument where there is none.
   ChatReply regenerate(const SamplingParams& params = {});
 
