@@ -65,6 +65,7 @@ struct PromptFlags {
   std::optional<std::string> text;
   std::optional<std::string> file;  // "-": standard input
   bool escape = false;
+  bool special = false;  // special tokens that the text spells are tokens
 
   void add_to(CLI::App& command);
   // Throws std::invalid_argument where there is none, Error for a file that can't be read.

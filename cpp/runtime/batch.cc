@@ -63,7 +63,7 @@ class Scheduler {
     const Tokenizer* tokenizer = engine_.tokenizer ? &*engine_.tokenizer : nullptr;
     auto sequence = std::make_unique<Sequence>();
     sequence->index = index;
-    sequence->tokens = prompt_ids(prompt, tokenizer, 0);
+    sequence->tokens = prompt_ids(prompt, tokenizer, 0, options_.parse_special);
     const std::string name = "prompt " + std::to_string(index);
     const int64_t n = static_cast<int64_t>(sequence->tokens.size());
     const int64_t context = engine_.config.max_position_embeddings;
@@ -73,8 +73,7 @@ class Scheduler {
                             " tokens, more than the model's context of " + std::to_string(context));
     }
     check_token_ids(sequence->tokens, engine_.config.vocab_size, name + ": ");
-    sequence->loop = std::make_unique<TokenLoop>(params, engine_.config.vocab_size,
-                                                 engine_.config.eos_token_ids, tokenizer);
+    sequence->loop = std::make_unique<TokenLoop>(params, engine_.config, tokenizer);
     sequence->loop->start_after(sequence->tokens);
     sequence->reserved_bytes =
         SequenceCache::bytes_for(*spec_, n, std::min<int64_t>(n + params.max_new_tokens, context));

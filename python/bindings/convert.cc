@@ -111,14 +111,14 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   SamplingParams p;
   p.max_new_tokens = fields["max_new_tokens"].cast<int32_t>();
   p.min_new_tokens = fields["min_new_tokens"].cast<int32_t>();
-  p.temperature = fields["temperature"].cast<double>();
-  p.top_k = fields["top_k"].cast<int32_t>();
-  p.top_p = fields["top_p"].cast<double>();
-  p.min_p = fields["min_p"].cast<double>();
-  p.repetition_penalty = fields["repetition_penalty"].cast<double>();
-  p.presence_penalty = fields["presence_penalty"].cast<double>();
-  p.frequency_penalty = fields["frequency_penalty"].cast<double>();
-  p.penalty_window = fields["penalty_window"].cast<int32_t>();
+  p.temperature = fields["temperature"].cast<std::optional<double>>();
+  p.top_k = fields["top_k"].cast<std::optional<int32_t>>();
+  p.top_p = fields["top_p"].cast<std::optional<double>>();
+  p.min_p = fields["min_p"].cast<std::optional<double>>();
+  p.repetition_penalty = fields["repetition_penalty"].cast<std::optional<double>>();
+  p.presence_penalty = fields["presence_penalty"].cast<std::optional<double>>();
+  p.frequency_penalty = fields["frequency_penalty"].cast<std::optional<double>>();
+  p.penalty_window = fields["penalty_window"].cast<std::optional<int32_t>>();
   if (!fields["logit_bias"].is_none()) {
     for (const auto& [id, bias] : fields["logit_bias"].cast<py::dict>()) {
       p.logit_bias.emplace_back(id.cast<int32_t>(), bias.cast<float>());

@@ -85,6 +85,11 @@ class Model(Closing):
         return self._core.config()
 
     @property
+    def default_sampling(self) -> SamplingParams:
+        """What is used where a caller says nothing: of generation_config.json, or our own."""
+        return SamplingParams(**self._core.default_sampling())
+
+    @property
     def tokenizer(self) -> _core.Tokenizer:
         """The folder's tokenizer; raises TokenizerError where it has none."""
         return self._core.tokenizer()
@@ -120,6 +125,7 @@ class Model(Closing):
         *,
         kv: KVConfig | None = None,
         max_batch: int = 64,
+        parse_special: bool = False,
         **sampling: Any,
     ) -> list[GenerateResult]:
         """Continues many prompts together (continuous batching).
@@ -129,6 +135,8 @@ class Model(Closing):
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top.
             kv: How caches are kept.
             max_batch: Sequences that decode together at most.
+            parse_special: Special tokens that a text spells become those tokens; by default they
+                are text like any other.
 
         Returns:
             One result per prompt, in order, independent of what else was in the batch.
@@ -145,6 +153,7 @@ class Model(Closing):
             SamplingParams.merge(params, sampling)._native(),
             (kv or KVConfig())._native(),
             max_batch,
+            parse_special,
         )
         return [GenerateResult._of(result) for result in native]
 

@@ -48,6 +48,7 @@ class ChatProgram {
         editor_("mustafar", history_path(), complete_chat_line),
         style_(editor_.is_terminal()) {
     params_.validate(model_.config().vocab_size);
+    params_ = params_.with_defaults(model_.config().sampling);
   }
 
   int run() {
@@ -282,7 +283,7 @@ class ChatProgram {
       note("loaded " + std::to_string(chat_.messages().size()) + " messages" +
            (cached ? " and their cache" : "; their cache does not fit and is computed anew"));
     } else if (name == "/set") {
-      if (!argument.empty()) set_parameter(argument, &params_, model_.config().vocab_size);
+      if (!argument.empty()) set_parameters(argument, &params_, model_.config().vocab_size);
       note(show_parameters(params_));
     } else if (name == "/stats") {
       show_stats();
