@@ -193,6 +193,7 @@ Chat::Chat(Session& session, ChatOptions options) {
   if (impl_->options.system) impl_->messages.emplace_back("system", *impl_->options.system);
 }
 
+Chat::Chat(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Chat::~Chat() = default;
 Chat::Chat(Chat&&) noexcept = default;
 Chat& Chat::operator=(Chat&&) noexcept = default;
@@ -236,6 +237,14 @@ ChatReply Chat::regenerate(const SamplingParams& params) {
   impl_->messages.pop_back();
   return impl_->begin(params, std::move(before));
 }
+
+Chat Chat::fork(Session& forked) const {
+  auto copy = std::make_unique<Impl>(*impl_);
+  copy->session = &forked;
+  return Chat(std::move(copy));
+}
+
+void Chat::cancel() { impl_->session->cancel(); }
 
 std::optional<std::string> Chat::undo() {
   const std::vector<ChatMessage>& messages = impl_->messages;

@@ -54,6 +54,7 @@ std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& m
                                          const pybind11::object& progress, bool costs);
 
 // From the keyword dictionaries that the Python classes make of themselves.
+KVConfig kv_fields_from(const pybind11::dict& fields);  // all but the profile
 KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);
 pybind11::dict kv_dict(const KVConfig& kv);
 SamplingParams sampling_params_from(const pybind11::dict& fields);

@@ -120,6 +120,10 @@ Raises TemplateError naming the line for a template that does not parse or fails
       .def_static("builtin", &ChatTemplate::builtin, py::arg("name"),
                   "A template that comes with mustafar; see builtin_names().")
       .def_static("builtin_names", &ChatTemplate::builtin_names)
+      .def("__repr__",
+           [](const ChatTemplate& self) {
+             return "<mustafar.ChatTemplate of " + std::to_string(self.source().size()) + " bytes>";
+           })
       .def_property_readonly("source", &ChatTemplate::source)
       .def(
           "render",

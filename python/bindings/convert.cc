@@ -75,7 +75,7 @@ std::function<void()> interrupt_check() {
   };
 }
 
-KVConfig kv_config_from(const py::dict& fields, const Model& model) {
+KVConfig kv_fields_from(const py::dict& fields) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
     const py::object value = fields[field.name];
@@ -85,6 +85,11 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
       kv.*field.member = value.cast<T>();
     }
   });
+  return kv;
+}
+
+KVConfig kv_config_from(const py::dict& fields, const Model& model) {
+  KVConfig kv = kv_fields_from(fields);
   const py::object profile = fields["profile"];
   if (py::isinstance<Profile>(profile)) {
     kv.profile = profile.cast<std::shared_ptr<Profile>>();
@@ -128,9 +133,7 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   p.stop = fields["stop"].cast<std::vector<std::string>>();
   p.stop_token_ids = fields["stop_token_ids"].cast<std::vector<int32_t>>();
   p.ignore_eos = fields["ignore_eos"].cast<bool>();
-  // Python's 0 asks for nothing; the native field reports the chosen token's from 0 on.
-  const int32_t logprobs = fields["logprobs"].cast<int32_t>();
-  p.logprobs = logprobs == 0 ? -1 : logprobs;
+  p.logprobs = fields["logprobs"].cast<std::optional<int32_t>>().value_or(-1);
   const py::object processor = fields["logits_processor"];
   if (!processor.is_none()) {
     // The callable is released under the GIL, wherever the last copy dies.

@@ -48,11 +48,15 @@ Model load(const std::filesystem::path& path, const std::string& device, const s
   return Model::load(path, options);
 }
 
-py::list generate(const Model& model, const py::list& prompts, const py::dict& params,
+// params: one for each prompt.
+py::list generate(const Model& model, const py::list& prompts, const py::list& params,
                   const py::dict& kv, int32_t max_batch, bool parse_special) {
   std::vector<Prompt> native;
   for (const py::handle prompt : prompts) native.push_back(prompt_from(prompt));
-  const SamplingParams sampling = sampling_params_from(params);
+  std::vector<SamplingParams> sampling;
+  for (const py::handle each : params) {
+    sampling.push_back(sampling_params_from(py::reinterpret_borrow<py::dict>(each)));
+  }
   const KVConfig config = kv_config_from(kv, model);
   BatchOptions options;
   options.max_batch = max_batch;

@@ -67,6 +67,9 @@ void register_session(py::module_& m) {
         return fields;
       },
       py::arg("name"));
+  m.def(
+      "check_kv", [](const py::dict& fields) { kv_fields_from(fields).validate(); },
+      py::arg("fields"));
   m.def("kv_presets", [] {
     py::dict summaries;
     for (const KVPreset& preset : kv_presets()) summaries[preset.name] = preset.summary;

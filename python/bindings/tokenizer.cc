@@ -126,6 +126,10 @@ An incremental decoder. after: ids that come before the first one pushed; the te
 follows theirs.)")
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
                              "One more than the largest id, added tokens included.")
+      .def_property_readonly("bos_id", &Tokenizer::bos_id,
+                             "Id of the token that begins a text, or None.")
+      .def_property_readonly("eos_ids", &Tokenizer::eos_ids,
+                             "Ids of the tokens that end a text, the tokenizer's own first.")
       .def_property_readonly("special_prefix", &Tokenizer::special_prefix,
                              "Ids that add_special puts before a text, such as BOS.")
       .def(

@@ -150,6 +150,23 @@ class Chat:
         native = SamplingParams.merge(params, sampling)._native()
         return ChatStream(self._core.regenerate(native))._finish()
 
+    def fork(self) -> Chat:
+        """The same conversation once more; what is said in one is not said in the other.
+
+        The cache is shared as far as :meth:`Session.fork` shares it.
+        """
+        chat = Chat.__new__(Chat)
+        chat._session = self._session.fork()
+        chat._core = self._core.fork(chat._session._core)
+        return chat
+
+    def cancel(self) -> None:
+        """Makes the reply that another thread waits for raise :class:`Cancelled` soon.
+
+        What was said by then stays in the conversation.
+        """
+        self._core.cancel()
+
     def undo(self) -> str | None:
         """Drops the last user message and all after it; returns its text."""
         return self._core.undo()
@@ -188,3 +205,6 @@ class Chat:
     def dropped_turns(self) -> int:
         """Turns that ``context_shift`` has dropped."""
         return self._core.dropped_turns()
+
+    def __repr__(self) -> str:
+        return f"<mustafar.Chat of {len(self.messages)} messages in {self._session!r}>"

@@ -105,7 +105,7 @@ class Request:
         if top > 0 and not logprobs:
             raise ValueError("top_logprobs needs logprobs=True")
         if logprobs:
-            given["logprobs"] = max(1, top)
+            given["logprobs"] = top
 
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:

@@ -206,3 +206,10 @@ class Session(Closing):
 
     def __len__(self) -> int:
         return self.position
+
+    def __repr__(self) -> str:
+        try:
+            position, limit = self.position, self.max_tokens
+        except _core.StateError:
+            return "<mustafar.Session, closed>"
+        return f"<mustafar.Session with {position} of {limit} tokens, {self._kv!r}>"

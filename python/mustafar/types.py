@@ -34,6 +34,9 @@ LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np
 class KVConfig:
     """How a session keeps its keys and values. The default does no harm: all of them, in 8 bits.
 
+    A value of the wrong kind or out of range is refused when the object is made, with a TypeError
+    or ValueError that names the field.
+
     Attributes:
         sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
         k_sparsity: The same for keys alone; None takes ``sparsity``.
@@ -89,6 +92,20 @@ class KVConfig:
     v_policy: VPolicy = "magnitude"
     profile: _core.Profile | str | os.PathLike[str] | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "profile":
+                object.__setattr__(self, field.name, field.default if value is None else value)
+            elif isinstance(field.default, str):
+                if not isinstance(value, str):
+                    raise TypeError(f"{field.name} must be a text, not {value!r}")
+            elif isinstance(field.default, int):
+                object.__setattr__(self, field.name, checks.integer(field.name, value))
+            else:
+                object.__setattr__(self, field.name, checks.number(field.name, value))
+        _core.check_kv({**self._native(), "profile": None})
+
     @classmethod
     def preset(cls, name: Preset, **changes: Any) -> KVConfig:
         """A setting by name, with fields changed where named.
@@ -96,7 +113,7 @@ class KVConfig:
         ``"lossless"`` (the default), ``"balanced"``, ``"small"``, ``"mustafar"`` or ``"dense"``;
         what each was measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
 
-        Raises ValueError for an unknown name, TypeError for an unknown field.
+        Raises ValueError for an unknown name or value, TypeError for an unknown field.
         """
         return replace(cls(**_core.kv_preset(name)), **changes)
 
@@ -139,7 +156,8 @@ class SamplingParams:
             special token ends it where that token comes.
         stop_token_ids: Ids that end it, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence ids.
-        logprobs: How many alternatives to report for every token; 0: no log-probabilities.
+        logprobs: How many alternatives to report for every token beside its own log-probability;
+            None or -1: no log-probabilities.
         logits_processor: Called with the ids so far [n] int32 and the logits [vocab] float32,
             which it may change in place or replace by returning an array.
     """
@@ -159,7 +177,7 @@ class SamplingParams:
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    logprobs: int = 0
+    logprobs: int | None = None
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self) -> None:
@@ -207,7 +225,7 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, bool):
         return checks.flag(name, value)
-    whole = isinstance(default, int) or name in ("top_k", "penalty_window")
+    whole = isinstance(default, int) or name in ("top_k", "penalty_window", "logprobs")
     return (checks.integer if whole else checks.number)(name, value)
 
 

@@ -74,6 +74,11 @@ class Chat {
   // Drops the last reply and starts another. Throws std::invalid_argument where there is none.
   ChatReply regenerate(const SamplingParams& params = {});
 
+  // The same conversation in a session's fork, which must outlive it; the two then go their ways.
+  Chat fork(Session& forked) const;
+  // As Session::cancel. Safe from any thread.
+  void cancel();
+
   // Drops the last user message and all that follows; returns its text, or none.
   std::optional<std::string> undo();
   void clear();  // all messages but the system message
@@ -102,6 +107,7 @@ class Chat {
 
  private:
   friend class ChatReply;
+  explicit Chat(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -75,6 +75,13 @@ class Model {
                                        const SamplingParams& params = {}, const KVConfig& kv = {},
                                        const BatchOptions& options = {}) const;
 
+  // The same, each prompt with its own parameters. Throws std::invalid_argument unless there are as
+  // many of them.
+  std::vector<GenerateResult> generate(std::span<const Prompt> prompts,
+                                       std::span<const SamplingParams> params,
+                                       const KVConfig& kv = {},
+                                       const BatchOptions& options = {}) const;
+
   // Drops the handle's weights once the last session is gone. Using a closed handle throws
   // StateError.
   void close();
