@@ -169,7 +169,8 @@ void print_sampling(const Json& sampling) {
   std::string own, usual;
   for (const auto& [name, value] : sampling.items()) {
     if (name == "from_folder") continue;
-    const bool is_own = std::find(from_folder.begin(), from_folder.end(), name) != from_folder.end();
+    const bool is_own =
+        std::find(from_folder.begin(), from_folder.end(), name) != from_folder.end();
     const bool off = name.find("penalty") != std::string::npos;  // not worth a word where usual
     if (!is_own && off) continue;
     std::string& list = is_own ? own : usual;

@@ -72,6 +72,10 @@ struct PromptFlags {
   std::string read() const;
 };
 
+// What the library says of arguments, with the command's options for the names that they have in
+// Python and C++.
+std::string with_option_names(const std::string& message);
+
 // A whole file or, for "-", standard input. Throws Error naming it.
 std::string read_text(const std::string& path);
 

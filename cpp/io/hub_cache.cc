@@ -93,10 +93,9 @@ fs::path find_model_folder(const fs::path& name) {
   const fs::path repository = hub_cache() / folder;
   if (const auto snapshot = snapshot_of(repository)) return *snapshot;
   throw Missing<ModelError>(
-      id +
-                   ": expected a model folder or a repository in the local Hugging Face cache, " +
-                   "found neither (" + repository.string() + " has no snapshot); \"hf download " +
-                   id + "\" fetches it, and so does Python with the extra mustafar[hub]");
+      id + ": expected a model folder or a repository in the local Hugging Face cache, " +
+      "found neither (" + repository.string() + " has no snapshot); \"hf download " + id +
+      "\" fetches it, and so does Python with the extra mustafar[hub]");
 }
 
 }  // namespace mustafar

@@ -327,14 +327,16 @@ SamplingDefaults read_sampling(const Fields& fields) {
   constexpr double kMost = std::numeric_limits<double>::max();
   constexpr double kLeast = std::numeric_limits<double>::min();
   SamplingDefaults sampling;
-  sampling.temperature = fields.number_within("temperature", 0, kMost, "a number that is 0 or more");
+  sampling.temperature =
+      fields.number_within("temperature", 0, kMost, "a number that is 0 or more");
   if (!fields.boolean_or("do_sample", true)) sampling.temperature = 0;
   if (fields.find("top_k")) {  // 0, and to some -1, means that it is off
     sampling.top_k = std::max(fields.integer("top_k", -1, kInt32Max), 0);
   }
   sampling.top_p = fields.number_within("top_p", 0, 1, "a number from 0 to 1");
   sampling.min_p = fields.number_within("min_p", 0, 1, "a number from 0 to 1");
-  sampling.repetition_penalty = fields.number_within("repetition_penalty", kLeast, kMost, "a number above 0");
+  sampling.repetition_penalty =
+      fields.number_within("repetition_penalty", kLeast, kMost, "a number above 0");
   sampling.presence_penalty = fields.number_within("presence_penalty", -kMost, kMost, "a number");
   sampling.frequency_penalty = fields.number_within("frequency_penalty", -kMost, kMost, "a number");
   return sampling;

@@ -36,8 +36,7 @@ class Scheduler {
  public:
   // params: one for each prompt, or one for all.
   Scheduler(Model::Impl& engine, std::span<const Prompt> prompts,
-            std::span<const SamplingParams> params,
-            const KVConfig& kv, const BatchOptions& options)
+            std::span<const SamplingParams> params, const KVConfig& kv, const BatchOptions& options)
       : engine_(engine),
         options_(options),
         spec_(engine.cache_spec(kv)),

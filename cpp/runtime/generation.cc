@@ -82,9 +82,8 @@ Generation Session::start(const Prompt& prompt, const SamplingParams& params,
   Impl::Use use(*impl_);
   const Model::Impl& engine = *impl_->engine;
   auto generation = std::make_unique<Generation::Impl>(*impl_, params);
-  const std::vector<int32_t> ids =
-      prompt_ids(prompt, engine.tokenizer ? &*engine.tokenizer : nullptr, position(),
-                 options.parse_special);
+  const std::vector<int32_t> ids = prompt_ids(
+      prompt, engine.tokenizer ? &*engine.tokenizer : nullptr, position(), options.parse_special);
   if (ids.empty() && impl_->tokens.empty()) {
     throw std::invalid_argument("the prompt is empty and so is the session: nothing to continue");
   }

@@ -113,7 +113,9 @@ bool penalises(const SamplingParams& params) {
 }  // namespace
 
 Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids)
-    : vocab_size_(vocab_size), params_(params.with_defaults()), end_ids_(end_ids.begin(), end_ids.end()) {
+    : vocab_size_(vocab_size),
+      params_(params.with_defaults()),
+      end_ids_(end_ids.begin(), end_ids.end()) {
   if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("vocab_size must be between 1 and 2^31 - 1, not " +
                                 std::to_string(vocab_size));

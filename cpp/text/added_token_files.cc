@@ -153,16 +153,16 @@ FolderEnds read_ends(const std::filesystem::path& folder) {
   };
   for (const char* file : {"tokenizer_config.json", "special_tokens_map.json"}) {
     const json config = object(file);
-    for (auto& [name, tokens] : {std::pair("bos_token", &ends.bos_tokens),
-                                 std::pair("eos_token", &ends.eos_tokens)}) {
+    for (auto& [name, tokens] :
+         {std::pair("bos_token", &ends.bos_tokens), std::pair("eos_token", &ends.eos_tokens)}) {
       if (!config.contains(name)) continue;
       if (auto token = candidate(config[name], true)) tokens->push_back(token->content);
     }
   }
   for (const char* file : {"config.json", "generation_config.json"}) {
     const json config = object(file);
-    for (auto& [name, ids] : {std::pair("bos_token_id", &ends.bos_ids),
-                              std::pair("eos_token_id", &ends.eos_ids)}) {
+    for (auto& [name, ids] :
+         {std::pair("bos_token_id", &ends.bos_ids), std::pair("eos_token_id", &ends.eos_ids)}) {
       if (!config.contains(name)) continue;
       const json& value = config[name];
       for (const json& id : value.is_array() ? value : json::array({value})) {

@@ -160,7 +160,8 @@ struct Tokenizer::Impl {
         add(added.find(token) ? added.find(token) : model.vocab().find(token), &found);
       }
       for (const int64_t id : ids) {
-        const bool is_id = id >= 0 && id < model.vocab().size() && contains(static_cast<int32_t>(id));
+        const bool is_id =
+            id >= 0 && id < model.vocab().size() && contains(static_cast<int32_t>(id));
         if (is_id) add(static_cast<int32_t>(id), &found);
       }
       return found;

@@ -67,11 +67,12 @@ void register_chat(py::module_& m) {
              const SamplingParams sampling = sampling_params_from(params);
              return begin(self, [&](Chat& chat) { return chat.regenerate(sampling); });
            })
-      .def("fork",
-           [](const Chat& chat, Session& forked) {
-             return std::make_unique<Chat>(chat.fork(forked));
-           },
-           py::arg("forked"), py::keep_alive<0, 2>())
+      .def(
+          "fork",
+          [](const Chat& chat, Session& forked) {
+            return std::make_unique<Chat>(chat.fork(forked));
+          },
+          py::arg("forked"), py::keep_alive<0, 2>())
       .def("cancel", &Chat::cancel)
       .def("undo", &Chat::undo, py::call_guard<py::gil_scoped_release>())
       .def("clear", &Chat::clear, py::call_guard<py::gil_scoped_release>())

@@ -154,9 +154,9 @@ for values that JSON does not have.)")
              const std::optional<std::string>& eos_token, const py::object& tools,
              const py::object& date, const py::object& continue_final_message,
              const py::kwargs& variables) {
-            const RenderedChat rendered = render_chat(self, messages, add_generation_prompt,
-                                                      continue_final_message, bos_token, eos_token,
-                                                      tools, date, variables);
+            const RenderedChat rendered =
+                render_chat(self, messages, add_generation_prompt, continue_final_message,
+                            bos_token, eos_token, tools, date, variables);
             py::list ranges;
             for (const TextRange& range : rendered.outside) {
               ranges.append(py::make_tuple(range.begin, range.end));

@@ -100,10 +100,10 @@ model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
             return py::cast(ids);
           },
           py::arg("messages"), py::arg("add_generation_prompt") = py::none(), py::kw_only(),
-          py::arg("continue_final_message") = false,
-          py::arg("tokenize") = true, py::arg("tools") = py::none(),
-          py::arg("chat_template") = py::none(), py::arg("bos_token") = py::none(),
-          py::arg("eos_token") = py::none(), py::arg("date") = py::none(), R"(
+          py::arg("continue_final_message") = false, py::arg("tokenize") = true,
+          py::arg("tools") = py::none(), py::arg("chat_template") = py::none(),
+          py::arg("bos_token") = py::none(), py::arg("eos_token") = py::none(),
+          py::arg("date") = py::none(), R"(
 Token ids of a conversation as the model expects it: the chat template rendered, its special tokens
 as their ids. A special token that a message spells stays text.
 

@@ -118,7 +118,9 @@ class Request:
         continues = checks.flag(
             "continue_final_message", given.pop("continue_final_message", False)
         )
-        prompts = checks.flag("add_generation_prompt", given.pop("add_generation_prompt", not continues))
+        prompts = checks.flag(
+            "add_generation_prompt", given.pop("add_generation_prompt", not continues)
+        )
         if prompts == continues:
             raise ValueError(
                 "add_generation_prompt must be the opposite of continue_final_message, "

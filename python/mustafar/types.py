@@ -135,8 +135,9 @@ class SamplingParams:
 
     None in a field means its default, and in those from ``temperature`` to ``penalty_window`` that
     the model's folder decides (generation_config.json; :attr:`Model.default_sampling` shows it), or
-    the number given here where it does not say. A value of the wrong kind is refused when the object is made,
-    with a TypeError or ValueError that names the field. numpy's scalars and arrays are taken.
+    the number given here where it does not say. A value of the wrong kind is refused when the
+    object is made, with a TypeError or ValueError that names the field. numpy's scalars and arrays
+    are taken.
 
     Attributes:
         max_new_tokens: Tokens to make at most.

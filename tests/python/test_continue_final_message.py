@@ -147,7 +147,9 @@ def test_chat_completion(model: mustafar.Model) -> None:
     pieces = complete(begun, continue_final_message=True, stream=True)
     streamed = "".join(c["choices"][0]["delta"].get("content", "") for c in pieces)
     assert streamed == text
-    assert complete([USER], continue_final_message=None)["choices"][0]["message"]["content"] == whole
+    assert (
+        complete([USER], continue_final_message=None)["choices"][0]["message"]["content"] == whole
+    )
     for body in (
         {"continue_final_message": True, "add_generation_prompt": True},
         {"add_generation_prompt": False},

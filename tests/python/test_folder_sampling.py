@@ -128,7 +128,9 @@ def test_values_of_the_wrong_kind(
     folder: Callable[..., Path], field: str, value: Any, expected: str
 ) -> None:
     path = folder(**{field: value})
-    with pytest.raises(mustafar.ModelError, match=f'generation_config.json: "{field}": .*{expected}'):
+    with pytest.raises(
+        mustafar.ModelError, match=f'generation_config.json: "{field}": .*{expected}'
+    ):
         mustafar.Model(path)
 
 

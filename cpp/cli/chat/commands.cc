@@ -122,15 +122,16 @@ void set_parameter(const std::string& name, const std::string& text, SamplingPar
 const std::vector<ChatCommand>& chat_commands() {
   static const std::vector<ChatCommand> kCommands = {
       {"/help", "", "this list"},
-      {"/exit", "", "leave (as Ctrl-D)"},
+      {"/exit", "", "leave (as /bye and Ctrl-D)"},
       {"/clear", "", "forget the conversation, keep the system message"},
-      {"/regen", "", "make the last reply again"},
+      {"/regen", "", "make the last reply again; all taken back: send that again"},
+      {"/continue", "", "go on with the last reply, which was cut or stopped"},
       {"/undo", "", "take the last message and its reply back"},
-      {"/read", "FILE [TEXT]", "send a file, followed by a text"},
+      {"/read", "FILE [TEXT]", "send a file of UTF-8 or UTF-16 text, followed by a text"},
       {"/system", "[TEXT]", "set the system message, or remove it"},
       {"/save", "FILE", "save the conversation and its cache"},
       {"/load", "FILE", "load a saved conversation"},
-      {"/set", "[NAME=VALUE]", "show or set sampling parameters"},
+      {"/set", "[NAME=VALUE...]", "show or set sampling parameters"},
       {"/stats", "", "context, memory and speed so far"},
       {"/sparsity", "[VALUE]", "show or set the pruned fraction of the cache"},
       {"/multiline", "", "switch: messages go on until a line with a single ."},
@@ -146,7 +147,8 @@ std::string chat_help() {
     out += "  " + usage + " " + command.help + "\n";
   }
   return out +
-         "A line that ends with \\ goes on in the next; pasted lines are one message.\n"
+         "A line that ends with \\ goes on in the next, \"\"\" begins and ends several lines, and\n"
+         "pasted lines are one message.\n"
          "Ctrl-C stops a reply, a second one leaves.\n";
 }
 

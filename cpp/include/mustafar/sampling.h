@@ -31,7 +31,7 @@ struct SamplingDefaults {
 // stands behind the field.
 struct SamplingParams {
   int32_t max_new_tokens = 256;
-  int32_t min_new_tokens = 0;  // end-of-sequence ids can't be chosen before
+  int32_t min_new_tokens = 0;              // end-of-sequence ids can't be chosen before
   std::optional<double> temperature = {};  // 0.8; 0: greedy
   std::optional<int32_t> top_k = {};       // 40; 0: off
   std::optional<double> top_p = {};        // 0.95; 1: off
