@@ -63,7 +63,8 @@ int generate(const Options& options) {
   Progress bar("prompt");
   session.set_interrupt_check(throw_if_interrupted);
   session.set_prefill_progress([&bar](int64_t done, int64_t total) { bar.update(done, total); });
-  Generation generation = session.start(prompt, params);
+  Generation generation =
+      session.start(prompt, params, PromptOptions{.parse_special = options.prompt.special});
   bar.clear();
   session.set_interrupt_check({});  // from here on Ctrl-C ends the output between two tokens
 

@@ -186,6 +186,8 @@ StateFile read_checked(const std::filesystem::path& path) {
   const auto fail = [&](const std::string& what) { throw StateError(path.string() + ": " + what); };
   try {
     state.file = MappedFile::open(path);
+  } catch (const Missing<ModelError>& error) {
+    throw Missing<StateError>(error.what());
   } catch (const ModelError& error) {
     throw StateError(error.what());
   }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "mustafar/model_config.h"
 #include "mustafar/sampling.h"
 #include "mustafar/tokenizer.h"
 #include "runtime/sampler.h"
@@ -17,9 +18,9 @@ namespace mustafar {
 
 class TokenLoop {
  public:
-  // tokenizer: null where the model has none (then stop texts are refused and text stays empty).
-  TokenLoop(const SamplingParams& params, int64_t vocab_size, std::span<const int32_t> eos_ids,
-            const Tokenizer* tokenizer);
+  // params: what they leave open is the model's to say. tokenizer: null where the model has none
+  // (then stop texts are refused and text stays empty).
+  TokenLoop(const SamplingParams& params, const ModelConfig& model, const Tokenizer* tokenizer);
 
   // The text made continues that of these tokens.
   void start_after(std::span<const int32_t> before);

@@ -68,6 +68,14 @@ def set_messages(chat: _core.Chat, messages: Sequence[Message]) -> None:
     chat.set_messages_json(json.dumps(list(messages)))
 
 
+def start_reply(
+    chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
+) -> _core.ChatReply:
+    """A reply to the messages of a conversation, or one that goes on inside the last."""
+    start = chat.continue_last if continue_final_message else chat.reply
+    return start(sampling._native())
+
+
 @dataclass(frozen=True)
 class Request:
     """What a request of OpenAI's shape asks for, but for its messages and tools."""
@@ -78,6 +86,7 @@ class Request:
     top_logprobs: int
     with_usage: bool  # of a stream: a last chunk that says it
     use_tools: bool
+    continues: bool  # the last message, rather than making one of its own
 
     @staticmethod
     def of(params: SamplingParams | None, fields: Mapping[str, Any]) -> Request:
@@ -96,7 +105,7 @@ class Request:
         if top > 0 and not logprobs:
             raise ValueError("top_logprobs needs logprobs=True")
         if logprobs:
-            given["logprobs"] = max(1, top)
+            given["logprobs"] = top
 
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:
@@ -106,6 +115,17 @@ class Request:
         if tool_choice not in ("auto", "none"):
             raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
         options = given.pop("stream_options", {})
+        continues = checks.flag(
+            "continue_final_message", given.pop("continue_final_message", False)
+        )
+        prompts = checks.flag(
+            "add_generation_prompt", given.pop("add_generation_prompt", not continues)
+        )
+        if prompts == continues:
+            raise ValueError(
+                "add_generation_prompt must be the opposite of continue_final_message, "
+                f"not {prompts} too"
+            )
         return Request(
             sampling=SamplingParams.merge(params, given),
             n=n,
@@ -113,6 +133,7 @@ class Request:
             top_logprobs=top,
             with_usage=bool(options.get("include_usage")),
             use_tools=tool_choice == "auto",
+            continues=continues,
         )
 
 
@@ -200,7 +221,7 @@ class _Answers:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
         set_messages(self._chat, self._messages)
-        return ChatStream(self._chat.reply(sampling._native()))
+        return ChatStream(start_reply(self._chat, sampling, self._request.continues))
 
     def _replies(self) -> Iterator[tuple[int, ChatStream]]:
         for index in range(self._request.n):

@@ -72,20 +72,20 @@ std::vector<double> exact_distribution(const Floats& logits, const SamplingParam
   std::vector<double> p(n);
   double total = 0;
   for (size_t i = 0; i < n; i++) {
-    const bool cut = params.top_k > 0 && i >= static_cast<size_t>(params.top_k);
-    p[i] = cut ? 0 : std::exp((logits[order[i]] - logits[order[0]]) / params.temperature);
+    const bool cut = *params.top_k > 0 && i >= static_cast<size_t>(*params.top_k);
+    p[i] = cut ? 0 : std::exp((logits[order[i]] - logits[order[0]]) / *params.temperature);
     total += p[i];
   }
   double sum = 0;
   double kept = 0;
   bool past = false;
   for (size_t i = 0; i < n; i++) {
-    if (past || p[i] < params.min_p) {
+    if (past || p[i] < *params.min_p) {
       p[i] = 0;
       continue;
     }
     sum += p[i];
-    past = params.top_p < 1 && sum >= params.top_p * total;
+    past = *params.top_p < 1 && sum >= *params.top_p * total;
     kept += p[i];
   }
   std::vector<double> out(n);
