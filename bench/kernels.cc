@@ -35,7 +35,7 @@ double now() {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Keeps a result alive.
+// Results go here, so that the compiler keeps the work.
 volatile float g_sink;
 
 #if defined(__x86_64__)
@@ -188,9 +188,34 @@ struct Bench {
                        for (int64_t i = 0; i < count; i++) {
                          const Matrix w{take(bytes), dtype, rows, cols};
                          const LinearLayer layer{&w, nullptr, y.as<float>(), rows, false};
-                         decode_linear(pool, kernels, {&layer, 1}, x.as<float>(), cols, batch);
+                         decode_linear(pool, kernels, {&layer, 1}, x.as<float>(), cols, batch, true,
+                                       workspace);
                        }
                        return static_cast<double>(bytes * count);
+                     }});
+  }
+
+  // Of a quantised matrix, over its bytes: codes and scales.
+  void add_quantised_gemv(DType dtype, int32_t group, int64_t rows, int64_t cols, int32_t batch,
+                          bool int8_input) {
+    QuantisedShape shape;
+    shape.dtype = dtype;
+    shape.group = group;
+    shape.rows = rows;
+    shape.cols = cols;
+    const std::string name = std::string("gemv ") + dtype_name(dtype) + ":" +
+                             std::to_string(group) + (int8_input ? "" : " f32 input") + " " +
+                             std::to_string(rows) + "x" + std::to_string(cols) + " batch " +
+                             std::to_string(batch);
+    cases.push_back({name, "GB/s", "read", [=, this] {
+                       const int64_t count = std::max<int64_t>(1, (32 << 20) / shape.bytes());
+                       for (int64_t i = 0; i < count; i++) {
+                         const Matrix w = Matrix::of(shape, take(shape.bytes()));
+                         const LinearLayer layer{&w, nullptr, y.as<float>(), rows, false};
+                         decode_linear(pool, kernels, {&layer, 1}, x.as<float>(), cols, batch,
+                                       int8_input, workspace);
+                       }
+                       return static_cast<double>(shape.bytes() * count);
                      }});
   }
 
@@ -201,7 +226,13 @@ struct Bench {
                              std::to_string(n) + " x " + std::to_string(rows) + "x" +
                              std::to_string(cols);
     cases.push_back({name, "GFLOP/s", "peak " + type, [=, this, &gemm] {
-                       const Matrix w{take(dtype_bytes(dtype, rows * cols)), dtype, rows, cols};
+                       Matrix w{nullptr, dtype, rows, cols};
+                       w.group = 32;
+                       if (w.quantised()) {
+                         w = Matrix::of(w.shape(), take(w.shape().bytes()));
+                       } else {
+                         w.data = take(dtype_bytes(dtype, rows * cols));
+                       }
                        const LinearLayer layer{&w, nullptr, y.as<float>(), rows, false};
                        const PackedInput packed(gemm, n, cols, workspace.packed);
                        pool.parallel_for(packed.n_panels(), [&](int64_t p, int) {
@@ -280,10 +311,25 @@ int run(int argc, char** argv) {
     bench.add_gemv(dtype, 2048, 8192, 1);
   }
   for (int32_t batch : {2, 4, 8, 16}) bench.add_gemv(DType::kBF16, 8192, 2048, batch);
+  for (DType dtype : {DType::kInt8, DType::kInt4}) {
+    for (int32_t group : {32, 128}) {
+      bench.add_quantised_gemv(dtype, group, 8192, 2048, 1, true);
+      bench.add_quantised_gemv(dtype, group, 2048, 8192, 1, true);
+    }
+    for (int32_t batch : {2, 4, 8, 16}) {
+      bench.add_quantised_gemv(dtype, 32, 8192, 2048, batch, true);
+    }
+    bench.add_quantised_gemv(dtype, 32, 8192, 2048, 1, false);
+  }
   const GemmKernels &bf16 = bench.kernels.bf16, &f32 = bench.kernels.f32;
   bench.add_gemm(bf16, DType::kBF16, 512, 2048, 2048);
   bench.add_gemm(bf16, DType::kBF16, 512, 8192, 2048);
   bench.add_gemm(bf16, DType::kBF16, 512, 2048, 8192);
+  for (DType dtype : {DType::kInt8, DType::kInt4}) {
+    bench.add_gemm(bf16, dtype, 512, 2048, 2048);
+    bench.add_gemm(bf16, dtype, 512, 8192, 2048);
+    bench.add_gemm(bf16, dtype, 512, 2048, 8192);
+  }
   bench.add_gemm(bf16, DType::kBF16, 32, 8192, 2048);
   bench.add_gemm(bf16, DType::kBF16, 1, 8192, 2048);
   bench.add_gemm(f32, DType::kF32, 512, 2048, 2048);

@@ -20,18 +20,41 @@
 #include "backend/cache_view.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
+#include "format/quantised_matrix.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
 
 class ThreadPool;
 
-// A weight matrix as stored: y = W x. data is [rows][cols], aligned to its element.
+// A weight matrix: y = W x. Of f32, f16 or bf16, data is [rows][cols], aligned to its element. Of
+// int8 or int4, data holds the codes of format/quantised_matrix.h, aligned to 64 bytes.
 struct Matrix {
   const void* data = nullptr;
-  DType dtype = DType::kF32;  // f32, f16 or bf16
-  int64_t rows = 0;           // outputs
-  int64_t cols = 0;           // inputs
+  DType dtype = DType::kF32;
+  int64_t rows = 0;  // outputs
+  int64_t cols = 0;  // inputs
+
+  // Of quantised matrices alone.
+  int32_t group = 0;  // inputs that share a scale
+  DType scale_dtype = DType::kF16;
+  const void* scales = nullptr;    // [tile][group][16 rows] scale_dtype
+  const uint8_t* zeros = nullptr;  // [tile][group][16 rows] or null: symmetric
+
+  bool quantised() const { return !is_float(dtype); }
+  QuantisedShape shape() const { return {dtype, scale_dtype, zeros != nullptr, group, rows, cols}; }
+  // A quantised matrix over the shape's one allocation.
+  static Matrix of(const QuantisedShape& shape, const void* memory) {
+    const uint8_t* at = static_cast<const uint8_t*>(memory);
+    return {at,
+            shape.dtype,
+            shape.rows,
+            shape.cols,
+            shape.group,
+            shape.scale_dtype,
+            at + shape.scales_at(),
+            shape.has_zeros ? at + shape.zeros_at() : nullptr};
+  }
 };
 
 struct LayerWeights {
@@ -124,6 +147,7 @@ class Backend {
   virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
+  virtual bool quantised_weights() const { return false; }  // matrices may be int8 or int4
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
@@ -134,6 +158,14 @@ class Backend {
   virtual int64_t available_bytes() const = 0;  // that allocate could still get, about
 
   virtual std::unique_ptr<Workspace> make_workspace() = 0;
+
+  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes and f16 scales of a
+  // symmetric shape, in memory of shape.bytes(). False where a value is not finite or no f16 scale
+  // holds it. Only where quantised_weights().
+  virtual bool quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
+    (void)stored, (void)shape, (void)memory;
+    throw std::logic_error(device() + " has no quantised weights");
+  }
 
   // Operations. x, q, out: f32 rows on the device.
 
@@ -204,6 +236,7 @@ struct BackendOptions {
   std::string device = "auto";  // "auto", "cpu", "cuda"
   DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
   int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
+  bool quantised = false;       // matrices will be quantised: "auto" takes a device that has them
 };
 
 // "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws

@@ -34,15 +34,20 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
     throw std::invalid_argument("threads: expected 0 (the default) or more, got " +
                                 std::to_string(options.threads));
   }
+  if (options.device == "cuda" && options.quantised) {
+    throw DeviceError(
+        "device \"cuda\" has no quantised weights yet: weights must be auto there, or the device "
+        "cpu");
+  }
   if (options.device == "cuda") return make_gpu_backend(config, options);
   if (options.device != "auto" && options.device != "cpu") {
     throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device +
                                 "\"");
   }
-  if (options.device == "auto") {
+  if (options.device == "auto" && !options.quantised) {
     try {
       return make_gpu_backend(config, options);
-    } catch (const DeviceError&) {  // then the CPU
+    } catch (const DeviceError&) {  // no GPU to be had: the CPU
     }
   }
   return std::make_unique<CpuBackend>(config, options.dtype, options.threads, detect_isa());

@@ -109,6 +109,7 @@ Json collect(const Options& options) {
                {"device", model.device()},
                {"device_description", model.device_description()},
                {"dtype", model.dtype()},
+               {"weights", model.weights()},
                {"memory",
                 {{"weights_bytes", memory.weights_bytes},
                  {"workspace_bytes", memory.workspace_bytes},
@@ -149,6 +150,11 @@ void print_model(const Json& json) {
     stored += (stored.empty() ? "" : ", ") + dtype + " " + format_bytes(bytes.get<double>());
   }
   print_line("weights", number(json, "n_tensors") + " tensors, " + stored);
+  const std::string weights = json.at("weights").get<std::string>();
+  if (weights != "auto") {
+    const double bytes = json.at("memory").at("weights_bytes").get<double>();
+    print_line("loaded", "as " + weights + ", " + format_bytes(bytes));
+  }
   print_line("device", json.at("device").get<std::string>() + ": " +
                            json.at("device_description").get<std::string>() + ", arithmetic " +
                            json.at("dtype").get<std::string>());

@@ -12,6 +12,7 @@
 #include "cli/demo_model.h"
 #include "cli/interrupt.h"
 #include "cli/terminal.h"
+#include "model/weight_format.h"
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "runtime/kv_fields.h"
@@ -75,6 +76,22 @@ std::string unescape(const std::string& text) {
 
 }  // namespace
 
+CLI::Option* add_weights_option(CLI::App& command, std::string& weights) {
+  return command
+      .add_option("-w,--weights", weights,
+                  "Weights in memory: auto (as stored), int8 or int4 (rounded on loading; CPU), "
+                  "with another group of inputs to a scale than 32 as in int4:64 or int8:row")
+      ->check([](const std::string& text) {
+        try {
+          parse_weight_format(text);
+        } catch (const std::invalid_argument& error) {
+          return std::string(error.what());
+        }
+        return std::string();
+      })
+      ->capture_default_str();
+}
+
 void ModelFlags::add_to(CLI::App& command) {
   command
       .add_option(
@@ -91,6 +108,7 @@ void ModelFlags::add_to(CLI::App& command) {
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
       ->capture_default_str()
       ->group(kModelGroup);
+  add_weights_option(command, weights)->group(kModelGroup);
   command.add_option("-t,--threads", threads, "CPU threads; 0: what cores and CPU quota allow")
       ->capture_default_str()
       ->group(kModelGroup);
@@ -109,6 +127,7 @@ ModelOptions ModelFlags::options() const {
   ModelOptions options;
   options.device = device;
   options.dtype = dtype;
+  options.weights = weights;
   options.threads = threads;
   options.kv_budget = static_cast<int64_t>(kv_budget);
   return options;

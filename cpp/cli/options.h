@@ -16,11 +16,12 @@
 
 namespace mustafar::cli {
 
-// -m --device --dtype -t --kv-budget
+// -m --device --dtype -w -t --kv-budget
 struct ModelFlags {
   std::string folder;  // empty: the demo model
   std::string device = "auto";
   std::string dtype = "auto";
+  std::string weights = "auto";
   int32_t threads = 0;
   uint64_t kv_budget = 0;  // bytes
 
@@ -28,6 +29,9 @@ struct ModelFlags {
   ModelOptions options() const;
   Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
 };
+
+// -w
+CLI::Option* add_weights_option(CLI::App& command, std::string& weights);
 
 // --kv --sparsity --k-sparsity --v-sparsity --pattern --window --sinks --kv-dtype --bits --k-bits
 // --v-bits --k-policy --v-policy --profile. What is not given is the preset's.

@@ -46,7 +46,7 @@ bool same_shape(const A& a, const B& b) {
   });
 }
 
-// False for the format's other types.
+// False for types of the safetensors format that the runtime does not have.
 bool to_dtype(std::string_view name, DType& dtype) {
   if (name == "F32")
     dtype = DType::kF32;
@@ -263,13 +263,28 @@ void Checkpoint::load_all(const std::function<void(int64_t, int64_t)>& progress)
   }
 }
 
-void Checkpoint::prefault(const void* data, int64_t bytes) const {
+const MappedFile* Checkpoint::file_of(const void* data) const {
   const uint8_t* const at = static_cast<const uint8_t*>(data);
   for (const SafetensorsFile& file : files_) {
     const uint8_t* const begin = file.file.data();
-    if (std::less<>()(at, begin) || !std::less<>()(at, begin + file.file.bytes())) continue;
-    const size_t offset = static_cast<size_t>(at - begin);
-    file.file.prefault(offset, offset + static_cast<size_t>(bytes));
+    if (!std::less<>()(at, begin) && std::less<>()(at, begin + file.file.bytes())) {
+      return &file.file;
+    }
+  }
+  return nullptr;
+}
+
+void Checkpoint::prefault(const void* data, int64_t bytes) const {
+  if (const MappedFile* file = file_of(data)) {
+    const size_t offset = static_cast<size_t>(static_cast<const uint8_t*>(data) - file->data());
+    file->prefault(offset, offset + static_cast<size_t>(bytes));
+  }
+}
+
+void Checkpoint::release(const void* data, int64_t bytes) const {
+  if (const MappedFile* file = file_of(data)) {
+    const size_t offset = static_cast<size_t>(static_cast<const uint8_t*>(data) - file->data());
+    file->release(offset, offset + static_cast<size_t>(bytes));
   }
 }
 

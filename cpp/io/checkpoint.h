@@ -60,6 +60,8 @@ class Checkpoint {
   void load_all(const std::function<void(int64_t done, int64_t total)>& progress = {}) const;
   // Brings bytes of a tensor into memory; throws ModelError where the file lost them.
   void prefault(const void* data, int64_t bytes) const;
+  // Bytes of a tensor that will hardly be read again need not stay mapped in memory. Only a hint.
+  void release(const void* data, int64_t bytes) const;
   // Throws ModelError if a file's size changed since it was opened.
   void verify() const;
 
@@ -70,6 +72,8 @@ class Checkpoint {
   };
   using Sources = std::map<std::string, Source, std::less<>>;
 
+  // The file that holds bytes of a tensor, null for a copy (aligned_).
+  const MappedFile* file_of(const void* data) const;
   void open_files();
   void open_shards(const std::filesystem::path& index);
   Sources index_tensors() const;

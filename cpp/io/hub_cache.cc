@@ -30,7 +30,7 @@ std::optional<fs::path> from_environment(const char* name) {
   return fs::path(value);
 }
 
-// huggingface_hub's constants.py.
+// Where huggingface_hub keeps its cache: the same variables in the same order.
 fs::path hub_cache() {
   if (const auto cache = from_environment("HF_HUB_CACHE")) return *cache;
   if (const auto home = from_environment("HF_HOME")) return *home / "hub";

@@ -107,6 +107,13 @@ void MappedFile::will_need() const {
   if (data_ != nullptr) ::madvise(const_cast<uint8_t*>(data_), bytes_, MADV_WILLNEED);
 }
 
+void MappedFile::release(size_t begin, size_t end) const {
+  const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  begin = (begin + page - 1) / page * page;
+  end = std::min(end, bytes_) / page * page;
+  if (begin < end) ::madvise(const_cast<uint8_t*>(data_) + begin, end - begin, MADV_DONTNEED);
+}
+
 void MappedFile::prefault(size_t begin, size_t end) const {
   const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   end = std::min(end, bytes_);

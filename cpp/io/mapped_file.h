@@ -35,6 +35,9 @@ class MappedFile {
   void will_need() const;
   // Brings the pages of [begin, end) into memory; throws ModelError where the file lost them.
   void prefault(size_t begin, size_t end) const;
+  // Takes the whole pages of [begin, end) out of this process; reading brings them back. Only a
+  // hint.
+  void release(size_t begin, size_t end) const;
 
  private:
   std::filesystem::path path_;

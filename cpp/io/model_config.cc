@@ -165,7 +165,8 @@ const Architecture& read_architecture(const Fields& fields) {
     fields.fail("model_type",
                 std::string("is missing, and so is \"architectures\"; expected ") + kSupported);
   }
-  // As texts: nlohmann's comparison with a literal allocates, and is noexcept.
+  // Compared as strings: nlohmann's comparison with a literal allocates although it is noexcept, so
+  // that lack of memory would end the process.
   const std::string* name =
       names->is_array() && names->size() == 1 ? (*names)[0].get_ptr<const std::string*>() : nullptr;
   for (const Architecture& known : kArchitectures) {

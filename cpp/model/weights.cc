@@ -16,18 +16,16 @@ class Loader {
   using Progress = std::function<void(int64_t, int64_t)>;
 
   explicit Loader(const TensorSource& source) : source_(source) {}
-  Loader(const TensorSource& source, Backend& backend, const Progress& progress, int64_t total)
-      : source_(source), backend_(&backend), progress_(progress), total_(total) {}
+  Loader(const TensorSource& source, Backend& backend, const WeightFormat& format,
+         const Progress& progress, int64_t total)
+      : source_(source), backend_(&backend), format_(format), progress_(progress), total_(total) {}
 
   Matrix matrix(const std::string& name, int64_t rows, int64_t cols) {
-    const StoredTensor stored = source_.tensor(name, {rows, cols});
-    const int64_t bytes = dtype_bytes(stored.dtype, rows * cols);
-    bytes_ += bytes;
-    Matrix matrix{stored.data, stored.dtype, rows, cols};
-    if (backend_ == nullptr) return matrix;
-    if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes);
-    sample(name, stored, bytes);
-    return matrix;
+    return matrix(name, rows, cols, format_);
+  }
+  // The embedding or the head.
+  Matrix vocabulary_matrix(const std::string& name, int64_t rows, int64_t cols) {
+    return matrix(name, rows, cols, format_.for_vocabulary());
   }
 
   const float* vector(const std::string& name, int64_t n) {
@@ -63,15 +61,53 @@ class Loader {
   std::vector<std::unique_ptr<DeviceMemory>> take_owned() { return std::move(owned_); }
 
  private:
-  // Up to 16 pieces of 64 bytes, spread over the tensor: reads little of a large file.
+  Matrix matrix(const std::string& name, int64_t rows, int64_t cols, const WeightFormat& format) {
+    const StoredTensor stored = source_.tensor(name, {rows, cols});
+    const int64_t bytes = dtype_bytes(stored.dtype, rows * cols);
+    Matrix matrix{stored.data, stored.dtype, rows, cols};
+    if (backend_ == nullptr) {
+      bytes_ += bytes;
+      return matrix;
+    }
+    if (!format.as_stored) return quantise(name, matrix, bytes, format);
+    bytes_ += bytes;
+    if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes);
+    sample(name, stored, bytes);
+    return matrix;
+  }
+
+  Matrix quantise(const std::string& name, const Matrix& stored, int64_t bytes,
+                  const WeightFormat& format) {
+    const QuantisedShape shape = format.shape(stored.rows, stored.cols);
+    owned_.push_back(backend_->allocate(shape.bytes()));
+    bytes_ += shape.bytes();
+    source_.prepare(stored.data, bytes);
+    if (!backend_->quantise(stored, shape, owned_.back()->data())) {
+      throw ModelError("tensor \"" + name + "\" has values that weights \"" + format.name() +
+                       "\" can't hold: expected finite ones, in groups whose scale fits f16");
+    }
+    const Matrix quantised = Matrix::of(shape, owned_.back()->data());
+    sample(name, {stored.data, stored.dtype}, bytes);
+    hash_.add(format.name());
+    sample_bytes(quantised.data, shape.bytes());
+    source_.release(stored.data, bytes);
+    report(bytes);
+    return quantised;
+  }
+
   void sample(const std::string& name, const StoredTensor& stored, int64_t bytes) {
     hash_.add(name);
     hash_.add_int(static_cast<int64_t>(stored.dtype));
     hash_.add_int(bytes);
+    sample_bytes(stored.data, bytes);
+  }
+
+  // Up to 16 pieces of 64 bytes, spread over the tensor: reads little of a large file.
+  void sample_bytes(const void* data, int64_t bytes) {
     constexpr int64_t kPieces = 16, kPieceBytes = 64;
     for (int64_t i = 0; i < kPieces; i++) {
       const int64_t at = (bytes - std::min(bytes, kPieceBytes)) / (kPieces - 1) * i;
-      hash_.add(static_cast<const char*>(stored.data) + at, std::min(bytes, kPieceBytes));
+      hash_.add(static_cast<const char*>(data) + at, std::min(bytes, kPieceBytes));
     }
   }
 
@@ -91,16 +127,18 @@ class Loader {
   }
 
   void report(int64_t bytes) {
-    uploaded_ += bytes;
-    if (progress_ && !backend_->host_memory()) progress_(uploaded_, total_);
+    done_ += bytes;
+    const bool stay = backend_->host_memory() && format_.as_stored;
+    if (progress_ && !stay) progress_(done_, total_);
   }
 
   const TensorSource& source_;
   Backend* const backend_ = nullptr;
+  const WeightFormat format_;
   const Progress progress_;
   const int64_t total_ = 0;
   int64_t bytes_ = 0;
-  int64_t uploaded_ = 0;
+  int64_t done_ = 0;  // of total_
   std::vector<std::unique_ptr<DeviceMemory>> owned_;
   Hash64 hash_;
 };
@@ -111,10 +149,10 @@ Weights load_table(const ModelConfig& c, Loader& load) {
   const char* kEmbedding = "model.embed_tokens.weight";
   const char* kHead = "lm_head.weight";
   const bool has_embedding = load.has(kEmbedding), has_head = load.has(kHead);
-  w.embedding =
-      load.matrix(has_embedding || !has_head ? kEmbedding : kHead, c.vocab_size, c.hidden_size);
+  w.embedding = load.vocabulary_matrix(has_embedding || !has_head ? kEmbedding : kHead,
+                                       c.vocab_size, c.hidden_size);
   w.lm_head = has_embedding && has_head && !c.tie_word_embeddings
-                  ? load.matrix(kHead, c.vocab_size, c.hidden_size)
+                  ? load.vocabulary_matrix(kHead, c.vocab_size, c.hidden_size)
                   : w.embedding;
   w.final_norm = load.vector("model.norm.weight", c.hidden_size);
   w.rope_frequencies = load.floats(c.rope_inverse_frequencies());
@@ -149,12 +187,15 @@ Weights load_table(const ModelConfig& c, Loader& load) {
 }  // namespace
 
 LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Backend& backend,
+                           const WeightFormat& format,
                            const std::function<void(int64_t, int64_t)>& progress) {
   int64_t total = 0;
-  if (!backend.host_memory()) {
+  if (!backend.host_memory() || !format.as_stored) {
     Loader count(source);
     load_table(c, count);
     total = count.bytes();
+  }
+  if (!backend.host_memory()) {
     const int64_t available = backend.available_bytes();
     if (total > available) {
       throw OutOfMemory("the weights take " + std::to_string(total) + " bytes, device \"" +
@@ -162,7 +203,7 @@ LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Bac
                         " free; device \"cpu\" reads them from the file");
     }
   }
-  Loader load(source, backend, progress, total);
+  Loader load(source, backend, format, progress, total);
   LoadedWeights loaded;
   loaded.table = load_table(c, load);
   loaded.bytes = load.bytes();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/weight_format.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
@@ -28,14 +29,16 @@ class TensorSource {
   // Makes sure that bytes of a tensor can be read, as those of a file that shrank can't be. Throws
   // ModelError.
   virtual void prepare(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
+  // Bytes of a tensor that will hardly be read again need not stay in memory.
+  virtual void release(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
   // Reads everything, where it isn't in memory yet. progress: bytes done, bytes in all.
   virtual void read_all(const std::function<void(int64_t, int64_t)>& progress) const {
     (void)progress;
   }
 };
 
-// The table plus what it owns. Matrices stay where they are when the backend reads host memory;
-// vectors (norms, biases) become f32 copies.
+// The table plus what it owns. Matrices stay where they are when the backend reads host memory,
+// unless they are quantised; vectors (norms, biases) become f32 copies.
 struct LoadedWeights {
   Weights table;
   int64_t bytes = 0;        // of matrices and vectors
@@ -43,9 +46,13 @@ struct LoadedWeights {
   std::vector<std::unique_ptr<DeviceMemory>> owned;
 };
 
-// progress: bytes done and in all, while weights are copied to a device. Throws OutOfMemory, before
-// anything is copied, where they are larger than what the device has free.
+// format: what the backend's matrices are to be; other than as stored only where it has
+// quantised_weights(). One matrix at a time is read from the source and let go. progress: bytes of
+// the source done and in all, while weights are copied to a device or quantised. Throws
+// OutOfMemory, before anything is copied, where they are larger than what the device has free, and
+// ModelError naming a matrix whose values can't be quantised.
 LoadedWeights load_weights(const ModelConfig& config, const TensorSource& source, Backend& backend,
+                           const WeightFormat& format,
                            const std::function<void(int64_t, int64_t)>& progress);
 
 // Tensors of a model of this architecture with random normal values (standard deviation 0.02, norms

@@ -25,7 +25,7 @@ struct Sequence {
   int64_t reserved_bytes = 0;  // of cache, at its longest
   std::optional<SequenceCache> cache;
   std::unique_ptr<Prefill> prefill;
-  NextLogits next;  // the largest where they are enough, else all
+  NextLogits next;  // the largest logits where those are enough, else all
 
   int32_t choose() {
     return next.whole() ? loop->choose(next.values(), tokens) : loop->choose(next.top());

@@ -28,6 +28,7 @@ class CheckpointTensors : public TensorSource {
   void prepare(const void* data, int64_t bytes) const override {
     checkpoint_.prefault(data, bytes);
   }
+  void release(const void* data, int64_t bytes) const override { checkpoint_.release(data, bytes); }
   void read_all(const std::function<void(int64_t, int64_t)>& progress) const override {
     checkpoint_.load_all(progress);
   }
@@ -71,6 +72,7 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
     throw std::invalid_argument("kv_budget is " + std::to_string(options.kv_budget) +
                                 " bytes, must be 0 (no limit) or more");
   }
+  const WeightFormat format = parse_weight_format(options.weights);
   auto impl = std::make_shared<Model::Impl>();
   impl->folder = folder;
   impl->config = config;
@@ -79,10 +81,15 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
                                                                      : "lm_head.weight";
   const DType stored = impl->source->tensor(first, {config.vocab_size, config.hidden_size}).dtype;
   impl->dtype = parse_dtype(options.dtype, stored);
-  impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
-  // A device's copy is the reading; the CPU's weights stay where they are.
-  if (impl->backend->host_memory() && options.progress) impl->source->read_all(options.progress);
-  impl->weights = load_weights(config, *impl->source, *impl->backend, options.progress);
+  impl->backend =
+      make_backend(config, {options.device, impl->dtype, options.threads, !format.as_stored});
+  impl->weight_format = format;
+  // A device's copy is the reading, and so is quantising; else the CPU's weights stay where they
+  // are.
+  if (impl->backend->host_memory() && format.as_stored && options.progress) {
+    impl->source->read_all(options.progress);
+  }
+  impl->weights = load_weights(config, *impl->source, *impl->backend, format, options.progress);
   impl->budget = std::make_shared<KVBudget>(options.kv_budget);
   impl->llama = std::make_unique<Llama>(impl->config, impl->weights.table, *impl->backend);
   impl->fingerprint = fingerprint_of(config, impl->weights.fingerprint);
@@ -125,6 +132,7 @@ const Tokenizer& Model::tokenizer() const {
 const std::filesystem::path& Model::folder() const { return impl()->folder; }
 std::string Model::device() const { return impl()->backend->device(); }
 std::string Model::dtype() const { return dtype_name(impl()->dtype); }
+std::string Model::weights() const { return impl()->weight_format.name(); }
 std::string Model::device_description() const { return impl()->backend->description(); }
 const std::string& Model::fingerprint() const { return impl()->fingerprint; }
 

@@ -28,6 +28,7 @@ struct Model::Impl {
   std::shared_ptr<const TensorSource> source;
   std::unique_ptr<Backend> backend;
   DType dtype = DType::kF32;  // arithmetic and tail
+  WeightFormat weight_format;
   LoadedWeights weights;
   std::optional<Tokenizer> tokenizer;
   std::string tokenizer_error;  // why there is none

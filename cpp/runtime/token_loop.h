@@ -29,7 +29,8 @@ class TokenLoop {
   int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
   // The same from the largest logits alone, where top_needed() says how many are enough.
   int32_t choose(const TopLogits& top);
-  // For the token that `ahead` more tokens come before; 0: the whole row is needed.
+  // How many of the largest logits the choice of a token needs before which `ahead` more are made;
+  // 0: the whole row.
   int32_t top_needed(int64_t ahead = 0) const { return sampler_.top_needed(made_ + ahead); }
   // Takes the chosen token once it is in the cache; returns text that became certain. Ends the
   // generation where the token, the text or the count says so.

@@ -29,6 +29,7 @@ void register_profile(pybind11::module_& m);
 void register_session(pybind11::module_& m);
 void register_chat(pybind11::module_& m);
 void register_format(pybind11::module_& m);
+void register_weights(pybind11::module_& m);
 
 // A conversation as ChatTemplate.render takes it, rendered without the GIL. continue_final_message:
 // a bool, or the field of the last message.

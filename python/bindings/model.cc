@@ -32,10 +32,12 @@ py::dict config_dict(const ModelConfig& c) {
 }
 
 Model load(const std::filesystem::path& path, const std::string& device, const std::string& dtype,
-           int32_t threads, int64_t kv_budget, const py::object& progress) {
+           const std::string& weights, int32_t threads, int64_t kv_budget,
+           const py::object& progress) {
   ModelOptions options;
   options.device = device;
   options.dtype = dtype;
+  options.weights = weights;
   options.threads = threads;
   options.kv_budget = kv_budget;
   if (!progress.is_none()) {
@@ -103,7 +105,7 @@ py::dict memory_dict(const Model& model) {
 void register_model(py::module_& m) {
   py::class_<Model>(m, "Model")
       .def(py::init(&load), py::arg("path"), py::arg("device"), py::arg("dtype"),
-           py::arg("threads"), py::arg("kv_budget"), py::arg("progress"))
+           py::arg("weights"), py::arg("threads"), py::arg("kv_budget"), py::arg("progress"))
       .def("config", [](const Model& model) { return config_dict(model.config()); })
       .def("default_sampling", &sampling_dict)
       .def("has_tokenizer", &Model::has_tokenizer)
@@ -111,6 +113,7 @@ void register_model(py::module_& m) {
       .def("folder", &Model::folder)
       .def("device", &Model::device)
       .def("dtype", &Model::dtype)
+      .def("weights", &Model::weights)
       .def("device_description", &Model::device_description)
       .def("fingerprint", &Model::fingerprint)
       .def("memory", &memory_dict)

@@ -16,4 +16,5 @@ PYBIND11_MODULE(_core, m) {
   mustafar::register_session(m);
   mustafar::register_chat(m);
   mustafar::register_format(m);
+  mustafar::register_weights(m);
 }

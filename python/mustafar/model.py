@@ -12,7 +12,7 @@ from . import _core, checks
 from .completion import Message, Tools, chat_completion
 from .hub import find_model
 from .stream import Closing
-from .types import Device, DType, GenerateResult, KVConfig, SamplingParams
+from .types import Device, DType, GenerateResult, KVConfig, SamplingParams, Weights
 
 if TYPE_CHECKING:
     from .session import Session
@@ -25,7 +25,7 @@ class ModelMemory:
     """Bytes that a model and all its sessions hold.
 
     Attributes:
-        weights_bytes: Tensors, mapped or uploaded.
+        weights_bytes: Tensors: mapped, uploaded or quantised.
         workspace_bytes: Activations and scratch.
         kv_bytes: All caches, as allocated.
         kv_peak_bytes: The most that caches ever took, one layer of a prompt's dense keys and
@@ -51,7 +51,12 @@ class Model(Closing):
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: the GPU where there is one that this build
             has code for, else the CPU.
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
-            or ``"bf16"``. Weights stay as they are stored.
+            or ``"bf16"``.
+        weights: What matrices are in memory: ``"auto"`` (as stored), ``"int8"`` or ``"int4"``:
+            rounded on loading, with a scale for every 32 inputs of a row, the embedding and the
+            head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or ``"int8:row"``.
+            CPU only: ``device="auto"`` takes the CPU then. Decode rounds activations to int8 in
+            groups of 32, too, unless ``dtype`` is ``"f32"``.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
             quota allow.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
@@ -61,7 +66,8 @@ class Model(Closing):
     Raises:
         ModelError: A file or field that can't be used, named; a FileNotFoundError too where there
             is no such folder or file.
-        DeviceError: ``device="cuda"`` where it can't be had; the message says what is missing.
+        DeviceError: ``device="cuda"`` where it can't be had, or with quantised weights; the
+            message says what is missing.
         OutOfMemory: Weights that do not fit the GPU; found before anything is uploaded.
         TokenizerError: A tokenizer.json that can't be used.
         ValueError: An argument out of range.
@@ -74,11 +80,12 @@ class Model(Closing):
         dtype: DType = "auto",
         threads: int = 0,
         *,
+        weights: Weights = "auto",
         kv_budget: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         folder = _demo_model() if path is None else find_model(path)
-        self._core = _core.Model(folder, device, dtype, threads, kv_budget or 0, progress)
+        self._core = _core.Model(folder, device, dtype, weights, threads, kv_budget or 0, progress)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -109,6 +116,11 @@ class Model(Closing):
     def dtype(self) -> str:
         """Arithmetic and tail type: ``"f32"``, ``"f16"`` or ``"bf16"``."""
         return self._core.dtype()
+
+    @property
+    def weights(self) -> str:
+        """What matrices are in memory: ``"auto"`` (as stored), or with the group ``"int4:32"``."""
+        return self._core.weights()
 
     @property
     def fingerprint(self) -> str:

@@ -14,6 +14,19 @@ from . import _core, checks
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "f32", "f16", "bf16"]
+Weights = Literal[
+    "auto",
+    "int8",
+    "int8:32",
+    "int8:64",
+    "int8:128",
+    "int8:row",
+    "int4",
+    "int4:32",
+    "int4:64",
+    "int4:128",
+    "int4:row",
+]
 Preset = Literal["lossless", "balanced", "small", "mustafar", "dense"]
 Pattern = Literal["group", "row"]
 ValueType = Literal["auto", "f32", "f16", "bf16", "int8", "int4", "coded"]

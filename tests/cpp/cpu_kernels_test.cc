@@ -258,6 +258,7 @@ constexpr DType kWeightTypes[] = {DType::kF32, DType::kF16, DType::kBF16};
 
 TEST_P(CpuKernels, GemvSumsAndDoesNotDependOnTheBatch) {
   ThreadPool pool(1);
+  CpuWorkspace workspace;
   for (DType dtype : kWeightTypes) {
     for (auto [rows, cols] : std::vector<std::pair<int64_t, int64_t>>{
              {1, 1}, {3, 7}, {4, 16}, {5, 33}, {7, 63}, {66, 100}, {13, 1000}}) {
@@ -265,7 +266,8 @@ TEST_P(CpuKernels, GemvSumsAndDoesNotDependOnTheBatch) {
         const Problem p(rows, cols, batch, dtype, 10);
         std::vector<float> y(batch * rows, kNaN);
         const LinearLayer layer{&p.matrix, p.bias.data(), y.data(), rows, false};
-        decode_linear(pool, kernels_, {&layer, 1}, p.x.data(), cols, batch);
+        decode_linear(pool, kernels_, {&layer, 1}, p.x.data(), cols, batch, /*int8_input=*/true,
+                      workspace);
         p.check(y, {}, true, 1e-6, "gemv");
         for (int64_t b = 0; b < batch; b++) {
           std::vector<float> one(rows, kNaN);

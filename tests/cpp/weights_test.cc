@@ -65,7 +65,7 @@ TEST(UploadedWeights, ProgressCountsTheBytesInOrderToTheEnd) {
   StoreBackend backend;
   std::vector<std::pair<int64_t, int64_t>> calls;
   const LoadedWeights loaded =
-      load_weights(config, *source, backend,
+      load_weights(config, *source, backend, {},
                    [&](int64_t done, int64_t total) { calls.emplace_back(done, total); });
   EXPECT_EQ(loaded.bytes, backend.uploaded);
   ASSERT_GT(calls.size(), 20u);
@@ -83,7 +83,7 @@ TEST(UploadedWeights, TheDeviceHoldsWhatTheSourceHas) {
   const ModelConfig config = config_of(kLargeVocab);
   const auto source = random_tensors(config, DType::kF32, 3);
   StoreBackend backend;
-  const LoadedWeights loaded = load_weights(config, *source, backend, {});
+  const LoadedWeights loaded = load_weights(config, *source, backend, {}, {});
   const Matrix& table = loaded.table.embedding;
   const StoredTensor stored =
       source->tensor("model.embed_tokens.weight", {config.vocab_size, config.hidden_size});
@@ -97,17 +97,17 @@ TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
   const ModelConfig config = config_of(97);
   const auto source = random_tensors(config, DType::kBF16, 3);
   StoreBackend roomy;
-  const int64_t needed = load_weights(config, *source, roomy, {}).bytes;
+  const int64_t needed = load_weights(config, *source, roomy, {}, {}).bytes;
 
   StoreBackend exact;
   exact.free_bytes = needed;
-  EXPECT_EQ(load_weights(config, *source, exact, {}).bytes, needed);
+  EXPECT_EQ(load_weights(config, *source, exact, {}, {}).bytes, needed);
   EXPECT_EQ(exact.free_bytes, 0) << "the count is what is allocated";
 
   StoreBackend small;
   small.free_bytes = needed - 1;
   try {
-    load_weights(config, *source, small, {});
+    load_weights(config, *source, small, {}, {});
     FAIL() << "weights of " << needed << " bytes went where one is missing";
   } catch (const OutOfMemory& error) {
     const std::string message = error.what();
@@ -124,7 +124,7 @@ TEST(UploadedWeights, ProgressThatThrowsStopsTheUpload) {
   const auto source = random_tensors(config, DType::kF32, 3);
   StoreBackend backend;
   EXPECT_THROW(
-      load_weights(config, *source, backend, [](int64_t, int64_t) { throw Cancelled("stop"); }),
+      load_weights(config, *source, backend, {}, [](int64_t, int64_t) { throw Cancelled("stop"); }),
       Cancelled);
   EXPECT_LE(backend.uploaded, int64_t{64} << 20);
 }

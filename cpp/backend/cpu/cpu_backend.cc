@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -51,10 +52,24 @@ void deal(Deal direction, float* x, int64_t n, int32_t n_groups, int32_t head_di
   }
 }
 
-// Few rows are cheaper on the calling thread than the start of a region.
+// out [cols] = a row of a quantised matrix.
+void dequantise_row(const Matrix& w, int64_t row, float* out) {
+  const QuantisedShape shape = w.shape();
+  const uint8_t* codes = static_cast<const uint8_t*>(w.data);
+  for (int64_t c = 0; c < w.cols; c++) {
+    const int64_t at = scale_at(shape, row, c);
+    const int32_t zero = w.zeros != nullptr ? w.zeros[at] : middle_code(w.dtype);
+    out[c] = load_float(w.scales, w.scale_dtype, at) *
+             static_cast<float>(code_at(shape, codes, row, c) - zero);
+  }
+}
+
+// Work of at most so many words is done on the calling thread sooner than a region is started.
+constexpr int64_t kFewWords = 16 * 1024;
+
 template <typename Body>
 void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
-  if (n * words_per_row <= 16 * 1024) {
+  if (n * words_per_row <= kFewWords) {
     for (int64_t i = 0; i < n; i++) body(i, 0);
   } else {
     pool.parallel_for(n, body);
@@ -66,6 +81,7 @@ void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
 CpuBackend::CpuBackend(const ModelConfig& config, DType dtype, int32_t threads, Isa isa)
     : kernels_(select_kernels(isa)),
       gemm_(dtype == DType::kBF16 && kernels_.bf16.rows > 0 ? kernels_.bf16 : kernels_.f32),
+      int8_input_(dtype != DType::kF32),
       isa_(isa),
       dtype_(dtype),
       eps_(static_cast<float>(config.rms_norm_eps)),
@@ -113,8 +129,28 @@ int64_t CpuBackend::available_bytes() const {
 
 std::unique_ptr<Workspace> CpuBackend::make_workspace() { return std::make_unique<CpuWorkspace>(); }
 
+bool CpuBackend::quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
+  uint8_t* const codes = static_cast<uint8_t*>(memory);
+  uint16_t* const scales = reinterpret_cast<uint16_t*>(codes + shape.scales_at());
+  std::vector<HostBuffer> scratch(pool_.size());
+  for (HostBuffer& buffer : scratch) grow<float>(buffer, shape.inner() * kTileRows);
+  std::atomic<bool> fine = true;
+  pool_.parallel_for(shape.n_tiles(), [&](int64_t tile, int worker) {
+    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, scratch[worker].as<float>())) {
+      fine = false;
+    }
+  });
+  return fine;
+}
+
 void CpuBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
   const Matrix& table = weights.embedding;
+  if (table.quantised()) {
+    for (size_t i = 0; i < token_ids.size(); i++) {
+      dequantise_row(table, token_ids[i], out + static_cast<int64_t>(i) * table.cols);
+    }
+    return;
+  }
   for (size_t i = 0; i < token_ids.size(); i++) {
     const int64_t at = dtype_bytes(table.dtype, int64_t{token_ids[i]} * table.cols);
     kernels_.to_f32(static_cast<const uint8_t*>(table.data) + at, table.dtype, table.cols,
@@ -227,7 +263,7 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
                                 {&w.v, w.v_bias, v, kv_dim, false}};
   const float* normed = norm_rows(x, w.attention_norm, n, hidden, ws);
   if (batch.decode) {
-    decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows);
+    decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows, int8_input_, ws);
   } else {
     prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
   }
@@ -306,7 +342,7 @@ void CpuBackend::project_output(const Weights& weights, int32_t layer, const Bat
   const LayerWeights& w = weights.layers[layer];
   const LinearLayer layers[] = {{&w.o, w.o_bias, x, w.o.rows, true}};
   if (batch.decode) {
-    decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows);
+    decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows, int8_input_, ws);
     return;
   }
   prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, batch.n_rows, w.o.cols, ws), ws);
@@ -321,8 +357,8 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
     const LinearLayer down[] = {{&w.down, w.down_bias, x, hidden, true}};
     const float* normed = norm_rows(x, w.mlp_norm, n, hidden, ws);
     float* gated = grow<float>(ws.gated, n * inner);
-    decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, ws);
-    decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows);
+    decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, int8_input_, ws);
+    decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows, int8_input_, ws);
     return;
   }
   for (int64_t row = 0; row < n; row += kMlpRows) {
@@ -346,10 +382,11 @@ void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<co
     kernels_.rms_norm(x + rows[i] * hidden, weights.final_norm, eps_, hidden, normed + i * hidden);
   });
   const LinearLayer layers[] = {{&head, nullptr, logits, head.rows, false}};
-  // One row per sequence, as generation wants them, takes the same path whatever the batch; only
-  // scoring asks for more.
+  // At most one row a sequence, which is what generation asks for, takes one path whatever the
+  // batch, so that results do not depend on it; only scoring asks for more.
   if (batch.decode || rows.size() <= batch.sequences.size()) {
-    decode_linear(pool_, kernels_, layers, normed, hidden, static_cast<int32_t>(n));
+    decode_linear(pool_, kernels_, layers, normed, hidden, static_cast<int32_t>(n), int8_input_,
+                  ws);
     return;
   }
   prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);

@@ -18,14 +18,20 @@ void gemv_avx512bf16(const GemvArgs& args) {
 Kernels select_kernels(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx2:
-      return avx2_kernels();
+    case Isa::kAvx2: {
+      Kernels kernels = avx2_kernels();
+      kernels.gemv_int8_input = gemv_int8_input_avx2;
+      kernels.quantise_tile = quantise_tile_avx2;
+      return kernels;
+    }
     case Isa::kAvx512:
     case Isa::kAvx512Bf16:
     case Isa::kAmx: {
       Kernels kernels = avx512_kernels();
       kernels.unpack_slot = unpack_slot_avx512;
       kernels.unpack_coded_slot = unpack_coded_slot_avx512;
+      kernels.gemv_int8_input = gemv_int8_input_avx512;
+      kernels.quantise_tile = quantise_tile_avx512;
       if (isa == Isa::kAvx512Bf16) {
         kernels.bf16 = avx512bf16_gemm_kernels();
         kernels.gemv = gemv_avx512bf16;

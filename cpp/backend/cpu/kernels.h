@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "backend/backend.h"
 #include "backend/cpu/isa.h"
 #include "core/dtype.h"
 #include "format/block_format.h"
@@ -38,6 +39,47 @@ struct GemvArgs {
   bool add = false;
 };
 
+// Activations of a product with a quantised matrix, rounded to int8 in groups of kInnerStep inputs
+// with a scale of their own: x = scale * code, the largest of a group has the code 127. Rows come
+// in blocks of kInputBlock, the last one of what is left; block of n rows: codes [inner / 4][n][4],
+// scales and sums of codes [inner / 32][n]. A group that is not finite has codes 0 and scale NaN.
+inline constexpr int32_t kInputBlock = 8;
+struct Int8Input {
+  int8_t* codes = nullptr;
+  float* scales = nullptr;
+  int32_t* sums = nullptr;
+
+  // The block that begins with row `row`, a multiple of kInputBlock.
+  Int8Input block(int64_t row, int64_t inner) const {
+    const int64_t groups = row * (inner / kInnerStep);
+    return {codes + row * inner, scales + groups, sums + groups};
+  }
+};
+
+// The product of a quantised matrix with a few activation rows: y as in GemvArgs. Either x or
+// input. An int8 product is the sum over groups of scale * (sum of input scale * integer sum), with
+// fused multiply-adds in the order of the inputs: every instruction set computes the same bits.
+struct QuantisedGemvArgs {
+  const Matrix* weights = nullptr;
+  int64_t row0 = 0;  // a multiple of kTileRows
+  int64_t row1 = 0;
+  const float* x = nullptr;  // [batch] rows, x_stride apart
+  int64_t x_stride = 0;
+  Int8Input input;
+  int32_t batch = 0;
+  const float* bias = nullptr;  // [rows] or null
+  float* y = nullptr;           // [batch] rows, y_stride apart, from row0 on
+  int64_t y_stride = 0;
+  bool add = false;
+
+  void store(int64_t row, int32_t b, float sum) const {
+    if (row >= row1) return;
+    if (bias != nullptr) sum += bias[row];
+    float& out = y[b * y_stride + (row - row0)];
+    out = add ? out + sum : sum;
+  }
+};
+
 // Attention of up to `rows` of GemmKernels query rows over one tile of keys: updates the online
 // softmax state. Scores are in units of log2: the packed queries carry log2(e) / sqrt(head_dim).
 struct AttendPanel {
@@ -52,7 +94,7 @@ struct AttendPanel {
   float* sum = nullptr;              // [n_rows] 0 at first
   float* out =
       nullptr;  // [rows][head_dim rounded up to cols], 0 at first; divide by sum at the end
-  float* scratch = nullptr;  // attend_scratch words
+  float* scratch = nullptr;  // [attend_scratch_words(rows)]
 };
 
 struct GemmKernels {
@@ -69,6 +111,10 @@ struct GemmKernels {
   // Weight panel [steps][cols] of n_rows <= cols rows (outputs) of n elements; the rest is zero.
   void (*pack_weights)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n,
                        float* out) = nullptr;
+  // The same from rows [row, row + n_rows) and inputs [col, col + n) of a quantised matrix, rounded
+  // to the panel's type. row: a multiple of cols; col: one of kGemmSteps * unit.
+  void (*pack_quantised)(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, int32_t n,
+                         float* out) = nullptr;
   // Weight panel of the transpose: n_rows <= kKeyTile rows become the steps, n_cols <= cols the
   // outputs. Steps up to the next that attend takes at a time are zero.
   void (*pack_values)(const void* w, DType dtype, int64_t stride, int32_t n_rows, int32_t n_cols,
@@ -116,15 +162,24 @@ struct Kernels {
   void (*to_f32)(const void* x, DType dtype, int64_t n, float* out) = nullptr;
   void (*from_f32)(const float* x, int64_t n, DType dtype, void* out) = nullptr;
   void (*gemv)(const GemvArgs& args) = nullptr;
+  // Products with quantised matrices: of f32 activations, and of int8 ones.
+  void (*gemv_quantised)(const QuantisedGemvArgs& args) = nullptr;
+  void (*gemv_int8_input)(const QuantisedGemvArgs& args) = nullptr;
+  // Row i of a block of n rows of activations, x [cols].
+  void (*quantise_input)(const float* x, int64_t cols, int32_t i, int32_t n,
+                         const Int8Input& block) = nullptr;
+  // One tile of rows of Backend::quantise. scratch: [inner][16].
+  bool (*quantise_tile)(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
+                        uint8_t* codes, uint16_t* scales, float* scratch) = nullptr;
   // A slot of the store as f32 rows [64][head_dim], zero where pruned.
   void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
-  // Of a row of logits: its largest (NaN is passed over) and the first place of that.
+  // The largest of a row of logits (NaN is passed over) and the first index where it stands.
   void (*row_max)(const float* x, int64_t n, float* value, int64_t* index) = nullptr;
-  // sum e^(x - shift), blocks of it in double; relative error below 1e-6.
+  // sum e^(x - shift), whose blocks are added in double; relative error below 1e-6.
   double (*exp_sum)(const float* x, float shift, int64_t n) = nullptr;
   // sum e^p (p - (x - shift)): the divergence of log-probabilities x - shift from p.
   double (*divergence)(const float* p, const float* x, float shift, int64_t n) = nullptr;
-  // The same of coded rows, as unpack_coded_slot of format/coded.h.
+  // unpack_slot for coded rows, as unpack_coded_slot of format/coded.h.
   void (*unpack_coded_slot)(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
                             float* out) = nullptr;
   GemmKernels f32;
@@ -144,6 +199,15 @@ const GemmKernels& avx512bf16_gemm_kernels();
 const GemmKernels& amx_gemm_kernels();
 void gemv_bf16_avx512bf16(const GemvArgs& args);  // bf16 weights only
 const Kernels& neon_kernels();
+void gemv_int8_input_plain(const QuantisedGemvArgs& args);
+void gemv_int8_input_avx2(const QuantisedGemvArgs& args);
+void gemv_int8_input_avx512(const QuantisedGemvArgs& args);
+bool quantise_tile_plain(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
+                         uint8_t* codes, uint16_t* scales, float* scratch);
+bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
+                        uint8_t* codes, uint16_t* scales, float* scratch);
+bool quantise_tile_avx512(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
+                          uint8_t* codes, uint16_t* scales, float* scratch);
 
 // Requires that the processor runs `isa`.
 Kernels select_kernels(Isa isa);

@@ -5,6 +5,7 @@
 #include "backend/cpu/simd/vector_ops_impl.h"
 #include "backend/cpu/linear/row_scores_impl.h"
 #include "backend/cpu/linear/gemv_impl.h"
+#include "backend/cpu/linear/quantised_impl.h"
 #include "backend/cpu/linear/gemm_impl.h"
 #include "backend/cpu/kernels_table_impl.h"
 // clang-format on

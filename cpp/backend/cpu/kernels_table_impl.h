@@ -18,6 +18,10 @@ Kernels make_kernels() {
   k.to_f32 = to_f32;
   k.from_f32 = from_f32;
   k.gemv = gemv;
+  k.gemv_quantised = gemv_quantised;
+  k.gemv_int8_input = gemv_int8_input_plain;
+  k.quantise_input = quantise_input;
+  k.quantise_tile = quantise_tile_plain;
   k.unpack_slot = unpack_slot;
   k.row_max = row_max;
   k.exp_sum = exp_sum;

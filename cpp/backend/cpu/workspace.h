@@ -18,6 +18,7 @@ struct CpuWorkspace final : Workspace {
   HostBuffer values;                // likewise
   HostBuffer gated;                 // [rows][intermediate]
   HostBuffer packed;                // a GEMM's input
+  HostBuffer int8_input;            // [2][rows][groups], then codes [rows][inner]: Int8Input
   HostBuffer rope;                  // [2 (cos, sin)][rows][D / 2]
   HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
@@ -28,7 +29,8 @@ struct CpuWorkspace final : Workspace {
 
   int64_t bytes() const override {
     size_t sum = 0;
-    for (const HostBuffer* buffer : {&normed, &keys, &values, &gated, &packed, &rope, &attention}) {
+    for (const HostBuffer* buffer :
+         {&normed, &keys, &values, &gated, &packed, &int8_input, &rope, &attention}) {
       sum += buffer->bytes();
     }
     for (const HostBuffer& buffer : workers) sum += buffer.bytes();

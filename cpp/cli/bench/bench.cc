@@ -110,6 +110,7 @@ void Bench::run_folder(const std::string& folder) {
   flags.folder = folder;
   flags.device = options_.device;
   flags.dtype = options_.dtype;
+  flags.weights = options_.weights;
   const Model model = flags.load();
   std::filesystem::path path(folder);
   if (!path.has_filename()) path = path.parent_path();
@@ -123,6 +124,7 @@ void Bench::run_model(const std::string& name, const ModelConfig& config,
     ModelOptions model_options;
     model_options.device = options_.device;
     model_options.dtype = options_.dtype;
+    model_options.weights = options_.weights;
     model_options.threads = threads_;
     Engine engine(name, config, source, model_options);
     const bool on_host = engine.model().impl()->backend->host_memory();
@@ -342,6 +344,7 @@ void add_bench(CLI::App& app, Run& run) {
   command->add_option("--dtype", options->dtype, "auto, f32, f16, bf16; of a shape's weights, too")
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
       ->capture_default_str();
+  add_weights_option(*command, options->weights);
   list("-t,--threads", options->threads, "CPU threads; 0: what cores and CPU quota allow");
   list("-p,--n-prompt", options->n_prompt, "Tokens of prefill; 0: no such test");
   list("-n,--n-gen", options->n_gen, "Tokens of decode; 0: no such test");

@@ -39,7 +39,9 @@ class CopiedTensors : public TensorSource {
 };
 
 int64_t values_of(const Matrix& matrix) { return matrix.rows * matrix.cols; }
-int64_t bytes_of(const Matrix& matrix) { return dtype_bytes(matrix.dtype, values_of(matrix)); }
+int64_t bytes_of(const Matrix& matrix) {
+  return matrix.quantised() ? matrix.shape().bytes() : dtype_bytes(matrix.dtype, values_of(matrix));
+}
 
 template <typename Count>
 int64_t sum_layers(const Weights& weights, const Count& count) {

@@ -14,6 +14,7 @@ struct BenchOptions {
   std::vector<std::string> shapes;
   std::string device = "auto";
   std::string dtype = "auto";
+  std::string weights = "auto";
   std::vector<int32_t> threads = {0};
   std::vector<int64_t> n_prompt = {512};
   std::vector<int64_t> n_gen = {128};

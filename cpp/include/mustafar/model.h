@@ -24,15 +24,20 @@ struct ModelOptions {
   // this build has code for, else the CPU.
   std::string device = "auto";
   std::string dtype = "auto";  // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
-  int32_t threads = 0;         // 0: MUSTAFAR_THREADS, or as many as cores and CPU quota allow
-  int64_t kv_budget = 0;       // bytes that all sessions' caches together may take; 0: no limit
+  // What matrices are in memory. "auto": as stored; "int8", "int4": rounded on loading, with a
+  // scale for every 32 inputs, the embedding and the head to int8; with another group as in
+  // "int4:64", "int8:128" or "int8:row". CPU only: "auto" as the device is the CPU then, and "cuda"
+  // a DeviceError. Decode rounds activations to int8 there, unless dtype is f32.
+  std::string weights = "auto";
+  int32_t threads = 0;    // 0: MUSTAFAR_THREADS, or as many as cores and CPU quota allow
+  int64_t kv_budget = 0;  // bytes that all sessions' caches together may take; 0: no limit
   // Called while weights are read (or uploaded, on a GPU): bytes done, bytes in all. What it throws
   // ends the loading.
   std::function<void(int64_t done, int64_t total)> progress = {};
 };
 
 struct ModelMemory {
-  int64_t weights_bytes = 0;    // mapped or uploaded tensors
+  int64_t weights_bytes = 0;    // tensors: mapped, uploaded or quantised
   int64_t workspace_bytes = 0;  // activations and scratch
   int64_t kv_bytes = 0;         // allocated by all sessions' caches
   // The most that kv_bytes ever was, one layer of a prompt's dense keys and values included.
@@ -64,6 +69,7 @@ class Model {
   const std::filesystem::path& folder() const;
   std::string device() const;              // "cpu" or "cuda"
   std::string dtype() const;               // "f32", "f16" or "bf16"
+  std::string weights() const;             // as asked for, with the group: "auto", "int4:32"
   std::string device_description() const;  // the instruction set in use, threads
   // Of config, tensor table and sampled bytes: 16 hex digits.
   const std::string& fingerprint() const;

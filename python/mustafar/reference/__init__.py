@@ -4,7 +4,8 @@ Nothing here is used by the runtime, and nothing here calls it. To read in this 
 (formats and rounding), slots (which values of a row are kept, how a block of 64 tokens is laid out
 in bytes), policies (what ranks the values), coded (the other kind of slot), budget
 (coded rows of other sizes in other layers), cache (how blocks make
-pages, when tokens are compressed, and attention over all of it).
+pages, when tokens are compressed, and attention over all of it). Apart from the cache: weights
+(matrices that are rounded when a model is loaded).
 
 A *row* is one token of one KV head, K or V: ``head_dim`` values. Ranking and quantising read rows
 already rounded to the cache's tail type (`round_to`) and in stored order (`Slot.stored`): the dims
@@ -49,6 +50,7 @@ from .slots import (
     top_mask,
     unpack_block,
 )
+from .weights import dequantise_matrix, quantise_matrix
 
 __all__ = [
     "BLOCK_TOKENS",
@@ -72,6 +74,7 @@ __all__ = [
     "deal_rows",
     "deal_widths",
     "decode",
+    "dequantise_matrix",
     "encode",
     "f32_to_bf16",
     "group_size",
@@ -81,6 +84,7 @@ __all__ = [
     "page_bytes",
     "policy_masks",
     "quantise",
+    "quantise_matrix",
     "query_weight",
     "round_to",
     "row_errors",

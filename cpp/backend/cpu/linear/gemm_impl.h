@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/linear/quantised_codes_impl.h"
 
 namespace mustafar {
 namespace {
@@ -32,6 +33,8 @@ struct StepF32 : StepInRegisters {
   static Simd::F exp2_fraction(Simd::F r) { return mustafar::exp2_fraction(r); }
   // One vector of words from kUnit vectors of elements.
   static Simd::F words(const Simd::F* x) { return x[0]; }
+  // The same of kUnit elements a lane: vector i has every lane's element i.
+  static Simd::F words_across(const Simd::F* x) { return x[0]; }
   // One vector of words made of the n <= kWidth * kUnit first elements at p, zeros after them.
   template <class Load>
   static Simd::F load(const typename Load::Element* p, int n) {
@@ -164,6 +167,37 @@ void pack_weights(const void* w, DType dtype, int64_t stride, int32_t n_rows, in
     default:
       return pack_weights_as<Step, LoadBF16>(static_cast<const uint16_t*>(w), stride, n_rows, n,
                                              out);
+  }
+}
+
+// Lanes of codes are outputs already, as those of a panel.
+template <class Step>
+void pack_quantised(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, int32_t n,
+                    float* out) {
+  for (int half = 0; half < 2; half++) {
+    float* y = out + half * Simd::kWidth;
+    if (half * Simd::kWidth >= n_rows) {
+      for (int32_t i = 0; i < n; i += Step::kUnit, y += kTileCols) Simd::store(y, Simd::zero());
+      continue;
+    }
+    const CodeRows rows(w, row + half * Simd::kWidth);
+    for (int64_t c = col; c < col + n;) {
+      const int64_t group = c / w.group;
+      const int64_t end = (group + 1) * w.group < col + n ? (group + 1) * w.group : col + n;
+      const Simd::F scale = rows.scale(group), zero = rows.zero(group);
+      for (; c < end; c += 4) {  // past n there is room, and what the product does not read
+        const Words word = rows.word(c);
+        Simd::F x[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+          x[i] = Simd::mul(Simd::sub(CodeRows::code(word, i), zero), scale);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i += Step::kUnit, y += kTileCols) {
+          Simd::store(y, Step::words_across(x + i));
+        }
+      }
+    }
   }
 }
 
@@ -303,6 +337,7 @@ GemmKernels make_gemm_kernels() {
   g.task_cols = Step::kTaskCols / kTileCols * kTileCols;
   g.pack_input = pack_input<Step>;
   g.pack_weights = pack_weights<Step>;
+  g.pack_quantised = pack_quantised<Step>;
   g.pack_values = pack_values<Step>;
   g.tile = tile<Step>;
   g.attend = attend<Step>;

@@ -18,6 +18,13 @@ struct StepBF16 : StepInRegisters {
   static Simd::F words(const Simd::F* x) {
     return reinterpret_cast<Simd::F>(_mm512_cvtne2ps_pbh(x[1], x[0]));
   }
+  static Simd::F words_across(const Simd::F* x) {
+    alignas(64) static constexpr uint16_t kPairs[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                        21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_castsi512_ps(
+        _mm512_permutexvar_epi16(_mm512_load_si512(kPairs), _mm512_castps_si512(words(x))));
+  }
   static __mmask32 first_halves(int n) {
     return n >= 32 ? 0xffffffffu : n <= 0 ? 0u : (1u << n) - 1;
   }

@@ -17,7 +17,6 @@ constexpr int kGemvRows = 4;
 // How far ahead of the loads weights are asked for, per row, into the L2 cache. The hardware's own
 // prefetch stops at 4 KiB borders and at the end of a row block.
 constexpr int64_t kPrefetchBytes = 2048;
-constexpr int64_t kLineBytes = 64;
 
 template <class Load, int kRows, int kBatch>
 inline void gemv_step(const typename Load::Element* w, const float* x, int64_t w_stride,

@@ -24,12 +24,79 @@ void split(int32_t layer, int64_t rows, int64_t step, std::vector<Task>& tasks) 
   }
 }
 
-// Rows per GEMV task: whole blocks of four, several tasks per thread so that a slow one is evened
-// out.
+// Rows per GEMV task: whole blocks of four, or tiles of a quantised matrix; several tasks per
+// thread so that a slow one is evened out.
 int64_t gemv_task_rows(const Matrix& w, int threads) {
   const int64_t row_bytes = std::max<int64_t>(1, dtype_bytes(w.dtype, w.cols));
   const int64_t rows = std::min(kGemvTaskBytes / row_bytes, w.rows / (4 * threads));
-  return std::max<int64_t>(4, rows / 4 * 4);
+  const int64_t block = w.quantised() ? kTileRows : 4;
+  return std::max(block, rows / block * block);
+}
+
+// Activations of a decode step: x [batch] rows, x_stride apart, and those rounded to int8 if any.
+struct DecodeInput {
+  const float* x = nullptr;
+  int64_t x_stride = 0;
+  int32_t batch = 0;
+  Int8Input int8;
+};
+
+// The int8 activations that quantised matrices of `cols` inputs take, in the workspace.
+Int8Input quantise_rows(ThreadPool& pool, const Kernels& kernels, const float* x, int64_t x_stride,
+                        int32_t batch, int64_t cols, CpuWorkspace& workspace) {
+  const int64_t inner = (cols + kInnerStep - 1) / kInnerStep * kInnerStep;
+  const int64_t groups = batch * (inner / kInnerStep);
+  Int8Input input;
+  input.scales = grow<float>(workspace.int8_input, 2 * groups + batch * inner / 4);
+  input.sums = reinterpret_cast<int32_t*>(input.scales + groups);
+  input.codes = reinterpret_cast<int8_t*>(input.sums + groups);
+  const auto row = [&](int64_t b, int) {
+    const int32_t first = static_cast<int32_t>(b) / kInputBlock * kInputBlock;
+    kernels.quantise_input(x + b * x_stride, cols, static_cast<int32_t>(b) - first,
+                           std::min(kInputBlock, batch - first), input.block(first, inner));
+  };
+  if (batch * cols <= 16 * 1024) {  // cheaper than the start of a region
+    for (int64_t b = 0; b < batch; b++) row(b, 0);
+  } else {
+    pool.parallel_for(batch, row);
+  }
+  return input;
+}
+
+// y [batch] rows, y_stride apart, = or += rows [row0, row1) of w x + bias.
+void multiply_rows(const Kernels& kernels, const Matrix& w, int64_t row0, int64_t row1,
+                   const DecodeInput& input, const float* bias, float* y, int64_t y_stride,
+                   bool add) {
+  if (w.quantised()) {
+    QuantisedGemvArgs args;
+    args.weights = &w;
+    args.row0 = row0;
+    args.row1 = row1;
+    args.x = input.x;
+    args.x_stride = input.x_stride;
+    args.input = input.int8;
+    args.batch = input.batch;
+    args.bias = bias;
+    args.y = y;
+    args.y_stride = y_stride;
+    args.add = add;
+    input.int8.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
+    return;
+  }
+  GemvArgs args;
+  args.weights = w.data;
+  args.dtype = w.dtype;
+  args.cols = w.cols;
+  args.row0 = row0;
+  args.row1 = row1;
+  args.x = input.x;
+  args.x_stride = input.x_stride;
+  args.batch = input.batch;
+  args.bias = bias;
+  args.y = y;
+  args.y_stride = y_stride;
+  args.add = add;
+  kernels.gemv(args);
 }
 
 // Outputs per GEMM task: a multiple of the panel, smaller where threads would be left without.
@@ -72,14 +139,37 @@ void grow_gemm_scratch(ThreadPool& pool, const GemmKernels& gemm, const PackedIn
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, words);
 }
 
-// Prefetches part `i` of `parts` of n_rows rows of `bytes` bytes, stride_bytes apart.
-void prefetch_part(const uint8_t* rows, int64_t n_rows, int64_t bytes, int64_t stride_bytes,
-                   int64_t i, int64_t parts) {
-  const int64_t lines = (bytes + 63) / 64, all = n_rows * lines;
-  for (int64_t line = all * i / parts; line < all * (i + 1) / parts; line++) {
-    __builtin_prefetch(rows + line / lines * stride_bytes + line % lines * 64, 0, 2);
+// Where rows [row, row + n_rows) and inputs [col, col + n) of a matrix lie: lines of equal length.
+// Of a quantised one these are tiles, without their scales.
+struct Region {
+  const uint8_t* data = nullptr;
+  int64_t n_rows = 0;
+  int64_t bytes = 0;
+  int64_t stride_bytes = 0;
+
+  Region(const Matrix& w, int64_t row, int64_t rows, int64_t col, int64_t n) : n_rows(rows) {
+    data = static_cast<const uint8_t*>(w.data);
+    if (w.quantised()) {
+      const QuantisedShape shape = w.shape();
+      n_rows = (row + rows + kTileRows - 1) / kTileRows - row / kTileRows;
+      bytes = (n + shape.line_inputs() - 1) / shape.line_inputs() * kLineBytes;
+      stride_bytes = shape.tile_code_bytes();
+      data += row / kTileRows * stride_bytes + col / shape.line_inputs() * kLineBytes;
+    } else {
+      bytes = dtype_bytes(w.dtype, n);
+      stride_bytes = dtype_bytes(w.dtype, w.cols);
+      data += row * stride_bytes + dtype_bytes(w.dtype, col);
+    }
   }
-}
+
+  // Prefetches part `i` of `parts`.
+  void prefetch(int64_t i, int64_t parts) const {
+    const int64_t lines = (bytes + 63) / 64, all = n_rows * lines;
+    for (int64_t line = all * i / parts; line < all * (i + 1) / parts; line++) {
+      __builtin_prefetch(data + line / lines * stride_bytes + line % lines * 64, 0, 2);
+    }
+  }
+};
 
 // result [output panel][rows of the task's input panels][gemm.cols] = x W^T for the task's rows of
 // w.
@@ -88,33 +178,33 @@ void multiply(const GemmKernels& gemm, const PackedInput& x, const Matrix& w, co
   const GemmScope scope(gemm);
   const int64_t n_panels = task.panel1 - task.panel0;
   const int64_t result_rows = n_panels * gemm.rows;
-  const int64_t stride_bytes = dtype_bytes(w.dtype, w.cols);
   int64_t col = 0;
   for (int64_t block = 0; block < x.n_blocks(); block++) {
     const int32_t n = x.block_cols(block);
     const int32_t steps = (n + gemm.unit - 1) / gemm.unit;
-    const int64_t block_bytes = dtype_bytes(w.dtype, n);
     for (int64_t row = task.row0; row < task.row1; row += gemm.cols) {
       const int32_t n_outputs = static_cast<int32_t>(std::min<int64_t>(gemm.cols, task.row1 - row));
-      const uint8_t* weights =
-          static_cast<const uint8_t*>(w.data) + row * stride_bytes + dtype_bytes(w.dtype, col);
-      gemm.pack_weights(weights, w.dtype, w.cols, n_outputs, n, panel);
+      if (w.quantised()) {
+        gemm.pack_quantised(w, row, n_outputs, col, n, panel);
+      } else {
+        gemm.pack_weights(Region(w, row, n_outputs, col, n).data, w.dtype, w.cols, n_outputs, n,
+                          panel);
+      }
 
       // The next panel comes from memory while this one is multiplied: the next rows or, after the
       // last ones, the next columns.
       const bool last = row + gemm.cols >= task.row1;
       const int64_t next_row = last ? task.row0 : row + gemm.cols;
-      const uint8_t* next = static_cast<const uint8_t*>(w.data) + next_row * stride_bytes +
-                            dtype_bytes(w.dtype, last ? col + n : col);
       const int64_t next_rows = last && block + 1 == x.n_blocks()
                                     ? 0
                                     : std::min<int64_t>(gemm.cols, task.row1 - next_row);
+      const Region next(w, next_row, next_rows, last ? col + n : col, n);
 
       float* c = result + (row - task.row0) * result_rows;
       for (int32_t step = 0; step < steps; step += gemm.depth) {
         const int32_t depth = std::min(gemm.depth, steps - step);
         for (int64_t p = 0; p < n_panels; p++) {
-          if (step == 0) prefetch_part(next, next_rows, block_bytes, stride_bytes, p, n_panels);
+          if (step == 0) next.prefetch(p, n_panels);
           gemm.tile(depth, x.panel(block, task.panel0 + p) + step, panel + step * gemm.cols,
                     x.panel_rows(task.panel0 + p), c + p * gemm.rows * gemm.cols, gemm.cols,
                     block > 0 || step > 0);
@@ -158,61 +248,42 @@ void PackedInput::pack(int64_t panel, const float* x, int64_t stride) const {
 }
 
 void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const LinearLayer> layers,
-                   const float* x, int64_t x_stride, int32_t batch) {
+                   const float* x, int64_t x_stride, int32_t batch, bool int8_input,
+                   CpuWorkspace& workspace) {
   std::vector<Task> tasks;
+  DecodeInput input{x, x_stride, batch, {}};
   for (size_t i = 0; i < layers.size(); i++) {
     const Matrix& w = *layers[i].weights;
     split(static_cast<int32_t>(i), w.rows, gemv_task_rows(w, pool.size()), tasks);
+    if (int8_input && w.quantised() && input.int8.codes == nullptr) {
+      input.int8 = quantise_rows(pool, kernels, x, x_stride, batch, w.cols, workspace);
+    }
   }
   pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
     const Task& task = tasks[i];
     const LinearLayer& layer = layers[task.layer];
-    GemvArgs args;
-    args.weights = layer.weights->data;
-    args.dtype = layer.weights->dtype;
-    args.cols = layer.weights->cols;
-    args.row0 = task.row0;
-    args.row1 = task.row1;
-    args.x = x;
-    args.x_stride = x_stride;
-    args.batch = batch;
-    args.bias = layer.bias;
-    args.y = layer.out + task.row0;
-    args.y_stride = layer.out_stride;
-    args.add = layer.add;
-    kernels.gemv(args);
+    multiply_rows(kernels, *layer.weights, task.row0, task.row1, input, layer.bias,
+                  layer.out + task.row0, layer.out_stride, layer.add);
   });
 }
 
 void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights& layer,
-                    const float* x, int32_t batch, float* out, CpuWorkspace& workspace) {
-  const int64_t n = layer.gate.rows;
-  const int64_t step = gemv_task_rows(layer.gate, pool.size());
+                    const float* x, int32_t batch, float* out, bool int8_input,
+                    CpuWorkspace& workspace) {
+  const int64_t n = layer.gate.rows, cols = layer.gate.cols;
+  const int64_t step =
+      std::max(gemv_task_rows(layer.gate, pool.size()), gemv_task_rows(layer.up, pool.size()));
+  DecodeInput input{x, cols, batch, {}};
+  if (int8_input && (layer.gate.quantised() || layer.up.quantised())) {
+    input.int8 = quantise_rows(pool, kernels, x, cols, batch, cols, workspace);
+  }
   workspace.workers.resize(pool.size());
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, batch * step);
   pool.parallel_for((n + step - 1) / step, [&](int64_t i, int worker) {
     const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
     float* up = workspace.workers[worker].as<float>();  // [batch][step]
-    GemvArgs args;
-    args.cols = layer.gate.cols;
-    args.row0 = row0;
-    args.row1 = row1;
-    args.x = x;
-    args.x_stride = layer.gate.cols;
-    args.batch = batch;
-
-    args.weights = layer.gate.data;
-    args.dtype = layer.gate.dtype;
-    args.y = out + row0;
-    args.y_stride = n;
-    kernels.gemv(args);
-
-    args.weights = layer.up.data;
-    args.dtype = layer.up.dtype;
-    args.y = up;
-    args.y_stride = step;
-    kernels.gemv(args);
-
+    multiply_rows(kernels, layer.gate, row0, row1, input, nullptr, out + row0, n, false);
+    multiply_rows(kernels, layer.up, row0, row1, input, nullptr, up, step, false);
     for (int32_t b = 0; b < batch; b++) {
       float* gate = out + b * n + row0;
       kernels.silu_mul(

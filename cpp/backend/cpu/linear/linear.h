@@ -43,13 +43,16 @@ class PackedInput {
   float* data_;
 };
 
-// One parallel region: every layer applied to x [batch] rows, x_stride apart.
+// One parallel region: every layer applied to x [batch] rows, x_stride apart. Where a layer is
+// quantised, its activations are rounded to int8 (Int8Input) if `int8_input` is set.
 void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const LinearLayer> layers,
-                   const float* x, int64_t x_stride, int32_t batch);
+                   const float* x, int64_t x_stride, int32_t batch, bool int8_input,
+                   CpuWorkspace& workspace);
 
 // out [batch][intermediate] = silu(gate x + bias) * (up x + bias). One region.
 void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights& layer,
-                    const float* x, int32_t batch, float* out, CpuWorkspace& workspace);
+                    const float* x, int32_t batch, float* out, bool int8_input,
+                    CpuWorkspace& workspace);
 
 // The same with GEMM.
 void prefill_linear(ThreadPool& pool, const Kernels& kernels, const GemmKernels& gemm,

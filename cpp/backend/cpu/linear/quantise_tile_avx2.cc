@@ -1,0 +1,15 @@
+// The templates are over Simd, so the order of these includes matters.
+// clang-format off
+#include "backend/cpu/simd/avx2.h"
+#include "backend/cpu/simd/math_impl.h"
+#include "backend/cpu/linear/quantise_tile_impl.h"
+// clang-format on
+
+namespace mustafar {
+
+bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
+                        uint8_t* codes, uint16_t* scales, float* scratch) {
+  return quantise_tile(stored, shape, tile, codes, scales, scratch);
+}
+
+}  // namespace mustafar

@@ -1,0 +1,394 @@
+// Quantised matrices on the CPU: every instruction set against the definition in
+// format/quantised_matrix.h, read code by code.
+#include "format/quantised_matrix.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/linear/linear.h"
+
+namespace mustafar {
+namespace {
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<float> normal(int64_t n, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> distribution;
+  std::vector<float> x(n);
+  for (float& v : x) v = distribution(random);
+  return x;
+}
+
+// A matrix of random codes, all bytes of its memory set, and its weights as f32.
+struct Problem {
+  QuantisedShape shape;
+  std::vector<uint8_t> memory;
+  Matrix matrix;
+  std::vector<float> weights;  // [rows][cols]
+
+  explicit Problem(const QuantisedShape& s) : shape(s), memory(s.bytes()) {
+    std::mt19937 random(17);
+    for (uint8_t& byte : memory) byte = static_cast<uint8_t>(random());
+    uint8_t* scales = memory.data() + shape.scales_at();
+    for (int64_t i = 0; i < shape.n_tiles() * shape.tile_scales(); i++) {
+      const float size = 0.001f + 0.0001f * static_cast<float>(random() % 100);
+      store_float(scales, shape.scale_dtype, i, random() % 2 == 0 ? size : -size);
+    }
+    matrix = Matrix::of(shape, memory.data());
+    for (int64_t r = 0; r < shape.rows; r++) {
+      for (int64_t c = 0; c < shape.cols; c++) {
+        const int64_t at = scale_at(shape, r, c);
+        const int32_t zero = matrix.zeros != nullptr ? matrix.zeros[at] : middle_code(shape.dtype);
+        weights.push_back(load_float(scales, shape.scale_dtype, at) *
+                          static_cast<float>(code_at(shape, memory.data(), r, c) - zero));
+      }
+    }
+  }
+
+  std::string name() const {
+    return std::string(dtype_name(shape.dtype)) + ":" + std::to_string(shape.group) + " " +
+           std::to_string(shape.rows) + "x" + std::to_string(shape.cols) +
+           (shape.has_zeros ? " zeros " : " ") + dtype_name(shape.scale_dtype);
+  }
+};
+
+std::vector<QuantisedShape> shapes() {
+  std::vector<QuantisedShape> all;
+  const std::pair<int64_t, int64_t> sizes[] = {{1, 1}, {16, 32}, {19, 33}, {40, 100}, {33, 300}};
+  for (const DType dtype : {DType::kInt8, DType::kInt4}) {
+    int turn = 0;
+    for (const auto& [rows, cols] : sizes) {
+      for (const int32_t group : {32, 64, 128, 0}) {
+        QuantisedShape shape;
+        shape.dtype = dtype;
+        shape.rows = rows;
+        shape.cols = cols;
+        shape.group = group > 0 ? group : static_cast<int32_t>(shape.inner());
+        shape.has_zeros = turn % 2 == 1;
+        shape.scale_dtype = turn % 3 == 0   ? DType::kF16
+                            : turn % 3 == 1 ? DType::kBF16
+                                            : DType::kF32;
+        all.push_back(shape);
+        turn++;
+      }
+      turn++;
+    }
+  }
+  return all;
+}
+
+std::string test_name(const testing::TestParamInfo<Isa>& info) { return isa_name(info.param); }
+
+class QuantisedMatrix : public testing::TestWithParam<Isa> {
+ protected:
+  const Kernels kernels_ = select_kernels(GetParam());
+  ThreadPool pool_{1};
+  CpuWorkspace workspace_;
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, QuantisedMatrix, testing::ValuesIn(available_isas()), test_name);
+
+TEST(QuantisedShape, CodesAreWhereTheyWerePut) {
+  for (const QuantisedShape& shape : shapes()) {
+    std::vector<uint8_t> memory(shape.bytes());
+    const int32_t range = shape.dtype == DType::kInt4 ? 16 : 256;
+    const auto code = [&](int64_t r, int64_t c) {
+      return static_cast<int32_t>((r * 31 + c * 7) % range);
+    };
+    for (int64_t r = 0; r < shape.rows; r++) {
+      for (int64_t c = 0; c < shape.cols; c++) set_code(shape, memory.data(), r, c, code(r, c));
+    }
+    for (int64_t r = 0; r < shape.rows; r++) {
+      for (int64_t c = 0; c < shape.cols; c++) {
+        ASSERT_EQ(code_at(shape, memory.data(), r, c), code(r, c)) << r << ", " << c;
+      }
+    }
+    for (int64_t i = shape.scales_at(); i < shape.bytes(); i++) ASSERT_EQ(memory[i], 0);
+  }
+}
+
+TEST_P(QuantisedMatrix, FloatActivations) {
+  for (const QuantisedShape& shape : shapes()) {
+    const Problem p(shape);
+    const std::vector<float> bias = normal(shape.rows, 2);
+    for (const int32_t batch : {1, 3, 9}) {
+      const std::vector<float> x = normal(batch * shape.cols, 3);
+      std::vector<float> y(batch * shape.rows, 0.5f);
+      const LinearLayer layer{&p.matrix, bias.data(), y.data(), shape.rows, true};
+      decode_linear(pool_, kernels_, {&layer, 1}, x.data(), shape.cols, batch,
+                    /*int8_input=*/false, workspace_);
+      for (int32_t b = 0; b < batch; b++) {
+        for (int64_t r = 0; r < shape.rows; r++) {
+          double sum = bias[r] + 0.5, size = 2;
+          for (int64_t c = 0; c < shape.cols; c++) {
+            const double term = double{p.weights[r * shape.cols + c]} * x[b * shape.cols + c];
+            sum += term;
+            size += std::abs(term);
+          }
+          ASSERT_NEAR(y[b * shape.rows + r], sum, 1e-6 * size) << p.name() << " row " << r;
+        }
+      }
+    }
+  }
+}
+
+// The int8 activations of rows x [batch][cols], laid out as kernels take them.
+struct Int8Rows {
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+
+  Int8Rows(const Kernels& kernels, const std::vector<float>& x, int32_t batch,
+           const QuantisedShape& shape)
+      : codes(batch * shape.inner()),
+        scales(batch * shape.inner() / kInnerStep),
+        sums(scales.size()) {
+    for (int32_t b = 0; b < batch; b++) {
+      const int32_t first = b / kInputBlock * kInputBlock;
+      kernels.quantise_input(x.data() + b * shape.cols, shape.cols, b - first,
+                             std::min(kInputBlock, batch - first),
+                             input().block(first, shape.inner()));
+    }
+  }
+  Int8Input input() { return {codes.data(), scales.data(), sums.data()}; }
+};
+
+TEST_P(QuantisedMatrix, ActivationsAreRoundedInGroups) {
+  QuantisedShape shape;
+  shape.cols = 100;
+  for (const int32_t batch : {1, 5, 11}) {
+    std::vector<float> x = normal(batch * shape.cols, 4);
+    std::fill_n(x.begin(), 32, 0.0f);
+    Int8Rows rows(kernels_, x, batch, shape);
+    for (int32_t b = 0; b < batch; b++) {
+      const int32_t first = b / kInputBlock * kInputBlock, n = std::min(kInputBlock, batch - first);
+      const Int8Input block = rows.input().block(first, shape.inner());
+      for (int64_t group = 0; group < shape.inner() / kInnerStep; group++) {
+        const float scale = block.scales[group * n + b - first];
+        int32_t sum = 0, most = 0;
+        for (int64_t c = group * 32; c < group * 32 + 32; c++) {
+          const int32_t code = block.codes[(c / 4 * n + b - first) * 4 + c % 4];
+          const float value = c < shape.cols ? x[b * shape.cols + c] : 0.0f;
+          EXPECT_NEAR(scale * static_cast<float>(code), value, 0.5001f * scale) << "input " << c;
+          sum += code;
+          most = std::max(most, std::abs(code));
+        }
+        EXPECT_EQ(block.sums[group * n + b - first], sum);
+        EXPECT_EQ(most, b == 0 && group == 0 ? 0 : 127);
+      }
+    }
+  }
+}
+
+TEST_P(QuantisedMatrix, Int8ActivationsGiveTheBitsOfThePlainPath) {
+  for (const QuantisedShape& shape : shapes()) {
+    const Problem p(shape);
+    const std::vector<float> bias = normal(shape.rows, 2);
+    for (const int32_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 18}) {
+      const std::vector<float> x = normal(batch * shape.cols, 5);
+      Int8Rows rows(kernels_, x, batch, shape);
+      std::vector<float> y(batch * shape.rows, 0.5f), plain = y;
+      QuantisedGemvArgs args;
+      args.weights = &p.matrix;
+      args.row1 = shape.rows;
+      args.input = rows.input();
+      args.batch = batch;
+      args.bias = bias.data();
+      args.y_stride = shape.rows;
+      args.add = true;
+      args.y = y.data();
+      kernels_.gemv_int8_input(args);
+      args.y = plain.data();
+      gemv_int8_input_plain(args);
+      ASSERT_EQ(std::memcmp(y.data(), plain.data(), y.size() * sizeof(float)), 0)
+          << p.name() << " batch " << batch;
+    }
+  }
+}
+
+TEST_P(QuantisedMatrix, Int8ActivationsAreCloseAndDoNotDependOnTheBatchOrTasks) {
+  ThreadPool pool(2);
+  QuantisedShape shape;
+  shape.rows = 100;
+  shape.cols = 260;
+  for (const DType dtype : {DType::kInt8, DType::kInt4}) {
+    shape.dtype = dtype;
+    const Problem p(shape);
+    const int32_t batch = 11;
+    const std::vector<float> x = normal(batch * shape.cols, 6);
+    std::vector<float> y(batch * shape.rows, kNaN);
+    const LinearLayer layer{&p.matrix, nullptr, y.data(), shape.rows, false};
+    decode_linear(pool, kernels_, {&layer, 1}, x.data(), shape.cols, batch, true, workspace_);
+    for (int32_t b = 0; b < batch; b++) {
+      std::vector<float> one(shape.rows, kNaN);
+      const LinearLayer alone{&p.matrix, nullptr, one.data(), shape.rows, false};
+      decode_linear(pool_, kernels_, {&alone, 1}, x.data() + b * shape.cols, shape.cols, 1, true,
+                    workspace_);
+      ASSERT_EQ(std::memcmp(one.data(), y.data() + b * shape.rows, shape.rows * sizeof(float)), 0);
+      double error = 0, all = 0;
+      for (int64_t r = 0; r < shape.rows; r++) {
+        double sum = 0;
+        for (int64_t c = 0; c < shape.cols; c++) {
+          sum += double{p.weights[r * shape.cols + c]} * x[b * shape.cols + c];
+        }
+        error += (one[r] - sum) * (one[r] - sum);
+        all += sum * sum;
+      }
+      EXPECT_LT(error, 2e-4 * all) << "a rounded activation is wrong by 0.6 % of its group's size";
+    }
+  }
+}
+
+TEST_P(QuantisedMatrix, ActivationsThatAreNotFiniteStaySo) {
+  QuantisedShape shape;
+  shape.rows = 20;
+  shape.cols = 64;
+  const Problem p(shape);
+  for (const float bad : {kNaN, std::numeric_limits<float>::infinity()}) {
+    std::vector<float> x = normal(shape.cols, 7), y(shape.rows, 0.0f);
+    x[40] = bad;
+    const LinearLayer layer{&p.matrix, nullptr, y.data(), shape.rows, false};
+    decode_linear(pool_, kernels_, {&layer, 1}, x.data(), shape.cols, 1, true, workspace_);
+    for (const float v : y) EXPECT_FALSE(std::isfinite(v));
+  }
+}
+
+// A prompt's products are those with the dequantised matrix, rounded to what the GEMM multiplies.
+TEST_P(QuantisedMatrix, PromptsGiveTheBitsOfTheDequantisedMatrix) {
+  std::vector<QuantisedShape> all = shapes();
+  QuantisedShape large = all[0];
+  large.rows = 70;
+  large.cols = 1100;  // several depth blocks
+  large.group = 64;
+  all.push_back(large);
+  for (const QuantisedShape& shape : all) {
+    const Problem p(shape);
+    for (const GemmKernels* gemm : {&kernels_.f32, &kernels_.bf16}) {
+      if (gemm->rows == 0) continue;
+      const DType dtype = gemm->unit == 2 ? DType::kBF16 : DType::kF32;
+      std::vector<uint8_t> dense(dtype_bytes(dtype, shape.rows * shape.cols));
+      for (size_t i = 0; i < p.weights.size(); i++) {
+        store_float(dense.data(), dtype, static_cast<int64_t>(i), p.weights[i]);
+      }
+      const Matrix expanded{dense.data(), dtype, shape.rows, shape.cols};
+      const int64_t n = 37;
+      const std::vector<float> x = normal(n * shape.cols, 8);
+      const PackedInput packed(*gemm, n, shape.cols, workspace_.packed);
+      for (int64_t i = 0; i < packed.n_panels(); i++) {
+        packed.pack(i, x.data() + i * gemm->rows * shape.cols, shape.cols);
+      }
+      std::vector<float> y(n * shape.rows, kNaN), expected = y;
+      LinearLayer layer{&p.matrix, nullptr, y.data(), shape.rows, false};
+      prefill_linear(pool_, kernels_, *gemm, {&layer, 1}, packed, workspace_);
+      layer.weights = &expanded;
+      layer.out = expected.data();
+      prefill_linear(pool_, kernels_, *gemm, {&layer, 1}, packed, workspace_);
+      ASSERT_EQ(std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)), 0)
+          << p.name() << ", " << dtype_name(dtype);
+    }
+  }
+}
+
+struct Quantised {
+  std::vector<uint8_t> memory;
+  bool fine;
+};
+
+Quantised quantise(decltype(Kernels::quantise_tile) tile, const QuantisedShape& shape,
+                   const Matrix& stored) {
+  Quantised result{std::vector<uint8_t>(shape.bytes()), true};
+  std::vector<float> scratch(shape.inner() * kTileRows, kNaN);
+  std::vector<uint16_t> scales(shape.n_tiles() * shape.tile_scales());
+  for (int64_t i = 0; i < shape.n_tiles(); i++) {
+    if (!tile(stored, shape, i, result.memory.data(), scales.data(), scratch.data())) {
+      result.fine = false;
+    }
+  }
+  std::memcpy(result.memory.data() + shape.scales_at(), scales.data(), scales.size() * 2);
+  return result;
+}
+
+TEST_P(QuantisedMatrix, WeightsAreRoundedAlikeAndWell) {
+  for (QuantisedShape shape : shapes()) {
+    shape.scale_dtype = DType::kF16;
+    shape.has_zeros = false;
+    const std::vector<float> values = normal(shape.rows * shape.cols, 9);
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      std::vector<uint8_t> dense(dtype_bytes(dtype, shape.rows * shape.cols));
+      for (size_t i = 0; i < values.size(); i++) {
+        store_float(dense.data(), dtype, static_cast<int64_t>(i), 0.02f * values[i]);
+      }
+      const Matrix stored{dense.data(), dtype, shape.rows, shape.cols};
+      const Quantised plain = quantise(quantise_tile_plain, shape, stored);
+      const Quantised ours = quantise(kernels_.quantise_tile, shape, stored);
+      ASSERT_TRUE(ours.fine && plain.fine);
+      ASSERT_EQ(ours.memory, plain.memory) << dtype_name(shape.dtype) << ":" << shape.group;
+
+      // No group is worse than with the usual scale: the largest value over the largest code.
+      const Matrix matrix = Matrix::of(shape, ours.memory.data());
+      for (int64_t r = 0; r < shape.rows; r++) {
+        for (int64_t c0 = 0; c0 < shape.cols; c0 += shape.group) {
+          const int64_t end = std::min(shape.cols, c0 + shape.group);
+          const float scale = load_float(matrix.scales, DType::kF16, scale_at(shape, r, c0));
+          double error = 0, usual = 0;
+          float most = 0;
+          for (int64_t c = c0; c < end; c++) {
+            const float w = load_float(dense.data(), dtype, r * shape.cols + c);
+            if (std::abs(w) > std::abs(most)) most = w;
+          }
+          const bool four = shape.dtype == DType::kInt4;
+          const float simple = four ? most / -8.0f : std::abs(most) / 127.0f;
+          for (int64_t c = c0; c < end; c++) {
+            const float w = load_float(dense.data(), dtype, r * shape.cols + c);
+            const int32_t code = code_at(shape, ours.memory.data(), r, c);
+            const double back = scale * static_cast<float>(code - middle_code(shape.dtype));
+            error += (w - back) * (w - back);
+            const double q = std::clamp(std::nearbyint(double{w} / simple), four ? -8.0 : -127.0,
+                                        four ? 7.0 : 127.0);
+            usual += (w - q * simple) * (w - q * simple);
+          }
+          // A scale rounded to f16 is wrong by 2^-11 of itself, a subnormal one by 2^-25: of a
+          // value that is 128 times as much at most.
+          const double rounding = 0.001 * std::abs(most) + 4e-6;
+          EXPECT_LE(std::sqrt(error),
+                    std::sqrt(usual) * 1.02 + rounding * std::sqrt(static_cast<double>(end - c0)));
+        }
+      }
+    }
+  }
+}
+
+TEST_P(QuantisedMatrix, WeightsThatNoScaleHoldsAreReported) {
+  QuantisedShape shape;
+  shape.rows = 18;
+  shape.cols = 70;
+  for (const DType dtype : {DType::kInt8, DType::kInt4}) {
+    shape.dtype = dtype;
+    for (const float bad : {kNaN, std::numeric_limits<float>::infinity(), 3e7f}) {
+      std::vector<float> values = normal(shape.rows * shape.cols, 9);
+      const Matrix stored{values.data(), DType::kF32, shape.rows, shape.cols};
+      EXPECT_TRUE(quantise(kernels_.quantise_tile, shape, stored).fine);
+      values[17 * shape.cols + 69] = bad;
+      EXPECT_FALSE(quantise(kernels_.quantise_tile, shape, stored).fine) << bad;
+    }
+    std::vector<float> zeros(shape.rows * shape.cols, 0.0f);
+    const Quantised none = quantise(kernels_.quantise_tile, shape,
+                                    {zeros.data(), DType::kF32, shape.rows, shape.cols});
+    EXPECT_TRUE(none.fine);
+    for (int64_t c = 0; c < shape.cols; c++) {
+      EXPECT_EQ(code_at(shape, none.memory.data(), 3, c), middle_code(dtype));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace mustafar
