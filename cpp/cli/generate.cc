@@ -93,6 +93,10 @@ int generate(const Options& options) {
     write_out("\n");
     if (!options.quiet) {
       std::fprintf(stderr, "\n%s\n", summary(result.stats, memory).c_str());
+      if (result.finish_reason == FinishReason::kContext) {
+        std::fprintf(stderr, "the text was cut: the context of %lld tokens is full (-c)\n",
+                     static_cast<long long>(session.max_tokens()));
+      }
     }
   }
   return stopped ? kExitInterrupt : kExitOk;

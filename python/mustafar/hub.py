@@ -39,4 +39,4 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         try:
             return Path(snapshot_download(os.fspath(path), allow_patterns=_FILES))
         except (OSError, ValueError) as error:  # what the hub's own errors derive from
-            raise ModelError(f"{missing}; downloading it failed: {error}") from error
+            raise type(missing)(f"{missing}; downloading it failed: {error}") from error

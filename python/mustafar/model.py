@@ -247,6 +247,9 @@ class Model(Closing):
             stream: Give an iterator of chunks instead; closing it ends the work.
                 ``stream_options={"include_usage": True}`` adds a last one with the usage.
             tools: Tool definitions, passed to the chat template unless ``tool_choice="none"``.
+                Calls of them in the reply, as Llama 3, Hermes, Qwen and Mistral models and those
+                that write Python spell them, become ``tool_calls``; what only looks like one
+                stays text.
             chat_template: Instead of the folder's, as :class:`Chat` takes it.
             kv: How the cache is kept.
             session: A session whose cache is used as far as it agrees; a new one otherwise.

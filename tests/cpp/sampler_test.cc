@@ -468,6 +468,31 @@ TEST(SamplingParamsTest, RefusesWhatIsOutOfRangeByName) {
   EXPECT_EQ(with([](auto& p) { p.logprobs = -2; }).rfind("logprobs", 0), 0u);
 }
 
+TEST(SamplingParamsTest, CallersThenTheFolderThenTheLibrary) {
+  const SamplingParams usual = SamplingParams().with_defaults();
+  EXPECT_EQ(usual.temperature, 0.8);
+  EXPECT_EQ(usual.top_k, 40);
+  EXPECT_EQ(usual.top_p, 0.95);
+  EXPECT_EQ(usual.min_p, 0.05);
+  EXPECT_EQ(usual.repetition_penalty, 1.0);
+  EXPECT_EQ(usual.penalty_window, 64);
+  SamplingDefaults folder;
+  folder.temperature = 0.6;
+  folder.repetition_penalty = 1.05;
+  SamplingParams asked;
+  asked.temperature = 0;
+  asked.seed = 7;
+  const SamplingParams merged = asked.with_defaults(folder);
+  EXPECT_EQ(merged.temperature, 0.0);
+  EXPECT_EQ(merged.seed, 7u);
+  EXPECT_EQ(merged.repetition_penalty, 1.05);
+  EXPECT_EQ(merged.penalty_window, -1);  // as transformers counts
+  asked.repetition_penalty = 1.2;
+  EXPECT_EQ(asked.with_defaults(folder).penalty_window, 64);
+  asked.penalty_window = 8;
+  EXPECT_EQ(asked.with_defaults(folder).penalty_window, 8);
+}
+
 TEST(SamplerTest, RefusesWrongSizesAndIds) {
   SamplingParams params = plain();
   params.repetition_penalty = 1.1;

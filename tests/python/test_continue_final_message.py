@@ -99,7 +99,8 @@ def test_apply_chat_template(model: mustafar.Model) -> None:
 
 
 def test_chat_goes_on_with_what_it_began(model: mustafar.Model) -> None:
-    template = ChatTemplate(LINES + PROMPT)
+    eos = model.tokenizer.id_to_token(model.config["eos_token_ids"][0])
+    template = ChatTemplate(LINES.replace("</s>", eos) + PROMPT)
     begun = [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Once upon"}]
     chat = Chat(model, chat_template=template, kv=KVConfig(value_dtype="auto"))
     chat.messages = begun

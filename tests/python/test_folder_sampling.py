@@ -146,6 +146,6 @@ def test_command(folder: Callable[..., Path]) -> None:
         expected = Session(model).generate(PROMPT, seed=5, max_new_tokens=24)
     out = run("generate", "-m", path, "-p", PROMPT, "-n", 24, "-s", 5, "--json")
     assert json.loads(out.stdout)["token_ids"] == expected.token_ids
-    chat = run("chat", "-m", path, stdin="/set\n/set top-p=1\n/set\n")
+    chat = run("chat", "-m", path, "--commands", stdin="/set\n/set top-p=1\n/set\n")
     assert "temp=0.6  top-k=40  top-p=0.9  min-p=0.05" in chat.stderr
     assert "temp=0.6  top-k=40  top-p=1  min-p=0.05" in chat.stderr
