@@ -176,7 +176,7 @@ double median(std::vector<double> x) {
   return x[x.size() / 2];
 }
 
-// Reads a buffer with every thread, plainly; seconds.
+// Seconds that all threads together take to read a buffer from end to end.
 double read_all(ThreadPool& pool, const HostBuffer& buffer) {
   constexpr int64_t kPiece = 1 << 20;
   const int64_t pieces = static_cast<int64_t>(buffer.bytes()) / kPiece;

@@ -263,7 +263,7 @@ int main(int argc, char** argv) {
         return 2;
       }
     }
-    // The shapes of the goals, then the rest.
+    // The shapes that the documents quote come first.
     if (shapes.empty()) {
       shapes = {{8, 32768, 32, 8, 0},  {1, 32768, 32, 8, 0},  {1, 131072, 32, 8, 0},
                 {8, 4096, 32, 8, 0},   {32, 4096, 32, 8, 0},  {8, 32768, 32, 32, 0},

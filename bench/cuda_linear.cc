@@ -110,7 +110,7 @@ class Bench {
         }
       }
     };
-    // The order of additions in f64 on the host is another one: a few rows decide.
+    // GEMV in f32, the reference, is itself held against f64 sums of the host in a few rows.
     const std::vector<float> reference = result(by_gemv);
     bool good = agrees_with_host(reference, host_, x, layer, n);
     const auto measure = [&](const char* kernel, auto&& body, double tolerance) {

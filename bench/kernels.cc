@@ -35,7 +35,7 @@ double now() {
   return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-// Keeps a result alive.
+// Results go here, so that the compiler keeps the work.
 volatile float g_sink;
 
 #if defined(__x86_64__)

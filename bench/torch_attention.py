@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """PyTorch's dense attention (flash, cuDNN), decode and prefill, at the GPU benchmarks' shapes.
 
-    bench_torch_attention.py [batch,context,heads,kv_heads ...]
+    python bench/torch_attention.py [batch,context,heads,kv_heads ...]
 
 Prints JSON lines. In decode, layers' caches are rotated so that every call reads cold memory.
 """

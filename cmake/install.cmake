@@ -60,6 +60,23 @@ mustafar_install_licences(DESTINATION ${CMAKE_INSTALL_DOCDIR}/licenses)
 
 if(TARGET mustafar_command)
   install(TARGETS mustafar_command RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
+  if(NOT CMAKE_CROSSCOMPILING)  # the command writes them, once it is installed
+    install(CODE "set(command \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_BINDIR}/mustafar\")
+set(data \"\${CMAKE_INSTALL_PREFIX}/${CMAKE_INSTALL_DATADIR}\")")
+    install(CODE [[
+foreach(file "bash:bash-completion/completions/mustafar" "zsh:zsh/site-functions/_mustafar"
+        "fish:fish/vendor_completions.d/mustafar.fish")
+  string(REGEX MATCH "^([a-z]+):(.*)/([^/]+)$" _ "${file}")
+  set(shell ${CMAKE_MATCH_1})
+  set(folder "${data}/${CMAKE_MATCH_2}")
+  set(name ${CMAKE_MATCH_3})
+  file(MAKE_DIRECTORY "$ENV{DESTDIR}${folder}")
+  execute_process(COMMAND "$ENV{DESTDIR}${command}" completion ${shell}
+    OUTPUT_FILE "$ENV{DESTDIR}${folder}/${name}" COMMAND_ERROR_IS_FATAL ANY)
+  message(STATUS "Installing: $ENV{DESTDIR}${folder}/${name}")
+  list(APPEND CMAKE_INSTALL_MANIFEST_FILES "${folder}/${name}")
+endforeach()]])
+  endif()
 endif()
 if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/python/mustafar/models/demo)
   install(DIRECTORY python/mustafar/models/demo

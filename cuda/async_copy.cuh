@@ -1,12 +1,12 @@
-// Asynchronous copies from global to shared memory, as device_ops.cuh has the rest of the device's
-// language.
+// Asynchronous copies from global to shared memory: like device_ops.cuh, PTX under nvcc and calls
+// of the harness elsewhere.
 #pragma once
 
 #include "cuda/device_ops.cuh"
 
 namespace mustafar::cuda {
 
-// 16 bytes, both addresses aligned to 16; past L1.
+// Copies 16 bytes, both addresses aligned to 16, without leaving them in the L1.
 __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #if defined(MUSTAFAR_SIMT)
   simt::cp_async(to_shared, from, 16);
@@ -16,7 +16,7 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #endif
 }
 
-// 8 bytes, both addresses aligned to 8.
+// Copies 8 bytes, both addresses aligned to 8.
 __device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
 #if defined(MUSTAFAR_SIMT)
   simt::cp_async(to_shared, from, 8);

@@ -28,11 +28,12 @@ struct AttentionArgs {
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
   bool decode = true;         // one row a sequence, its token in the dense buffer
-  bool writes_out = false;    // of prefill_attention_fast: no combine follows
+  bool writes_out = false;    // prefill_attention_fast writes out itself: no combine follows
 };
 
-// A split has at least so many tiles of 64 tokens, which amortises a block's fixed costs, and there
-// are at most so many splits, which fill a GPU at batch 1 with 8 KV heads.
+// A sequence has a split for every kMinSplitTiles tiles of 64 tokens that it begins: enough of them
+// to make a block's fixed costs small. Beyond kMaxSplits, which fill a GPU at batch 1 with 8 KV
+// heads, splits grow instead.
 constexpr int32_t kMinSplitTiles = 4;
 constexpr int32_t kMaxSplits = 64;
 
@@ -51,7 +52,8 @@ MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t de
 // tile at most.
 MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits, int32_t n_tiles) {
   const uint32_t each = static_cast<uint32_t>(n_tiles) / static_cast<uint32_t>(n_splits);
-  const int32_t longer = n_tiles - static_cast<int32_t>(each) * n_splits;  // the first so many
+  const int32_t longer =
+      n_tiles - static_cast<int32_t>(each) * n_splits;  // so many, the first ones, have a tile more
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
@@ -60,9 +62,9 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 // int4, not ragged; coded rows of the widths in decode_attention_coded.cu.
 bool decode_attention_fast(const AttentionArgs& args, Stream stream);
 
-// Flash attention for many rows (prefill_attention.cu); false where head_dim or tail are others.
-// With writes_out it writes out itself and no partials, in V's basis where a sequence has a
-// v_backward.
+// Flash attention for many rows (prefill_attention.cu); false unless head_dim is 64 or 128 and the
+// tail f16 or bf16. With writes_out it writes `out` and no partials; where a sequence has a
+// v_backward, that is still to be applied.
 bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
 
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).

@@ -8,7 +8,7 @@
 // each.
 //
 // Shared, f32: K and V tiles [kTokens][D + 1], queries [kPairs][D], scores [kPairs][kTokens],
-// softmax state; tables of coded rows [2][D], two words each. Limit: head_dim <= 256 (79 KiB).
+// softmax state; tables of coded rows [2][D], two words each. Limit: head_dim <= 256 (77 KiB).
 #include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"

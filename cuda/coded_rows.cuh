@@ -7,9 +7,9 @@
 
 namespace mustafar::cuda {
 
-// Of one dim.
+// One dim of a coded row.
 struct alignas(8) CodeDim {
-  float step;      // times the row's scale that of its codes; 0 where the width is
+  float step;      // of its codes, to be multiplied by the row's scale; 0 where the width is 0
   uint32_t place;  // first bit of its code in a row, and the width 16 bits further up
 
   __device__ __forceinline__ uint32_t first_bit() const { return place & 0xffffu; }

@@ -59,7 +59,7 @@ __device__ __forceinline__ float code_of(float in_steps, float inverse, float ha
   return fminf(fmaxf(add_rounded(multiply_rounded(in_steps, inverse), half), 0.0f), top);
 }
 
-// Of a half warp's partial sums, in the format's order.
+// The sum of a half warp's partial sums, added in the format's order.
 __device__ __forceinline__ float total_of(float partial) {
 #pragma unroll
   for (int m = kSumLanes / 2; m > 0; m /= 2) {
@@ -127,7 +127,7 @@ __device__ __forceinline__ uint16_t choose_scale(const CodedTable& table, int32_
   if ((best & 0x7f80u) == 0x7f80u) return best;
   float least = INFINITY;
   try_scales<kTerms, 0>(table, n, x, rms, inverse_of(rms), least, best);
-  // Of equals the first, which are those of the lower half.
+  // Of equally good scales the first counts: the lower half has the first ones.
   const float least_above = shuffle(least, lane_id() | kSumLanes);
   const uint32_t best_above = shuffle(uint32_t{best}, lane_id() | kSumLanes);
   const uint32_t chosen = least_above < least ? best_above : best;

@@ -1,4 +1,4 @@
-// What both compress kernels share: where a slot is, ranking weights, selection, packing.
+// What the compress kernels share: where a slot is, ranking weights, selection, packing.
 #pragma once
 
 #include "cuda/compress.h"
@@ -198,7 +198,7 @@ __device__ __forceinline__ int32_t bad_row_code(const CommitView& step, const Sl
          (position < kBadRowPositions ? position : kBadRowPositions - 1);
 }
 
-// The bytes after the last field of a slot, and between values and what follows them.
+// Zeroes the bytes after the last field of a slot.
 __device__ __forceinline__ void zero_padding(const SlotLayout& slot, uint8_t* out) {
   const int32_t end = slot.scales_offset + (has_scales(slot.dtype) ? kBlockTokens * 2 : 0);
   for (int32_t i = end + static_cast<int32_t>(threadIdx.x); i < slot.slot_bytes;

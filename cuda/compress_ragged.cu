@@ -10,7 +10,7 @@
 // Kept values then move to the front of the staging area, eight rows at a time: never past the rows
 // that were read. From there they leave as whole words. Every byte of the slot is written.
 //
-// Shared: Scratch. Limit: head_dim <= 256 (70 KiB).
+// Shared: Scratch. Limit: head_dim <= 256 (69 KiB).
 #include "cuda/compress.h"
 #include "cuda/compress_ops.cuh"
 #include "cuda/launch.cuh"
@@ -93,7 +93,7 @@ __device__ void select_whole_channels(const SlotLayout& slot, bool weighted, Scr
     double squares = 0;
     for (int t = 0; t < kBlockTokens; t++) {
       const double x = w.rows[t * w.stride + d];
-      squares += x * x;  // exact products: an FMA rounds the same
+      squares += x * x;  // products of floats are exact in double: an FMA rounds the same
     }
     w.keys[d] = rank_key(static_cast<float>(sqrt(squares)), weighted ? w.weight[d] : 1.0f);
   }

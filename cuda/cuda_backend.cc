@@ -14,10 +14,10 @@ namespace {
 using Lock = std::lock_guard<std::recursive_mutex>;
 
 // Decode batches up to here go through GEMV, which reads the weights once, also where cuBLASLt is
-// found: on an H100 that is level with GEMV at 8 rows and ahead of it at 16.
+// found: on an H100 cuBLASLt is level with GEMV at 8 rows and ahead of it at 16.
 constexpr int32_t kGemvBatch = 8;
 constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
-constexpr size_t kMaxRecordedSteps = 32;
+constexpr size_t kMaxRecordedSteps = 32;              // graphs that are kept; the oldest goes first
 
 class CudaMemory final : public DeviceMemory {
  public:

@@ -84,9 +84,10 @@ class CudaBackend final : public Backend {
     Graph graph = nullptr;
   };
 
-  // By gemv for few rows, else by the steps that gemv does in one, around multiply.
+  // Few rows go through gemv; for more, what gemv does in one kernel is done in steps around
+  // multiply.
   void linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace);
-  // Tensor-core products alone: of args, the matrices, biases and x.
+  // The products alone, by tensor cores: only the matrices, biases and x of args count.
   void multiply(const LinearArgs& args, CudaWorkspace& workspace);
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
@@ -107,7 +108,7 @@ class CudaBackend final : public Backend {
   std::map<std::thread::id, std::vector<std::shared_ptr<PinnedFlag>>> unchecked_;
 };
 
-// The factory's door: see make_backend.
+// What make_backend (backend/backend.h) makes for device "cuda".
 std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype);
 
 }  // namespace mustafar::cuda

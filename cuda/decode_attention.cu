@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kCombineThreads = 256;
 
-// Grid: x head, y row. Shared: merge_splits'.
+// Grid: x head, y row. Shared: what merge_splits takes.
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);

@@ -12,16 +12,15 @@
 //                 columns 4-7.
 //   O^T = V^T P^T lane (g, c) owns dims [g D/8, (g+1) D/8) of four tokens; S^T becomes P^T by one
 //                 8 x 8 transpose, columns 4-7 holding what rounding took from columns 0-3.
-// Rows are dealt to lanes so that K's fragment rows are V's: fragment row g is token g/2 + 4 (g %
-// 2) of the 16, row g + 8 eight later; V's four tokens are c, c + 4, c + 8, c + 12, free of bank
-// conflicts in shared memory.
-// Integer values: K codes meet int8 queries in an integer product; V codes become f16, exact, and
-// their scale enters P as an exponent, so that P stays in [0, 1].
-// Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks, tail, the
-// new token: a few tiles in all) is read directly.
+// Rows are dealt to lanes so that K's fragment rows are V's: fragment row g is token row_token(g) =
+// g/2 + 4 (g % 2) of the 16, row g + 8 eight later; V's four tokens are c, c + 4, c + 8, c + 12,
+// free of bank conflicts in shared memory. Integer values: K codes meet int8 queries in an integer
+// product; V codes become f16, exact, and their scale enters P as an exponent, so that P stays in
+// [0, 1]. Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks,
+// tail, the new token: a few tiles in all) is read directly.
 //
 // Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K
-// rows and 16 V rows as stored; at the end the warps' results over them.
+// rows and 16 V rows as stored, whose place the warps' results take at the end.
 #pragma once
 
 #include "cuda/async_copy.cuh"
@@ -63,7 +62,7 @@ struct DecodeShape {
   static constexpr int kQueriesAt = kTable + kPlanBytes;
   static constexpr int kStagesAt =
       kQueriesAt + (kQueriesInStage ? 0 : cuda::kQueryBytes<kDim, kSets>);
-  // As many as registers allow without spilling, or shared memory.
+  // As many as registers (without spilling) and shared memory allow.
   static constexpr int kBlocksPerMultiprocessor = kDense && kBits == 16   ? (kDim == 64 ? 4 : 2)
                                                   : kSets == 1            ? (kDim == 64 ? 5 : 4)
                                                   : kDim == 64            ? 4
@@ -75,7 +74,7 @@ struct DecodeShape {
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
 
-// Tiles of the store. plan: with their slots once the block has passed a barrier.
+// Attends to the store's tiles. plan: lists their slots once the block has passed a barrier.
 template <typename Shape>
 __device__ void attend_store(const AttentionArgs& args, const TileRun& run, const BlockPlan& plan,
                              const BlockQueries<Shape>& queries, uint8_t* table, uint8_t* stages,
@@ -112,7 +111,8 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
     }
   }
 
-  // Kept where registers allow: worked out again in every tile they cost 8 instructions.
+  // With one set of queries there are registers to keep these in; working them out again in every
+  // tile costs 8 instructions.
   const int k_token = Shape::kSets == 1 ? kept(row_token(g)) : row_token(g);
   const int v_token = Shape::kSets == 1 ? kept(c) : c;
   for (int32_t i = 0; i < run.n; i++) {
@@ -233,7 +233,8 @@ __device__ void attend_tail(const uint8_t* keys, const uint8_t* values, int32_t 
   add_values<Shape::kTail, Shape::kSets>(words, p, softmax);
 }
 
-// Blocks per multiprocessor are stated: left to choose, ptxas aims higher on sm_100 and spills.
+// Blocks per multiprocessor are stated: left to choose, ptxas aims for more of them on sm_100 and
+// spills registers.
 template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
@@ -355,7 +356,7 @@ void launch_values(const AttentionArgs& args, Stream stream) {
     if (args.head_dim == 128) return launch_decode<kTail, kBits, 128, 32, 16>(args, stream);
     return launch_decode<kTail, kBits, 64, 32, 16>(args, stream);
   }
-  if constexpr (kBits != 4) {  // int4 keeps 16 and 8 there, since its runs are whole words
+  if constexpr (kBits != 4) {  // int4 never keeps 12 or 4: keep_of rounds up to whole words
     if (keeps(args, 12, 4)) return launch_decode<kTail, kBits, 128, 12, 4>(args, stream);
   }
   if (keeps(args, 16, 8)) return launch_decode<kTail, kBits, 128, 16, 8>(args, stream);
@@ -382,7 +383,7 @@ void decode_attention_bf16(const AttentionArgs& args, Stream stream);
 void decode_attention_int8(const AttentionArgs& args, Stream stream);
 void decode_attention_int4(const AttentionArgs& args, Stream stream);
 
-// Likewise of coded rows; false where there is no kernel for their bits.
+// The same for coded rows; false where there is no kernel for their bits.
 bool decode_attention_coded(const AttentionArgs& args, Stream stream);
 
 }  // namespace mustafar::cuda

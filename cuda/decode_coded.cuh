@@ -51,7 +51,7 @@ struct CodedShape {
   static constexpr int kBlocksPerMultiprocessor = kChunks <= 2                          ? 4
                                                   : kChunks == 3 && kRowBytes % 16 == 0 ? 3
                                                                                         : 2;
-  // Of the dense buffer's rows.
+  // What attend_tail takes for the dense buffer's rows.
   static constexpr int kBits = 16;
   static constexpr bool kDense = false;
   static constexpr bool kQueriesInStage = false;
@@ -219,7 +219,7 @@ __device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint
       }
     }
   }
-  constexpr uint32_t kOnes = 0x3c003c00u;
+  constexpr uint32_t kOnes = 0x3c003c00u;  // 1.0 twice, in f16
   const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
   mma_16x8x16<DType::kF16>(softmax.out[Shape::kBitTiles], ones, p);
 }
@@ -240,6 +240,7 @@ __device__ void bits_to_dims(const Softmax<Shape::kBitTiles + 1>& bits, const Co
     sync_warp();
 #pragma unroll
     for (int t = 0; t < Shape::kBitTiles; t++) {
+      // The products were of subnormals: a set bit counted as 2^(t % 8 - 24).
       const float unit = static_cast<float>(1 << (24 - t % 8));
       const float low = both_terms(bits.out[t][n]), high = both_terms(bits.out[t][2 + n]);
       mine[16 * t + 8 * odd + g] = (odd == 0 ? low : high) * unit;
@@ -273,8 +274,8 @@ __device__ void bits_to_dims(const Softmax<Shape::kBitTiles + 1>& bits, const Co
   }
 }
 
-// Tiles of the store. table: Shape::kTable bytes; plan: with its slots once the block has passed a
-// barrier.
+// Attends to the store's tiles. table: Shape::kTable bytes; plan: lists their slots once the block
+// has passed a barrier.
 template <typename Shape>
 __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& tables, int kv_head,
                                    const TileRun& run, const BlockPlan& plan,

@@ -4,13 +4,13 @@
 // One load takes the same two neighbouring chunks of all 16 rows. K as stored is the A operand of
 // S^T = K Q^T; V transposed by the load, in units of 2 bytes, that of O^T = V^T P^T. Fragment row g
 // is token g. Dims follow from the loads (g = lane / 4, c = lane % 4):
-//   2-byte  K step i: dims 16 i + 2c ..;   V tile t: row g is dim 16 t + g, row g + 8 eight later.
-//   int8    K step i: dims 32 i + 4c ..;   a unit is 2 dims, so row g of V's tile t is dim 16 t +
-//   2g
-//           and row g + 8 the next.
-//   int4    K step i: dims 32 i + 8c .., even ones in the first half of the step, odd ones in the
-//           second; a unit is 4 dims, so row g of V's tile t is dim 32 (t / 2) + 4g + 2 (t % 2) and
-//           row g + 8 the next.
+//   2-byte  K step i: dims from 16 i + 2c on. V tile t: row g is dim 16 t + g, row g + 8 is eight
+//           dims later.
+//   int8    K step i: dims from 32 i + 4c on. A unit is 2 dims, so row g of V's tile t is dim
+//           16 t + 2g, row g + 8 is the next dim.
+//   int4    K step i: dims from 32 i + 8c on, even ones in the first half of the step, odd ones in
+//           the second. A unit is 4 dims, so row g of V's tile t is dim 32 (t / 2) + 4g + 2 (t %
+//           2), row g + 8 is the next dim.
 //
 // Bank conflicts: none. Chunk x of row r lies in place x ^ (r / n) of its row, modulo the chunks of
 // a row (8 at most), where n is the rows of a line of 128 bytes (1 for longer rows). ldmatrix reads
@@ -50,7 +50,7 @@ __device__ __forceinline__ void copy_rows(uint8_t* to, Source&& source) {
   }
 }
 
-// Of dense slots whose layout Shape compiles in.
+// Sizes of dense slots, which Shape compiles in.
 template <typename Shape>
 struct DenseSlots {
   static constexpr int kRowBytes = Shape::kDim * Shape::kBits / 8;
@@ -162,9 +162,9 @@ __device__ __forceinline__ void dense_scores(const uint8_t* rows, int32_t place,
 template <int kNibble>
 __device__ __forceinline__ uint32_t nibbles_to_f16(uint32_t word) {
   if constexpr (kNibble == 0) {
-    return subtract_f16x2((word & 0x000f000fu) ^ 0x64086408u, 0x64086408u);  // 1032
+    return subtract_f16x2((word & 0x000f000fu) ^ 0x64086408u, 0x64086408u);  // less 1032
   } else {
-    // 1024 + 16 u; by 1/16, less 72.
+    // 1024 + 16 u: times 1/16 (0x2c00), less 72 (0xd480).
     return multiply_add_f16x2((word & 0x00f000f0u) ^ 0x64806480u, 0x2c002c00u, 0xd480d480u);
   }
 }
@@ -244,7 +244,8 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
   add_dense_values<Shape>(stage + Slots::kRowsBytes, place, p, softmax);
 }
 
-// Tiles of the store, dense slots. plan: with their slots once the block has passed a barrier.
+// Attends to the store's tiles, dense slots. plan: lists their slots once the block has passed a
+// barrier.
 template <typename Shape>
 __device__ __forceinline__ void attend_dense_store(
     const TileRun& run, const BlockPlan& plan, int32_t slot_bytes,

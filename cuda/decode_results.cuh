@@ -19,7 +19,7 @@ __device__ __forceinline__ int output_dim(int t, int g) {
 template <typename Shape>
 constexpr int kPairStep = Shape::kDense ? DenseSlots<Shape>::kPairStep : 1;
 
-// Of the warps' results at the end.
+// Bytes of shared memory that the warps' results take at the end.
 template <typename Shape>
 constexpr int merging_bytes = kDecodeWarps * Shape::kQueries * (Shape::kDim + 2) * 4;
 

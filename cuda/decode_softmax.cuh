@@ -37,7 +37,7 @@ __device__ __forceinline__ void update_softmax(const float (&s)[4], const float 
         kScaled ? exp2_approx(s[n] - max) + exp2_approx(s[2 + n] - max) : p[n] + p[2 + n];
     softmax.sum[n] = softmax.sum[n] * rescale[n] + sum;
   }
-  // Once a maximum has settled, most tiles leave it.
+  // Most tiles do not raise the maximum: then there is nothing to rescale.
   if (ballot(rescale[0] != 1.0f || rescale[1] != 1.0f) != 0) {
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {

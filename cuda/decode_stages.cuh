@@ -9,8 +9,8 @@
 namespace mustafar::cuda {
 
 constexpr int kDecodeTokens = 16;  // of a tile, per warp
-constexpr int kStages = 3;
-constexpr int kStageSlack = 16;  // bytes that a run of any length may read past its row
+constexpr int kStages = 3;         // tiles of a warp in shared memory: one in use, two on their way
+constexpr int kStageSlack = 16;    // bytes that a run of any length may read past its row
 
 // Some tiles of the store that lie one after another.
 struct TileRun {
@@ -38,8 +38,8 @@ struct BlockPlan {
 };
 constexpr int kPlanBytes = (sizeof(BlockPlan) + 15) / 16 * 16;
 
-// Such tiles, kStages - 1 copies ahead. Copy: copy(slot, stage) starts this lane's part of a
-// tile's.
+// A run's tiles one after another, copied kStages - 1 ahead. Copy: copy(slot, stage) starts this
+// lane's part of the copy of a tile.
 template <typename Copy>
 class TileStream {
  public:

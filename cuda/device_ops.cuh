@@ -3,7 +3,7 @@
 // use nothing of the device beyond this file, async_copy.cuh and matrix_ops.cuh, so that each of
 // them runs, and is tested, without a GPU.
 //
-// Rules that the harness relies on: shared memory is dynamic alone (shared_memory()); warp
+// Rules that the harness relies on: all shared memory is dynamic (shared_memory()); warp
 // collectives are always full; blocks are multiples of 32 threads and do not wait for each other.
 #pragma once
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ int lane_id() {
 #endif
 }
 
-// x as a value of its own: kept in a register, not worked out again where it is used.
+// x, which the compiler then keeps in a register instead of working it out again at every use.
 __device__ __forceinline__ int kept(int x) {
 #if !defined(MUSTAFAR_SIMT)
   asm volatile("" : "+r"(x));
@@ -144,7 +144,8 @@ __device__ __forceinline__ int popcount(uint32_t x) {
 }
 
 // PRMT: byte i of the result is byte (selector >> 4i & 7) of {low, high}, or, with bit 3 of that
-// digit, its sign. Bits above the fourth digit do not count; __byte_perm would mask them first.
+// digit, its sign. Bits above the fourth digit do not count: PTX, since __byte_perm would spend an
+// instruction on masking them off.
 __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(MUSTAFAR_SIMT)
   const uint64_t bytes = uint64_t{high} << 32 | low;
@@ -188,7 +189,7 @@ __device__ __forceinline__ float bits_float(uint32_t x) {
 #endif
 }
 
-// Sixteen bytes that are read once and written by nobody meanwhile: past the L1.
+// Sixteen bytes that are read once, so not left in the L1, and that nobody writes meanwhile.
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
 #if defined(MUSTAFAR_SIMT)
   return *static_cast<const uint4*>(from);
@@ -356,7 +357,7 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t i
   }
 }
 
-// f16 pairs: a - b in each half.
+// Two f16 in a word: a - b in each half.
 __device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
 #if defined(MUSTAFAR_SIMT)
   const auto half = [](uint32_t word, int i) {
@@ -370,7 +371,7 @@ __device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
 #endif
 }
 
-// f16 pairs: a * b + c in each half, rounded once.
+// Two f16 in a word: a * b + c in each half, rounded once.
 __device__ __forceinline__ uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(MUSTAFAR_SIMT)
   const auto half = [](uint32_t word, int i) {
@@ -385,7 +386,7 @@ __device__ __forceinline__ uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, u
 #endif
 }
 
-// The smallest value seen at *at becomes value, if that is smaller.
+// Lowers *at to value where that is smaller.
 __device__ __forceinline__ void atomic_minimum(int32_t* at, int32_t value) {
 #if defined(MUSTAFAR_SIMT)
   if (value < *at) *at = value;

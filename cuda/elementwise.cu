@@ -75,7 +75,8 @@ struct RopeHead {
                ? args.q + (row * args.n_heads + head) * args.head_dim
                : (kind == 1 ? args.k : args.v) + (row * args.n_kv_heads + head) * args.head_dim;
   }
-  // k F and v F, but q B^T; or null.
+  // The matrix of the KV transform, or null: keys and values are multiplied by F, queries by the
+  // transpose of the keys' B.
   __device__ const float* matrix(const RopeArgs& args, const SequenceView& s) const {
     const KVTransform& transform = s.transform;
     const float* const first = kind == 0   ? transform.k_backward
@@ -97,7 +98,8 @@ struct RopeHead {
       return;
     }
     const int64_t row_bytes = dims * (args.tail_dtype == DType::kF32 ? 4 : 2);
-    // kKeys or kValues; as a choice of two it would have the compiler write the stores twice.
+    // kind - 1 is kKeys or kValues; written as a choice between them, the stores are compiled
+    // twice.
     uint8_t* const to =
         new_row(s, args.layer, kind - 1, args.n_kv_heads, head, s.pos0 + row - s.row0, row_bytes);
     store_element(to, args.tail_dtype, at, value);

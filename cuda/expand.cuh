@@ -32,7 +32,8 @@ __device__ __forceinline__ void fill_expand_table(uint8_t* table) {
 // The entry of nibble kNibble of a mask; table: of this lane.
 template <int kNibble>
 __device__ __forceinline__ uint32_t table_entry(const uint8_t* lane_table, uint32_t mask) {
-  constexpr int kShift = 4 * kNibble - 7;  // an entry is 128 bytes from the next
+  // A lane's entries are 128 bytes apart: the offset is the nibble times 128.
+  constexpr int kShift = 4 * kNibble - 7;
   uint32_t offset;
   if constexpr (kShift < 0) {
     offset = mask << -kShift & 0x780u;

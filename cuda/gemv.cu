@@ -21,9 +21,9 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kRows = 4;    // output rows of a block
-constexpr int kBatchX = 8;  // rows of x that a pass takes
-constexpr int64_t kLargeGroups = 4096;
+constexpr int kRows = 4;                // output rows of a block
+constexpr int kBatchX = 8;              // rows of x that a pass takes
+constexpr int64_t kLargeGroups = 4096;  // blocks of rows of what gemv() takes for a large matrix
 
 template <DType kType, bool kVector>
 constexpr int kValues = !kVector               ? 1
@@ -178,7 +178,8 @@ void gemv(const LinearArgs& args, Stream stream) {
     vector = vector && args.cols * (dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(part.weights) % 16 == 0;
   }
-  // One row of x needs no tensor cores, and loads of whole lines read a large matrix faster.
+  // One row of x needs no tensor cores, and this kernel's loads, of whole cache lines, read a large
+  // matrix faster than those of gemv_tensor.cu.
   const bool large = args.n == 1 && row_groups<kRows>(args) >= kLargeGroups;
   if (vector && dtype != DType::kF32 && !large) {
     gemv_tensor(args, stream);

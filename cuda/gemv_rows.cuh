@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&values)[k
   }
 }
 
-// Of RMSNorm, from the sum of squares.
+// What RMSNorm multiplies a row by, from the row's sum of squares.
 __device__ __forceinline__ float norm_scale(const LinearArgs& args, float squares) {
   return 1.0f / sqrtf(squares / static_cast<float>(args.cols) + args.eps);
 }

@@ -21,6 +21,7 @@ template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, int threads,
             int64_t shared_bytes, Stream stream, const Arguments&... arguments) {
   if (grid.x <= 0 || grid.y <= 0 || grid.z <= 0) return;
+  // CUDA's limits.
   if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
     throw Error(std::string("kernel ") + name + ": a grid of " + std::to_string(grid.x) + " x " +
                 std::to_string(grid.y) + " x " + std::to_string(grid.z) + " blocks is too large");

@@ -1,5 +1,5 @@
-// Tensor-core products and the movements of matrices in fragments, as device_ops.cuh has the rest
-// of the device's language.
+// Tensor-core products and the movements of matrices in fragments: like device_ops.cuh, PTX under
+// nvcc and calls of the harness elsewhere.
 //
 // What a lane holds, with g = lane / 4 and c = lane % 4:
 //

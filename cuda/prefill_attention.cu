@@ -58,7 +58,7 @@ class Pairs {
                                    const SequenceView& s)
       : args_(args),
         plan_(plan),
-        // The longest come first.
+        // Chunks that see most come first.
         first_(static_cast<int32_t>(gridDim.z - 1 - blockIdx.z) * kPairs),
         all_(s.n_rows * plan.heads_per_kv),
         sees0_(s.n_blocks * kBlockTokens + s.dense_tokens + s.pos0 - s.fresh_pos0 + 1) {}

@@ -43,7 +43,7 @@ inline StoreTiles store_tiles(const StoreLayout& layout, DType tail, int64_t sta
     return s.dtype == tail || s.dtype == DType::kInt8 || s.dtype == DType::kInt4;
   };
   if (copied(layout.k) && copied(layout.v)) return StoreTiles::kCopied;
-  // A run may be read past its end, by 8 bytes.
+  // With 16 bytes behind the slots: a run of values may be read past its end, by 8 bytes.
   const int64_t bytes = int64_t{layout.k.slot_bytes} + layout.v.slot_bytes + 16;
   if (layout.k.dtype == DType::kCoded && layout.v.dtype == DType::kCoded && bytes <= stage_bytes) {
     return StoreTiles::kCoded;
@@ -187,7 +187,8 @@ __device__ __forceinline__ void expand_held(const uint32_t* run, uint32_t mask,
   RegisterRun<kBits, kRunDims, kWords>::expand(held, mask, lane_table, bias, out);
 }
 
-// Dims [32 run, 32 run + 32) of a staged row. The settings that presets use are held in registers.
+// Dims [32 run, 32 run + 32) of a staged row. A run that keeps a quarter, three eighths or half of
+// its values (not int4) is held in registers.
 template <int kBits>
 __device__ __forceinline__ void expand_run(const SlotLayout& slot, const uint8_t* staged, int row,
                                            int run, const uint8_t* lane_table, uint32_t bias,
@@ -203,7 +204,7 @@ __device__ __forceinline__ void expand_run(const SlotLayout& slot, const uint8_t
     const int words = run_words(slot, kBits);
     const uint32_t* from =
         reinterpret_cast<const uint32_t*>(values + row * slot.row_bytes) + run * words;
-    constexpr int kUnit = kBits / 8;  // words of a quarter kept
+    constexpr int kUnit = kBits / 8;  // words of an eighth of the values
     if (words == 2 * kUnit) return expand_held<kBits, 2 * kUnit>(from, mask, lane_table, bias, out);
     if (words == 3 * kUnit) return expand_held<kBits, 3 * kUnit>(from, mask, lane_table, bias, out);
     if (words == 4 * kUnit) return expand_held<kBits, 4 * kUnit>(from, mask, lane_table, bias, out);

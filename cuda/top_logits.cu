@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// count candidates a row to gridDim.x * k of them; with result, where one block serves a row, to
-// that.
+// Leaves of every chunk of a row's `count` candidates the k largest, gridDim.x * k a row. With
+// result (one block serves a row then) writes the row's result instead.
 __global__ void __launch_bounds__(kThreads)
     top_merge_kernel(const uint64_t* candidates, int64_t count, int32_t k, uint64_t* out,
                      const Partial* partials, int32_t n_partials, uint8_t* result) {

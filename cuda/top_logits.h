@@ -9,7 +9,7 @@
 namespace mustafar::cuda {
 
 constexpr int32_t kTopChunk = 2048;     // values that one block sorts
-constexpr int32_t kMaxTopLogits = 512;  // the largest k: a chunk must shrink
+constexpr int32_t kMaxTopLogits = 512;  // the largest k: far below kTopChunk, so that chunks shrink
 
 // What is left of a row, before its k pairs.
 struct TopSummary {

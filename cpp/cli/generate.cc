@@ -63,7 +63,8 @@ int generate(const Options& options) {
   Progress bar("prompt");
   session.set_interrupt_check(throw_if_interrupted);
   session.set_prefill_progress([&bar](int64_t done, int64_t total) { bar.update(done, total); });
-  Generation generation = session.start(prompt, params);
+  Generation generation =
+      session.start(prompt, params, PromptOptions{.parse_special = options.prompt.special});
   bar.clear();
   session.set_interrupt_check({});  // from here on Ctrl-C ends the output between two tokens
 
@@ -92,6 +93,10 @@ int generate(const Options& options) {
     write_out("\n");
     if (!options.quiet) {
       std::fprintf(stderr, "\n%s\n", summary(result.stats, memory).c_str());
+      if (result.finish_reason == FinishReason::kContext) {
+        std::fprintf(stderr, "the text was cut: the context of %lld tokens is full (-c)\n",
+                     static_cast<long long>(session.max_tokens()));
+      }
     }
   }
   return stopped ? kExitInterrupt : kExitOk;

@@ -1,4 +1,5 @@
 // `mustafar info`: what a model folder holds and what its cache will cost.
+#include <algorithm>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -114,7 +115,8 @@ Json collect(const Options& options) {
                  {"workspace_bytes", memory.workspace_bytes},
                  {"kv_bytes", memory.kv_bytes},
                  {"kv_budget", memory.kv_budget}}},
-               {"tokenizer", tokenizer_json(model)}};
+               {"tokenizer", tokenizer_json(model)},
+               {"sampling", sampling_json(model)}};
   for (const Setting& setting : settings_of(options.cache.resolve(model))) {
     json["kv_cache"].push_back(cache_json(model, setting));
   }
@@ -167,6 +169,23 @@ void print_model(const Json& json) {
   }
 }
 
+// "temperature 0.6, top_p 0.9 of the folder; top_k 40, min_p 0.05"
+void print_sampling(const Json& sampling) {
+  const Json& from_folder = sampling.at("from_folder");
+  std::string own, usual;
+  for (const auto& [name, value] : sampling.items()) {
+    if (name == "from_folder") continue;
+    const bool is_own =
+        std::find(from_folder.begin(), from_folder.end(), name) != from_folder.end();
+    const bool off = name.find("penalty") != std::string::npos;  // not worth a word where usual
+    if (!is_own && off) continue;
+    std::string& list = is_own ? own : usual;
+    list += (list.empty() ? "" : ", ") + name + " " + value.dump();
+  }
+  if (!own.empty()) own += " of the folder";
+  print_line("sampling", own + (own.empty() || usual.empty() ? "" : "; ") + usual);
+}
+
 void print_cache(const Json& json) {
   std::printf("\n| %-18s | %12s | %9s | %12s |\n", "KV cache", "bytes/token", "of dense",
               "16K tokens");
@@ -198,6 +217,7 @@ int info(const Options& options) {
     return kExitOk;
   }
   print_model(json);
+  print_sampling(json.at("sampling"));
   print_cache(json);
   if (options.tensors) print_tensors(json.at("tensors"));
   return kExitOk;

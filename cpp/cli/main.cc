@@ -10,19 +10,38 @@
 
 #include "cli/commands.h"
 #include "cli/interrupt.h"
+#include "cli/options.h"
 #include "mustafar/error.h"
 #include "mustafar/version.h"
 
 namespace mustafar::cli {
 namespace {
 
-constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate,   add_chat, add_info,     add_bench,
-                                                  add_perplexity, add_eval, add_calibrate};
+constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate,  add_chat,       add_info,
+                                                  add_bench,     add_perplexity, add_eval,
+                                                  add_calibrate, add_completion};
 
-int fail(const char* what, int code) {
+constexpr const char* kExamples =
+    "Examples:\n"
+    "  mustafar chat                                talk with the small demo model\n"
+    "  mustafar generate -m FOLDER -p \"Once upon\"   continue a text with a model of yours\n"
+    "  mustafar chat -m FOLDER -f question.txt --json > answer.json\n";
+
+int fail(const std::string& what, int code) {
   std::fflush(stdout);
-  std::fprintf(stderr, "mustafar: %s\n", what);
+  std::fprintf(stderr, "mustafar: %s\n", with_option_names(what).c_str());
   return code;
+}
+
+// What is wrong with a first argument that should be a command; empty where it is one.
+std::string no_command(const CLI::App& app, const std::string& name) {
+  std::string known;
+  for (const CLI::App* command : app.get_subcommands([](const CLI::App*) { return true; })) {
+    if (command->get_name() == name) return "";
+    known += (known.empty() ? "" : ", ") + command->get_name();
+  }
+  return "no command '" + name + "'; there are " + known +
+         "; \"mustafar --help\" says what they do";
 }
 
 int run_command(int argc, char** argv) {
@@ -32,6 +51,11 @@ int run_command(int argc, char** argv) {
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   Run run;
   for (const auto& add : kCommands) add(app, run);
+  app.footer(kExamples);
+  if (argc > 1 && argv[1][0] != '-') {
+    const std::string wrong = no_command(app, argv[1]);
+    if (!wrong.empty()) return fail(wrong, kExitUsage);
+  }
 
   // Options with one dash and several letters, as llama.cpp has them.
   std::vector<std::string> arguments;

@@ -215,15 +215,32 @@ void SamplingFlags::add_to(CLI::App& command) {
   };
   option("-n,--n-predict", n_predict, "Tokens to generate at most; -1: until the context is full");
   option("-s,--seed", seed, "Same seed, same text; -1: a new one every time");
-  option("--temp", params.temperature, "Temperature; 0: always the most probable token");
-  option("--top-k", params.top_k, "Choose among the k most probable; 0: all");
-  option("--top-p", params.top_p, "... and the fewest with this probability together; 1: all");
-  option("--min-p", params.min_p, "... and those this probable relative to the best; 0: all");
-  option("--repeat-penalty", params.repetition_penalty, "For tokens of the newest text; 1: none");
-  option("--repeat-last-n", params.penalty_window,
-         "What --repeat-penalty looks at; -1: everything");
-  option("--presence-penalty", params.presence_penalty, "For tokens generated before");
-  option("--frequency-penalty", params.frequency_penalty, "... per time");
+  // Where these are not given, generation_config.json decides; the help says what else.
+  const SamplingParams usual = SamplingParams().with_defaults();
+  const auto model_option = [&command](const char* name, auto& value, const auto& otherwise,
+                                       const char* help) {
+    std::string number = std::to_string(*otherwise);
+    if (number.find('.') != std::string::npos) number.erase(number.find_last_not_of("0") + 1);
+    if (number.back() == '.') number.pop_back();
+    command.add_option(name, value, help)
+        ->default_str("the model's, or " + number)
+        ->group(kSamplingGroup);
+  };
+  model_option("--temp", params.temperature, usual.temperature,
+               "Temperature; 0: always the most probable token");
+  model_option("--top-k", params.top_k, usual.top_k, "Choose among the k most probable; 0: all");
+  model_option("--top-p", params.top_p, usual.top_p,
+               "... and the fewest with this probability together; 1: all");
+  model_option("--min-p", params.min_p, usual.min_p,
+               "... and those this probable relative to the best; 0: all");
+  model_option("--repeat-penalty", params.repetition_penalty, usual.repetition_penalty,
+               "For tokens of the newest text; 1: none");
+  model_option("--repeat-last-n", params.penalty_window, usual.penalty_window,
+               "What --repeat-penalty looks at; -1: everything");
+  model_option("--presence-penalty", params.presence_penalty, usual.presence_penalty,
+               "For tokens generated before");
+  model_option("--frequency-penalty", params.frequency_penalty, usual.frequency_penalty,
+               "... per time");
   option("--min-tokens", params.min_new_tokens, "No end of sequence before so many tokens");
   command.add_option("--logit-bias", logit_bias, "ID+BIAS or ID-BIAS, repeatable")
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
@@ -260,6 +277,8 @@ void PromptFlags::add_to(CLI::App& command) {
   command.add_option("-f,--file", file, "File that holds the prompt; -: standard input")
       ->excludes(from_text);
   command.add_flag("-e,--escape", escape, "Read \\n, \\t, \\\\ in -p as in C");
+  command.add_flag("--special", special,
+                   "Special tokens that the prompt spells are tokens, not text");
 }
 
 std::string PromptFlags::read() const {

@@ -69,11 +69,16 @@ struct PromptFlags {
   std::optional<std::string> text;
   std::optional<std::string> file;  // "-": standard input
   bool escape = false;
+  bool special = false;  // special tokens that the text spells are tokens
 
   void add_to(CLI::App& command);
   // Throws std::invalid_argument where there is none, Error for a file that can't be read.
   std::string read() const;
 };
+
+// What the library says of arguments, with the command's options for the names that they have in
+// Python and C++.
+std::string with_option_names(const std::string& message);
 
 // A whole file or, for "-", standard input. Throws Error naming it.
 std::string read_text(const std::string& path);

@@ -74,6 +74,27 @@ Json to_json(const ModelConfig& config) {
   return json;
 }
 
+Json sampling_json(const Model& model) {
+  const SamplingParams p = model.default_sampling();
+  const SamplingDefaults& own = model.config().sampling;
+  Json json = Json::object();
+  Json from_folder = Json::array();
+  const auto add = [&](const char* name, const auto& value, bool is_own) {
+    json[name] = *value;
+    if (is_own) from_folder.push_back(name);
+  };
+  add("temperature", p.temperature, own.temperature.has_value());
+  add("top_k", p.top_k, own.top_k.has_value());
+  add("top_p", p.top_p, own.top_p.has_value());
+  add("min_p", p.min_p, own.min_p.has_value());
+  add("repetition_penalty", p.repetition_penalty, own.repetition_penalty.has_value());
+  add("presence_penalty", p.presence_penalty, own.presence_penalty.has_value());
+  add("frequency_penalty", p.frequency_penalty, own.frequency_penalty.has_value());
+  add("penalty_window", p.penalty_window, false);
+  json["from_folder"] = from_folder;
+  return json;
+}
+
 std::string summary(const GenerateStats& stats, const MemoryUsage& memory) {
   const auto phase = [](const char* name, int64_t tokens, double seconds) {
     return std::string(name) + " " + std::to_string(tokens) + " tokens, " +

@@ -15,6 +15,8 @@ nlohmann::ordered_json to_json(const MemoryUsage& memory);
 nlohmann::ordered_json to_json(const KVConfig& config);
 nlohmann::ordered_json to_json(const GenerateStats& stats);
 nlohmann::ordered_json to_json(const ModelConfig& config);
+// What is used where nothing is given, and under "from_folder" the names that the folder decides.
+nlohmann::ordered_json sampling_json(const Model& model);
 
 // "prompt 12 tokens, 345.67 tokens/s | generated 128 tokens, 45.60 tokens/s | KV 1.20 MiB,
 // dense 2.40 MiB, sparsity K 0.62 V 0.75"

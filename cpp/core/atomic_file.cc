@@ -72,7 +72,7 @@ void AtomicFile::commit() {
   if (uninterrupted([&] { return ::fsync(fd_); }) != 0) fail("cannot flush");
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) fail("cannot rename to");
   ::close(std::exchange(fd_, -1));
-  // The rename itself lasts once the folder is flushed; not every file system lets one ask for it.
+  // The rename survives a crash once the folder is flushed, which not every file system offers.
   const int directory = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (directory >= 0) {
     ::fsync(directory);

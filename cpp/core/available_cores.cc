@@ -30,7 +30,7 @@ bool holds(std::string_view comma_list, std::string_view item) {
 }
 
 // A line of mountinfo (man 5 proc): "id parent major:minor root point options... - type source
-// super".
+// super-options".
 std::vector<Mount> cpu_mounts(const std::string& root) {
   std::vector<Mount> mounts;
   std::ifstream file(root + "/proc/self/mountinfo");

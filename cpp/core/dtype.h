@@ -76,7 +76,8 @@ enum class DType : uint8_t { kF32, kF16, kBF16, kInt8, kInt4, kCoded };
   const uint32_t exponent = (h >> 10) & 0x1fu;
   uint32_t mantissa = h & 0x3ffu;
   if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return float_of(sign | ((exponent + 112u) << 23) | (mantissa << 13));
+  constexpr uint32_t kRebias = 127 - 15;  // from the exponent's bias in f16 to that in f32
+  if (exponent != 0) return float_of(sign | ((exponent + kRebias) << 23) | (mantissa << 13));
   const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // subnormal or zero: exact
   return float_of(sign | bits_of(magnitude));
 }

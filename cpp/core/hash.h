@@ -33,7 +33,7 @@ class Hash64 {
       uint64_t word;
       std::memcpy(&word, p + i, 8);
       state_ = (state_ ^ word) * 0x100000001b3u;
-      state_ ^= state_ >> 29;  // FNV's product moves nothing down: spread high bits as well
+      state_ ^= state_ >> 29;  // FNV's product carries upwards only: this brings high bits down
     }
   }
   uint64_t value() const { return state_; }

@@ -6,7 +6,7 @@
 namespace mustafar {
 namespace {
 
-// The text with such numbers between quotes; what stands in strings stays.
+// The text with NaN, Infinity and -Infinity between quotes; what stands in strings stays.
 std::string with_named_numbers(std::string_view text) {
   std::string out;
   bool in_string = false;
@@ -39,7 +39,7 @@ nlohmann::json parse_json_text(std::string_view text) {
   auto value = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
   if (!value.is_discarded()) return value;
   const std::string named = with_named_numbers(text);
-  return nlohmann::json::parse(named);  // throws what was wrong where it still is
+  return nlohmann::json::parse(named);  // throws where something else was wrong
 }
 
 }  // namespace mustafar

@@ -32,7 +32,8 @@
 
 namespace mustafar {
 
-// Of the rules and bytes below, where they reach files. 1 had groups of neighbouring dims.
+// The version of the rules and bytes below that files carry. Version 1 had groups of neighbouring
+// dims.
 inline constexpr uint32_t kStoreVersion = 2;
 inline constexpr int32_t kBlockTokens = 64;
 inline constexpr int32_t kSlotAlignment = 128;  // bytes
@@ -116,7 +117,7 @@ inline int32_t default_group(int32_t head_dim, bool is_key) {
 
 // Kept values of a group: never more pruning than asked. In pattern group every group's run is
 // whole 4-byte words, so keep is rounded up to a multiple of 2 (2-byte values), 4 (int8) or 8
-// (int4).
+// (int4). 1e-9 keeps the rounding of `sparsity` from adding a value.
 inline int32_t keep_of(int32_t group, double sparsity, DType dtype, bool whole_words) {
   const double exact = group * (1.0 - sparsity) - 1e-9;
   int32_t keep = static_cast<int32_t>(exact);
@@ -173,7 +174,8 @@ inline SlotLayout make_slot_layout(int32_t head_dim, bool is_key, double sparsit
   return s;
 }
 
-// Bytes of a coded row of `bits` a dim, never fewer than asked: whole 4-byte words.
+// Bytes of a coded row of `bits` a dim, never fewer than asked: whole 4-byte words. 1e-9 keeps the
+// rounding of `bits` from adding a word.
 inline int32_t coded_row_bytes(int32_t head_dim, double bits) {
   const double exact = head_dim * bits / 8 - 1e-9;
   int32_t bytes = static_cast<int32_t>(exact);
@@ -227,8 +229,8 @@ inline StoreLayout make_store_layout(int32_t n_layers, int32_t n_kv_heads, const
   return layout;
 }
 
-// The same of layers that differ. layers: [n_layers], at least one, which the layout keeps pointing
-// to; their offsets are filled in.
+// The layout of a store whose layers differ. layers: [n_layers], at least one, which the layout
+// keeps pointing to; their offsets are filled in.
 inline StoreLayout make_store_layout(std::span<LayerSlots> layers, int32_t n_kv_heads) {
   StoreLayout layout;
   layout.k = layers[0].k;

@@ -10,7 +10,8 @@
 namespace mustafar {
 namespace {
 
-// Square error that is left, of a dim's energy: of Gaussian dims and their best steps.
+// The share of a Gaussian dim's energy that is left as square error, by the dim's width, at the
+// step that is best for that width.
 constexpr double kError[kMaxWidth + 1] = {1,        0.3634,   0.1175,   0.03454,
                                           0.009497, 0.002499, 0.000642, 0.000163};
 
@@ -47,7 +48,7 @@ float error_of(const CodeRow& row, const float* x, int32_t n, float scale, float
   return sums.total();
 }
 
-// bf16 bits; Inf or NaN where x has no finite root mean square.
+// The row's scale as bf16 bits; Inf or NaN where x has no finite root mean square.
 uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   Lanes sums;
   for (int32_t d = 0; d < n; d++) {
@@ -83,7 +84,7 @@ class WidthDealer {
     }
   }
 
-  // So many bits more, or fewer where every dim has the most it can.
+  // Deals n_bits more, or fewer where every dim has the most it can.
   void deal(int32_t n_bits) {
     for (int32_t bit = 0; bit < n_bits; bit++) {
       const int64_t best = std::max_element(gains_.begin(), gains_.end()) - gains_.begin();
@@ -100,7 +101,7 @@ class WidthDealer {
   }
 
  private:
-  // Of one bit more.
+  // How much one bit more lowers the square error of dim d; -1 where it has the most it can.
   double gain(int64_t d) const {
     if (widths_[d] == kMaxWidth) return -1.0;
     return energies_[d] * (kError[widths_[d]] - kError[widths_[d] + 1]);

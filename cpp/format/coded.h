@@ -31,13 +31,13 @@ inline constexpr float kScaleFactors[kScaleChoices] = {0.70710678f, 0.84089642f,
                                                        1.41421356f, 1.68179283f, 2.0f, 2.37841423f};
 inline constexpr float kLeastScale = 0x1p-100f;  // what is less counts as zero where it divides
 
-// Of one layer, KV head and kind.
+// What codes the rows of one layer, KV head and kind.
 struct CodeTable {
   const uint8_t* widths = nullptr;  // [head_dim], 0 to 7, adding up to 8 * row_bytes
   const float* sigmas = nullptr;    // [head_dim], not negative
 };
 
-// Of all layers and KV heads, memory of the device.
+// The tables of all layers and KV heads, in memory of the device.
 struct CodeTables {
   const uint8_t* k_widths = nullptr;  // [n_layers][n_kv_heads][head_dim], as all of them
   const uint8_t* v_widths = nullptr;

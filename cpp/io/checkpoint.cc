@@ -46,7 +46,7 @@ bool same_shape(const A& a, const B& b) {
   });
 }
 
-// False for the format's other types.
+// False for types of the safetensors format that the runtime does not have.
 bool to_dtype(std::string_view name, DType& dtype) {
   if (name == "F32")
     dtype = DType::kF32;

@@ -30,7 +30,7 @@ std::optional<fs::path> from_environment(const char* name) {
   return fs::path(value);
 }
 
-// huggingface_hub's constants.py.
+// Where huggingface_hub keeps its cache: the same variables in the same order.
 fs::path hub_cache() {
   if (const auto cache = from_environment("HF_HUB_CACHE")) return *cache;
   if (const auto home = from_environment("HF_HOME")) return *home / "hub";
@@ -62,20 +62,40 @@ bool is_repository_id(std::string_view text) {
          is_hub_name(text.substr(slash + 1));
 }
 
+// For what is there, but is no folder.
+std::string what_to_do(const fs::path& file) {
+  const std::string kind = file.extension().string();
+  if (kind == ".gguf") {
+    return ": a GGUF file; mustafar reads the folder that it was made from (config.json, "
+           "tokenizer.json, *.safetensors), which has its own repository on the Hugging Face hub";
+  }
+  const std::string folder = file.has_parent_path() ? file.parent_path().string() : ".";
+  if (kind == ".safetensors" || kind == ".json") {
+    return ": a file; give the folder it lies in, " + folder;
+  }
+  return ": a file, where a model is a folder with config.json, tokenizer.json and *.safetensors";
+}
+
 }  // namespace
 
 fs::path find_model_folder(const fs::path& name) {
   std::error_code ignored;
   const std::string id = name.string();
-  if (fs::exists(fs::symlink_status(name, ignored)) || !is_repository_id(id)) return name;
+  if (fs::is_directory(name, ignored)) return name;
+  if (fs::exists(fs::symlink_status(name, ignored))) throw ModelError(id + what_to_do(name));
+  if (!is_repository_id(id)) {
+    throw Missing<ModelError>(id + ": no such folder; expected a model folder (config.json, " +
+                              "tokenizer.json, *.safetensors) or the id of a repository of the "
+                              "Hugging Face hub (organisation/name)");
+  }
   std::string folder = "models--" + id;
   folder.replace(folder.find('/'), 1, "--");
   const fs::path repository = hub_cache() / folder;
   if (const auto snapshot = snapshot_of(repository)) return *snapshot;
-  throw ModelError(id +
-                   ": expected a model folder or a repository in the local Hugging Face cache, " +
-                   "found neither (" + repository.string() + " has no snapshot); \"hf download " +
-                   id + "\" fetches it, and so does Python with the extra mustafar[hub]");
+  throw Missing<ModelError>(
+      id + ": expected a model folder or a repository in the local Hugging Face cache, " +
+      "found neither (" + repository.string() + " has no snapshot); \"hf download " + id +
+      "\" fetches it, and so does Python with the extra mustafar[hub]");
 }
 
 }  // namespace mustafar

@@ -42,7 +42,9 @@ MappedFile MappedFile::open(const std::filesystem::path& path) {
   struct stat status{};
   // Looked at before it is opened: opening a FIFO may block, opening a device may act on it.
   if (::stat(path.c_str(), &status) != 0) {
-    fail(path, std::string("cannot be opened: ") + std::strerror(errno));
+    const std::string why = std::string("cannot be opened: ") + std::strerror(errno);
+    if (errno == ENOENT) throw Missing<ModelError>(path.string() + ": " + why);
+    fail(path, why);
   }
   require_regular(path, status.st_mode);
 

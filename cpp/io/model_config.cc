@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -89,6 +90,16 @@ class Fields {
     return find(field) == nullptr ? otherwise : number(field, low, high);
   }
 
+  // A number in [low, high], or nothing.
+  std::optional<double> number_within(const char* field, double low, double high,
+                                      const char* expected) const {
+    const json* value = find(field);
+    if (value == nullptr) return std::nullopt;
+    const double number = value->is_number() ? value->get<double>() : NAN;
+    if (!(number >= low && number <= high)) fail(field, expected, *value);
+    return number;
+  }
+
   bool boolean_or(const char* field, bool otherwise) const {
     const json* value = find(field);
     if (value == nullptr) return otherwise;
@@ -154,7 +165,8 @@ const Architecture& read_architecture(const Fields& fields) {
     fields.fail("model_type",
                 std::string("is missing, and so is \"architectures\"; expected ") + kSupported);
   }
-  // As texts: nlohmann's comparison with a literal allocates, and is noexcept.
+  // Compared as strings: nlohmann's comparison with a literal allocates although it is noexcept, so
+  // that lack of memory would end the process.
   const std::string* name =
       names->is_array() && names->size() == 1 ? (*names)[0].get_ptr<const std::string*>() : nullptr;
   for (const Architecture& known : kArchitectures) {
@@ -311,6 +323,26 @@ void add_ids(const std::vector<int32_t>& ids, std::vector<int32_t>& all) {
   }
 }
 
+// The sampling that generation_config.json asks for.
+SamplingDefaults read_sampling(const Fields& fields) {
+  constexpr double kMost = std::numeric_limits<double>::max();
+  constexpr double kLeast = std::numeric_limits<double>::min();
+  SamplingDefaults sampling;
+  sampling.temperature =
+      fields.number_within("temperature", 0, kMost, "a number that is 0 or more");
+  if (!fields.boolean_or("do_sample", true)) sampling.temperature = 0;
+  if (fields.find("top_k")) {  // 0, and to some -1, means that it is off
+    sampling.top_k = std::max(fields.integer("top_k", -1, kInt32Max), 0);
+  }
+  sampling.top_p = fields.number_within("top_p", 0, 1, "a number from 0 to 1");
+  sampling.min_p = fields.number_within("min_p", 0, 1, "a number from 0 to 1");
+  sampling.repetition_penalty =
+      fields.number_within("repetition_penalty", kLeast, kMost, "a number above 0");
+  sampling.presence_penalty = fields.number_within("presence_penalty", -kMost, kMost, "a number");
+  sampling.frequency_penalty = fields.number_within("frequency_penalty", -kMost, kMost, "a number");
+  return sampling;
+}
+
 int32_t read_bos(const Fields& fields, int64_t vocab_size) {
   const std::vector<int32_t> ids = fields.ids("bos_token_id", vocab_size);
   if (ids.size() > 1) {
@@ -358,6 +390,7 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
     const Fields generation(generation_file, generation_object);
     add_ids(generation.ids("eos_token_id", config.vocab_size), config.eos_token_ids);
     if (config.bos_token_id < 0) config.bos_token_id = read_bos(generation, config.vocab_size);
+    config.sampling = read_sampling(generation);
   }
   return config;
 }

@@ -13,7 +13,7 @@ namespace {
 // Small slabs on the host keep what is held close to what is used; device allocations are dear.
 constexpr int64_t kSmallHostSlab = 256 << 10;
 constexpr int64_t kSmallDeviceSlab = 32 << 20;
-// The share of a budget that is kept for what is needed now: no page of it is held ahead.
+// One part in so many of a budget is kept for what is needed now: no page of it is held ahead.
 constexpr int64_t kReservedShare = 8;
 
 }  // namespace
@@ -126,7 +126,8 @@ std::vector<PageRef> BlockPool::allocate(int64_t n) {
   std::vector<PageRef> pages;
   pages.reserve(n);
   const std::shared_ptr<BlockPool> self = shared_from_this();
-  // References are made under the lock; were a slab refused, dropping `pages` outside returns all.
+  // References are counted under the lock. Where a slab is refused the lock is given up first,
+  // since dropping `pages` takes it to return those already taken.
   std::unique_lock lock(mutex_);
   const auto take_from = [&](PageRef::Slab* slab) {
     for (int32_t i = 0; i < slab->n_pages() && static_cast<int64_t>(pages.size()) < n; i++) {

@@ -1,4 +1,4 @@
-// Of coded rows, how large they are in every layer.
+// The sizes of coded rows in every layer.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,8 @@ namespace {
 constexpr int64_t kHugePage = HostBuffer::kHugePage;
 constexpr int64_t kLargestSlab = 8 * kHugePage;
 constexpr int64_t kMostSmallPages = 64;  // of a slab that is not made of huge pages
-// Shares of what a pool holds: that may be held ahead of its need, and by which it grows at least.
+// One part in so many of what a pool holds: as much may be held ahead of its need, and by as much
+// it grows at least.
 constexpr int64_t kAheadShare = 8;
 constexpr int64_t kGrowthShare = 16;
 

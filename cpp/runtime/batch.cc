@@ -25,7 +25,7 @@ struct Sequence {
   int64_t reserved_bytes = 0;  // of cache, at its longest
   std::optional<SequenceCache> cache;
   std::unique_ptr<Prefill> prefill;
-  NextLogits next;  // the largest where they are enough, else all
+  NextLogits next;  // the largest logits where those are enough, else all
 
   int32_t choose() {
     return next.whole() ? loop->choose(next.values(), tokens) : loop->choose(next.top());
@@ -34,8 +34,9 @@ struct Sequence {
 
 class Scheduler {
  public:
-  Scheduler(Model::Impl& engine, std::span<const Prompt> prompts, const SamplingParams& params,
-            const KVConfig& kv, const BatchOptions& options)
+  // params: one for each prompt, or one for all.
+  Scheduler(Model::Impl& engine, std::span<const Prompt> prompts,
+            std::span<const SamplingParams> params, const KVConfig& kv, const BatchOptions& options)
       : engine_(engine),
         options_(options),
         spec_(engine.cache_spec(kv)),
@@ -44,7 +45,7 @@ class Scheduler {
         results_(prompts.size()),
         free_bytes_(std::min(engine.budget->available(), engine.backend->available_bytes())) {
     for (size_t i = 0; i < prompts.size(); i++)
-      waiting_.push_back(make_sequence(prompts[i], params, i));
+      waiting_.push_back(make_sequence(prompts[i], params[params.size() == 1 ? 0 : i], i));
   }
 
   std::vector<GenerateResult> run() {
@@ -63,7 +64,7 @@ class Scheduler {
     const Tokenizer* tokenizer = engine_.tokenizer ? &*engine_.tokenizer : nullptr;
     auto sequence = std::make_unique<Sequence>();
     sequence->index = index;
-    sequence->tokens = prompt_ids(prompt, tokenizer, 0);
+    sequence->tokens = prompt_ids(prompt, tokenizer, 0, options_.parse_special);
     const std::string name = "prompt " + std::to_string(index);
     const int64_t n = static_cast<int64_t>(sequence->tokens.size());
     const int64_t context = engine_.config.max_position_embeddings;
@@ -73,8 +74,7 @@ class Scheduler {
                             " tokens, more than the model's context of " + std::to_string(context));
     }
     check_token_ids(sequence->tokens, engine_.config.vocab_size, name + ": ");
-    sequence->loop = std::make_unique<TokenLoop>(params, engine_.config.vocab_size,
-                                                 engine_.config.eos_token_ids, tokenizer);
+    sequence->loop = std::make_unique<TokenLoop>(params, engine_.config, tokenizer);
     sequence->loop->start_after(sequence->tokens);
     sequence->reserved_bytes =
         SequenceCache::bytes_for(*spec_, n, std::min<int64_t>(n + params.max_new_tokens, context));
@@ -206,17 +206,35 @@ class Scheduler {
   std::vector<float> logits_;
 };
 
+// engine: keeps the model while the call runs.
+std::vector<GenerateResult> run_batch(const std::shared_ptr<Model::Impl>& engine,
+                                      std::span<const Prompt> prompts,
+                                      std::span<const SamplingParams> params, const KVConfig& kv,
+                                      const BatchOptions& options) {
+  if (options.max_batch < 1) {
+    throw std::invalid_argument("max_batch is " + std::to_string(options.max_batch) +
+                                ", must be at least 1");
+  }
+  return Scheduler(*engine, prompts, params, kv, options).run();
+}
+
 }  // namespace
 
 std::vector<GenerateResult> Model::generate(std::span<const Prompt> prompts,
                                             const SamplingParams& params, const KVConfig& kv,
                                             const BatchOptions& options) const {
-  if (options.max_batch < 1) {
-    throw std::invalid_argument("max_batch is " + std::to_string(options.max_batch) +
-                                ", must be at least 1");
+  const SamplingParams all[] = {params};
+  return run_batch(impl(), prompts, all, kv, options);
+}
+
+std::vector<GenerateResult> Model::generate(std::span<const Prompt> prompts,
+                                            std::span<const SamplingParams> params,
+                                            const KVConfig& kv, const BatchOptions& options) const {
+  if (params.size() != prompts.size()) {
+    throw std::invalid_argument("params has " + std::to_string(params.size()) + " elements for " +
+                                std::to_string(prompts.size()) + " prompts");
   }
-  const std::shared_ptr<Impl> engine = impl();  // keeps the model while the call runs
-  return Scheduler(*engine, prompts, params, kv, options).run();
+  return run_batch(impl(), prompts, params, kv, options);
 }
 
 }  // namespace mustafar

@@ -52,7 +52,8 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
   std::erase_if(transforms_, [](const auto& entry) { return entry.transform.expired(); });
   for (const KnownTransform& known : transforms_) {
     const auto live = known.transform.lock();
-    // A profile that has gone locks to null, as none does.
+    // known.profile.lock() is null where there was no profile, and also where it has gone; only the
+    // former has no matrices.
     if (live == nullptr || (live->k_forward == nullptr) != (profile == nullptr)) continue;
     if (known.profile.lock() == profile && live->k_groups == k_groups &&
         live->v_groups == v_groups) {

@@ -4,8 +4,9 @@
 //   klt        F = eigenvectors of S = E[k^T k], B = F^T.
 //   balanced   errors count in the metric M of what the vectors meet: for keys M = E[q^T q] over
 //   the
-//              group's queries, for values M = sum of W_o,h^T W_o,h. F = M^(a/2) U with U the
-//              eigenvectors of M^(a/2) S M^(a/2), and B = U^T M^(-a/2).
+//              group's queries, for values M = sum of W_o,h^T W_o,h over its heads. With a the
+//              balance, F = M^(a/2) U with U the eigenvectors of M^(a/2) S M^(a/2), and
+//              B = U^T M^(-a/2).
 //
 // Columns of F stand by falling eigenvalue, which is the dim's energy: F^T S F is diagonal.
 #include "mustafar/calibration.h"

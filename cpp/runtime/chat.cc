@@ -28,9 +28,10 @@ std::string now() {
 
 }  // namespace
 
-RenderedChat Chat::Impl::render(bool with_prompt) const {
+RenderedChat Chat::Impl::render(End end) const {
   ChatTemplateOptions o;
-  o.add_generation_prompt = with_prompt;
+  o.add_generation_prompt = end == End::kPrompt;
+  if (end == End::kInside) o.continue_final_message = "content";
   o.tools = options.tools;
   o.variables = options.variables;
   o.date = options.date;
@@ -58,7 +59,7 @@ void Chat::Impl::sync() {
   if (session->position() == 0) return;
   std::vector<int32_t> ids;
   try {
-    ids = encode(render(false));
+    ids = encode(render(End::kMessages));
   } catch (const TemplateError&) {
     // Some templates refuse a conversation that is empty or ends so; nothing of it is then kept.
   }
@@ -84,14 +85,36 @@ struct ChatReply::Impl {
   size_t prompt_tokens = 0;   // position where the reply begins
   int64_t cached_tokens = 0;  // of those, that were there already
   std::optional<Generation> generation;
+  bool continues = false;  // the last message, rather than being one of its own
   bool finished = false;
+
+  // The text of ids that come after others.
+  std::string text_of(const std::vector<int32_t>& ids, const std::vector<int32_t>& before) const {
+    Tokenizer::Stream stream(chat->tokenizer(), /*skip_special=*/true, before);
+    std::string text;
+    for (const int32_t id : ids) text += stream.push(id);
+    return text + stream.flush();
+  }
+
+  // The last message with more text. A template that trims left its last spaces out of the prompt.
+  void extend_last(const std::string& more) {
+    ChatJson::Json json = ChatJson::Json::parse(chat->messages.back().json());
+    std::string text = json["content"].get<std::string>();
+    if (!prompt.text.ends_with(text)) text.erase(text.find_last_not_of(" \t\r\n") + 1);
+    json["content"] = text + more;
+    chat->messages.back() = ChatJson::message(json);
+  }
 
   // Adds the message and remembers how its text and the cache's tokens belong together.
   void finish() {
     if (finished) return;
     finished = true;
     const GenerateResult& result = generation->result();
-    chat->messages.emplace_back("assistant", result.text);
+    if (continues) {
+      extend_last(result.text);
+    } else {
+      chat->messages.emplace_back("assistant", result.text);
+    }
     const std::vector<int32_t>& tokens = chat->session->tokens();
     const bool ended =
         result.finish_reason == FinishReason::kStop && !result.token_ids.empty() &&
@@ -100,13 +123,16 @@ struct ChatReply::Impl {
     // Text that was held back when the reply was stopped is in the tokens, but not in the text.
     const std::vector<int32_t> said(tokens.begin() + static_cast<int64_t>(prompt_tokens),
                                     tokens.begin() + static_cast<int64_t>(reply_end));
-    const bool spelled = chat->tokenizer().decode(said, true) == result.text;
+    const std::vector<int32_t> before(tokens.begin(),
+                                      tokens.begin() + static_cast<int64_t>(prompt_tokens));
+    const bool spelled = text_of(said, continues ? before : std::vector<int32_t>()) == result.text;
     chat->cached.add_reply(prompt, result.text, static_cast<size_t>(cached_tokens),
                            spelled ? std::optional<size_t>(reply_end) : std::nullopt, tokens);
   }
 };
 
-ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessage> before) {
+ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessage> before,
+                            End end) {
   const int64_t dropped_before = dropped_turns;
   try {
     SamplingParams own = params;
@@ -115,9 +141,10 @@ ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessag
     }
     auto reply = std::make_unique<ChatReply::Impl>();
     reply->chat = this;
+    reply->continues = end == End::kInside;
     std::vector<int32_t> ids;
     while (true) {
-      reply->prompt = render(true);
+      reply->prompt = render(end);
       ids = encode(reply->prompt);
       if (ids.empty()) throw TemplateError("the chat template made an empty prompt");
       // Room for a reply, or a quarter of the context where the reply may be long.
@@ -137,7 +164,7 @@ ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessag
     reply->prompt_tokens = ids.size();
     reply->generation.emplace(
         session->start(std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()),
-                       own, PromptOptions{.own_text = true}));
+                       own, PromptOptions{.own_text = !reply->continues}));
     return ChatReply(std::move(reply));
   } catch (...) {
     messages = std::move(before);
@@ -166,6 +193,7 @@ Chat::Chat(Session& session, ChatOptions options) {
   if (impl_->options.system) impl_->messages.emplace_back("system", *impl_->options.system);
 }
 
+Chat::Chat(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Chat::~Chat() = default;
 Chat::Chat(Chat&&) noexcept = default;
 Chat& Chat::operator=(Chat&&) noexcept = default;
@@ -191,6 +219,16 @@ ChatReply Chat::reply(const SamplingParams& params) {
   return impl_->begin(params, impl_->messages);
 }
 
+ChatReply Chat::continue_last(const SamplingParams& params) {
+  const std::vector<ChatMessage>& messages = impl_->messages;
+  if (messages.empty() || messages.back().role() != "assistant" ||
+      !ChatJson::Json::parse(messages.back().json())["content"].is_string()) {
+    throw std::invalid_argument(
+        "continue_final_message: the last message is not a text of the assistant's");
+  }
+  return impl_->begin(params, messages, Impl::End::kInside);
+}
+
 ChatReply Chat::regenerate(const SamplingParams& params) {
   std::vector<ChatMessage> before = impl_->messages;
   if (before.empty() || before.back().role() != "assistant") {
@@ -199,6 +237,14 @@ ChatReply Chat::regenerate(const SamplingParams& params) {
   impl_->messages.pop_back();
   return impl_->begin(params, std::move(before));
 }
+
+Chat Chat::fork(Session& forked) const {
+  auto copy = std::make_unique<Impl>(*impl_);
+  copy->session = &forked;
+  return Chat(std::move(copy));
+}
+
+void Chat::cancel() { impl_->session->cancel(); }
 
 std::optional<std::string> Chat::undo() {
   const std::vector<ChatMessage>& messages = impl_->messages;
@@ -238,7 +284,9 @@ void Chat::set_messages_json(std::string_view json) {
   if (list.is_discarded()) throw std::invalid_argument("messages: not JSON");
   set_messages(ChatJson::messages(list));
 }
-std::vector<int32_t> Chat::prompt_tokens() const { return impl_->encode(impl_->render(true)); }
+std::vector<int32_t> Chat::prompt_tokens() const {
+  return impl_->encode(impl_->render(Impl::End::kPrompt));
+}
 int64_t Chat::dropped_turns() const { return impl_->dropped_turns; }
 const std::vector<int32_t>& Chat::end_tokens() const { return impl_->end_tokens; }
 const ChatTemplate& Chat::chat_template() const { return impl_->chat_template; }

@@ -70,7 +70,12 @@ void Chat::save(const std::filesystem::path& file) const {
 
 bool Chat::load(const std::filesystem::path& file) {
   std::error_code error;
-  if (!std::filesystem::is_regular_file(file, error)) throw Error(file.string() + ": no such file");
+  if (!std::filesystem::exists(file, error)) {
+    throw Missing<Error>(file.string() + ": no such file");
+  }
+  if (!std::filesystem::is_regular_file(file, error)) {
+    throw Error(file.string() + ": not a regular file");
+  }
   if (std::filesystem::file_size(file, error) > kMaxChatFileBytes || error) {
     throw Error(file.string() + ": too large for a saved chat");
   }

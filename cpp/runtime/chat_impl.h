@@ -24,7 +24,12 @@ struct Chat::Impl {
       : session(&s), chat_template(std::move(t)), options(std::move(o)) {}
 
   const Tokenizer& tokenizer() const { return session->model().tokenizer(); }
-  RenderedChat render(bool with_prompt) const;
+  enum class End : uint8_t {
+    kMessages,  // behind the last message
+    kPrompt,    // behind what starts the assistant's turn
+    kInside,    // inside the last message
+  };
+  RenderedChat render(End end) const;
   std::vector<int32_t> encode(const RenderedChat& chat) const {
     return cached.encode(chat, session->tokens(), tokenizer());
   }
@@ -36,8 +41,10 @@ struct Chat::Impl {
   // Drops the oldest turn: from the first user message to the next one. False where only one is
   // left.
   bool drop_oldest_turn();
-  // Starts a reply to the messages; where that fails they become `before`.
-  ChatReply begin(const SamplingParams& params, std::vector<ChatMessage> before);
+  // Starts a reply to the messages, or goes on inside the last one; where that fails they become
+  // `before`.
+  ChatReply begin(const SamplingParams& params, std::vector<ChatMessage> before,
+                  End end = End::kPrompt);
 };
 
 }  // namespace mustafar

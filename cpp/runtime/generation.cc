@@ -26,7 +26,7 @@ struct Generation::Impl {
 
   Impl(Session::Impl& session, const SamplingParams& params)
       : session(&session),
-        loop(params, session.engine->config.vocab_size, session.engine->config.eos_token_ids,
+        loop(params, session.engine->config,
              session.engine->tokenizer ? &*session.engine->tokenizer : nullptr) {}
 
   bool step(std::string& piece);
@@ -82,8 +82,8 @@ Generation Session::start(const Prompt& prompt, const SamplingParams& params,
   Impl::Use use(*impl_);
   const Model::Impl& engine = *impl_->engine;
   auto generation = std::make_unique<Generation::Impl>(*impl_, params);
-  const std::vector<int32_t> ids =
-      prompt_ids(prompt, engine.tokenizer ? &*engine.tokenizer : nullptr, position());
+  const std::vector<int32_t> ids = prompt_ids(
+      prompt, engine.tokenizer ? &*engine.tokenizer : nullptr, position(), options.parse_special);
   if (ids.empty() && impl_->tokens.empty()) {
     throw std::invalid_argument("the prompt is empty and so is the session: nothing to continue");
   }
@@ -102,7 +102,7 @@ Generation Session::start(const Prompt& prompt, const SamplingParams& params,
 }
 
 GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& params,
-                                 const PieceCallback& on_piece) {
+                                 const PieceCallback& on_piece, const PromptOptions& options) {
   // What to return to if the call fails half-way: pages are shared, so this costs a tail's copy.
   std::unique_ptr<Impl> before;
   {
@@ -110,7 +110,7 @@ GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& par
     if (!impl_->tokens.empty()) before = impl_->fork();
   }
   try {
-    Generation generation = start(prompt, params);
+    Generation generation = start(prompt, params, options);
     std::string piece;
     while (generation.step(piece)) {
       if (on_piece && !piece.empty() && !on_piece(piece)) {

@@ -33,7 +33,7 @@ std::vector<int32_t> scored_text(std::span<const std::vector<int32_t>> pieces) {
   return {longest->begin(), longest->begin() + n};
 }
 
-// Of every layer and kind, of 7 bits everywhere, and of the dense cache.
+// One with every layer's keys or values coarse, one with 7 bits everywhere, one of the dense cache.
 int64_t n_scorings(const ModelConfig& config) { return 2 * int64_t{config.n_layers} + 2; }
 
 }  // namespace

@@ -121,6 +121,9 @@ const std::shared_ptr<Model::Impl>& Model::impl() const {
 }
 
 const ModelConfig& Model::config() const { return impl()->config; }
+SamplingParams Model::default_sampling() const {
+  return SamplingParams().with_defaults(impl()->config.sampling);
+}
 bool Model::has_tokenizer() const { return impl()->tokenizer.has_value(); }
 const Tokenizer& Model::tokenizer() const {
   if (!impl()->tokenizer) throw TokenizerError(impl_->tokenizer_error);

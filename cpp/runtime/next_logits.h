@@ -33,7 +33,7 @@ class NextLogits {
 
   // Where a call may write all logits: host, [vocab]. Allocates the first time alone.
   float* room(int64_t vocab);
-  // What a call wrote into room() are the logits now.
+  // Takes what a call wrote into room() for the logits.
   void set_from_room();
   void set(std::span<const float> logits);  // a copy
   // The largest of a row. device_row: where the whole row stays until forget_device_row() is

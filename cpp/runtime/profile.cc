@@ -17,7 +17,7 @@
 namespace mustafar {
 namespace {
 
-// Of a tensor in one direction; no model has as many layers, heads or dims.
+// The largest extent of a tensor in any direction; no model has as many layers, heads or dims.
 constexpr uint64_t kLargestExtent = 1 << 20;
 
 constexpr const char* kFormatVersion = "2";
@@ -65,7 +65,7 @@ bool is_per_dim(const std::string& name) {
 
 bool is_optional(const std::string& name) { return is_per_dim(name) || is_per_layer(name); }
 
-// Extents of a tensor, of the matrices' [n_layers, n_kv_heads, D, D].
+// The extents of a tensor. matrix: those of the matrices, [n_layers, n_kv_heads, D, D].
 template <typename Shape>
 Shape shape_of(const std::string& name, Shape matrix) {
   matrix.resize(is_per_layer(name) ? 1 : is_per_dim(name) ? 3 : 4);
@@ -76,7 +76,7 @@ std::string hash_of(const Profile& profile, bool costs) {
   Hash64 hash;
   hash.add(profile.kind);
   for (const auto& [name, values] : tensors_of(profile)) {
-    // Without costs it is the hash of profiles from before there were any.
+    // A profile without costs keeps the hash that it had before profiles had costs.
     if (is_per_layer(name) && (!costs || values->empty())) continue;
     hash.add(name);
     hash.add_int(static_cast<int64_t>(values->size()));

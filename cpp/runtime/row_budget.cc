@@ -66,7 +66,7 @@ RowSizes deal_rows(const KVConfig& config) {
     return static_cast<double>((i % 2 == 0 ? profile->k_cost : profile->v_cost)[i / 2]);
   };
   std::vector<int32_t> words(n, 1);
-  // Of rows of so many words.
+  // The divergence that is predicted of layer and kind i where its rows have so many words.
   const auto predicted_of = [&](int32_t i, int32_t n_words) {
     return cost(i) * errors.errors[int64_t{i} * errors.n_words + n_words - 1];
   };
@@ -81,7 +81,8 @@ RowSizes deal_rows(const KVConfig& config) {
   };
   std::vector<double> gains(n);
   for (int32_t i = 0; i < n; i++) gains[i] = gain(i);
-  // Gives a word to whom it serves most; false where all rows are of the largest size.
+  // Gives a word to the layer and kind that it serves most; false where all rows are of the largest
+  // size.
   const auto add_word = [&] {
     const auto best = std::max_element(gains.begin(), gains.end());
     if (*best < 0) return false;

@@ -106,14 +106,16 @@ double exp_sum(std::span<const float> logits, float top) {
 }
 
 bool penalises(const SamplingParams& params) {
-  return params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 ||
-         params.frequency_penalty != 0.0;
+  return *params.repetition_penalty != 1.0 || *params.presence_penalty != 0.0 ||
+         *params.frequency_penalty != 0.0;
 }
 
 }  // namespace
 
 Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids)
-    : vocab_size_(vocab_size), params_(params), end_ids_(end_ids.begin(), end_ids.end()) {
+    : vocab_size_(vocab_size),
+      params_(params.with_defaults()),
+      end_ids_(end_ids.begin(), end_ids.end()) {
   if (vocab_size < 1 || vocab_size > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("vocab_size must be between 1 and 2^31 - 1, not " +
                                 std::to_string(vocab_size));
@@ -143,7 +145,7 @@ TokenLogprob Sampler::sample(std::span<const float> logits, std::span<const int3
   const int32_t best = checked_argmax(adjusted, changed ? "sampling" : "the model's output");
 
   TokenLogprob out;
-  out.token_id = params_.temperature == 0.0 ? best : draw(adjusted, best);
+  out.token_id = *params_.temperature == 0.0 ? best : draw(adjusted, best);
   if (params_.logprobs >= 0) {
     const int32_t raw_best = changed ? checked_argmax(logits, "the model's output") : best;
     report(logits, logits[raw_best], out);
@@ -159,18 +161,18 @@ bool Sampler::adjusts(int64_t n_generated) const {
 
 int32_t Sampler::top_needed(int64_t n_generated) const {
   if (adjusts(n_generated)) return 0;
-  const bool greedy = params_.temperature == 0.0;
-  if (!greedy && (params_.top_k <= 0 || params_.top_k >= vocab_size_)) return 0;
-  const int32_t needed = std::max({greedy ? 1 : params_.top_k, params_.logprobs, 1});
+  const bool greedy = *params_.temperature == 0.0;
+  if (!greedy && (*params_.top_k <= 0 || *params_.top_k >= vocab_size_)) return 0;
+  const int32_t needed = std::max({greedy ? 1 : *params_.top_k, params_.logprobs, 1});
   return static_cast<int32_t>(std::min<int64_t>(needed, vocab_size_));
 }
 
 TokenLogprob Sampler::sample(const TopLogits& top) {
   TokenLogprob out;
-  if (params_.temperature == 0.0) {
+  if (*params_.temperature == 0.0) {
     out.token_id = top.ids[0];
   } else {
-    const size_t k = std::min<size_t>(params_.top_k, top.ids.size());
+    const size_t k = std::min<size_t>(*params_.top_k, top.ids.size());
     out.token_id = *draw_sorted({top.values.data(), k}, {top.ids.data(), k}, 0, /*complete=*/true);
   }
   if (params_.logprobs >= 0) {
@@ -216,18 +218,18 @@ void Sampler::penalise(std::span<const int32_t> history, int64_t n_generated) {
       counts_[id] = 0;
     }
   };
-  const size_t seen = params_.penalty_window < 0
+  const size_t seen = *params_.penalty_window < 0
                           ? history.size()
-                          : std::min<size_t>(history.size(), params_.penalty_window);
-  if (params_.repetition_penalty != 1.0) {
-    const float penalty = static_cast<float>(params_.repetition_penalty);
+                          : std::min<size_t>(history.size(), *params_.penalty_window);
+  if (*params_.repetition_penalty != 1.0) {
+    const float penalty = static_cast<float>(*params_.repetition_penalty);
     for_each_distinct(history.last(seen), [&](float& logit, int32_t) {
       logit = logit > 0 ? logit / penalty : logit * penalty;
     });
   }
-  if (params_.presence_penalty != 0.0 || params_.frequency_penalty != 0.0) {
+  if (*params_.presence_penalty != 0.0 || *params_.frequency_penalty != 0.0) {
     for_each_distinct(history.last(n_generated), [&](float& logit, int32_t count) {
-      logit -= static_cast<float>(params_.presence_penalty + params_.frequency_penalty * count);
+      logit -= static_cast<float>(*params_.presence_penalty + *params_.frequency_penalty * count);
     });
   }
 }
@@ -237,11 +239,11 @@ void Sampler::penalise(std::span<const int32_t> history, int64_t n_generated) {
 // need.
 int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
   const double top = logits[best];
-  const double temperature = params_.temperature;
+  const double temperature = *params_.temperature;
   const int64_t n = vocab_size_;
-  const bool cut_k = params_.top_k > 0 && params_.top_k < n;
-  const bool cut_p = params_.top_p < 1.0;
-  const bool cut_min = params_.min_p > 0.0;
+  const bool cut_k = *params_.top_k > 0 && *params_.top_k < n;
+  const bool cut_p = *params_.top_p < 1.0;
+  const bool cut_min = *params_.min_p > 0.0;
 
   if (!cut_k && !cut_p && !cut_min) {
     weights_.resize(n);
@@ -256,7 +258,7 @@ int32_t Sampler::draw(std::span<const float> logits, int32_t best) {
     weights_.resize(n);
     all = fill_weights(n, top, temperature, [&](int64_t i) { return logits[i]; }, weights_.data());
   }
-  const int64_t most = cut_k ? params_.top_k : n;
+  const int64_t most = cut_k ? *params_.top_k : n;
   int64_t count = cut_k ? most : std::min<int64_t>(most, kFirstSorted);
   for (;;) {
     top_select(logits, count, order_);
@@ -274,18 +276,18 @@ std::optional<int32_t> Sampler::draw_sorted(std::span<const float> values,
   const size_t count = values.size();
   weights_.resize(std::max(weights_.size(), count));
   const double total = fill_weights(
-      static_cast<int64_t>(count), values[0], params_.temperature,
+      static_cast<int64_t>(count), values[0], *params_.temperature,
       [&](int64_t i) { return values[i]; }, weights_.data());
   if (all == 0) all = total;
   size_t kept = 0;
   double sum = 0;
   while (kept < count) {
-    if (params_.min_p > 0.0 && weights_[kept] < params_.min_p) {  // the best token's weight is 1
+    if (*params_.min_p > 0.0 && weights_[kept] < *params_.min_p) {  // the best token's weight is 1
       complete = true;
       break;
     }
     sum += weights_[kept++];
-    if (params_.top_p < 1.0 && sum >= params_.top_p * all) {
+    if (*params_.top_p < 1.0 && sum >= *params_.top_p * all) {
       complete = true;
       break;
     }

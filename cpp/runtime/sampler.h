@@ -16,8 +16,8 @@ namespace mustafar {
 // One per generation; not for several threads at once.
 class Sampler {
  public:
-  // end_ids: what min_new_tokens holds back (end-of-sequence and stop ids). Throws
-  // std::invalid_argument where params.validate() does.
+  // params: what they leave open is the library's default. end_ids: what min_new_tokens holds back
+  // (end-of-sequence and stop ids). Throws std::invalid_argument where params.validate() does.
   Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids);
 
   // logits: [vocab] of the model. history: ids of the whole sequence, of which the last n_generated

@@ -12,7 +12,7 @@ namespace {
 
 // Rows that a call should have for matrix products to run at full speed.
 constexpr int64_t kCallRows = 512;
-// Of logits at a time: a large vocabulary has few rows of them.
+// Bytes of logits at a time, so that a large vocabulary has few rows of them.
 constexpr int64_t kLogitBytes = int64_t{64} << 20;
 
 }  // namespace

@@ -155,8 +155,9 @@ void Session::Impl::rewind(int64_t position) {
     reset();
     return;
   }
-  // Where a policy ranks by the window's queries, tokens that are cut have overwritten older ones'.
-  // The next block to leave the window is ranked by none of those: its window starts later.
+  // Query magnitudes, which some policies rank by, are not restored: tokens that are cut have
+  // overwritten those of older ones. No block asks for them: the window of the next one to be
+  // compressed starts later.
   if (spec->compressed(position) == cache->compressed()) {
     cache->cut_tail(position);
     cut_tokens(position);

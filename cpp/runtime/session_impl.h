@@ -73,7 +73,7 @@ struct Session::Impl {
   // Brings all logits after the last token to the host; computes them again where none are known.
   void ensure_logits();
   void rewind(int64_t position);
-  // For these tokens, which it checks, under this session's configuration.
+  // A scorer under this session's configuration. Checks the tokens first.
   Scorer scorer(std::span<const int32_t> token_ids);
   std::unique_ptr<Impl> fork() const;
   void count_workspace();

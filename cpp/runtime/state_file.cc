@@ -1,7 +1,11 @@
 // Sessions on disk. Little-endian:
 //
-//     magic "MSTFKV\r\n"  uint32 version  uint32 0x01020304  uint64 header_bytes  uint64
-//     header_hash header: JSON, zero-padded to a multiple of 64 bytes (hash over the padded bytes)
+//     magic "MSTFKV\r\n"
+//     uint32 version
+//     uint32 0x01020304, as a check of the order of bytes
+//     uint64 header_bytes
+//     uint64 header_hash
+//     header: JSON, zero-padded to a multiple of 64 bytes; hashed with the padding
 //     sections in the header's order, each zero-padded to a multiple of 64 bytes, hashed likewise:
 //       tokens   int32 [n_tokens]
 //       logits   f32 [vocab], absent after a rewind
@@ -93,8 +97,8 @@ class SectionReader {
 // null value, it can't destroy that value.)
 nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object(); }
 
-// Of what a session's contents depend on. Costs decide where there is a budget, and only there, so
-// that a profile which gains them goes on fitting older files.
+// Hash of the parts of a profile that a session's contents depend on. Costs are among them only
+// where there is a budget, so that a profile which gains costs goes on fitting older files.
 std::string hash_of(const Profile& profile, const KVConfig& kv) {
   return kv.budgeted() ? profile.hash() : profile.transform_hash();
 }
@@ -182,6 +186,8 @@ StateFile read_checked(const std::filesystem::path& path) {
   const auto fail = [&](const std::string& what) { throw StateError(path.string() + ": " + what); };
   try {
     state.file = MappedFile::open(path);
+  } catch (const Missing<ModelError>& error) {
+    throw Missing<StateError>(error.what());
   } catch (const ModelError& error) {
     throw StateError(error.what());
   }

@@ -32,11 +32,11 @@ std::vector<bool> stops_with_special_tokens(const std::vector<std::string>& stop
 
 }  // namespace
 
-TokenLoop::TokenLoop(const SamplingParams& params, int64_t vocab_size,
-                     std::span<const int32_t> eos_ids, const Tokenizer* tokenizer)
-    : params_(params),
-      end_ids_(all_end_ids(params, eos_ids)),
-      sampler_(vocab_size, params, end_ids_),
+TokenLoop::TokenLoop(const SamplingParams& params, const ModelConfig& model,
+                     const Tokenizer* tokenizer)
+    : params_(params.with_defaults(model.sampling)),
+      end_ids_(all_end_ids(params, model.eos_token_ids)),
+      sampler_(model.vocab_size, params_, end_ids_),
       tokenizer_(tokenizer),
       matcher_(params.stop, stops_with_special_tokens(params.stop, tokenizer)) {
   if (tokenizer != nullptr) {

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "mustafar/model_config.h"
 #include "mustafar/sampling.h"
 #include "mustafar/tokenizer.h"
 #include "runtime/sampler.h"
@@ -17,9 +18,9 @@ namespace mustafar {
 
 class TokenLoop {
  public:
-  // tokenizer: null where the model has none (then stop texts are refused and text stays empty).
-  TokenLoop(const SamplingParams& params, int64_t vocab_size, std::span<const int32_t> eos_ids,
-            const Tokenizer* tokenizer);
+  // params: what they leave open is the model's to say. tokenizer: null where the model has none
+  // (then stop texts are refused and text stays empty).
+  TokenLoop(const SamplingParams& params, const ModelConfig& model, const Tokenizer* tokenizer);
 
   // The text made continues that of these tokens.
   void start_after(std::span<const int32_t> before);
@@ -28,7 +29,8 @@ class TokenLoop {
   int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
   // The same from the largest logits alone, where top_needed() says how many are enough.
   int32_t choose(const TopLogits& top);
-  // For the token that `ahead` more tokens come before; 0: the whole row is needed.
+  // How many of the largest logits the choice of a token needs before which `ahead` more are made;
+  // 0: the whole row.
   int32_t top_needed(int64_t ahead = 0) const { return sampler_.top_needed(made_ + ahead); }
   // Takes the chosen token once it is in the cache; returns text that became certain. Ends the
   // generation where the token, the text or the count says so.

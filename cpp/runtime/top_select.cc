@@ -21,9 +21,9 @@ struct Digit {
 constexpr std::array<Digit, 3> kDigits = {{{21, 11}, {10, 11}, {0, 10}}};
 constexpr size_t kMostDigitValues = size_t{1} << 11;
 
-constexpr int64_t kFewShare = 64;  // k is few of n where it is at most this share
-// Replacements that a scan may make before it is given up: so many for each of the k, and this
-// share of the values. In random order there are about k ln(n / k).
+constexpr int64_t kFewShare = 64;  // k is few of n where it is at most one part in so many
+// Replacements that a scan may make before it is given up: so many for each of the k, and one for
+// each kReplacementsShare values. In random order there are about k ln(n / k).
 constexpr int64_t kReplacementsPerKept = 16;
 constexpr int64_t kReplacementsShare = 64;
 

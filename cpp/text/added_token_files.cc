@@ -142,6 +142,37 @@ std::vector<Candidate> listed_tokens(const std::filesystem::path& folder, const 
 
 }  // namespace
 
+FolderEnds read_ends(const std::filesystem::path& folder) {
+  FolderEnds ends;
+  const auto object = [&](const char* file) {
+    try {
+      return read_object(folder / file);
+    } catch (const TokenizerError&) {
+      return json::object();
+    }
+  };
+  for (const char* file : {"tokenizer_config.json", "special_tokens_map.json"}) {
+    const json config = object(file);
+    for (auto& [name, tokens] :
+         {std::pair("bos_token", &ends.bos_tokens), std::pair("eos_token", &ends.eos_tokens)}) {
+      if (!config.contains(name)) continue;
+      if (auto token = candidate(config[name], true)) tokens->push_back(token->content);
+    }
+  }
+  for (const char* file : {"config.json", "generation_config.json"}) {
+    const json config = object(file);
+    for (auto& [name, ids] :
+         {std::pair("bos_token_id", &ends.bos_ids), std::pair("eos_token_id", &ends.eos_ids)}) {
+      if (!config.contains(name)) continue;
+      const json& value = config[name];
+      for (const json& id : value.is_array() ? value : json::array({value})) {
+        if (id.is_number_integer()) ids->push_back(id.get<int64_t>());
+      }
+    }
+  }
+  return ends;
+}
+
 void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* json_file) {
   const json config = read_object(folder / "tokenizer_config.json");
   const json map = config.contains("added_tokens_decoder")

@@ -48,12 +48,12 @@ class AddedTokens {
     uint32_t begin, end;
     int32_t id;
   };
-  // Of raw text (normalized false) and of the normalized pieces in between. parse_special: special
-  // tokens count; otherwise they are text.
+  // Splits raw text (normalized false) or the normalized pieces between its tokens. parse_special:
+  // special tokens count; otherwise they are text.
   void split(std::string_view text, bool normalized, bool parse_special,
              std::vector<Piece>* pieces) const;
-  // Of a rendered chat: tokens in the raw text, special ones whether normalized or not, unless they
-  // overlap one of the ascending ranges `outside`.
+  // Splits a rendered chat: tokens in the raw text, special ones whether normalized or not, unless
+  // they overlap one of the ascending ranges `outside`.
   void split_chat(std::string_view text, std::span<const TextRange> outside,
                   std::vector<Piece>* pieces) const;
   bool any(bool normalized) const { return tries_[normalized].terminals.size() > 1; }

@@ -11,6 +11,7 @@
 #include "mustafar/error.h"
 #include "text/added_token_files.h"
 #include "text/chat_template_impl.h"
+#include "text/continued_message.h"
 #include "text/jinja/interpreter.h"
 #include "text/jinja/json.h"
 #include "text/jinja/parser.h"
@@ -266,12 +267,23 @@ RenderedChat render_values(const ChatTemplate::Impl& impl, const Value& messages
   define("tools", tools);
   define("add_generation_prompt", Value(options.add_generation_prompt));
 
+  if (!options.continue_final_message.empty() && options.add_generation_prompt) {
+    throw std::invalid_argument("continue_final_message goes without add_generation_prompt");
+  }
+
   int line = 1;
   try {
-    define("messages", prepare_messages(messages, budget));
+    Value prepared = prepare_messages(messages, budget);
+    std::optional<ContinuedMessage> continued;
+    if (!options.continue_final_message.empty()) {
+      continued.emplace(prepared, options.continue_final_message, chosen.source, budget);
+      prepared = continued->messages();
+    }
+    define("messages", std::move(prepared));
     jinja::Interpreter interpreter(chosen.parsed, input, budget);
     try {
-      return with_ranges(interpreter.render());
+      jinja::Text rendered = interpreter.render();
+      return with_ranges(continued ? continued->cut(rendered) : std::move(rendered));
     } catch (...) {
       line = interpreter.line();
       throw;

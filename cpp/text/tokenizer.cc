@@ -148,7 +148,33 @@ struct Tokenizer::Impl {
   text::Decoder decoder;
   text::PostProcessor post_processor;
 
+  // Sets bos_id and eos_ids by what the folder says.
+  void find_ends() {
+    const text::FolderEnds ends = text::read_ends(folder);
+    const auto add = [&](std::optional<int32_t> id, std::vector<int32_t>* ids) {
+      if (id && std::count(ids->begin(), ids->end(), *id) == 0) ids->push_back(*id);
+    };
+    const auto find = [&](const std::vector<std::string>& tokens, const std::vector<int64_t>& ids) {
+      std::vector<int32_t> found;
+      for (const std::string& token : tokens) {
+        add(added.find(token) ? added.find(token) : model.vocab().find(token), &found);
+      }
+      for (const int64_t id : ids) {
+        const bool is_id =
+            id >= 0 && id < model.vocab().size() && contains(static_cast<int32_t>(id));
+        if (is_id) add(static_cast<int32_t>(id), &found);
+      }
+      return found;
+    };
+    std::vector<int32_t> begins = find(ends.bos_tokens, ends.bos_ids);
+    if (begins.empty()) begins = post_processor.prefix;
+    if (!begins.empty()) bos_id = begins.front();
+    eos_ids = find(ends.eos_tokens, ends.eos_ids);
+  }
+
   std::filesystem::path folder;  // of tokenizer.json
+  std::optional<int32_t> bos_id;
+  std::vector<int32_t> eos_ids;
   mutable std::mutex chat_template_mutex;
   mutable std::optional<ChatTemplate> chat_template;  // the folder's, once asked for
 };
@@ -161,6 +187,7 @@ Tokenizer Tokenizer::load(const std::filesystem::path& path) {
   auto impl = std::make_shared<Impl>(json);
   impl->folder = is_folder ? path : path.parent_path();
   if (impl->folder.empty()) impl->folder = ".";
+  impl->find_ends();
   return Tokenizer(std::move(impl));
 }
 
@@ -263,6 +290,8 @@ std::string Tokenizer::id_to_token(int32_t token_id) const {
 
 bool Tokenizer::is_special(int32_t token_id) const { return impl_->is_special(token_id); }
 
+std::optional<int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }
+std::vector<int32_t> Tokenizer::eos_ids() const { return impl_->eos_ids; }
 std::vector<int32_t> Tokenizer::special_prefix() const { return impl_->post_processor.prefix; }
 
 struct Tokenizer::Stream::State {

@@ -215,7 +215,9 @@ TokenizerJson read_tokenizer_json(const std::filesystem::path& path) {
   const std::filesystem::path file = is_folder ? path / "tokenizer.json" : path;
   const std::string name = unicode::replace_invalid_utf8(file.string());
   const auto status = std::filesystem::status(file, error);
-  if (!std::filesystem::exists(status)) throw TokenizerError(name + ": no such file");
+  if (!std::filesystem::exists(status)) {
+    throw Missing<TokenizerError>(name + ": no such file");
+  }
   if (!std::filesystem::is_regular_file(status))
     throw TokenizerError(name + ": not a regular file");
   const uintmax_t size = std::filesystem::file_size(file, error);

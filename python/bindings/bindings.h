@@ -31,9 +31,11 @@ void register_chat(pybind11::module_& m);
 void register_format(pybind11::module_& m);
 void register_weights(pybind11::module_& m);
 
-// A conversation as ChatTemplate.render takes it, rendered without the GIL.
+// A conversation as ChatTemplate.render takes it, rendered without the GIL. continue_final_message:
+// a bool, or the field of the last message.
 RenderedChat render_chat(const ChatTemplate& chat_template, const pybind11::object& messages,
-                         bool add_generation_prompt, const std::optional<std::string>& bos_token,
+                         bool add_generation_prompt, const pybind11::object& continue_final_message,
+                         const std::optional<std::string>& bos_token,
                          const std::optional<std::string>& eos_token, const pybind11::object& tools,
                          const pybind11::object& date, const pybind11::kwargs& variables);
 
@@ -53,6 +55,7 @@ std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& m
                                          const pybind11::object& progress, bool costs);
 
 // From the keyword dictionaries that the Python classes make of themselves.
+KVConfig kv_fields_from(const pybind11::dict& fields);  // all but the profile
 KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);
 pybind11::dict kv_dict(const KVConfig& kv);
 SamplingParams sampling_params_from(const pybind11::dict& fields);

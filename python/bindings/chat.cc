@@ -57,11 +57,23 @@ void register_chat(py::module_& m) {
              const SamplingParams sampling = sampling_params_from(params);
              return begin(self, [&](Chat& chat) { return chat.reply(sampling); });
            })
+      .def("continue_last",
+           [](const py::object& self, const py::dict& params) {
+             const SamplingParams sampling = sampling_params_from(params);
+             return begin(self, [&](Chat& chat) { return chat.continue_last(sampling); });
+           })
       .def("regenerate",
            [](const py::object& self, const py::dict& params) {
              const SamplingParams sampling = sampling_params_from(params);
              return begin(self, [&](Chat& chat) { return chat.regenerate(sampling); });
            })
+      .def(
+          "fork",
+          [](const Chat& chat, Session& forked) {
+            return std::make_unique<Chat>(chat.fork(forked));
+          },
+          py::arg("forked"), py::keep_alive<0, 2>())
+      .def("cancel", &Chat::cancel)
       .def("undo", &Chat::undo, py::call_guard<py::gil_scoped_release>())
       .def("clear", &Chat::clear, py::call_guard<py::gil_scoped_release>())
       .def("set_system", &Chat::set_system, py::call_guard<py::gil_scoped_release>())

@@ -73,14 +73,25 @@ std::optional<std::string> date_from(const py::object& date) {
   throw py::type_error("date: expected None, a str, a date or a datetime");
 }
 
+// True is the content.
+std::string continued_field(const py::object& given) {
+  if (py::isinstance<py::str>(given)) return given.cast<std::string>();
+  if (!py::isinstance<py::bool_>(given)) {
+    throw py::type_error("continue_final_message must be True, False or the name of a field");
+  }
+  return given.cast<bool>() ? "content" : "";
+}
+
 }  // namespace
 
 RenderedChat render_chat(const ChatTemplate& chat_template, const py::object& messages,
-                         bool add_generation_prompt, const std::optional<std::string>& bos_token,
+                         bool add_generation_prompt, const py::object& continue_final_message,
+                         const std::optional<std::string>& bos_token,
                          const std::optional<std::string>& eos_token, const py::object& tools,
                          const py::object& date, const py::kwargs& variables) {
   ChatTemplateOptions options;
   options.add_generation_prompt = add_generation_prompt;
+  options.continue_final_message = continued_field(continue_final_message);
   options.bos_token = bos_token;
   options.eos_token = eos_token;
   options.date = date_from(date);
@@ -109,34 +120,43 @@ Raises TemplateError naming the line for a template that does not parse or fails
       .def_static("builtin", &ChatTemplate::builtin, py::arg("name"),
                   "A template that comes with mustafar; see builtin_names().")
       .def_static("builtin_names", &ChatTemplate::builtin_names)
+      .def("__repr__",
+           [](const ChatTemplate& self) {
+             return "<mustafar.ChatTemplate of " + std::to_string(self.source().size()) + " bytes>";
+           })
       .def_property_readonly("source", &ChatTemplate::source)
       .def(
           "render",
           [](const ChatTemplate& self, const py::object& messages, bool add_generation_prompt,
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& tools,
-             const py::object& date, const py::kwargs& variables) {
-            return render_chat(self, messages, add_generation_prompt, bos_token, eos_token, tools,
-                               date, variables)
+             const py::object& date, const py::object& continue_final_message,
+             const py::kwargs& variables) {
+            return render_chat(self, messages, add_generation_prompt, continue_final_message,
+                               bos_token, eos_token, tools, date, variables)
                 .text;
           },
           py::arg("messages"), py::arg("add_generation_prompt") = false,
           py::arg("bos_token") = py::none(), py::arg("eos_token") = py::none(),
-          py::arg("tools") = py::none(), py::arg("date") = py::none(),
+          py::arg("tools") = py::none(), py::arg("date") = py::none(), py::kw_only(),
+          py::arg("continue_final_message") = false,
           R"(The prompt for a list of messages, dicts with "role" and "content".
 
 bos_token, eos_token: None for those of the template's folder, or "". tools: a list of tool
-definitions. date: what strftime_now prints, a str (ISO), date or datetime; None for now. Further
-keyword arguments are variables of the template. Raises TemplateError, and TypeError or ValueError
+definitions. date: what strftime_now prints, a str (ISO), date or datetime; None for now. continue_final_message: end inside
+the last message, so that the reply continues it; True, or the name of another field of the message
+than "content"; ValueError where the template leaves that out. Further keyword arguments are variables of the template. Raises TemplateError, and TypeError or ValueError
 for values that JSON does not have.)")
       .def(
           "render_marked",
           [](const ChatTemplate& self, const py::object& messages, bool add_generation_prompt,
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& tools,
-             const py::object& date, const py::kwargs& variables) {
-            const RenderedChat rendered = render_chat(self, messages, add_generation_prompt,
-                                                      bos_token, eos_token, tools, date, variables);
+             const py::object& date, const py::object& continue_final_message,
+             const py::kwargs& variables) {
+            const RenderedChat rendered =
+                render_chat(self, messages, add_generation_prompt, continue_final_message,
+                            bos_token, eos_token, tools, date, variables);
             py::list ranges;
             for (const TextRange& range : rendered.outside) {
               ranges.append(py::make_tuple(range.begin, range.end));
@@ -145,7 +165,8 @@ for values that JSON does not have.)")
           },
           py::arg("messages"), py::arg("add_generation_prompt") = false,
           py::arg("bos_token") = py::none(), py::arg("eos_token") = py::none(),
-          py::arg("tools") = py::none(), py::arg("date") = py::none(),
+          py::arg("tools") = py::none(), py::arg("date") = py::none(), py::kw_only(),
+          py::arg("continue_final_message") = false,
           R"(As render, with the (begin, end) byte ranges of the text that came from the caller.)");
 }
 

@@ -75,7 +75,7 @@ std::function<void()> interrupt_check() {
   };
 }
 
-KVConfig kv_config_from(const py::dict& fields, const Model& model) {
+KVConfig kv_fields_from(const py::dict& fields) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
     const py::object value = fields[field.name];
@@ -85,6 +85,11 @@ KVConfig kv_config_from(const py::dict& fields, const Model& model) {
       kv.*field.member = value.cast<T>();
     }
   });
+  return kv;
+}
+
+KVConfig kv_config_from(const py::dict& fields, const Model& model) {
+  KVConfig kv = kv_fields_from(fields);
   const py::object profile = fields["profile"];
   if (py::isinstance<Profile>(profile)) {
     kv.profile = profile.cast<std::shared_ptr<Profile>>();
@@ -111,14 +116,14 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   SamplingParams p;
   p.max_new_tokens = fields["max_new_tokens"].cast<int32_t>();
   p.min_new_tokens = fields["min_new_tokens"].cast<int32_t>();
-  p.temperature = fields["temperature"].cast<double>();
-  p.top_k = fields["top_k"].cast<int32_t>();
-  p.top_p = fields["top_p"].cast<double>();
-  p.min_p = fields["min_p"].cast<double>();
-  p.repetition_penalty = fields["repetition_penalty"].cast<double>();
-  p.presence_penalty = fields["presence_penalty"].cast<double>();
-  p.frequency_penalty = fields["frequency_penalty"].cast<double>();
-  p.penalty_window = fields["penalty_window"].cast<int32_t>();
+  p.temperature = fields["temperature"].cast<std::optional<double>>();
+  p.top_k = fields["top_k"].cast<std::optional<int32_t>>();
+  p.top_p = fields["top_p"].cast<std::optional<double>>();
+  p.min_p = fields["min_p"].cast<std::optional<double>>();
+  p.repetition_penalty = fields["repetition_penalty"].cast<std::optional<double>>();
+  p.presence_penalty = fields["presence_penalty"].cast<std::optional<double>>();
+  p.frequency_penalty = fields["frequency_penalty"].cast<std::optional<double>>();
+  p.penalty_window = fields["penalty_window"].cast<std::optional<int32_t>>();
   if (!fields["logit_bias"].is_none()) {
     for (const auto& [id, bias] : fields["logit_bias"].cast<py::dict>()) {
       p.logit_bias.emplace_back(id.cast<int32_t>(), bias.cast<float>());
@@ -128,9 +133,7 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   p.stop = fields["stop"].cast<std::vector<std::string>>();
   p.stop_token_ids = fields["stop_token_ids"].cast<std::vector<int32_t>>();
   p.ignore_eos = fields["ignore_eos"].cast<bool>();
-  // Python's 0 asks for nothing; the native field reports the chosen token's from 0 on.
-  const int32_t logprobs = fields["logprobs"].cast<int32_t>();
-  p.logprobs = logprobs == 0 ? -1 : logprobs;
+  p.logprobs = fields["logprobs"].cast<std::optional<int32_t>>().value_or(-1);
   const py::object processor = fields["logits_processor"];
   if (!processor.is_none()) {
     // The callable is released under the GIL, wherever the last copy dies.

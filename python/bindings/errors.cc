@@ -1,5 +1,6 @@
 #include <exception>
 #include <new>
+#include <string>
 #include <string_view>
 
 #include "bindings.h"
@@ -16,6 +17,11 @@ template <typename E>
 py::handle register_error(py::module_& m, const char* name, py::handle base) {
   static py::handle type;  // lives as long as the process, as extension modules do
   type = py::exception<E>(m, name, base).release();
+  static py::handle missing;  // of a file that is not there
+  const py::tuple bases = py::make_tuple(type, py::handle(PyExc_FileNotFoundError));
+  const std::string missing_name = std::string("mustafar.") + name;
+  missing = PyErr_NewException(missing_name.c_str(), bases.ptr(), nullptr);
+  if (!missing) throw py::error_already_set();
   py::register_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown) std::rethrow_exception(thrown);
@@ -24,7 +30,8 @@ py::handle register_error(py::module_& m, const char* name, py::handle base) {
       PyObject* message = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()),
                                                "backslashreplace");
       if (message == nullptr) return;  // out of memory: that error is set
-      PyErr_SetObject(type.ptr(), message);
+      const bool is_missing = dynamic_cast<const MissingFile*>(&error) != nullptr;
+      PyErr_SetObject((is_missing ? missing : type).ptr(), message);
       Py_DECREF(message);
     }
   });

@@ -50,14 +50,19 @@ Model load(const std::filesystem::path& path, const std::string& device, const s
   return Model::load(path, options);
 }
 
-py::list generate(const Model& model, const py::list& prompts, const py::dict& params,
-                  const py::dict& kv, int32_t max_batch) {
+// params: one for each prompt.
+py::list generate(const Model& model, const py::list& prompts, const py::list& params,
+                  const py::dict& kv, int32_t max_batch, bool parse_special) {
   std::vector<Prompt> native;
   for (const py::handle prompt : prompts) native.push_back(prompt_from(prompt));
-  const SamplingParams sampling = sampling_params_from(params);
+  std::vector<SamplingParams> sampling;
+  for (const py::handle each : params) {
+    sampling.push_back(sampling_params_from(py::reinterpret_borrow<py::dict>(each)));
+  }
   const KVConfig config = kv_config_from(kv, model);
   BatchOptions options;
   options.max_batch = max_batch;
+  options.parse_special = parse_special;
   options.interrupt_check = interrupt_check();
   std::vector<GenerateResult> results;
   {
@@ -67,6 +72,21 @@ py::list generate(const Model& model, const py::list& prompts, const py::dict& p
   py::list out;
   for (const GenerateResult& result : results) out.append(to_dict(result));
   return out;
+}
+
+// The fields of SamplingParams that a folder may decide, decided.
+py::dict sampling_dict(const Model& model) {
+  const SamplingParams p = model.default_sampling();
+  py::dict d;
+  d["temperature"] = p.temperature;
+  d["top_k"] = p.top_k;
+  d["top_p"] = p.top_p;
+  d["min_p"] = p.min_p;
+  d["repetition_penalty"] = p.repetition_penalty;
+  d["presence_penalty"] = p.presence_penalty;
+  d["frequency_penalty"] = p.frequency_penalty;
+  d["penalty_window"] = p.penalty_window;
+  return d;
 }
 
 py::dict memory_dict(const Model& model) {
@@ -87,6 +107,7 @@ void register_model(py::module_& m) {
       .def(py::init(&load), py::arg("path"), py::arg("device"), py::arg("dtype"),
            py::arg("weights"), py::arg("threads"), py::arg("kv_budget"), py::arg("progress"))
       .def("config", [](const Model& model) { return config_dict(model.config()); })
+      .def("default_sampling", &sampling_dict)
       .def("has_tokenizer", &Model::has_tokenizer)
       .def("tokenizer", [](const Model& model) { return model.tokenizer(); })
       .def("folder", &Model::folder)

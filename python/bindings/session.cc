@@ -67,6 +67,9 @@ void register_session(py::module_& m) {
         return fields;
       },
       py::arg("name"));
+  m.def(
+      "check_kv", [](const py::dict& fields) { kv_fields_from(fields).validate(); },
+      py::arg("fields"));
   m.def("kv_presets", [] {
     py::dict summaries;
     for (const KVPreset& preset : kv_presets()) summaries[preset.name] = preset.summary;
@@ -96,23 +99,27 @@ void register_session(py::module_& m) {
                   })
       .def("logits", [](Session& session) { return logits_of([&] { return session.logits(); }); })
       .def("generate",
-           [](Session& session, const py::object& prompt, const py::dict& params) {
+           [](Session& session, const py::object& prompt, const py::dict& params,
+              bool parse_special) {
              const Prompt native = prompt_from(prompt);
              const SamplingParams sampling = sampling_params_from(params);
              GenerateResult result;
              {
                py::gil_scoped_release release;
-               result = session.generate(native, sampling);
+               result = session.generate(native, sampling, {},
+                                         PromptOptions{.parse_special = parse_special});
              }
              return to_dict(result);
            })
       .def("start",
-           [](const py::object& self, const py::object& prompt, const py::dict& params) {
+           [](const py::object& self, const py::object& prompt, const py::dict& params,
+              bool parse_special) {
              Session& session = self.cast<Session&>();
              const Prompt native = prompt_from(prompt);
              const SamplingParams sampling = sampling_params_from(params);
              py::gil_scoped_release release;
-             auto generation = std::make_unique<Generation>(session.start(native, sampling));
+             auto generation = std::make_unique<Generation>(
+                 session.start(native, sampling, PromptOptions{.parse_special = parse_special}));
              py::gil_scoped_acquire acquire;
              return PyGeneration{self, std::move(generation)};
            })

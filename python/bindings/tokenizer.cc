@@ -80,14 +80,17 @@ Text of token ids, a sequence or an integer array. An id that is no token, as in
 model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
       .def(
           "apply_chat_template",
-          [](const Tokenizer& self, const py::object& messages, bool add_generation_prompt,
+          [](const Tokenizer& self, const py::object& messages,
+             std::optional<bool> add_generation_prompt, const py::object& continue_final_message,
              bool tokenize, const py::object& tools, const py::object& chat_template,
              const std::optional<std::string>& bos_token,
              const std::optional<std::string>& eos_token, const py::object& date,
              const py::kwargs& variables) -> py::object {
             const ChatTemplate chosen = chat_template_from(self, chat_template);
-            const RenderedChat rendered = render_chat(chosen, messages, add_generation_prompt,
-                                                      bos_token, eos_token, tools, date, variables);
+            const bool continues = py::cast<bool>(py::bool_(continue_final_message));
+            const RenderedChat rendered =
+                render_chat(chosen, messages, add_generation_prompt.value_or(!continues),
+                            continue_final_message, bos_token, eos_token, tools, date, variables);
             if (!tokenize) return py::str(rendered.text);
             std::vector<int32_t> ids;
             {
@@ -96,15 +99,18 @@ model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
             }
             return py::cast(ids);
           },
-          py::arg("messages"), py::arg("add_generation_prompt") = true, py::kw_only(),
-          py::arg("tokenize") = true, py::arg("tools") = py::none(),
-          py::arg("chat_template") = py::none(), py::arg("bos_token") = py::none(),
-          py::arg("eos_token") = py::none(), py::arg("date") = py::none(), R"(
+          py::arg("messages"), py::arg("add_generation_prompt") = py::none(), py::kw_only(),
+          py::arg("continue_final_message") = false, py::arg("tokenize") = true,
+          py::arg("tools") = py::none(), py::arg("chat_template") = py::none(),
+          py::arg("bos_token") = py::none(), py::arg("eos_token") = py::none(),
+          py::arg("date") = py::none(), R"(
 Token ids of a conversation as the model expects it: the chat template rendered, its special tokens
 as their ids. A special token that a message spells stays text.
 
 messages: dicts with "role" and "content". add_generation_prompt: end with what starts the
-assistant's turn. tokenize: False gives the text instead. tools: a list of tool definitions.
+assistant's turn; None is True, but with continue_final_message. continue_final_message: end inside
+the last message instead, so that the reply continues it; True, or the name of another field of the
+message than "content"; ValueError where the template leaves that out. tokenize: False gives the text instead. tools: a list of tool definitions.
 chat_template: a ChatTemplate, or the name of a built-in one or a file; None is the one beside
 tokenizer.json. bos_token, eos_token: None for those of the template's folder. date: what
 strftime_now prints, a str (ISO), date or datetime; None for now. Further keyword arguments are
@@ -120,6 +126,10 @@ An incremental decoder. after: ids that come before the first one pushed; the te
 follows theirs.)")
       .def_property_readonly("vocab_size", &Tokenizer::vocab_size,
                              "One more than the largest id, added tokens included.")
+      .def_property_readonly("bos_id", &Tokenizer::bos_id,
+                             "Id of the token that begins a text, or None.")
+      .def_property_readonly("eos_ids", &Tokenizer::eos_ids,
+                             "Ids of the tokens that end a text, the tokenizer's own first.")
       .def_property_readonly("special_prefix", &Tokenizer::special_prefix,
                              "Ids that add_special puts before a text, such as BOS.")
       .def(

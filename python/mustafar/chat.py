@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._core import ChatTemplate
-from .completion import Message, Tools, native_chat, set_messages
+from .completion import Message, Tools, native_chat, set_messages, start_reply
 from .model import Model
 from .session import Session
 from .stream import ChatStream
@@ -112,19 +112,60 @@ class Chat:
         native = SamplingParams.merge(params, sampling)._native()
         return ChatStream(self._core.start(text, native))
 
-    def reply(self, params: SamplingParams | None = None, **sampling: Any) -> GenerateResult:
-        """Replies to the messages as they stand, after :meth:`add` for example."""
-        native = SamplingParams.merge(params, sampling)._native()
-        return ChatStream(self._core.reply(native))._finish()
+    def reply(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        continue_final_message: bool = False,
+        **sampling: Any,
+    ) -> GenerateResult:
+        """Replies to the messages as they stand, after :meth:`add` for example.
 
-    def stream_reply(self, params: SamplingParams | None = None, **sampling: Any) -> ChatStream:
+        Args:
+            params: As :meth:`send` takes them.
+            continue_final_message: Go on inside the last message, which the assistant began: what
+                is made becomes a part of it, and the result holds that alone.
+
+        Raises:
+            ValueError: ``continue_final_message`` where the last message is not a text of the
+                assistant's, or the template leaves it out.
+        """
+        return self.stream_reply(
+            params, continue_final_message=continue_final_message, **sampling
+        )._finish()
+
+    def stream_reply(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        continue_final_message: bool = False,
+        **sampling: Any,
+    ) -> ChatStream:
         """As :meth:`reply`, handing out text as it is made."""
-        return ChatStream(self._core.reply(SamplingParams.merge(params, sampling)._native()))
+        merged = SamplingParams.merge(params, sampling)
+        return ChatStream(start_reply(self._core, merged, continue_final_message))
 
     def regenerate(self, params: SamplingParams | None = None, **sampling: Any) -> GenerateResult:
         """Makes the last reply again; ValueError where there is none."""
         native = SamplingParams.merge(params, sampling)._native()
         return ChatStream(self._core.regenerate(native))._finish()
+
+    def fork(self) -> Chat:
+        """The same conversation once more; what is said in one is not said in the other.
+
+        The cache is shared as far as :meth:`Session.fork` shares it.
+        """
+        chat = Chat.__new__(Chat)
+        chat._session = self._session.fork()
+        chat._core = self._core.fork(chat._session._core)
+        return chat
+
+    def cancel(self) -> None:
+        """Makes the reply that another thread waits for raise :class:`Cancelled` soon.
+
+        What was said by then stays in the conversation.
+        """
+        self._core.cancel()
 
     def undo(self) -> str | None:
         """Drops the last user message and all after it; returns its text."""
@@ -164,3 +205,6 @@ class Chat:
     def dropped_turns(self) -> int:
         """Turns that ``context_shift`` has dropped."""
         return self._core.dropped_turns()
+
+    def __repr__(self) -> str:
+        return f"<mustafar.Chat of {len(self.messages)} messages in {self._session!r}>"

@@ -17,6 +17,7 @@ from typing import Any
 from . import _core, checks
 from ._core import ChatTemplate
 from .stream import ChatStream
+from .tool_calls import MARKS, ToolCall, ToolCallReader
 from .types import SamplingParams, TokenLogprob
 
 Message = Mapping[str, Any]
@@ -68,6 +69,14 @@ def set_messages(chat: _core.Chat, messages: Sequence[Message]) -> None:
     chat.set_messages_json(json.dumps(list(messages)))
 
 
+def start_reply(
+    chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
+) -> _core.ChatReply:
+    """A reply to the messages of a conversation, or one that goes on inside the last."""
+    start = chat.continue_last if continue_final_message else chat.reply
+    return start(sampling._native())
+
+
 @dataclass(frozen=True)
 class Request:
     """What a request of OpenAI's shape asks for, but for its messages and tools."""
@@ -78,6 +87,7 @@ class Request:
     top_logprobs: int
     with_usage: bool  # of a stream: a last chunk that says it
     use_tools: bool
+    continues: bool  # the last message, rather than making one of its own
 
     @staticmethod
     def of(params: SamplingParams | None, fields: Mapping[str, Any]) -> Request:
@@ -96,7 +106,7 @@ class Request:
         if top > 0 and not logprobs:
             raise ValueError("top_logprobs needs logprobs=True")
         if logprobs:
-            given["logprobs"] = max(1, top)
+            given["logprobs"] = top
 
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:
@@ -106,6 +116,17 @@ class Request:
         if tool_choice not in ("auto", "none"):
             raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
         options = given.pop("stream_options", {})
+        continues = checks.flag(
+            "continue_final_message", given.pop("continue_final_message", False)
+        )
+        prompts = checks.flag(
+            "add_generation_prompt", given.pop("add_generation_prompt", not continues)
+        )
+        if prompts == continues:
+            raise ValueError(
+                "add_generation_prompt must be the opposite of continue_final_message: "
+                f"both are {prompts}"
+            )
         return Request(
             sampling=SamplingParams.merge(params, given),
             n=n,
@@ -113,6 +134,7 @@ class Request:
             top_logprobs=top,
             with_usage=bool(options.get("include_usage")),
             use_tools=tool_choice == "auto",
+            continues=continues,
         )
 
 
@@ -172,7 +194,7 @@ def chat_completion(
     if not request.use_tools:
         tools = None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
-    answers = _Answers(model, chat, plain_messages(messages), request)
+    answers = _Answers(model, chat, plain_messages(messages), request, tools or ())
     return answers.chunks() if stream else answers.whole()
 
 
@@ -185,8 +207,11 @@ class _Answers:
         chat: _core.Chat,
         messages: list[dict[str, Any]],
         request: Request,
+        tools: Tools,
     ) -> None:
         self._model, self._chat, self._messages, self._request = model, chat, messages, request
+        self._tools = list(tools)
+        self._marks = self._special_marks() if self._tools else {}
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -200,7 +225,7 @@ class _Answers:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
         set_messages(self._chat, self._messages)
-        return ChatStream(self._chat.reply(sampling._native()))
+        return ChatStream(start_reply(self._chat, sampling, self._request.continues))
 
     def _replies(self) -> Iterator[tuple[int, ChatStream]]:
         for index in range(self._request.n):
@@ -242,16 +267,49 @@ class _Answers:
         data = None if "\ufffd" in text else list(text.encode())
         return {"token": text, "logprob": logprob, "bytes": data}
 
+    def _special_marks(self) -> dict[int, str]:
+        """What stands before tool calls and, being a special token, has no text."""
+        tokenizer = self._model.tokenizer()
+        ids = {mark: tokenizer.token_to_id(mark) for mark in MARKS}
+        return {id: mark for mark, id in ids.items() if id is not None and tokenizer.is_special(id)}
+
+    def _marked(self, reply: ChatStream) -> Iterator[str]:
+        """The reply's text, the marks of calls included that have none."""
+        if not self._marks:
+            yield from reply
+            return
+        seen = 0
+        while (piece := reply._core.step()) is not None:
+            ids = reply.result.token_ids[seen:]
+            seen += len(ids)
+            yield piece + "".join(self._marks.get(id, "") for id in ids)
+
+    def _without_marks(self, text: str) -> str:
+        for mark in self._marks.values():
+            text = text.replace(mark, "")
+        return text
+
+    def _reason(self, finish_reason: str, calls: list[ToolCall]) -> str:
+        return "tool_calls" if calls else _FINISH_REASONS[finish_reason]
+
     def whole(self) -> dict[str, Any]:
         choices = []
         for index, reply in self._replies():
+            reader = ToolCallReader(self._tools)
+            said = "".join(map(reader.push, self._marked(reply))) if self._tools else ""
             result = reply._finish()
+            rest, calls = reader.finish()
+            message: dict[str, Any] = {"role": "assistant", "content": result.text}
+            if calls:
+                text = self._without_marks(said + rest)
+                message["content"] = text or None
+                message["tool_calls"] = _in_openai_shape(calls)
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": result.text},
+                    "message": message,
                     "logprobs": self._logprobs(result.logprobs),
-                    "finish_reason": _FINISH_REASONS[result.finish_reason],
+                    "finish_reason": self._reason(result.finish_reason, calls),
                 }
             )
         head = {**self._head, "object": "chat.completion"}
@@ -271,13 +329,34 @@ class _Answers:
 
         for index, reply in self._replies():
             said = 0  # entries of the log-probabilities
+            reader = ToolCallReader(self._tools)
             yield chunk(index, {"role": "assistant", "content": ""})
-            for piece in reply:
+            for piece in self._marked(reply) if self._tools else reply:
+                text = self._without_marks(reader.push(piece)) if self._tools else piece
+                if not text:
+                    continue
                 entries = reply.result.logprobs if self._request.logprobs else []
-                yield chunk(index, {"content": piece}, logprobs=self._logprobs(entries[said:]))
+                yield chunk(index, {"content": text}, logprobs=self._logprobs(entries[said:]))
                 said = len(entries)
+            rest, calls = reader.finish()
+            if text := self._without_marks(rest):
+                yield chunk(index, {"content": text})
+            for i, call in enumerate(_in_openai_shape(calls)):
+                yield chunk(index, {"tool_calls": [{"index": i, **call}]})
             result = reply.result
             last = self._logprobs(result.logprobs[said:])
-            yield chunk(index, {}, _FINISH_REASONS[result.finish_reason], last)
+            yield chunk(index, {}, self._reason(result.finish_reason, calls), last)
         if self._request.with_usage:
             yield {**head, "choices": [], "usage": self._usage()}
+
+
+def _in_openai_shape(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Calls as ``tool_calls`` of a message has them."""
+    return [
+        {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in calls
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from . import _core
 from ._core import ModelError
 
+_REPOSITORY = r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*"
 # What a model is loaded from: weights in other formats are left where they are.
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -28,6 +30,8 @@ def find_model(path: str | os.PathLike[str]) -> Path:
     try:
         return Path(_core.find_model_folder(Path(path)))
     except ModelError as missing:
+        if not re.fullmatch(_REPOSITORY, os.fspath(path)) or Path(path).exists():
+            raise
         try:
             from huggingface_hub import snapshot_download
         except ImportError:
@@ -35,4 +39,4 @@ def find_model(path: str | os.PathLike[str]) -> Path:
         try:
             return Path(snapshot_download(os.fspath(path), allow_patterns=_FILES))
         except (OSError, ValueError) as error:  # what the hub's own errors derive from
-            raise ModelError(f"{missing}; downloading it failed: {error}") from error
+            raise type(missing)(f"{missing}; downloading it failed: {error}") from error

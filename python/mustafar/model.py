@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from . import _core
+from . import _core, checks
 from .completion import Message, Tools, chat_completion
 from .hub import find_model
 from .stream import Closing
@@ -65,7 +65,8 @@ class Model(Closing):
             uploaded to the GPU.
 
     Raises:
-        ModelError: A file or field that can't be used, named.
+        ModelError: A file or field that can't be used, named; a FileNotFoundError too where there
+            is no such folder or file.
         DeviceError: ``device="cuda"`` where it can't be had, or with quantised weights; the
             message says what is missing.
         OutOfMemory: Weights that do not fit the GPU; found before anything is uploaded.
@@ -91,6 +92,11 @@ class Model(Closing):
     def config(self) -> dict[str, Any]:
         """Architecture: sizes, rope, special ids."""
         return self._core.config()
+
+    @property
+    def default_sampling(self) -> SamplingParams:
+        """What is used where a caller says nothing: of generation_config.json, or our own."""
+        return SamplingParams(**self._core.default_sampling())
 
     @property
     def tokenizer(self) -> _core.Tokenizer:
@@ -129,35 +135,46 @@ class Model(Closing):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams | None] | None = None,
         *,
         kv: KVConfig | None = None,
         max_batch: int = 64,
+        parse_special: bool = False,
         **sampling: Any,
     ) -> list[GenerateResult]:
         """Continues many prompts together (continuous batching).
 
         Args:
             prompts: Texts, or sequences of ids to which nothing is added.
-            params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top.
+            params: Sampling parameters, for all prompts or a list with one for each; keyword
+                arguments of :class:`SamplingParams` on top.
             kv: How caches are kept.
             max_batch: Sequences that decode together at most.
+            parse_special: Special tokens that a text spells become those tokens; by default they
+                are text like any other.
 
         Returns:
             One result per prompt, in order, independent of what else was in the batch.
 
         Raises:
-            ValueError: An empty prompt or a bad id, with the prompt's index.
+            ValueError: An empty prompt or a bad id, with the prompt's index; lists of different
+                lengths.
             ContextOverflow: A prompt longer than the context.
             OutOfMemory: A prompt whose cache can't fit ``kv_budget``.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one text: pass a list of prompts")
+        prompts = list(prompts)
+        if params is None or isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        elif len(params) != len(prompts):
+            raise ValueError(f"params has {len(params)} elements for {len(prompts)} prompts")
         native = self._core.generate(
-            list(prompts),
-            SamplingParams.merge(params, sampling)._native(),
+            prompts,
+            [SamplingParams.merge(each, sampling)._native() for each in params],
             (kv or KVConfig())._native(),
             max_batch,
+            parse_special,
         )
         return [GenerateResult._of(result) for result in native]
 
@@ -166,11 +183,53 @@ class Model(Closing):
         """The folder's chat template; raises TemplateError where it has none."""
         return _core.ChatTemplate.from_folder(self.folder)
 
+    @overload
     def chat_completion(
         self,
         messages: Sequence[Message],
         *,
-        stream: bool = False,
+        stream: Literal[False] | None = None,
+        tools: Tools | None = None,
+        chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
+        kv: KVConfig | None = None,
+        session: Session | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        tools: Tools | None = None,
+        chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
+        kv: KVConfig | None = None,
+        session: Session | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> Iterator[dict[str, Any]]: ...
+
+    @overload
+    def chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool | None,
+        tools: Tools | None = None,
+        chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
+        kv: KVConfig | None = None,
+        session: Session | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]: ...
+
+    def chat_completion(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool | None = None,
         tools: Tools | None = None,
         chat_template: _core.ChatTemplate | str | os.PathLike[str] | None = None,
         kv: KVConfig | None = None,
@@ -189,13 +248,17 @@ class Model(Closing):
             stream: Give an iterator of chunks instead; closing it ends the work.
                 ``stream_options={"include_usage": True}`` adds a last one with the usage.
             tools: Tool definitions, passed to the chat template unless ``tool_choice="none"``.
+                Calls of them in the reply, as Llama 3, Hermes, Qwen and Mistral models and those
+                that write Python spell them, become ``tool_calls``; what only looks like one
+                stays text.
             chat_template: Instead of the folder's, as :class:`Chat` takes it.
             kv: How the cache is kept.
             session: A session whose cache is used as far as it agrees; a new one otherwise.
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top, and
                 OpenAI's ``max_tokens`` or ``max_completion_tokens`` for ``max_new_tokens``, ``n``
                 for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
-                ``top_logprobs``.
+                ``top_logprobs``. With ``continue_final_message=True`` the reply goes on inside the
+                last message, which the assistant began; the choices hold what is new.
 
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
@@ -215,7 +278,7 @@ class Model(Closing):
             self._core,
             native,
             messages,
-            stream=stream,
+            stream=checks.flag("stream", stream or False),
             tools=tools,
             chat_template=chat_template,
             params=params,

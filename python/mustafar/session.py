@@ -81,27 +81,39 @@ class Session(Closing):
         return self._core.logits()
 
     def generate(
-        self, prompt: Prompt = "", params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt = "",
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        **sampling: Any,
     ) -> GenerateResult:
         """Appends a prompt and continues it.
 
         Args:
             prompt: Text (BOS is added at position 0 only) or ids, taken as they are.
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top.
+            parse_special: Special tokens that a text spells become those tokens; by default they
+                are text like any other.
 
         Returns:
             Text, which continues that of the tokens before it, and ids. All ids are in the cache;
             text cut off by a stop text is rewound.
         """
         native = SamplingParams.merge(params, sampling)._native()
-        return GenerateResult._of(self._core.generate(prompt, native))
+        return GenerateResult._of(self._core.generate(prompt, native, parse_special))
 
     def stream(
-        self, prompt: Prompt = "", params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: Prompt = "",
+        params: SamplingParams | None = None,
+        *,
+        parse_special: bool = False,
+        **sampling: Any,
     ) -> Stream:
         """As :meth:`generate`, handing out text as it is made."""
         native = SamplingParams.merge(params, sampling)._native()
-        return Stream(self._core.start(prompt, native))
+        return Stream(self._core.start(prompt, native, parse_special))
 
     def score(self, token_ids: ArrayLike) -> NDArray[np.float32]:
         """Natural log-probabilities [n - 1] of each token given those before it.
@@ -194,3 +206,10 @@ class Session(Closing):
 
     def __len__(self) -> int:
         return self.position
+
+    def __repr__(self) -> str:
+        try:
+            position, limit = self.position, self.max_tokens
+        except _core.StateError:
+            return "<mustafar.Session, closed>"
+        return f"<mustafar.Session with {position} of {limit} tokens, {self._kv!r}>"

@@ -54,6 +54,11 @@ class TextStream(Closing):
         """Text, ids and reason so far, or in all once it has ended."""
         return GenerateResult._of(self._core.result())
 
+    def __repr__(self) -> str:
+        result = self.result
+        said = f"{len(result.token_ids)} tokens, {result.text!r}"
+        return f"<mustafar.{type(self).__name__} of {said}>"
+
     def _finish(self) -> GenerateResult:
         with self:
             for _ in self:

@@ -47,6 +47,9 @@ LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np
 class KVConfig:
     """How a session keeps its keys and values. The default does no harm: all of them, in 8 bits.
 
+    A value of the wrong kind or out of range is refused when the object is made, with a TypeError
+    or ValueError that names the field.
+
     Attributes:
         sparsity: Fraction of every row that is pruned, in [0, 1). 0 keeps a dense cache.
         k_sparsity: The same for keys alone; None takes ``sparsity``.
@@ -102,6 +105,20 @@ class KVConfig:
     v_policy: VPolicy = "magnitude"
     profile: _core.Profile | str | os.PathLike[str] | None = None
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None or field.name == "profile":
+                object.__setattr__(self, field.name, field.default if value is None else value)
+            elif isinstance(field.default, str):
+                if not isinstance(value, str):
+                    raise TypeError(f"{field.name} must be a text, not {value!r}")
+            elif isinstance(field.default, int):
+                object.__setattr__(self, field.name, checks.integer(field.name, value))
+            else:
+                object.__setattr__(self, field.name, checks.number(field.name, value))
+        _core.check_kv({**self._native(), "profile": None})
+
     @classmethod
     def preset(cls, name: Preset, **changes: Any) -> KVConfig:
         """A setting by name, with fields changed where named.
@@ -109,7 +126,7 @@ class KVConfig:
         ``"lossless"`` (the default), ``"balanced"``, ``"small"``, ``"mustafar"`` or ``"dense"``;
         what each was measured to cost stands in :func:`kv_presets` and docs/results/quality.md.
 
-        Raises ValueError for an unknown name, TypeError for an unknown field.
+        Raises ValueError for an unknown name or value, TypeError for an unknown field.
         """
         return replace(cls(**_core.kv_preset(name)), **changes)
 
@@ -129,47 +146,52 @@ def kv_presets() -> dict[Preset, str]:
 class SamplingParams:
     """How the next token is chosen.
 
-    None in a field means its default; a value of the wrong kind is refused when the object is made,
-    with a TypeError or ValueError that names the field. numpy's scalars and arrays are taken.
+    None in a field means its default, and in those from ``temperature`` to ``penalty_window`` that
+    the model's folder decides (generation_config.json; :attr:`Model.default_sampling` shows it), or
+    the number given here where it does not say. A value of the wrong kind is refused when the
+    object is made, with a TypeError or ValueError that names the field. numpy's scalars and arrays
+    are taken.
 
     Attributes:
         max_new_tokens: Tokens to make at most.
         min_new_tokens: End-of-sequence ids are held back before.
-        temperature: 0 is greedy.
-        top_k: Keep the k most probable tokens; 0: off.
-        top_p: Keep the smallest set with this probability; 1: off.
-        min_p: Drop tokens below this fraction of the most probable one; 0: off.
-        repetition_penalty: Divides positive and multiplies negative logits of seen tokens.
-        presence_penalty: Subtracted once from the logits of generated tokens.
-        frequency_penalty: Subtracted per occurrence among generated tokens.
-        penalty_window: Newest tokens that ``repetition_penalty`` looks at; -1: all.
+        temperature: 0.8; 0 is greedy.
+        top_k: 40; keep the k most probable tokens; 0: off.
+        top_p: 0.95; keep the smallest set with this probability; 1: off.
+        min_p: 0.05; drop tokens below this fraction of the most probable one; 0: off.
+        repetition_penalty: 1, off; divides positive, multiplies negative logits of seen tokens.
+        presence_penalty: 0; subtracted once from the logits of generated tokens.
+        frequency_penalty: 0; subtracted per occurrence among generated tokens.
+        penalty_window: 64, or all with the folder's own ``repetition_penalty``; newest tokens that
+            the penalty looks at; -1: all.
         logit_bias: Token id to a number added to its logit.
         seed: Same seed and logits give the same tokens on any machine; None or -1: drawn.
         stop: Texts that end the output and are not part of it, or one text. One that spells a
             special token ends it where that token comes.
         stop_token_ids: Ids that end it, beside the model's own.
         ignore_eos: Go on past the model's end-of-sequence ids.
-        logprobs: How many alternatives to report for every token; 0: no log-probabilities.
+        logprobs: How many alternatives to report for every token beside its own log-probability;
+            None or -1: no log-probabilities.
         logits_processor: Called with the ids so far [n] int32 and the logits [vocab] float32,
             which it may change in place or replace by returning an array.
     """
 
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    penalty_window: int = 64
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    penalty_window: int | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    logprobs: int = 0
+    logprobs: int | None = None
     logits_processor: LogitsProcessor | None = None
 
     def __post_init__(self) -> None:
@@ -217,7 +239,8 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, bool):
         return checks.flag(name, value)
-    return (checks.integer if isinstance(default, int) else checks.number)(name, value)
+    whole = isinstance(default, int) or name in ("top_k", "penalty_window", "logprobs")
+    return (checks.integer if whole else checks.number)(name, value)
 
 
 def _items(name: str, value: Any) -> Sequence[Any]:

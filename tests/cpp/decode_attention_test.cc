@@ -57,6 +57,13 @@ using Config = std::tuple<Isa, Types, int32_t, int32_t>;  // head_dim, query hea
 
 class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
  protected:
+  // Where tiles and runs end is the same code for any number of query heads: every instantiation has
+  // one of these two, and long caches take long to pack.
+  static bool checks_lengths() {
+    const int32_t n_queries = std::get<3>(GetParam());
+    return n_queries == 2 || n_queries == 4;
+  }
+
   // Every setting of pattern and sparsity, at lengths around the edges of tiles and runs.
   void check(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, float key_scale) {
     RandomCache cache(shape, n_blocks, dense_tokens, n_blocks * 1000 + dense_tokens, key_scale);
@@ -89,6 +96,7 @@ TEST_P(DecodeAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
       check(shape, 2, 40, 1.0f);
     }
   }
+  if (!checks_lengths()) return;
   shape.group_pattern = true;
   shape.n_layers = 1;
   shape.k_sparsity = 0.625;
@@ -132,6 +140,7 @@ TEST_P(CodedAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
     shape.v_bits = v_bits;
     check(shape, 2, 40, 0.5f);
   }
+  if (!checks_lengths()) return;
   shape.n_layers = 1;
   for (const int32_t n_blocks : {0, 1, 15, 16, 17}) check(shape, n_blocks, 31, 0.5f);
   for (const int32_t dense_tokens : {0, 1, 63, 64, 65}) check(shape, 1, dense_tokens, 0.5f);
@@ -152,15 +161,20 @@ TEST_P(CodedAttentionTest, LayersMayDiffer) {
     shape.k_row_bytes = {8, most, k_last};
     shape.v_row_bytes = {most, 4, v_last};
     check(shape, 2, 40, 0.5f);
-    check(shape, 17, 3, 0.5f);
+    if (checks_lengths()) check(shape, 17, 3, 0.5f);
   }
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, CodedAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),
                                             ::testing::ValuesIn(kCodedTypes),
+                                            ::testing::Values(64, 128), ::testing::Values(1, 4)),
+                         name_of_config);
+INSTANTIATE_TEST_SUITE_P(GroupSizes, CodedAttentionTest,
+                         ::testing::Combine(::testing::ValuesIn(available_isas()),
+                                            ::testing::ValuesIn(kCodedTypes, kCodedTypes + 1),
                                             ::testing::Values(64, 128),
-                                            ::testing::Values(1, 2, 3, 4, 5, 7, 8, 12)),
+                                            ::testing::Values(2, 3, 5, 7, 8, 12)),
                          name_of_config);
 INSTANTIATE_TEST_SUITE_P(OtherShapes, CodedAttentionTest,
                          ::testing::Combine(::testing::ValuesIn(available_isas()),

@@ -121,6 +121,28 @@ TEST(ModelConfigTest, WholeFloatsAreIntegers) {
   EXPECT_EQ(config.hidden_size, 8);
 }
 
+TEST(ModelConfigTest, SamplingOfTheFolder) {
+  const SamplingDefaults none = read(tiny_config(), R"({"eos_token_id":5})").sampling;
+  EXPECT_FALSE(none.temperature || none.top_k || none.top_p || none.min_p ||
+               none.repetition_penalty || none.presence_penalty || none.frequency_penalty);
+  const SamplingDefaults given =
+      read(tiny_config(), R"({"do_sample":true,"temperature":0.6,"top_k":20.0,"top_p":0.9,
+                              "min_p":null,"repetition_penalty":1.05})")
+          .sampling;
+  EXPECT_EQ(given.temperature, 0.6);
+  EXPECT_EQ(given.top_k, 20);
+  EXPECT_EQ(given.top_p, 0.9);
+  EXPECT_FALSE(given.min_p);
+  EXPECT_EQ(given.repetition_penalty, 1.05);
+  EXPECT_EQ(read(tiny_config(), R"({"do_sample":false,"temperature":0.6})").sampling.temperature,
+            0.0);
+  EXPECT_EQ(read(tiny_config(), R"({"top_k":-1})").sampling.top_k, 0);
+  EXPECT_MODEL_ERROR(read(tiny_config(), R"({"top_p":1.5})"),
+                     "generation_config.json: \"top_p\": expected a number from 0 to 1");
+  EXPECT_MODEL_ERROR(read(tiny_config(), R"({"temperature":"hot"})"),
+                     "\"temperature\": expected a number that is 0 or more");
+}
+
 // What Python's json module writes for numbers that are none.
 TEST(ModelConfigTest, NamedNumbersInFieldsThatNobodyReads) {
   TemporaryFolder folder;

@@ -72,20 +72,20 @@ std::vector<double> exact_distribution(const Floats& logits, const SamplingParam
   std::vector<double> p(n);
   double total = 0;
   for (size_t i = 0; i < n; i++) {
-    const bool cut = params.top_k > 0 && i >= static_cast<size_t>(params.top_k);
-    p[i] = cut ? 0 : std::exp((logits[order[i]] - logits[order[0]]) / params.temperature);
+    const bool cut = *params.top_k > 0 && i >= static_cast<size_t>(*params.top_k);
+    p[i] = cut ? 0 : std::exp((logits[order[i]] - logits[order[0]]) / *params.temperature);
     total += p[i];
   }
   double sum = 0;
   double kept = 0;
   bool past = false;
   for (size_t i = 0; i < n; i++) {
-    if (past || p[i] < params.min_p) {
+    if (past || p[i] < *params.min_p) {
       p[i] = 0;
       continue;
     }
     sum += p[i];
-    past = params.top_p < 1 && sum >= params.top_p * total;
+    past = *params.top_p < 1 && sum >= *params.top_p * total;
     kept += p[i];
   }
   std::vector<double> out(n);
@@ -466,6 +466,31 @@ TEST(SamplingParamsTest, RefusesWhatIsOutOfRangeByName) {
   EXPECT_EQ(with([](auto& p) { p.stop_token_ids = {5, 100}; }).rfind("stop_token_ids", 0), 0u);
   EXPECT_EQ(with([](auto& p) { p.logprobs = 101; }).rfind("logprobs", 0), 0u);
   EXPECT_EQ(with([](auto& p) { p.logprobs = -2; }).rfind("logprobs", 0), 0u);
+}
+
+TEST(SamplingParamsTest, CallersThenTheFolderThenTheLibrary) {
+  const SamplingParams usual = SamplingParams().with_defaults();
+  EXPECT_EQ(usual.temperature, 0.8);
+  EXPECT_EQ(usual.top_k, 40);
+  EXPECT_EQ(usual.top_p, 0.95);
+  EXPECT_EQ(usual.min_p, 0.05);
+  EXPECT_EQ(usual.repetition_penalty, 1.0);
+  EXPECT_EQ(usual.penalty_window, 64);
+  SamplingDefaults folder;
+  folder.temperature = 0.6;
+  folder.repetition_penalty = 1.05;
+  SamplingParams asked;
+  asked.temperature = 0;
+  asked.seed = 7;
+  const SamplingParams merged = asked.with_defaults(folder);
+  EXPECT_EQ(merged.temperature, 0.0);
+  EXPECT_EQ(merged.seed, 7u);
+  EXPECT_EQ(merged.repetition_penalty, 1.05);
+  EXPECT_EQ(merged.penalty_window, -1);  // as transformers counts
+  asked.repetition_penalty = 1.2;
+  EXPECT_EQ(asked.with_defaults(folder).penalty_window, 64);
+  asked.penalty_window = 8;
+  EXPECT_EQ(asked.with_defaults(folder).penalty_window, 8);
 }
 
 TEST(SamplerTest, RefusesWrongSizesAndIds) {

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <ostream>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -55,19 +57,29 @@ KVConfig budget_config(double bytes_per_token) {
   return kv;
 }
 
-class SessionTest : public ::testing::TestWithParam<KVConfig> {};
+struct NamedConfig {
+  const char* name;
+  KVConfig kv;
+};
+
+void PrintTo(const NamedConfig& config, std::ostream* out) { *out << config.name; }
+
+class SessionTest : public ::testing::TestWithParam<NamedConfig> {};
 
 INSTANTIATE_TEST_SUITE_P(
     Configs, SessionTest,
-    ::testing::Values(config_of(0, Pattern::kGroup, 32, 0), config_of(0.5, Pattern::kGroup, 32, 0),
-                      config_of(0.7, Pattern::kRow, 0, 4),
-                      config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8),
-                      config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4),
-                      budget_config(120)));
+    ::testing::Values(NamedConfig{"dense", config_of(0, Pattern::kGroup, 32, 0)},
+                      NamedConfig{"half", config_of(0.5, Pattern::kGroup, 32, 0)},
+                      NamedConfig{"row_without_window", config_of(0.7, Pattern::kRow, 0, 4)},
+                      NamedConfig{"int8", config_of(0.5, Pattern::kGroup, 1, 0, ValueType::kInt8)},
+                      NamedConfig{"int4_many_sinks",
+                                  config_of(0.5, Pattern::kGroup, 32, 70, ValueType::kInt4)},
+                      NamedConfig{"budget", budget_config(120)}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 TEST_P(SessionTest, ScheduleHoldsAtEveryLength) {
-  Session session(small_model(), GetParam());
-  const KVConfig& kv = GetParam();
+  Session session(small_model(), GetParam().kv);
+  const KVConfig& kv = GetParam().kv;
   const auto check = [&] {
     const MemoryUsage memory = session.memory();
     const int64_t n = session.position();
@@ -93,7 +105,7 @@ int64_t dense_bytes(int64_t n, DType tail) {
 
 TEST_P(SessionTest, TheTailGrowsWithItsTokens) {
   const Model model = small_model();
-  const KVConfig& kv = GetParam();
+  const KVConfig& kv = GetParam().kv;
   const int64_t most = kv.sink_tokens + kv.window + kBlockTokens;
   Session session(model, kv);
   EXPECT_EQ(session.memory().allocated, 0);
@@ -120,7 +132,7 @@ TEST_P(SessionTest, TheTailGrowsWithItsTokens) {
 }
 
 TEST_P(SessionTest, GrowingChangesNoResult) {
-  const KVConfig& kv = GetParam();
+  const KVConfig& kv = GetParam().kv;
   Session session(small_model(), kv);
   const auto ids = ids_of(kv.sink_tokens + kv.window + kBlockTokens - 1);
   std::vector<std::vector<float>> grown;
@@ -131,7 +143,7 @@ TEST_P(SessionTest, GrowingChangesNoResult) {
 
 // The first prefill's own buffer is the only one, and no larger than what it holds needs.
 TEST_P(SessionTest, APrefillTakesWhatItsTokensNeed) {
-  const KVConfig& kv = GetParam();
+  const KVConfig& kv = GetParam().kv;
   for (const int64_t n : {1, 16, 17, 60, 97, 150, 230}) {
     const Model model = small_model();
     Session session(model, kv);
@@ -147,11 +159,11 @@ TEST_P(SessionTest, APrefillTakesWhatItsTokensNeed) {
 }
 
 TEST_P(SessionTest, ATailThatCannotGrowChangesNothing) {
-  Session probe(small_model(), GetParam());
+  Session probe(small_model(), GetParam().kv);
   probe.decode(1);
   const int64_t smallest = probe.memory().tail;
   const Model model = small_model(2 * smallest);  // the next step needs more, beside this one
-  Session session(model, GetParam()), twin(small_model(), GetParam());
+  Session session(model, GetParam().kv), twin(small_model(), GetParam().kv);
   const auto ids = ids_of(60);
   int64_t n = 0;
   try {
@@ -177,10 +189,10 @@ TEST_P(SessionTest, ATailThatCannotGrowChangesNothing) {
 TEST_P(SessionTest, ReservedBytesAreEnough) {
   for (const int64_t prompt : {1, 15, 40, 64}) {
     for (const int64_t n : {16, 17, 33, 64, 90}) {
-      if (n < prompt || compressed_tokens(n, GetParam().sink_tokens, GetParam().window) > 0)
+      if (n < prompt || compressed_tokens(n, GetParam().kv.sink_tokens, GetParam().kv.window) > 0)
         continue;
       const Model model = small_model();
-      Session session(model, GetParam());
+      Session session(model, GetParam().kv);
       session.prefill(ids_of(prompt));
       for (int64_t i = prompt; i < n; i++) session.decode(3);
       EXPECT_LE(model.memory().kv_peak_bytes,
@@ -193,7 +205,7 @@ TEST_P(SessionTest, ReservedBytesAreEnough) {
 TEST_P(SessionTest, RewindEqualsCutAndPrefill) {
   const Model model = small_model();
   for (const int64_t position : {1, 5, 64, 65, 100, 129, 200, 258}) {
-    Session a(model, GetParam()), b(model, GetParam());
+    Session a(model, GetParam().kv), b(model, GetParam().kv);
     const auto ids = ids_of(260);
     a.prefill(ids);
     b.prefill(ids);
@@ -202,13 +214,13 @@ TEST_P(SessionTest, RewindEqualsCutAndPrefill) {
     EXPECT_EQ(a.position(), position);
     EXPECT_EQ(copy(a.logits()), copy(b.logits()));
     // Once nothing compressed is left, a fresh session is the exact reference.
-    if (compressed_tokens(position, GetParam().sink_tokens, GetParam().window) == 0) {
-      Session fresh(model, GetParam());
+    if (compressed_tokens(position, GetParam().kv.sink_tokens, GetParam().kv.window) == 0) {
+      Session fresh(model, GetParam().kv);
       fresh.prefill(std::span(ids).first(position));
       for (int32_t id : ids_of(5, 3)) {
         const auto expected = copy(fresh.decode(id)), actual = copy(a.decode(id));
         // Sinks are kept as the first, longer call made them; without them it is the same call.
-        if (GetParam().sink_tokens == 0) {
+        if (GetParam().kv.sink_tokens == 0) {
           EXPECT_EQ(actual, expected);
         }
         for (size_t i = 0; i < actual.size(); i++) EXPECT_NEAR(actual[i], expected[i], 1e-5);
@@ -219,7 +231,7 @@ TEST_P(SessionTest, RewindEqualsCutAndPrefill) {
 
 TEST_P(SessionTest, ForkGoesOnAlike) {
   const Model model = small_model();
-  Session a(model, GetParam());
+  Session a(model, GetParam().kv);
   a.prefill(ids_of(170));
   Session b = a.fork();
   for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
@@ -231,10 +243,10 @@ TEST_P(SessionTest, StateFileGoesOnAlike) {
   const Model model = small_model();
   const auto path = std::filesystem::temp_directory_path() /
                     ("mustafar_session_test_" + std::to_string(::getpid()));
-  Session a(model, GetParam());
+  Session a(model, GetParam().kv);
   a.prefill(ids_of(170));
   a.save(path);
-  Session b = Session::load(model, path, GetParam().profile);
+  Session b = Session::load(model, path, GetParam().kv.profile);
   std::filesystem::remove(path);
   EXPECT_EQ(a.tokens(), b.tokens());
   for (int32_t id : ids_of(80, 2)) EXPECT_EQ(copy(a.decode(id)), copy(b.decode(id)));
@@ -246,7 +258,7 @@ TEST_P(SessionTest, RunningOutOfMemoryChangesNothing) {
   const auto ids = ids_of(240);
   int64_t enough;
   {
-    Session whole(reference_model, GetParam());
+    Session whole(reference_model, GetParam().kv);
     whole.prefill(ids);
     enough = 3 * whole.memory().allocated + (1 << 20);
   }
@@ -255,12 +267,12 @@ TEST_P(SessionTest, RunningOutOfMemoryChangesNothing) {
     const Model model = small_model(budget);
     std::optional<Session> session, twin;
     try {
-      session.emplace(model, GetParam());
+      session.emplace(model, GetParam().kv);
     } catch (const OutOfMemory&) {
       failures++;
       continue;
     }
-    twin.emplace(reference_model, GetParam());
+    twin.emplace(reference_model, GetParam().kv);
     for (int step = 0; step < 4; step++) {
       const auto part = std::span(ids).subspan(step * 60, 60);
       try {
@@ -284,7 +296,7 @@ TEST_P(SessionTest, RunningOutOfMemoryChangesNothing) {
 
 TEST_P(SessionTest, CancelledPrefillChangesNothing) {
   const Model model = small_model();
-  Session a(model, GetParam()), b(model, GetParam());
+  Session a(model, GetParam().kv), b(model, GetParam().kv);
   a.prefill(ids_of(150));
   b.prefill(ids_of(150));
   for (int stop_at = 1; stop_at <= 3; stop_at++) {
@@ -308,10 +320,10 @@ TEST_P(SessionTest, BatchEqualsOneByOne) {
   params.max_new_tokens = 70;
   BatchOptions options;
   options.max_batch = 3;
-  const auto results = model.generate(prompts, params, GetParam(), options);
+  const auto results = model.generate(prompts, params, GetParam().kv, options);
   ASSERT_EQ(results.size(), prompts.size());
   for (size_t i = 0; i < prompts.size(); i++) {
-    Session session(model, GetParam());
+    Session session(model, GetParam().kv);
     EXPECT_EQ(results[i].token_ids, session.generate(prompts[i], params).token_ids) << i;
   }
   EXPECT_EQ(model.memory().kv_bytes, 0);

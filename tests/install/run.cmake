@@ -34,7 +34,7 @@ int main() {
   const mustafar::SamplingParams sampling{.temperature = 0};
   const mustafar::BatchOptions batch{.max_batch = 4};
   const mustafar::ChatOptions chat{.system = \"Be brief.\"};
-  return model.threads + kv.window + batch.max_batch + static_cast<int>(sampling.temperature) -
+  return model.threads + kv.window + batch.max_batch + static_cast<int>(*sampling.temperature) -
          (chat.system ? 22 : 0);
 }
 ")
@@ -55,6 +55,14 @@ list(LENGTH licences n_licences)
 if(n_licences LESS 2)
   message(FATAL_ERROR "licences in the prefix: ${licences}")
 endif()
+
+foreach(file bash-completion/completions/mustafar zsh/site-functions/_mustafar
+        fish/vendor_completions.d/mustafar.fish)
+  file(READ ${WORK}/moved/share/${file} script)
+  if(NOT script MATCHES "top-k")
+    message(FATAL_ERROR "no completion in share/${file}:\n${script}")
+  endif()
+endforeach()
 
 foreach(model ${SOURCE}/python/mustafar/models/demo ${SOURCE}/../shared/data/models/story)
   if(NOT EXISTS ${model}/config.json)

@@ -15,6 +15,9 @@ import mustafar
 from support.paths import MODELS, SMOLLM2_TOOL, load_tool, model_folder
 from support.sessions import KVS
 
+# PyTorch's threads wait without spinning: beside ours, and where cores are shared, a forward of one
+# token would spin longer than it computes. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A runner started in the background may have been told to ignore Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from support.chat_terminal import ARROW_UP, FIGURES, command, leave, saved, say, terminals
+from support.chat_terminal import ARROW_UP, FIGURES, PASTE, command, leave, saved, say, terminals
 from support.command import COMMAND, needs_command
 from support.paths import STORY
 
@@ -81,14 +81,17 @@ def test_every_command(start: Callable[..., Any], tmp_path: Path) -> None:
     command(child, "/undo", "took back: Two")
     assert saved(child, tmp_path) == one
     command(child, "/stats", r"in all: prompt \d+ tokens")
-    command(child, "/set", r"temp=0.00  top-k=40 .*max-tokens=8  seed=-1")
+    command(child, "/set", r"temp=0  top-k=40 .*max-tokens=8  seed=-1")
     command(child, "/set max-tokens=3", "max-tokens=3")
     assert say(child, "Three")[3] == "3"
-    command(child, "/set temp=-1", "temperature")
+    shown = command(child, "/set top-p=0.5 seed=1 top-k=3", r"(temp=0  .*seed=1)\r")[1]
+    command(child, "/set " + shown, "top-k=3  top-p=0.5")  # takes what it prints
+    command(child, "/set top-k=5 temp=-1", "--temp must be finite")
+    command(child, "/set", "top-k=3  top-p=0.5")
     command(child, "/set temp=x", "is no number")
     command(child, "/set hat=1", "/set knows temp, ")
     command(child, "/sparsity", r"sparsity K 0\.\d\d V 0\.\d\d")
-    command(child, "/sparsity 0.9", r"K 0\.90 V 0\.90; computed again: \d+ tokens")
+    command(child, "/sparsity 0.9", r"K 0\.90 V 0\.90 .*; computed again: \d+ tokens")
     command(child, "/sparsity 2", "sparsity")
     command(child, "/sparsity x", "'x' is no number")
     assert say(child, "Four")[2] is not None  # the new cache holds the conversation
@@ -148,7 +151,10 @@ def test_several_lines(start: Callable[..., Any], tmp_path: Path) -> None:
     child.send("one\\\r")
     child.expect(r"\. ")
     say(child, "two")
-    say(child, "three\rfour\rfive")  # one paste
+    say(child, PASTE.format("three\rfo\tur\x1b[A\rfive") + "!")
+    child.send(PASTE.format("eight\rnine\r"))  # its last line ends the message
+    child.expect(FIGURES)
+    child.expect("> ")
     command(child, "/multiline", "a line with a single . ends")
     child.send("six\r")
     child.expect(r"\. ")
@@ -159,7 +165,7 @@ def test_several_lines(start: Callable[..., Any], tmp_path: Path) -> None:
     say(child, ".")
     command(child, "/multiline", "single lines")
     users = [m["content"] for m in saved(child, tmp_path) if m["role"] == "user"]
-    assert users == ["one\ntwo", "three\nfour\nfive", "six\n\nseven"]
+    assert users == ["one\ntwo", "three\nfo\tur[A\nfive!", "eight\nnine", "six\n\nseven"]
 
 
 def test_history_editing_and_utf8(start: Callable[..., Any], tmp_path: Path) -> None:
@@ -187,7 +193,7 @@ def test_completion(start: Callable[..., Any], tmp_path: Path) -> None:
     child.send("/s\t")
     child.expect("/system  /save  /set  /stats  /sparsity")
     child.send("et te\t0.5\r")
-    child.expect("temp=0.50")
+    child.expect("temp=0.5 ")
     child.expect("> ")
     child.send("/read ba\t\r")
     child.expect("read banana.txt")
@@ -244,12 +250,12 @@ def test_long_file_shows_progress_and_can_be_interrupted(
 
 def test_full_context(start: Callable[..., Any]) -> None:
     child = start("-c", 60)
-    command(child, "word " * 100, r"max_tokens = 60\. The message alone is \d+ tokens")
+    command(child, "word " * 100, r"-c = 60\. The message alone is \d+ tokens")
     say(child, "Hi")
     command(
         child,
         "word " * 20,
-        r"max_tokens = 60.*/undo takes the last turn back.*--context-shift.*-c sets a larger context",
+        r"-c = 60.*/undo takes the last turn back.*--context-shift.*-c sets a larger context",
     )
     say(child, "Hi")
     child = start("-c", 80, "--context-shift", "-n", 16)
@@ -279,7 +285,7 @@ def piped(
 
 
 def test_pipe(folder: Path, tmp_path: Path) -> None:
-    result = piped(folder, tmp_path, "Hello\nAnd\\\nthen\n/save chat.json")
+    result = piped(folder, tmp_path, "Hello\nAnd\\\nthen\n/save chat.json", "--commands")
     assert result.returncode == 0, result.stderr
     messages = json.loads((tmp_path / "chat.json").read_text())["messages"]
     assert [m["content"] for m in messages if m["role"] == "user"] == ["Hello", "And\nthen"]

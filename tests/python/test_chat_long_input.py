@@ -114,7 +114,7 @@ def test_a_file_beyond_the_context(start: Callable[..., Any], tmp_path: Path, sh
     command(
         child,
         "/read long.txt",
-        r"the conversation needs \d{5} tokens, the context holds max_tokens = 1024\. "
+        r"the conversation needs \d{5} tokens, the context holds -c = 1024\. "
         r"The message alone is \d{5} tokens: send a part of it; the conversation is as it was\.",
     )
     assert saved(child, tmp_path) == before

@@ -141,7 +141,7 @@ def test_the_context_limit_ends_the_output_or_refuses_the_prompt():
     assert out["stats"]["prompt_tokens"] + out["stats"]["generated_tokens"] == 24
     result = generate("-p", PROMPT * 20, "-c", 24)
     assert result.returncode == 1
-    assert "max_tokens = 24" in result.stderr
+    assert "-c = 24" in result.stderr
     assert result.stdout == ""
 
 

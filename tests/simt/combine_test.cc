@@ -15,8 +15,8 @@ namespace {
 
 constexpr int32_t kHeads = 4, kKVHeads = 2, kLayers = 2, kLayer = 1;
 
-// Of every head and sequence (one row each), splits with random maxima; some saw no token. A matrix
-// of the value transform, or dims that were dealt to groups, or neither.
+// Every head and sequence (one row each) has splits with random maxima, of which some saw no token.
+// Values have a matrix of the value transform, or dims that were dealt to groups, or neither.
 void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32_t groups,
                    bool matrix) {
   SCOPED_TRACE(std::to_string(head_dim) + (matrix ? " by a matrix" : ""));

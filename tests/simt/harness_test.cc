@@ -121,6 +121,7 @@ TEST(SimtHarness, CopiesArriveWhenWaitedFor) {
       if (wait) cp_async_wait<0>();
       sync_warp();
       if (lane_id() == 1) std::memcpy(&seen, shared_memory(), 4);
+      sync_warp();
       cp_async_wait<0>();
     });
     return seen;

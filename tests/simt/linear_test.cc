@@ -40,7 +40,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GemvTest,
                          ::testing::Values(LinearShape{kF32, 1, 37, 5, 64, false, true},
                                            // Columns that fill no vector.
                                            LinearShape{kF32, 3, 16, 17, 43, true, false},
-                                           // Two passes.
+                                           // Two tiles of rows of x.
                                            LinearShape{kF16, 11, 18, 3, 72, false, true},
                                            LinearShape{kBF16, 8, 9, 33, 264, true, true},
                                            LinearShape{kBF16, 2, 4, 4, 84, false, false}),
@@ -143,7 +143,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, GemmTest,
                          name_of_shape);
 
 #if !defined(MUSTAFAR_SIMT)
-// As models have them: long columns, and more blocks than multiprocessors.
+// Shapes as models have them: long columns, and more blocks than multiprocessors.
 INSTANTIATE_TEST_SUITE_P(Large, GemvTest,
                          ::testing::Values(LinearShape{kBF16, 1, 4096, 1024, 4096, true, false},
                                            LinearShape{kBF16, 8, 512, 64, 14336, true, false},

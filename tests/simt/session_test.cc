@@ -179,8 +179,8 @@ TEST_F(CudaSession, ScoresSideBySide) {
     EXPECT_LE(largest_difference(scores[i].log_probs, expected[i].log_probs), 1e-4) << i;
     EXPECT_EQ(scores[i].log_probs.size(), texts[i].size() - 1);
     for (const double divergence : scores[i].divergence) EXPECT_LE(divergence, 1e-6);
-    EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[i]), expected[i].log_probs), 1e-4);
   }
+  EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[2]), expected[2].log_probs), 1e-4);
 }
 
 TEST_F(CudaSession, ForkRewindAndBatch) {
@@ -203,13 +203,14 @@ TEST_F(CudaSession, ForkRewindAndBatch) {
   }
 }
 
-// A bias of nothing makes the sampler look at whole rows, which come to the host then.
+// A bias of 0 changes no logit but makes the sampler look at whole rows, which then come to the
+// host.
 TEST_F(CudaSession, SamplingOnTheDeviceChoosesTheSameTokens) {
   const Model model = random_model("cuda", 16, DType::kF32);
   for (const double temperature : {0.0, 0.9}) {
     SamplingParams params;
     params.temperature = temperature;
-    params.max_new_tokens = 12;
+    params.max_new_tokens = 6;
     params.top_k = 20;
     params.seed = 3;
     params.logprobs = 2;

@@ -52,6 +52,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;  // sanitizers need deep frames
+constexpr size_t kStackStagger = 17 * 64;  // bytes; odd in cache lines
 constexpr int kWarp = 32;
 
 enum class State : uint8_t { kReady, kAtBlockBarrier, kAtWarpBarrier, kDone };
@@ -90,6 +91,7 @@ struct Run {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<int> ready;
+  std::mt19937 random;
   int at_block_barrier = 0;
   int done = 0;
   Fiber* current = nullptr;
@@ -110,25 +112,44 @@ uint32_t g_seed = 0;
 
 struct Failed {};  // unwinds the fiber of a thread that failed
 
-void to_scheduler(bool ends) {
-  Fiber& f = *g_run->current;
+// Of the fibers that are ready, one drawn at random; null where none is.
+Fiber* draw_ready() {
+  Run& run = *g_run;
+  if (run.ready.empty()) return nullptr;
+  const size_t pick = uint64_t{run.random()} * run.ready.size() >> 32;
+  Fiber* fiber = &run.fibers[run.ready[pick]];
+  run.ready[pick] = run.ready.back();
+  run.ready.pop_back();
+  return fiber;
+}
+
+// Leaves the running fiber for another that is ready, or for the scheduler where none is or the run
+// has failed. From fiber to fiber directly: a switch returns to where the last one was made, which
+// the processor predicts.
+void leave(bool ends) {
+  Run& run = *g_run;
+  Fiber& f = *run.current;
+  Fiber* const next = run.error.empty() ? draw_ready() : nullptr;
+  if (next == &f) return;
+  run.current = next;
 #if SIMT_ASAN
-  __sanitizer_start_switch_fiber(ends ? nullptr : &f.fake_stack, g_run->scheduler_stack,
-                                 g_run->scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(ends ? nullptr : &f.fake_stack,
+                                 next ? next->stack : run.scheduler_stack,
+                                 next ? kStackBytes : run.scheduler_stack_bytes);
 #endif
 #if defined(__x86_64__)
-  simt_switch_stack(&f.stack_pointer, g_run->scheduler_stack_pointer);
+  simt_switch_stack(&f.stack_pointer, next ? next->stack_pointer : run.scheduler_stack_pointer);
 #else
-  swapcontext(&f.context, &g_run->scheduler);
+  swapcontext(&f.context, next ? &next->context : &run.scheduler);
 #endif
 #if SIMT_ASAN
-  __sanitizer_finish_switch_fiber(f.fake_stack, &g_run->scheduler_stack,
-                                  &g_run->scheduler_stack_bytes);
+  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 #endif
   (void)ends;
 }
 
-void to_fiber(Fiber& f) {
+// From the scheduler to a fiber; comes back when no fiber is ready or the run has failed.
+void enter(Fiber& f) {
   g_run->current = &f;
 #if SIMT_ASAN
   __sanitizer_start_switch_fiber(&g_run->scheduler_fake_stack, f.stack, kStackBytes);
@@ -145,7 +166,13 @@ void to_fiber(Fiber& f) {
 
 void fiber_main() {
 #if SIMT_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &g_run->scheduler_stack, &g_run->scheduler_stack_bytes);
+  const void* from = nullptr;
+  size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(nullptr, &from, &bytes);
+  if (g_run->scheduler_stack == nullptr) {  // the first fiber of a run is entered from there
+    g_run->scheduler_stack = from;
+    g_run->scheduler_stack_bytes = bytes;
+  }
 #endif
   try {
     (*g_run->body)();
@@ -157,7 +184,7 @@ void fiber_main() {
   }
   f.state = State::kDone;
   g_run->done++;
-  to_scheduler(true);
+  leave(true);
 }
 
 void prepare(Fiber& f) {
@@ -168,8 +195,9 @@ void prepare(Fiber& f) {
   f.fake_stack = nullptr;
 #if defined(__x86_64__)
   // As simt_switch_stack leaves a stack: six registers, then where to return. The entry finds the
-  // stack aligned as after a call.
-  void** top = reinterpret_cast<void**>(f.stack + kStackBytes);
+  // stack aligned as after a call. The stacks lie a power of two apart; their tops must not, or all
+  // of them share one set of every cache.
+  void** top = reinterpret_cast<void**>(f.stack + kStackBytes - f.index % 61 * kStackStagger);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&fiber_main);
   for (int i = 0; i < 6; i++) *--top = nullptr;
@@ -217,7 +245,7 @@ void install_fault_handler() {
   (void)installed;
 }
 
-void run_block(std::mt19937& random) {
+void run_block() {
   Run& run = *g_run;
   const int n = static_cast<int>(run.fibers.size());
   run.ready.clear();
@@ -238,11 +266,7 @@ void run_block(std::mt19937& random) {
                     " for threads that never come");
       }
     }
-    const size_t pick = random() % run.ready.size();
-    const int index = run.ready[pick];
-    run.ready[pick] = run.ready.back();
-    run.ready.pop_back();
-    to_fiber(run.fibers[index]);
+    enter(*draw_ready());
     if (!run.error.empty()) throw Error(run.error);
   }
 }
@@ -335,12 +359,12 @@ void launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     }
   } reset{run};
   g_run = &run;
-  std::mt19937 random(g_seed);
+  run.random.seed(g_seed);
   for (run.block.z = 0; run.block.z < grid.z; run.block.z++) {
     for (run.block.y = 0; run.block.y < grid.y; run.block.y++) {
       for (run.block.x = 0; run.block.x < grid.x; run.block.x++) {
         std::memset(shared.data(), 0xCD, shared_bytes);
-        run_block(random);
+        run_block();
         shared.check("shared memory");
       }
     }
@@ -367,7 +391,7 @@ void sync_block() {
     run.at_block_barrier = 0;
     for (size_t i = 0; i < run.fibers.size(); i++) make_ready(static_cast<int>(i));
   }
-  to_scheduler(false);
+  leave(false);
 }
 
 const unsigned char* exchange(const char* collective, const void* value, size_t bytes) {
@@ -376,7 +400,7 @@ const unsigned char* exchange(const char* collective, const void* value, size_t 
   Warp& warp = run.warps[f.index / kWarp];
   if (warp.arrived == 0) {
     warp.collective = collective;
-  } else if (std::strcmp(warp.collective, collective) != 0) {
+  } else if (warp.collective != collective && std::strcmp(warp.collective, collective) != 0) {
     fail(std::string("lanes of a warp meet at different collectives: ") + warp.collective +
          " and " + collective);
   }
@@ -389,7 +413,7 @@ const unsigned char* exchange(const char* collective, const void* value, size_t 
     const int first = f.index / kWarp * kWarp;
     for (int i = first; i < first + kWarp; i++) make_ready(i);
   }
-  to_scheduler(false);
+  leave(false);
   return slots;
 }
 

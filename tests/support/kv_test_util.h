@@ -115,6 +115,8 @@ struct RandomCodes {
 // Every byte that the kernels must not depend on is 0xff: a NaN in every type.
 class RandomCache {
  public:
+  static constexpr int32_t kCodedPages = 5;
+
   // dense_tokens: valid before the call, the new token comes after them.
   RandomCache(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, uint32_t seed,
               float key_scale = 1.0f)
@@ -135,6 +137,10 @@ class RandomCache {
     for (int32_t b = 0; b < n_blocks; b++) {
       uint8_t* page = pages_memory_.as<uint8_t>() + b * layout_.page_bytes;
       pages_.push_back(page);
+      if (shape.values == DType::kCoded && b >= kCodedPages) {  // slow to pack: they come again
+        std::memcpy(page, pages_[b - kCodedPages], layout_.page_bytes);
+        continue;
+      }
       for (int32_t i = 0; i < shape.n_layers * shape.n_kv_heads; i++) {
         const int32_t layer = i / shape.n_kv_heads, head = i % shape.n_kv_heads;
         for (const bool is_key : {true, false}) {

@@ -64,10 +64,12 @@ void dequantise_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
-// Few rows are cheaper on the calling thread than the start of a region.
+// Work of at most so many words is done on the calling thread sooner than a region is started.
+constexpr int64_t kFewWords = 16 * 1024;
+
 template <typename Body>
 void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
-  if (n * words_per_row <= 16 * 1024) {
+  if (n * words_per_row <= kFewWords) {
     for (int64_t i = 0; i < n; i++) body(i, 0);
   } else {
     pool.parallel_for(n, body);
@@ -380,8 +382,8 @@ void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<co
     kernels_.rms_norm(x + rows[i] * hidden, weights.final_norm, eps_, hidden, normed + i * hidden);
   });
   const LinearLayer layers[] = {{&head, nullptr, logits, head.rows, false}};
-  // One row per sequence, as generation wants them, takes the same path whatever the batch; only
-  // scoring asks for more.
+  // At most one row a sequence, which is what generation asks for, takes one path whatever the
+  // batch, so that results do not depend on it; only scoring asks for more.
   if (batch.decode || rows.size() <= batch.sequences.size()) {
     decode_linear(pool_, kernels_, layers, normed, hidden, static_cast<int32_t>(n), int8_input_,
                   ws);

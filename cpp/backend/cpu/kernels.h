@@ -94,7 +94,7 @@ struct AttendPanel {
   float* sum = nullptr;              // [n_rows] 0 at first
   float* out =
       nullptr;  // [rows][head_dim rounded up to cols], 0 at first; divide by sum at the end
-  float* scratch = nullptr;  // attend_scratch words
+  float* scratch = nullptr;  // [attend_scratch_words(rows)]
 };
 
 struct GemmKernels {
@@ -173,13 +173,13 @@ struct Kernels {
                         uint8_t* codes, uint16_t* scales, float* scratch) = nullptr;
   // A slot of the store as f32 rows [64][head_dim], zero where pruned.
   void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
-  // Of a row of logits: its largest (NaN is passed over) and the first place of that.
+  // The largest of a row of logits (NaN is passed over) and the first index where it stands.
   void (*row_max)(const float* x, int64_t n, float* value, int64_t* index) = nullptr;
-  // sum e^(x - shift), blocks of it in double; relative error below 1e-6.
+  // sum e^(x - shift), whose blocks are added in double; relative error below 1e-6.
   double (*exp_sum)(const float* x, float shift, int64_t n) = nullptr;
   // sum e^p (p - (x - shift)): the divergence of log-probabilities x - shift from p.
   double (*divergence)(const float* p, const float* x, float shift, int64_t n) = nullptr;
-  // The same of coded rows, as unpack_coded_slot of format/coded.h.
+  // unpack_slot for coded rows, as unpack_coded_slot of format/coded.h.
   void (*unpack_coded_slot)(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
                             float* out) = nullptr;
   GemmKernels f32;

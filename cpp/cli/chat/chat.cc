@@ -1,6 +1,8 @@
 // `mustafar chat`: a conversation in the terminal.
 #include "mustafar/chat.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -11,10 +13,13 @@
 #include "cli/chat/commands.h"
 #include "cli/chat/display.h"
 #include "cli/chat/line_editor.h"
+#include "cli/chat/message_reader.h"
 #include "cli/commands.h"
 #include "cli/interrupt.h"
 #include "cli/options.h"
+#include "cli/report.h"
 #include "cli/terminal.h"
+#include "cli/text_file.h"
 #include "mustafar/error.h"
 
 namespace mustafar::cli {
@@ -26,8 +31,10 @@ struct Options {
   SamplingFlags sampling;
   int32_t context = 0;  // tokens; 0: the model's
   std::string chat_template, tools_file;
-  std::optional<std::string> system, prompt;
+  std::optional<std::string> system, prompt, file;
   bool context_shift = false;
+  bool commands = false;
+  bool json = false;
   bool quiet = false;
 };
 
@@ -46,25 +53,32 @@ class ChatProgram {
         session_(model_, options.cache.resolve(model_), max_tokens()),
         chat_(session_, chat_options()),
         editor_("mustafar", history_path(), complete_chat_line),
-        style_(editor_.is_terminal()) {
+        style_(editor_.is_terminal()),
+        reader_(editor_, style_, options.commands || editor_.is_terminal()) {
     params_.validate(model_.config().vocab_size);
+    params_ = params_.with_defaults(model_.config().sampling);
   }
 
   int run() {
     if (editor_.is_terminal() && !options_.quiet) {
       note(model_.folder().filename().string() + " | context " +
            std::to_string(session_.max_tokens()) + " tokens | " +
-           (session_.kv_config().coded()
-                ? sparsity_text(session_.kv_config())
-                : "sparsity " + format_number(session_.kv_config().sparsity, 2)) +
-           " | /help lists the commands");
+           cache_text(model_, session_.kv_config()) + " | /help lists the commands");
     }
-    if (options_.prompt) take(*options_.prompt);
+    if (!editor_.history_problem().empty()) {
+      note("no history is kept: " + editor_.history_problem());
+    }
+    if (options_.prompt) take(*options_.prompt, /*is_command=*/false);
+    if (options_.file) take_file(*options_.file);
+    // A file given, or JSON wanted, is one question: standard input is not looked at.
+    const bool asked = options_.prompt || options_.file;
+    if (asked && (options_.json || (options_.file && !editor_.is_terminal()))) return exit_code();
     std::string message;
+    bool is_command = false;
     while (!done_) {
-      switch (read_message(&message)) {
+      switch (reader_.read(&message, &is_command)) {
         case LineEditor::Outcome::kEnd:
-          return kExitOk;
+          return exit_code();
         case LineEditor::Outcome::kInterrupted:
           if (leave_on_interrupt_ || !editor_.is_terminal()) return kExitInterrupt;
           clear_interrupt();
@@ -73,10 +87,10 @@ class ChatProgram {
           break;
         case LineEditor::Outcome::kLine:
           leave_on_interrupt_ = false;
-          take(message);
+          take(message, is_command);
       }
     }
-    return kExitOk;
+    return exit_code();
   }
 
  private:
@@ -99,6 +113,16 @@ class ChatProgram {
     return chat;
   }
 
+  // At a terminal all is said there; elsewhere who called looks at this.
+  int exit_code() const {
+    if (editor_.is_terminal()) return kExitOk;
+    if (leave_on_interrupt_) return kExitInterrupt;
+    if (failed_) return kExitError;
+    if (replies_ > 0 || commands_ > 0) return kExitOk;
+    note("mustafar: there was no message to answer");
+    return kExitError;
+  }
+
   // Something about the conversation, rather than of it.
   void note(const std::string& text) const {
     std::FILE* out = editor_.is_terminal() ? stdout : stderr;
@@ -106,83 +130,60 @@ class ChatProgram {
     std::fflush(out);
   }
 
-  // A line, or several: after a trailing backslash, from one paste, or in multi-line mode.
-  LineEditor::Outcome read_message(std::string* message) {
-    std::string line;
-    LineEditor::Outcome outcome = editor_.read(style_.prompt("> "), &line);
-    if (outcome != LineEditor::Outcome::kLine) return outcome;
-    *message = line;
-    const bool command = line.starts_with('/');
-    while (!command) {
-      if (multiline_) {
-        if (line == ".") {
-          message->erase(message->size() < 2 ? 0 : message->size() - 2);
-          break;
-        }
-      } else if (!message->empty() && message->back() == '\\') {
-        message->pop_back();
-      } else if (!editor_.has_pending()) {
-        break;
-      }
-      outcome = editor_.read(style_.prompt(". "), &line);
-      if (outcome == LineEditor::Outcome::kInterrupted) return outcome;
-      if (outcome == LineEditor::Outcome::kEnd) break;
-      *message += "\n" + line;
-    }
-    editor_.remember(*message);
-    return LineEditor::Outcome::kLine;
-  }
-
   // Runs a message or a command; what goes wrong is said, and the conversation goes on.
-  void take(const std::string& message) {
-    try {
-      if (message.starts_with('/')) {
+  void take(const std::string& message, bool is_command) {
+    attempt([&] {
+      if (is_command) {
+        commands_++;
         run_command(message);
       } else if (message.find_first_not_of(" \t\n") != std::string::npos) {
         send(message);
       }
+    });
+  }
+
+  // -f: a message, or a conversation as JSON, of which the last message is answered or, where it is
+  // the assistant's, continued.
+  void take_file(const std::string& file) {
+    TextFile read = read_text_file(file);
+    if (read.text.ends_with('\n')) read.text.pop_back();  // the one that editors add
+    if (!is_conversation(read.text)) return take(read.text, /*is_command=*/false);
+    attempt([&] {
+      chat_.set_messages_json(read.text);
+      const bool begun = !chat_.messages().empty() && chat_.messages().back().role() == "assistant";
+      reply([&] { return begun ? chat_.continue_last(params_) : chat_.reply(params_); });
+    });
+  }
+
+  template <typename Work>
+  void attempt(const Work& work) {
+    try {
+      work();
     } catch (const Cancelled&) {
       clear_interrupt();
+      failed_ = true;
       note("interrupted: the message was not sent; Ctrl-C again leaves");
       leave_on_interrupt_ = true;
     } catch (const ContextOverflow& error) {
-      note(std::string(error.what()) + ". " + overflow_advice());
+      complain(std::string(error.what()) + ". " +
+               overflow_advice(session_, last_sent_, options_.context_shift));
     } catch (const OutOfMemory& error) {
-      note(error.what());
+      complain(error.what());
     } catch (const std::bad_alloc&) {
-      note("out of memory; /clear, or a shorter context (-c), helps");
+      complain("out of memory; /clear, or a shorter context (-c), helps");
     } catch (const std::exception& error) {
-      if (!editor_.is_terminal() && !message.starts_with('/')) throw;
-      note(error.what());
+      complain(error.what());
     }
   }
 
-  std::string context_advice() const {
-    const int64_t most = model_.config().max_position_embeddings;
-    std::string advice = "/undo takes the last turn back, /clear starts over";
-    if (!options_.context_shift) advice += ", --context-shift drops the oldest turns by itself";
-    if (session_.max_tokens() < most) {
-      advice += ", -c sets a larger context (this model's is " + std::to_string(most) + ")";
-    }
-    return advice + ".";
-  }
-
-  // As context_advice, unless the last message alone is too long: then only less text helps.
-  std::string overflow_advice() const {
-    const auto tokens =
-        static_cast<int64_t>(model_.tokenizer().encode(last_sent_, /*add_special=*/false).size());
-    if (tokens < session_.max_tokens()) return context_advice();
-    const int64_t most = model_.config().max_position_embeddings;
-    std::string advice =
-        "The message alone is " + std::to_string(tokens) + " tokens: send a part of it";
-    if (session_.max_tokens() < most) {
-      advice += ", or set a larger context with -c (this model's is " + std::to_string(most) + ")";
-    }
-    return advice + "; the conversation is as it was.";
+  void complain(const std::string& what) {
+    failed_ = true;
+    note(with_option_names(what));
   }
 
   void send(const std::string& text) {
     last_sent_ = text;
+    taken_back_.reset();
     reply([&] { return chat_.start(text, params_); });
   }
 
@@ -210,6 +211,7 @@ class ChatProgram {
     }
     std::string piece;
     while (!interrupted() && reply.step(piece)) {
+      if (options_.json) continue;
       if (std::fwrite(piece.data(), 1, piece.size(), stdout) != piece.size() ||
           std::fflush(stdout) != 0) {
         throw Error("could not write the output");
@@ -217,35 +219,28 @@ class ChatProgram {
     }
     const bool stopped = interrupted();
     reply.stop();
-    std::fputs("\n", stdout);
+    replies_++;
+    const GenerateResult& result = reply.result();
+    std::fputs(options_.json ? (dump(reply_json(chat_, reply)) + "\n").c_str() : "\n", stdout);
     std::fflush(stdout);
     if (stopped) {
       clear_interrupt();
       leave_on_interrupt_ = true;
       note("stopped; Ctrl-C again leaves");
     }
-    const GenerateResult& result = reply.result();
     total_.prompt_tokens += result.stats.prompt_tokens;
     total_.generated_tokens += result.stats.generated_tokens;
     total_.prefill_seconds += result.stats.prefill_seconds;
     total_.decode_seconds += result.stats.decode_seconds;
-    if (!options_.quiet) note(turn_line(result.stats, reply.cached_tokens()));
+    if (options_.json) return;
+    if (!options_.quiet) note(turn_text(session_, result.stats, reply.cached_tokens()));
     if (result.finish_reason == FinishReason::kContext) {
-      note("the context of " + std::to_string(session_.max_tokens()) + " tokens is full. " +
-           context_advice());
+      note("the reply was cut: the context of " + std::to_string(session_.max_tokens()) +
+           " tokens is full. " + context_advice(session_, options_.context_shift));
+    } else if (result.finish_reason == FinishReason::kLength && !options_.quiet) {
+      note("the reply was cut after " + std::to_string(result.token_ids.size()) +
+           " tokens (-n); /continue goes on");
     }
-  }
-
-  std::string context_text() const {
-    return "context " + std::to_string(session_.position()) + "/" +
-           std::to_string(session_.max_tokens());
-  }
-
-  std::string turn_line(const GenerateStats& stats, int64_t cached_tokens) const {
-    std::string line = "prompt " + speed_text(stats.prompt_tokens, stats.prefill_seconds);
-    if (cached_tokens > 0) line += " (" + std::to_string(cached_tokens) + " cached)";
-    return line + " | reply " + speed_text(stats.generated_tokens, stats.decode_seconds) + " | " +
-           context_text() + " | " + memory_text(session_.memory());
   }
 
   void run_command(const std::string& line) {
@@ -254,17 +249,21 @@ class ChatProgram {
     std::string argument = space == std::string::npos ? "" : line.substr(space + 1);
     argument.erase(0, argument.find_first_not_of(" \t"));
     argument.erase(argument.find_last_not_of(" \t\n") + 1);
-    if (name == "/exit" || name == "/quit") {
+    if (name == "/exit" || name == "/quit" || name == "/bye") {
       done_ = true;
     } else if (name == "/help") {
       std::fputs(chat_help().c_str(), stdout);
     } else if (name == "/clear") {
       chat_.clear();
+      taken_back_.reset();
       note("cleared");
     } else if (name == "/regen") {
-      reply([&] { return chat_.regenerate(params_); });
+      regenerate();
+    } else if (name == "/continue") {
+      reply([&] { return chat_.continue_last(params_); });
     } else if (name == "/undo") {
       const auto text = chat_.undo();
+      if (text) taken_back_ = text;
       note(text ? "took back: " + *text : "there is nothing to take back");
     } else if (name == "/read") {
       read_file(argument);
@@ -282,15 +281,15 @@ class ChatProgram {
       note("loaded " + std::to_string(chat_.messages().size()) + " messages" +
            (cached ? " and their cache" : "; their cache does not fit and is computed anew"));
     } else if (name == "/set") {
-      if (!argument.empty()) set_parameter(argument, &params_, model_.config().vocab_size);
+      if (!argument.empty()) set_parameters(argument, &params_, model_.config().vocab_size);
       note(show_parameters(params_));
     } else if (name == "/stats") {
-      show_stats();
+      note(stats_text(chat_, total_));
     } else if (name == "/sparsity") {
       set_sparsity(argument);
     } else if (name == "/multiline") {
-      multiline_ = !multiline_;
-      note(multiline_ ? "multi-line: a line with a single . ends a message" : "single lines");
+      note(reader_.toggle_multiline() ? "multi-line: a line with a single . ends a message"
+                                      : "single lines");
     } else {
       note("no command " + name + "; /help lists them");
     }
@@ -302,18 +301,29 @@ class ChatProgram {
     return argument;
   }
 
+  // The last reply again; where /undo took all of the conversation back, what it took last.
+  void regenerate() {
+    const bool has_reply =
+        !chat_.messages().empty() && chat_.messages().back().role() == "assistant";
+    if (has_reply || !taken_back_) return reply([&] { return chat_.regenerate(params_); });
+    const std::string again = *taken_back_;
+    note("sending again: " + again);
+    send(again);
+  }
+
   void read_file(const std::string& argument) {
     const auto [file, question] = split_file(needed(argument, "/read FILE [TEXT]"));
-    std::string text = read_text(file);
-    if (!question.empty()) text += "\n\n" + question;
-    note("read " + file + ", " + bytes_text(static_cast<int64_t>(text.size())));
-    send(text);
+    TextFile read = read_text_file(file);
+    if (!question.empty()) read.text += "\n\n" + question;
+    note("read " + file + ", " + bytes_text(static_cast<int64_t>(read.text.size())) + " of " +
+         read.kind + " text");
+    send(read.text);
   }
 
   // The conversation moves to a cache of another sparsity, computed here and now; until that is
   // done, and where it fails, the cache stays as it was.
   void set_sparsity(const std::string& argument) {
-    if (argument.empty()) return note(sparsity_text(session_.kv_config()));
+    if (argument.empty()) return note(sparsity_text(model_, session_.kv_config()));
     KVConfig kv = session_.kv_config();
     if (kv.coded()) throw std::invalid_argument("/sparsity: a coded cache prunes nothing");
     char* end = nullptr;
@@ -330,15 +340,15 @@ class ChatProgram {
     } catch (const Cancelled&) {
       clear_interrupt();
       leave_on_interrupt_ = true;
-      return note("interrupted: the cache stays as it was, " + sparsity_text(session_.kv_config()) +
-                  "; Ctrl-C again leaves");
+      return note("interrupted: the cache stays as it was, " +
+                  sparsity_text(model_, session_.kv_config()) + "; Ctrl-C again leaves");
     } catch (const std::exception& error) {
-      return note(std::string(error.what()) + "; the cache stays as it was, " +
-                  sparsity_text(session_.kv_config()));
+      return note(with_option_names(error.what()) + "; the cache stays as it was, " +
+                  sparsity_text(model_, session_.kv_config()));
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     session_ = std::move(changed);
-    note(sparsity_text(session_.kv_config()) +
+    note(sparsity_text(model_, session_.kv_config()) +
          (tokens > 0 ? "; computed again: " + speed_text(tokens, seconds.count()) : ""));
   }
 
@@ -352,20 +362,6 @@ class ChatProgram {
     session->set_interrupt_check({});
   }
 
-  void show_stats() const {
-    const MemoryUsage m = session_.memory();
-    note("messages " + std::to_string(chat_.messages().size()) + " | " + context_text() +
-         " | compressed " + std::to_string(m.compressed_tokens) + " tokens, dense " +
-         std::to_string(m.dense_tokens));
-    note(memory_text(m) + " (K " + format_number(m.k_sparsity, 2) + " V " +
-         format_number(m.v_sparsity, 2) + " where compressed)");
-    note("masks " + bytes_text(m.masks) + " | values " + bytes_text(m.values) + " | scales " +
-         bytes_text(m.scales) + " | dense tail " + bytes_text(m.tail) + " | allocated " +
-         bytes_text(m.allocated));
-    note("in all: prompt " + speed_text(total_.prompt_tokens, total_.prefill_seconds) +
-         " | reply " + speed_text(total_.generated_tokens, total_.decode_seconds));
-  }
-
   const Options& options_;
   SamplingParams params_;
   Model model_;
@@ -374,8 +370,11 @@ class ChatProgram {
   LineEditor editor_;
   Style style_;
   GenerateStats total_;
+  MessageReader reader_;
   std::string last_sent_;
-  bool multiline_ = false;
+  std::optional<std::string> taken_back_;  // by /undo, since the last message
+  int64_t replies_ = 0, commands_ = 0;
+  bool failed_ = false;  // something that was to be done could not
   bool done_ = false;
   bool leave_on_interrupt_ = false;  // the last Ctrl-C stopped something
 };
@@ -386,7 +385,12 @@ void add_chat(CLI::App& app, Run& run) {
   const auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand("chat", "Talk with a model");
   options->model.add_to(*command);
-  command->add_option("-p,--prompt", options->prompt, "First message");
+  CLI::Option* prompt = command->add_option("-p,--prompt", options->prompt, "First message");
+  command
+      ->add_option("-f,--file", options->file,
+                   "File that holds the first message, or a JSON list of messages to reply to; -: "
+                   "standard input. Unless at a terminal, nothing else is read")
+      ->excludes(prompt);
   command->add_option("--system", options->system, "System message");
   command->add_option("--chat-template", options->chat_template,
                       "A built-in template or a Jinja file instead of the model's own");
@@ -397,10 +401,20 @@ void add_chat(CLI::App& app, Run& run) {
                     "Drop the oldest turns when the context is full");
   options->sampling.add_to(*command);
   options->cache.add_to(*command);
+  command->add_flag("--commands", options->commands,
+                    "Lines of a pipe that begin with / are commands; otherwise every line is a "
+                    "message");
+  command->add_flag("--json", options->json,
+                    "One JSON object for a reply instead of text; with -p or -f, or for every line "
+                    "of a pipe");
   command->add_flag("-q,--quiet", options->quiet, "No line of numbers after a reply");
   command->callback([options, &run] {
     run = [options] {
       options->cache.validate();
+      const bool asked = options->prompt || options->file;
+      if (options->json && !asked && isatty(STDIN_FILENO) == 1) {
+        throw std::invalid_argument("--json needs -p TEXT, -f FILE, or messages from a pipe");
+      }
       const InterruptGuard guard;
       return ChatProgram(*options).run();
     };

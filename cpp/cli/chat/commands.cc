@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
 
@@ -22,14 +24,27 @@ struct Parameter {
   bool whole;  // integers only
 };
 
-Parameter real(const char* name, double SamplingParams::* field) {
-  return {name, [field](SamplingParams& p, double v) { p.*field = v; },
-          [field](const SamplingParams& p) { return format_number(p.*field, 2); }, false};
+// What is set in the chat is decided: nothing is left to the model's folder.
+std::string shown(double value) {
+  char text[40];
+  std::snprintf(text, sizeof(text), "%.15g", value);
+  return text;
 }
 
-Parameter whole(const char* name, int32_t SamplingParams::* field) {
+Parameter real(const char* name, std::optional<double> SamplingParams::* field) {
+  return {name, [field](SamplingParams& p, double v) { p.*field = v; },
+          [field](const SamplingParams& p) { return shown((p.*field).value()); }, false};
+}
+
+Parameter whole(const char* name, std::optional<int32_t> SamplingParams::* field) {
   return {name, [field](SamplingParams& p, double v) { p.*field = static_cast<int32_t>(v); },
-          [field](const SamplingParams& p) { return std::to_string(p.*field); }, true};
+          [field](const SamplingParams& p) { return shown((p.*field).value()); }, true};
+}
+
+Parameter max_tokens() {
+  return {"max-tokens",
+          [](SamplingParams& p, double v) { p.max_new_tokens = static_cast<int32_t>(v); },
+          [](const SamplingParams& p) { return std::to_string(p.max_new_tokens); }, true};
 }
 
 Parameter seed() {
@@ -49,9 +64,10 @@ const std::vector<Parameter>& parameters() {
       real("top-p", &SamplingParams::top_p),
       real("min-p", &SamplingParams::min_p),
       real("repeat-penalty", &SamplingParams::repetition_penalty),
+      whole("repeat-last-n", &SamplingParams::penalty_window),
       real("presence-penalty", &SamplingParams::presence_penalty),
       real("frequency-penalty", &SamplingParams::frequency_penalty),
-      whole("max-tokens", &SamplingParams::max_new_tokens),
+      max_tokens(),
       seed(),
   };
   return kParameters;
@@ -84,20 +100,38 @@ std::vector<std::string> complete_file(const std::string& typed) {
   return found;
 }
 
+void set_parameter(const std::string& name, const std::string& text, SamplingParams* params) {
+  for (const Parameter& p : parameters()) {
+    if (name != p.name) continue;
+    char* end = nullptr;
+    const double value = std::strtod(text.c_str(), &end);
+    const double most = name == "seed" ? 1e15 : 2147483647.0;
+    if (text.empty() || *end != '\0' || !std::isfinite(value) ||
+        (p.whole && (std::floor(value) != value || std::fabs(value) > most))) {
+      throw std::invalid_argument(name + ": '" + text + "' is no " +
+                                  (p.whole ? "whole number" : "number"));
+    }
+    p.set(*params, value);
+    return;
+  }
+  throw std::invalid_argument("/set knows " + parameter_names() + "; not '" + name + "'");
+}
+
 }  // namespace
 
 const std::vector<ChatCommand>& chat_commands() {
   static const std::vector<ChatCommand> kCommands = {
       {"/help", "", "this list"},
-      {"/exit", "", "leave (as Ctrl-D)"},
+      {"/exit", "", "leave (as /bye and Ctrl-D)"},
       {"/clear", "", "forget the conversation, keep the system message"},
-      {"/regen", "", "make the last reply again"},
+      {"/regen", "", "make the last reply again; all taken back: send that again"},
+      {"/continue", "", "go on with the last reply, which was cut or stopped"},
       {"/undo", "", "take the last message and its reply back"},
-      {"/read", "FILE [TEXT]", "send a file, followed by a text"},
+      {"/read", "FILE [TEXT]", "send a file of UTF-8 or UTF-16 text, followed by a text"},
       {"/system", "[TEXT]", "set the system message, or remove it"},
       {"/save", "FILE", "save the conversation and its cache"},
       {"/load", "FILE", "load a saved conversation"},
-      {"/set", "[NAME=VALUE]", "show or set sampling parameters"},
+      {"/set", "[NAME=VALUE...]", "show or set sampling parameters"},
       {"/stats", "", "context, memory and speed so far"},
       {"/sparsity", "[VALUE]", "show or set the pruned fraction of the cache"},
       {"/multiline", "", "switch: messages go on until a line with a single ."},
@@ -113,7 +147,8 @@ std::string chat_help() {
     out += "  " + usage + " " + command.help + "\n";
   }
   return out +
-         "A line that ends with \\ goes on in the next; pasted lines are one message.\n"
+         "A line that ends with \\ goes on in the next, \"\"\" begins and ends several lines, and\n"
+         "pasted lines are one message.\n"
          "Ctrl-C stops a reply, a second one leaves.\n";
 }
 
@@ -157,27 +192,20 @@ std::vector<std::string> complete_chat_line(const std::string& line) {
   return found;
 }
 
-void set_parameter(const std::string& assignment, SamplingParams* params, int64_t vocab_size) {
-  const size_t split = assignment.find_first_of("= ");
-  const std::string name = assignment.substr(0, split);
-  const std::string text = split == std::string::npos ? "" : assignment.substr(split + 1);
-  for (const Parameter& p : parameters()) {
-    if (name != p.name) continue;
-    char* end = nullptr;
-    const double value = std::strtod(text.c_str(), &end);
-    const double most = name == "seed" ? 1e15 : 2147483647.0;
-    if (text.empty() || *end != '\0' || !std::isfinite(value) ||
-        (p.whole && (std::floor(value) != value || std::fabs(value) > most))) {
-      throw std::invalid_argument(name + ": '" + text + "' is no " +
-                                  (p.whole ? "whole number" : "number"));
-    }
-    SamplingParams changed = *params;
-    p.set(changed, value);
-    changed.validate(vocab_size);
-    *params = changed;
-    return;
+void set_parameters(const std::string& assignments, SamplingParams* params, int64_t vocab_size) {
+  SamplingParams changed = *params;
+  size_t at = 0;
+  while ((at = assignments.find_first_not_of(" \t,", at)) != std::string::npos) {
+    size_t end = assignments.find_first_of("= \t,", at);
+    const std::string name = assignments.substr(at, end - at);
+    end = end == std::string::npos ? end : assignments.find_first_not_of("= \t", end);
+    const size_t text_end = assignments.find_first_of(" \t,", end);
+    set_parameter(name, end == std::string::npos ? "" : assignments.substr(end, text_end - end),
+                  &changed);
+    at = std::min(text_end, assignments.size());
   }
-  throw std::invalid_argument("/set knows " + parameter_names() + "; not '" + name + "'");
+  changed.validate(vocab_size);
+  *params = changed;
 }
 
 std::string show_parameters(const SamplingParams& params) {

@@ -29,9 +29,9 @@ std::string expand_home(const std::string& path);  // "~/x" under $HOME
 // Completions for the line up to the cursor: commands, files, sampling parameters.
 std::vector<std::string> complete_chat_line(const std::string& line);
 
-// Sets a parameter from "name=value" or "name value". Throws std::invalid_argument naming what is
-// wrong; the parameters are then as before.
-void set_parameter(const std::string& assignment, SamplingParams* params, int64_t vocab_size);
-std::string show_parameters(const SamplingParams& params);
+// Sets parameters from "name=value name=value ..." or "name value", as show_parameters prints them.
+// Throws std::invalid_argument naming what is wrong; the parameters are then as before.
+void set_parameters(const std::string& assignments, SamplingParams* params, int64_t vocab_size);
+std::string show_parameters(const SamplingParams& params);  // with every field decided
 
 }  // namespace mustafar::cli

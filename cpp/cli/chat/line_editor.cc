@@ -8,7 +8,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <clocale>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
+#include <deque>
+#include <string_view>
 #include <utility>
 
 #include "cli/interrupt.h"
@@ -17,7 +21,18 @@ namespace mustafar::cli {
 namespace {
 
 constexpr int kHistoryLines = 1000;
-constexpr int kPasteMs = 15;  // a pasted line follows the one before it within this time
+constexpr int kMarkMs = 25;  // the bytes of an escape sequence follow each other within this time
+
+// Terminals put these around what is pasted, once they are asked to.
+constexpr const char* kAskForMarks = "\033[?2004h";
+constexpr const char* kNoMarks = "\033[?2004l";
+constexpr std::string_view kPasteBegins = "[200~", kPasteEnds = "[201~";  // behind an escape
+
+constexpr wchar_t kEscape = 0x1b, kQuoteNext = 0x16, kReplacement = 0xfffd;
+
+volatile std::sig_atomic_t resized = 0;
+
+void on_resize(int) { resized = 1; }
 
 // The editor shows text in the locale's encoding.
 void use_utf8_locale() {
@@ -28,10 +43,13 @@ void use_utf8_locale() {
   }
 }
 
-// Waits for a byte of stdin: 1 with one, 0 at the end, -1 when Ctrl-C came instead.
-int read_byte(unsigned char* byte) {
+// Waits for a byte of stdin: 1 with one, 0 at the end, -1 when Ctrl-C came instead. on_wake: called
+// after signals.
+template <typename OnWake>
+int read_byte(unsigned char* byte, const OnWake& on_wake) {
   while (true) {
     if (interrupted()) return -1;
+    on_wake();
     pollfd fd = {STDIN_FILENO, POLLIN, 0};
     if (poll(&fd, 1, -1) < 0 && errno == EINTR) continue;
     const ssize_t n = ::read(STDIN_FILENO, byte, 1);
@@ -47,6 +65,25 @@ int continuation_bytes(unsigned char first) {
   return first < 0xe0 ? 1 : first < 0xf0 ? 2 : first < 0xf5 ? 3 : -1;
 }
 
+// Of a whole character: none may be spelled longer than it needs, nor be half of one of UTF-16.
+bool is_character(wchar_t code, int more) {
+  constexpr wchar_t kLeast[] = {0, 0x80, 0x800, 0x10000};
+  return code >= kLeast[more] && code <= 0x10ffff && (code < 0xd800 || code > 0xdfff);
+}
+
+std::string why_not_writable(const std::string& file) {
+  if (file.empty()) return "";
+  struct stat status{};
+  const auto said = [&](int error) { return file + ": " + std::strerror(error); };
+  if (::stat(file.c_str(), &status) == 0) {
+    if (S_ISDIR(status.st_mode)) return said(EISDIR);
+    return ::access(file.c_str(), W_OK) == 0 ? "" : said(errno);
+  }
+  const size_t slash = file.find_last_of('/');
+  const std::string folder = slash == std::string::npos ? "." : file.substr(0, slash + 1);
+  return ::access(folder.c_str(), W_OK | X_OK) == 0 ? "" : said(errno);
+}
+
 }  // namespace
 
 struct LineEditor::Impl {
@@ -55,6 +92,12 @@ struct LineEditor::Impl {
   EditLine* editor = nullptr;
   History* history = nullptr;
   std::string prompt;
+  std::deque<unsigned char> put_back;
+  bool pasting = false;
+  bool editing = false;
+  bool quoted = false;  // the tab that is read next was announced
+  std::string history_problem;
+  struct sigaction previous_resize = {};
   std::string buffered;  // of a pipe
   bool pipe_ended = false;
 
@@ -66,22 +109,91 @@ struct LineEditor::Impl {
 
   static char* show_prompt(EditLine* editor) { return of(editor).prompt.data(); }
 
-  // One character of stdin; a byte that starts none becomes U+FFFD.
-  static int get_character(EditLine*, wchar_t* out) {
+  // A byte of the terminal, or of what was looked at and put back.
+  int next_byte(unsigned char* byte) {
+    if (put_back.empty()) return read_byte(byte, [this] { show_resize(); });
+    *byte = put_back.front();
+    put_back.pop_front();
+    return 1;
+  }
+
+  bool has_byte_soon() const {
+    pollfd fd = {STDIN_FILENO, POLLIN, 0};
+    return !put_back.empty() || (poll(&fd, 1, kMarkMs) > 0 && (fd.revents & POLLIN));
+  }
+
+  // Takes the rest of a mark behind an escape; what is none is put back.
+  bool take_paste_mark() {
+    std::string seen;
     unsigned char byte = 0;
-    const int got = read_byte(&byte);
-    if (got != 1) return got;
-    const int more = continuation_bytes(byte);
-    wchar_t code = more < 0    ? 0xfffd
-                   : more == 0 ? byte
-                               : static_cast<wchar_t>(byte & (0x3f >> more));
+    while (has_byte_soon() && next_byte(&byte) == 1) {
+      seen += static_cast<char>(byte);
+      if (seen == kPasteBegins || seen == kPasteEnds) {
+        pasting = seen == kPasteBegins;
+        return true;
+      }
+      if (!kPasteBegins.starts_with(seen) && !kPasteEnds.starts_with(seen)) break;
+    }
+    put_back.insert(put_back.begin(), seen.begin(), seen.end());
+    return false;
+  }
+
+  // A paste that ends with its last line is over.
+  void end_paste_behind_line() {
+    unsigned char byte = 0;
+    if (!pasting || !has_byte_soon() || next_byte(&byte) != 1) return;
+    if (byte != kEscape || !take_paste_mark()) put_back.push_front(byte);
+  }
+
+  // One character; bytes that are none become U+FFFD, and those behind them are read anew.
+  int read_character(unsigned char first, wchar_t* out) {
+    const int more = continuation_bytes(first);
+    *out = kReplacement;
+    if (more < 0) return 1;
+    wchar_t code = more == 0 ? first : static_cast<wchar_t>(first & (0x3f >> more));
     for (int i = 0; i < more; i++) {
-      const int next = read_byte(&byte);
-      if (next != 1) return next;
+      unsigned char byte = 0;
+      const int next = next_byte(&byte);
+      if (next < 0) return next;
+      if (next == 0) return 1;
+      if ((byte & 0xc0) != 0x80) {
+        put_back.push_front(byte);
+        return 1;
+      }
       code = code << 6 | (byte & 0x3f);
     }
-    *out = code;
+    if (is_character(code, more)) *out = code;
     return 1;
+  }
+
+  static int get_character(EditLine* editor, wchar_t* out) {
+    Impl& self = of(editor);
+    while (true) {
+      unsigned char byte = 0;
+      const int got = self.next_byte(&byte);
+      if (got != 1) return got;
+      if (byte == kEscape && self.take_paste_mark()) continue;
+      if (self.pasting && byte < 0x20 && byte != '\r' && byte != '\n') {
+        // Keys have no meaning inside a paste; a tab is a tab.
+        if (byte != '\t') continue;
+        if (!std::exchange(self.quoted, !self.quoted)) {
+          self.put_back.push_front(byte);
+          *out = kQuoteNext;
+          return 1;
+        }
+      }
+      return self.read_character(byte, out);
+    }
+  }
+
+  // The line again where the terminal has another size now.
+  void show_resize() {
+    if (!resized || !editing) return;
+    resized = 0;
+    el_resize(editor);
+    std::fputs("\r\033[J", stdout);
+    std::fflush(stdout);
+    el_set(editor, EL_REFRESH);
   }
 
   static unsigned char complete(EditLine* editor, int) {
@@ -149,6 +261,8 @@ LineEditor::LineEditor(std::string program, std::string history_file, Completer 
   impl_->completer = std::move(completer);
   if (isatty(STDIN_FILENO) != 1 || isatty(STDOUT_FILENO) != 1) return;
   use_utf8_locale();
+  impl_->history_problem = why_not_writable(impl_->history_file);
+  if (!impl_->history_problem.empty()) impl_->history_file.clear();
   impl_->editor = el_init(program.c_str(), stdin, stdout, stderr);
   if (!impl_->editor) return;
   EditLine* editor = impl_->editor;
@@ -160,6 +274,12 @@ LineEditor::LineEditor(std::string program, std::string history_file, Completer 
   el_set(editor, EL_ADDFN, "mustafar-complete", "Complete a command or a file", &Impl::complete);
   el_set(editor, EL_BIND, "\t", "mustafar-complete", nullptr);
   el_set(editor, EL_BIND, "^R", "em-inc-search-prev", nullptr);
+  struct sigaction action = {};
+  action.sa_handler = on_resize;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGWINCH, &action, &impl_->previous_resize);
+  std::fputs(kAskForMarks, stdout);
+  std::fflush(stdout);
   impl_->history = history_init();
   if (!impl_->history) return;
   HistEvent event;
@@ -173,7 +293,12 @@ LineEditor::LineEditor(std::string program, std::string history_file, Completer 
 
 LineEditor::~LineEditor() {
   impl_->save_history();
-  if (impl_->editor) el_end(impl_->editor);
+  if (impl_->editor) {
+    sigaction(SIGWINCH, &impl_->previous_resize, nullptr);
+    std::fputs(kNoMarks, stdout);
+    std::fflush(stdout);
+    el_end(impl_->editor);
+  }
   if (impl_->history) history_end(impl_->history);
 }
 
@@ -183,25 +308,29 @@ LineEditor::Outcome LineEditor::read(const std::string& prompt, std::string* lin
   line->clear();
   if (!impl_->editor) return impl_->read_pipe(line);
   impl_->prompt = prompt;
+  if (resized) el_resize(impl_->editor);
+  resized = 0;
+  impl_->editing = true;
   int count = 0;
   const char* text = el_gets(impl_->editor, &count);
+  impl_->editing = false;
   if (interrupted()) {
     std::fputs("\n", stdout);
     std::fflush(stdout);
     el_reset(impl_->editor);
+    impl_->pasting = false;
+    impl_->put_back.clear();
     return Outcome::kInterrupted;
   }
   if (!text || count <= 0) return Outcome::kEnd;
   line->assign(text);
   while (!line->empty() && (line->back() == '\n' || line->back() == '\r')) line->pop_back();
+  impl_->end_paste_behind_line();
   return Outcome::kLine;
 }
 
-bool LineEditor::has_pending() const {
-  if (!impl_->editor) return false;
-  pollfd fd = {STDIN_FILENO, POLLIN, 0};
-  return poll(&fd, 1, kPasteMs) > 0 && (fd.revents & POLLIN);
-}
+bool LineEditor::in_paste() const { return impl_->pasting; }
+const std::string& LineEditor::history_problem() const { return impl_->history_problem; }
 
 void LineEditor::remember(const std::string& text) {
   if (!impl_->history || text.empty()) return;

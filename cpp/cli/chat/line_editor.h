@@ -26,8 +26,11 @@ class LineEditor {
   // A line without its end. prompt: shown at a terminal only; \1 encloses what takes no room.
   // Ctrl-C, as cli/interrupt.h sees it, ends the line.
   Outcome read(const std::string& prompt, std::string* line);
-  // Whether more input is there already, as when several lines are pasted at once.
-  bool has_pending() const;
+  // Whether the line ended inside a paste, which goes on. Lines that were typed ahead are not
+  // pasted: each stays one by itself.
+  bool in_paste() const;
+  // Why the history can't be kept; empty where it can, or none is wanted.
+  const std::string& history_problem() const;
   void remember(const std::string& text);  // adds to the history
 
   struct Impl;

@@ -141,6 +141,9 @@ std::optional<int32_t> AnswerTask::reply(Session& session, const std::vector<int
                                          Tally& tally) const {
   SamplingParams params;
   params.temperature = 0;
+  params.repetition_penalty = 1;  // an answer is the model's, whatever its folder says
+  params.presence_penalty = 0;
+  params.frequency_penalty = 0;
   params.max_new_tokens = rules_.max_new_tokens;
   params.stop = dialogue_.stop_texts();
   params.stop.insert(params.stop.end(), rules_.stop.begin(), rules_.stop.end());

@@ -67,8 +67,17 @@ class Chat {
   ChatReply start(const std::string& text, const SamplingParams& params = {});
   // Replies to the messages as they stand (after add() of a tool's result, say).
   ChatReply reply(const SamplingParams& params = {});
+  // Continues the last message, which the assistant began: what is made becomes a part of it, and
+  // the result holds that alone. Throws std::invalid_argument where the last message is not a text
+  // of the assistant's.
+  ChatReply continue_last(const SamplingParams& params = {});
   // Drops the last reply and starts another. Throws std::invalid_argument where there is none.
   ChatReply regenerate(const SamplingParams& params = {});
+
+  // The same conversation in a session's fork, which must outlive it; the two then go their ways.
+  Chat fork(Session& forked) const;
+  // As Session::cancel. Safe from any thread.
+  void cancel();
 
   // Drops the last user message and all that follows; returns its text, or none.
   std::optional<std::string> undo();
@@ -98,6 +107,7 @@ class Chat {
 
  private:
   friend class ChatReply;
+  explicit Chat(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
 

@@ -16,6 +16,9 @@ namespace mustafar {
 
 struct ChatTemplateOptions {
   bool add_generation_prompt = false;  // end with what starts the assistant's turn
+  // End inside the last message, so that the reply continues it: the field to continue, "content"
+  // or what else the template reads; empty: no. Goes without add_generation_prompt.
+  std::string continue_final_message = {};
   // Special tokens as text; none: the folder's, or empty.
   std::optional<std::string> bos_token = {}, eos_token = {};
   std::string tools = {};      // JSON array of tool definitions; empty: no tools

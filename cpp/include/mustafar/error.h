@@ -64,4 +64,17 @@ class Cancelled : public Error {
   using Error::Error;
 };
 
+// Beside one of the above: a file or a folder that is not there. In Python such an error is a
+// FileNotFoundError too.
+class MissingFile {
+ public:
+  virtual ~MissingFile() = default;
+};
+
+template <typename E>
+class Missing final : public E, public MissingFile {
+ public:
+  using E::E;
+};
+
 }  // namespace mustafar

@@ -49,7 +49,8 @@ struct ModelMemory {
 using Prompt = std::variant<std::string, std::vector<int32_t>>;
 
 struct BatchOptions {
-  int32_t max_batch = 64;  // sequences that decode together
+  int32_t max_batch = 64;      // sequences that decode together
+  bool parse_special = false;  // special tokens spelled in a text become those tokens
   // Asked between the parts of the work; throwing from it stops the call.
   std::function<void()> interrupt_check = {};
 };
@@ -61,6 +62,8 @@ class Model {
   static Model load(const std::filesystem::path& folder, const ModelOptions& options = {});
 
   const ModelConfig& config() const;
+  // What is used where a caller says nothing: the folder's, or the library's own.
+  SamplingParams default_sampling() const;
   bool has_tokenizer() const;
   const Tokenizer& tokenizer() const;  // throws TokenizerError where the folder has none
   const std::filesystem::path& folder() const;
@@ -76,6 +79,13 @@ class Model {
   // independent of the batch. A failing prompt fails the call.
   std::vector<GenerateResult> generate(std::span<const Prompt> prompts,
                                        const SamplingParams& params = {}, const KVConfig& kv = {},
+                                       const BatchOptions& options = {}) const;
+
+  // The same, each prompt with its own parameters. Throws std::invalid_argument unless there are as
+  // many of them.
+  std::vector<GenerateResult> generate(std::span<const Prompt> prompts,
+                                       std::span<const SamplingParams> params,
+                                       const KVConfig& kv = {},
                                        const BatchOptions& options = {}) const;
 
   // Drops the handle's weights once the last session is gone. Using a closed handle throws

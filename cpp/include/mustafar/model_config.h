@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "mustafar/sampling.h"
+
 namespace mustafar {
 
 enum class RopeScaling : uint8_t { kNone, kLinear, kLlama3 };
@@ -33,6 +35,7 @@ struct ModelConfig {
   std::string torch_dtype;             // as written: "float32", "float16", "bfloat16" or ""
   int32_t bos_token_id = -1;           // -1: none
   std::vector<int32_t> eos_token_ids;  // of config.json and generation_config.json
+  SamplingDefaults sampling;           // of generation_config.json
 
   // Inverse frequencies [head_dim / 2], radians per token, after rope_scaling.
   std::vector<float> rope_inverse_frequencies() const;

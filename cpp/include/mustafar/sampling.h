@@ -16,17 +16,33 @@ namespace mustafar {
 using LogitsProcessor =
     std::function<void(std::span<const int32_t> token_ids, std::span<float> logits)>;
 
+// What a model's folder asks for in generation_config.json; none: it does not say.
+struct SamplingDefaults {
+  std::optional<double> temperature = {};  // 0 where do_sample is false
+  std::optional<int32_t> top_k = {};
+  std::optional<double> top_p = {};
+  std::optional<double> min_p = {};
+  std::optional<double> repetition_penalty = {};
+  std::optional<double> presence_penalty = {};
+  std::optional<double> frequency_penalty = {};
+};
+
+// Where a field says none, the model's folder decides, and where that does not say either, what
+// stands behind the field.
 struct SamplingParams {
   int32_t max_new_tokens = 256;
-  int32_t min_new_tokens = 0;       // end-of-sequence ids can't be chosen before
-  double temperature = 0.8;         // 0: greedy
-  int32_t top_k = 40;               // 0: off
-  double top_p = 0.95;              // 1: off
-  double min_p = 0.05;              // 0: off; relative to the most probable token
-  double repetition_penalty = 1.0;  // divides positive, multiplies negative logits of seen tokens
-  double presence_penalty = 0.0;    // subtracted once from tokens that were generated
-  double frequency_penalty = 0.0;   // subtracted per occurrence among generated tokens
-  int32_t penalty_window = 64;      // newest tokens that repetition_penalty looks at; -1: all
+  int32_t min_new_tokens = 0;              // end-of-sequence ids can't be chosen before
+  std::optional<double> temperature = {};  // 0.8; 0: greedy
+  std::optional<int32_t> top_k = {};       // 40; 0: off
+  std::optional<double> top_p = {};        // 0.95; 1: off
+  std::optional<double> min_p = {};        // 0.05; 0: off; relative to the most probable token
+  // 1; divides positive, multiplies negative logits of seen tokens
+  std::optional<double> repetition_penalty = {};
+  std::optional<double> presence_penalty = {};   // 0; subtracted once from generated tokens
+  std::optional<double> frequency_penalty = {};  // 0; subtracted per occurrence among them
+  // 64, or all with the folder's repetition_penalty, which counts on that; newest tokens that
+  // repetition_penalty looks at; -1: all
+  std::optional<int32_t> penalty_window = {};
   std::vector<std::pair<int32_t, float>> logit_bias = {};  // (token id, added to its logit)
   std::optional<uint64_t> seed = {};                       // none: drawn from the system
   std::vector<std::string> stop = {};        // texts that end the output; not part of it
@@ -35,6 +51,8 @@ struct SamplingParams {
   int32_t logprobs = 0;  // alternatives to report for every token; -1: none at all
   LogitsProcessor logits_processor = {};
 
+  // With every field decided. model: ModelConfig::sampling.
+  SamplingParams with_defaults(const SamplingDefaults& model = {}) const;
   // Throws std::invalid_argument naming the field, its value and the range.
   void validate(int64_t vocab_size) const;
 };

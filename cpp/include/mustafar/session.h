@@ -21,6 +21,8 @@ namespace mustafar {
 class Generation;
 
 struct PromptOptions {
+  // Special tokens spelled in a text become those tokens, as Tokenizer::encode has it.
+  bool parse_special = false;
   // The text made is one of its own, as a chat's reply is. Otherwise it continues the text of the
   // tokens before it: prompt and text one behind the other are the whole.
   bool own_text = false;
@@ -56,7 +58,7 @@ class Session {
   // cuts off is rewound.
   using PieceCallback = std::function<bool(std::string_view piece)>;
   GenerateResult generate(const Prompt& prompt, const SamplingParams& params = {},
-                          const PieceCallback& on_piece = {});
+                          const PieceCallback& on_piece = {}, const PromptOptions& options = {});
   // The same, a step at a time. The session must outlive it and not be used until it is done or
   // destroyed.
   Generation start(const Prompt& prompt, const SamplingParams& params = {},

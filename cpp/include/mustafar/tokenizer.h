@@ -55,6 +55,11 @@ class Tokenizer {
   // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
   std::string id_to_token(int32_t token_id) const;
   bool is_special(int32_t token_id) const;
+  // The token that begins a text, and those that end one, the tokenizer's own first: of
+  // tokenizer_config.json or special_tokens_map.json, config.json and generation_config.json beside
+  // tokenizer.json; and what a text begins with where none of them says.
+  std::optional<int32_t> bos_id() const;
+  std::vector<int32_t> eos_ids() const;
   std::vector<int32_t> special_prefix() const;  // what add_special puts before a text, e.g. BOS
 
   // Decodes ids one by one, holding back bytes until they are whole UTF-8 characters. The pieces

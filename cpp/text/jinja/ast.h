@@ -1,4 +1,4 @@
-// The parsed template.
+// The parsed template. Comments say which members of a node its kind uses, and for what.
 #pragma once
 
 #include <memory>

@@ -36,7 +36,7 @@ inline bool has_filter(const std::string& name) { return find_filter(name) != nu
 inline bool has_test(const std::string& name) { return find_test(name) != nullptr; }
 std::string unknown_filter(const std::string& name);  // the message
 
-// range, dict, namespace, ...; none for another name.
+// range, dict, namespace and the like; std::nullopt for another name.
 std::optional<Value> find_global(Interpreter& in, const std::string& name);
 
 // An attribute that Python's type of the value has: a bound method, a number, or the Undefined that

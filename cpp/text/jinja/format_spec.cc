@@ -75,7 +75,7 @@ std::string general_with_point(double value, int precision) {
   return plain.find('.') == std::string::npos ? plain + ".0" : plain;
 }
 
-// Of a finite value that is not negative.
+// The digits of a finite value that is not negative.
 std::string float_digits(double value, const FormatSpec& spec) {
   const auto given = static_cast<int>(spec.precision);
   if (spec.type == 0) return given < 0 ? float_repr(value) : general_with_point(value, given);
@@ -154,7 +154,7 @@ Text format_integer(int64_t value, const FormatSpec& spec) {
                    : spec.type == 'o'                   ? 8
                    : spec.type == 'b'                   ? 2
                                                         : 10;
-  char digits[64];  // base 2 has the most
+  char digits[64];  // as many as 64 bits have in base 2
   const auto end = std::to_chars(digits, digits + sizeof(digits), magnitude, base);
   const std::string spelled(digits, end.ptr);
   const std::string prefix =

@@ -47,7 +47,7 @@ struct TokenizerTables {
   std::span<const char32_t> decomposition_pool;
   std::span<const Composition> compositions;               // primary composites, without Hangul
   std::span<const CombiningClassRange> combining_classes;  // where the class is not 0
-  // Characters that the normal form may change, or that may interact with their neighbours in it.
+  // Characters that a normal form may change, or that may interact with their neighbours in it.
   std::span<const CodePointRange> unstable_nfc, unstable_nfd, unstable_nfkc, unstable_nfkd;
   std::span<const CodePointRange> word;
 };

@@ -63,7 +63,7 @@ void append_utf8(char32_t code_point, std::string* out);
 bool is_ascii(std::string_view text);
 bool is_valid_utf8(std::string_view text);
 
-// Of valid text.
+// text: valid UTF-8.
 size_t count_code_points(std::string_view text);
 // Byte offset of every code point, and the length at the end.
 std::vector<size_t> code_point_offsets(std::string_view text);

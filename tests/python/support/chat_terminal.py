@@ -16,6 +16,7 @@ from support.command import COMMAND
 pexpect = pytest.importorskip("pexpect")
 
 FIGURES = r"prompt (\d+) tokens [\d.]+ t/s(?: \((\d+) cached\))? \| reply (\d+) tokens [\d.]+ t/s \| context (\d+)/(\d+) \| KV [\d.]+ \w+ of [\d.]+ \w+ dense \| sparsity 0\.\d\d"
+PASTE = "\x1b[200~{}\x1b[201~"  # as terminals send it
 ARROW_UP = "\x1b[A"
 
 
@@ -48,6 +49,7 @@ def terminals(cwd: Path) -> Iterator[Any]:
         )
         children.append(child)
         child.expect("lists the commands")
+        child.banner = child.before
         child.expect("> ")
         return child
 

@@ -15,11 +15,10 @@
 namespace mustafar {
 namespace {
 
-constexpr int32_t kMaxDims = 512;
-
 inline float inverse_of(float x) { return x >= kLeastScale ? 1.0f / x : 0.0f; }
 
-// In the order of the format: halves of the lanes.
+// The sum of 16 lanes in the order of format/coded.cc: the upper half to the lower, again and
+// again.
 inline float total(__m512 x) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -91,7 +90,7 @@ uint16_t choose_scale(const CodeRow& row, const float* x, int32_t n) {
   return best;
 }
 
-// Bits of every byte of eight codes.
+// A byte for each of eight codes, with as many low bits set as the code is wide.
 inline uint64_t octet_mask(const uint8_t* widths) {
   uint64_t mask = 0;
   for (int i = 0; i < 8; i++) mask |= uint64_t{(1u << widths[i]) - 1} << 8 * i;
@@ -103,12 +102,12 @@ inline uint64_t octet_mask(const uint8_t* widths) {
 int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, const CodeRow& row,
                                DType tail, const uint8_t* const* rows, uint8_t* slot) {
   const int32_t n = layout.head_dim;
-  uint64_t masks[kMaxDims / 8];
+  uint64_t masks[kMaxCodedDims / 8];
   for (int32_t o = 0; o < n / 8; o++) masks[o] = octet_mask(widths + 8 * o);
   __builtin_memset(slot, 0, layout.slot_bytes);
   for (int32_t t = 0; t < kBlockTokens; t++) {
-    alignas(64) float x[kMaxDims];
-    alignas(64) uint8_t codes[kMaxDims];
+    alignas(64) float x[kMaxCodedDims];
+    alignas(64) uint8_t codes[kMaxCodedDims];
     for (int32_t d = 0; d < n; d += 16) _mm512_store_ps(x + d, load_row(tail, rows[t], d));
     const uint16_t scale_bits = choose_scale(row, x, n);
     const float scale = bf16_to_f32(scale_bits);
@@ -145,8 +144,8 @@ int32_t pack_coded_rows_avx512(const SlotLayout& layout, const uint8_t* widths, 
 void unpack_coded_slot_avx512(const SlotLayout& layout, const CodeTable& table, const uint8_t* slot,
                               float* out) {
   const int32_t n = layout.head_dim;
-  if (n % 64 != 0 || n > kMaxDims) return unpack_coded_slot(layout, table, slot, out);
-  alignas(64) float steps[kMaxDims];
+  if (n % 64 != 0 || n > kMaxCodedDims) return unpack_coded_slot(layout, table, slot, out);
+  alignas(64) float steps[kMaxCodedDims];
   for (int32_t d = 0; d < n; d++) steps[d] = coded_step(table.widths[d]) * table.sigmas[d];
   for (int32_t c = 0; c < n / 64; c++) {
     CodeChunk chunk;

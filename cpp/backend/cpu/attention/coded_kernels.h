@@ -1,4 +1,4 @@
-// Coded rows (format/coded.h) in the files of instruction sets.
+// Packing and unpacking of coded rows (format/coded.h) by the files of instruction sets.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,11 @@
 
 namespace mustafar {
 
+// The longest rows that the functions below have scratch for.
+inline constexpr int32_t kMaxCodedDims = 512;
+
 [[maybe_unused]] static inline bool packs_coded_fast(const SlotLayout& layout) {
-  return layout.head_dim % 16 == 0 && layout.head_dim <= 512;
+  return layout.head_dim % 16 == 0 && layout.head_dim <= kMaxCodedDims;
 }
 
 // Writes a whole slot, byte for byte as pack_coded_block does, where packs_coded_fast says so.

@@ -8,7 +8,7 @@
 namespace mustafar {
 namespace {
 
-// See run_tiles. kHeads: of a block of queries.
+// The products of run_tiles (decode_avx512_run.h). kHeads: query heads of a block.
 template <int kHeads>
 class AmxProducts {
  public:
@@ -98,7 +98,7 @@ class AmxProducts {
     }
   }
 
-  // Returns the unit of the codes, NaN where a query is not finite.
+  // Query h as 16-bit codes, two bytes each. Returns their unit, NaN where the query is not finite.
   static float prepare_int(const float* q, int32_t head_dim, int32_t h, uint8_t* out) {
     const IntScale scale = int_scale(q, head_dim);
     alignas(64) uint8_t high[64], low[64];
@@ -212,7 +212,7 @@ void decode_runs_amx(DecodeRuns runs) {
   // do. Coded rows of 64 dims are bound by arithmetic; at 128 dims FMAs were measured to be a sixth
   // faster for four queries.
   const bool by_fma = dense && run.n_queries <= 4 && (!is_coded(run) || run.head_dim >= 128);
-  // Sums of ints stay below 2^31: 127 * 32512 a dim.
+  // Beyond 512 dims sums of ints, up to 127 * 32512 a dim, could reach 2^31.
   if (by_fma || run.head_dim > 512) {
     run_tiles<FmaProducts>(runs);
   } else if (run.n_queries <= 4) {

@@ -190,9 +190,9 @@ inline void lay_out_values(const Rows& rows, int32_t chunk, __m512i zero, uint8_
       const __m512i even01 = even(x[0], x[1]), even23 = even(x[2], x[3]);
       const __m512i odd01 = odd(x[0], x[1]), odd23 = odd(x[2], x[3]);
       _mm512_store_si512(out, _mm512_unpacklo_epi16(even01, even23));
-      _mm512_store_si512(out + 1024, _mm512_unpackhi_epi16(even01, even23));
-      _mm512_store_si512(out + 2048, _mm512_unpacklo_epi16(odd01, odd23));
-      _mm512_store_si512(out + 3072, _mm512_unpackhi_epi16(odd01, odd23));
+      _mm512_store_si512(out + kAmxTileBytes, _mm512_unpackhi_epi16(even01, even23));
+      _mm512_store_si512(out + 2 * kAmxTileBytes, _mm512_unpacklo_epi16(odd01, odd23));
+      _mm512_store_si512(out + 3 * kAmxTileBytes, _mm512_unpackhi_epi16(odd01, odd23));
     }
   } else {
     constexpr __mmask32 kSecond = 0xaaaaaaaa;
@@ -201,7 +201,8 @@ inline void lay_out_values(const Rows& rows, int32_t chunk, __m512i zero, uint8_
       const __m512i x = load_words<kSource>(rows, t, chunk, zero);
       const __m512i y = load_words<kSource>(rows, t + 1, chunk, zero);
       _mm512_store_si512(out, _mm512_mask_blend_epi16(kSecond, x, _mm512_slli_epi32(y, 16)));
-      _mm512_store_si512(out + 2048, _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(x, 16), y));
+      _mm512_store_si512(out + 2 * kAmxTileBytes,
+                         _mm512_mask_blend_epi16(kSecond, _mm512_srli_epi32(x, 16), y));
     }
   }
 }
@@ -216,8 +217,8 @@ inline void add_values_bf16(const uint8_t* values, const uint8_t* weights, float
 #pragma GCC unroll 2
   for (int half = 0; half < 2; half++) {
     amx_load<kWeights>(weights + half * 64, kWeightRow);
-    amx_load<kRows0>(values + half * 1024, 64);
-    amx_load<kRows1>(values + 2048 + half * 1024, 64);
+    amx_load<kRows0>(values + half * kAmxTileBytes, 64);
+    amx_load<kRows1>(values + (2 + half) * kAmxTileBytes, 64);
     amx_dot_bf16<kOut0, kWeights, kRows0>();
     amx_dot_bf16<kOut1, kWeights, kRows1>();
   }
@@ -237,8 +238,8 @@ inline void add_values_int(const uint8_t* values, const uint8_t* weights, int32_
   for (int i = 0; i < 4; i += 2) {
     amx_zero<kOut0>();
     amx_zero<kOut1>();
-    amx_load<kRows0>(values + i * 1024, 64);
-    amx_load<kRows1>(values + i * 1024 + 1024, 64);
+    amx_load<kRows0>(values + i * kAmxTileBytes, 64);
+    amx_load<kRows1>(values + (i + 1) * kAmxTileBytes, 64);
     amx_dot_int8<kOut0, kWeights, kRows0>();
     amx_dot_int8<kOut1, kWeights, kRows1>();
     amx_store<kOut0>(sums + i * kSums, 64);

@@ -29,7 +29,8 @@ inline __m256 sums_of_8(const __m256* v) {
   return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
-// Floats of prepared queries: f32 [n_queries][head_dim]; ints: int16, in the same places.
+// scores of a tile's rows. q: prepared queries, f32 [n_queries][head_dim]; of ints int16 in the
+// same places.
 template <Kind kKind, int NH>
 void tile_scores(const Rows& rows, int32_t n_rows, int32_t head_dim, const float* q, float* scores,
                  Prefetch prefetch) {
@@ -249,7 +250,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
                                      run.max[head + h], run.sum[head + h], unit[h],
                                      work.q_offset[head + h], work.weight_sum[head + h]);
   }
-  // run.o is not aligned: the accumulators are.
+  // Accumulated in scratch, which is aligned as run.o is not.
   tile_values<kKind, NH>(v, n_rows, run.head_dim, work.weights, rescale, unit,
                          work.queries + (run.n_queries * 2 + head) * run.head_dim, next_v);
 }
@@ -288,7 +289,7 @@ void prepare_queries(const DecodeRun& run, const Work& work) {
         sum = _mm256_add_ps(sum, x);
       }
       work.q_offset[h] = 0.5f * run.q_scale * sum_of(sum);
-      q = in_ints;  // overtaken by its codes, which are narrower
+      q = in_ints;  // its codes, which are narrower, go over what has been read of it
     }
     const float top = max_of(absmax);
     work.q_unit[h] = top * run.q_scale / kTopCode + sum_of(probe);

@@ -134,7 +134,7 @@ inline __m128i load_bytes(const uint8_t* row, int32_t dim) {
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + dim));
 }
 
-// Rows of a slot, expanded where it is sparse; then the fetching of the next has been done here.
+// Rows of a slot, expanded where it is sparse, while the lines of `next` are fetched.
 Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, int32_t head_dim, uint8_t* widened,
                uint8_t* tile, Prefetch& next) {
   Rows rows;
@@ -165,7 +165,7 @@ Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, int32_t head_dim, 
   return rows;
 }
 
-// The same of coded rows.
+// The rows of a coded slot, as int8 codes.
 Rows coded_rows(const SlotLayout& layout, const CodeOctet* octets, const uint8_t* slot,
                 uint8_t* tile) {
   widen_codes(octets, slot + layout.values_offset, layout.row_bytes, layout.head_dim, tile);

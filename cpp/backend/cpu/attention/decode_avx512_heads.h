@@ -26,7 +26,7 @@ inline void store_bf16(uint8_t* out, __m512 x) {  // already rounded
                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
 }
 
-// Of a query's 16-bit codes. unit is NaN where the query is not finite.
+// The unit of a query's 16-bit codes, and its inverse. unit is NaN where the query is not finite.
 struct IntScale {
   float unit, inverse;
 };
@@ -180,7 +180,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   next.rest();
 }
 
-// See run_tiles.
+// The products of run_tiles (decode_avx512_run.h).
 class FmaProducts {
  public:
   static constexpr int32_t kRowMultiple = 16;

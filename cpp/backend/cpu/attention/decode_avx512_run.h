@@ -75,7 +75,7 @@ void widen_codes(const SlotLayout& layout, const CodeChunk& chunk, const uint8_t
   }
 }
 
-// The same of coded rows: as dense int8 of codes.
+// A tile of coded rows as dense rows of int8 codes.
 Rows coded_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t* slot,
                 uint8_t* codes) {
   Rows rows;

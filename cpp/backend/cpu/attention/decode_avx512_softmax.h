@@ -24,12 +24,13 @@ inline __m512 load_bf16(const uint16_t* x) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))), 16));
 }
 
-// Weights and queries as 16-bit integers reach up to this, which two signed bytes hold too.
+// 127 * 256. Weights and queries as 16-bit integers reach up to this, so that two signed bytes,
+// high * 256 + low, hold them too.
 constexpr float kTopCode = 32512.0f;
 
 // How weights are stored.
 enum class Codes {
-  kFloats,  // f32 [64], of float rows; others of these
+  kFloats,  // f32 [64], of float rows that kBf16 does not serve
   kBf16,    // bf16 [64]
   kWords,   // int16 [64], of integer rows
   kBytes,   // int8 [64] of the high bytes and, at a distance, of the low ones: high * 256 + low
@@ -76,7 +77,7 @@ float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const 
       scaled = _mm512_add_ps(scaled, s[i]);
 #if defined(__AVX512BF16__)
     } else if constexpr (kCodes == Codes::kBf16) {
-      // The sum of what is multiplied, so that its rounding is no bias.
+      // The rounded weights are what values are multiplied by, so these are added up.
       const __m256i bits = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(s[i]));
       _mm256_store_si256(reinterpret_cast<__m256i*>(weights + 32 * i), bits);
       sum = _mm512_add_ps(sum,

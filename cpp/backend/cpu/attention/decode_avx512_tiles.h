@@ -258,7 +258,7 @@ constexpr int32_t value_steps(Source source, int32_t n_rows, int32_t n_chunks) {
   return n_rows / 2 * std::max(1, n_chunks / kPassChunks<NH>);
 }
 
-// All columns.
+// tile_columns for all columns of o.
 template <Kind kKind, Source kSource, int NH>
 void tile_values(const Rows& rows, int32_t n_rows, int32_t n_chunks, const uint8_t* weights,
                  const float* rescale, const float* unit, float* o, int64_t o_stride,

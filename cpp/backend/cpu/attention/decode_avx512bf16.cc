@@ -1,4 +1,4 @@
-// Decode attention for AVX-512 with BF16: the same with vdpbf16ps.
+// Decode attention for AVX-512 with BF16: decode_avx512.cc's templates, with vdpbf16ps.
 #include "backend/cpu/attention/decode_avx512_heads.h"
 
 namespace mustafar {

@@ -84,7 +84,7 @@ struct DenseTile {
 // Serves every layout and type on every processor.
 void decode_run_plain(const DecodeRun& run);
 
-// Serve what decode_serves says.
+// These serve the rows for which decode_serves is true.
 void decode_run_avx2(const DecodeRun& run);
 void decode_run_neon(const DecodeRun& run);
 void decode_runs_avx512(DecodeRuns runs);

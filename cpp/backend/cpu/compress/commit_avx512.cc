@@ -17,7 +17,7 @@
 namespace mustafar {
 namespace {
 
-constexpr int32_t kMaxChunks = 16;  // head_dim 512
+constexpr int32_t kMaxChunks = kMaxPackedDims / 32;
 
 // Magnitudes as integers, every NaN just above infinity.
 inline __m512i magnitude_keys(__m512i x, uint16_t infinity) {

@@ -9,10 +9,14 @@
 
 namespace mustafar {
 
+// The longest rows that the packer below has scratch for.
+inline constexpr int32_t kMaxPackedDims = 512;
+
 // Whether the function below packs rows of this tail type into this layout: 16-bit tails stored as
 // they are or as integers, ranked without weights in groups of 16 or 32, or dense.
 [[maybe_unused]] static inline bool packs_fast(const SlotLayout& layout, DType tail) {
-  if (tail == DType::kF32 || layout.ragged || layout.head_dim % 32 != 0 || layout.head_dim > 512) {
+  if (tail == DType::kF32 || layout.ragged || layout.head_dim % 32 != 0 ||
+      layout.head_dim > kMaxPackedDims) {
     return false;
   }
   if (layout.dtype == DType::kCoded) return false;

@@ -53,8 +53,8 @@ struct Simd {
   static F min(F a, F b) { return a < b ? a : b; }
   // To the nearest integer; |x| < 2^22.
   static F round(F x) {
-    const F magic = set1(12582912.0f);
-    return (x + magic) - magic;
+    const F shift = set1(12582912.0f);  // 1.5 * 2^23: a sum with it has no bits below 1
+    return (x + shift) - shift;
   }
   // x * 2^n for integral n in [-126, 127].
   static F scale2(F x, F n) {
