@@ -209,6 +209,7 @@ class Session(Closing):
 
     def __repr__(self) -> str:
         try:
+            self._core.memory()  # a closed session says so
             position, limit = self.position, self.max_tokens
         except _core.StateError:
             return "<mustafar.Session, closed>"
