@@ -1,11 +1,11 @@
 // A conversation on disk: messages, date and anchors as JSON, the session's state beside it.
-#include <fstream>
-#include <sstream>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 
 #include "core/atomic_file.h"
 #include "core/hash.h"
+#include "core/read_file.h"
 #include "mustafar/error.h"
 #include "runtime/chat_impl.h"
 #include "runtime/kv_fields.h"
@@ -76,14 +76,14 @@ bool Chat::load(const std::filesystem::path& file) {
   if (!std::filesystem::is_regular_file(file, error)) {
     throw Error(file.string() + ": not a regular file");
   }
-  if (std::filesystem::file_size(file, error) > kMaxChatFileBytes || error) {
+  const uintmax_t bytes = std::filesystem::file_size(file, error);
+  if (error || bytes > kMaxChatFileBytes) {
     throw Error(file.string() + ": too large for a saved chat");
   }
-  std::ifstream in(file, std::ios::binary);
-  std::ostringstream content;
-  content << in.rdbuf();
-  const Json json = Json::parse(content.str(), nullptr, false);
-  if (!in || !json.is_object() || !json.contains("format") || !is_text(json["format"], kFormat) ||
+  const std::optional<std::string> content = read_file(file, bytes);
+  if (!content) throw Error(file.string() + ": cannot be read");
+  const Json json = Json::parse(*content, nullptr, false);
+  if (!json.is_object() || !json.contains("format") || !is_text(json["format"], kFormat) ||
       !json.contains("messages") || !json.contains("date") || !json["date"].is_string()) {
     throw Error(file.string() + ": not a saved chat");
   }

@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <ctime>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <sstream>
+#include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "core/json_text.h"
+#include "core/read_file.h"
 #include "mustafar/error.h"
 #include "text/added_token_files.h"
 #include "text/chat_template_impl.h"
@@ -40,7 +41,7 @@ std::shared_ptr<ChatTemplate::Impl> with_template(std::string source) {
   return impl;
 }
 
-std::string read_file(const fs::path& file) {
+std::string read_template(const fs::path& file) {
   std::error_code error;
   if (!fs::is_regular_file(file, error)) {
     throw TemplateError(file.string() + ": not a regular file");
@@ -49,18 +50,16 @@ std::string read_file(const fs::path& file) {
   if (error || size > kMaxFileBytes) {
     throw TemplateError(jinja::concat(file.string(), ": larger than ", kMaxFileBytes, " bytes"));
   }
-  std::ifstream in(file, std::ios::binary);
-  std::ostringstream content;
-  content << in.rdbuf();
-  if (!in) throw TemplateError(file.string() + ": cannot be read");
-  return content.str();
+  std::optional<std::string> content = read_file(file, size);
+  if (!content) throw TemplateError(file.string() + ": cannot be read");
+  return std::move(*content);
 }
 
 nlohmann::json read_json(const fs::path& file) {
   std::error_code error;
   if (!fs::exists(file, error)) return nullptr;
   try {
-    auto parsed = parse_json_text(read_file(file));
+    auto parsed = parse_json_text(read_template(file));
     if (parsed.is_object()) return parsed;
   } catch (const nlohmann::json::exception&) {
   }
@@ -92,12 +91,12 @@ std::map<std::string, std::string> jinja_files(const fs::path& folder) {
   std::map<std::string, std::string> sources;
   std::error_code error;
   if (fs::exists(folder / "chat_template.jinja", error)) {
-    sources["default"] = read_file(folder / "chat_template.jinja");
+    sources["default"] = read_template(folder / "chat_template.jinja");
   }
   fs::directory_iterator file(folder / "additional_chat_templates", error);
   for (; !error && file != fs::directory_iterator(); file.increment(error)) {
     const fs::path& path = file->path();
-    if (path.extension() == ".jinja") sources[path.stem().string()] = read_file(path);
+    if (path.extension() == ".jinja") sources[path.stem().string()] = read_template(path);
   }
   return sources;
 }
@@ -347,7 +346,7 @@ ChatTemplate ChatTemplate::from_argument(const std::string& argument, const fs::
       if (name == argument) impl = with_template(source);
     }
   } else if (fs::exists(argument, error)) {
-    impl = with_template(read_file(argument));
+    impl = with_template(read_template(argument));
   } else if (!folder.empty() && folder_sources(folder).count(argument) > 0) {
     return from_folder(folder, argument);
   } else {

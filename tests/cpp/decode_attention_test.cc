@@ -57,8 +57,8 @@ using Config = std::tuple<Isa, Types, int32_t, int32_t>;  // head_dim, query hea
 
 class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
  protected:
-  // Where tiles and runs end is the same code for any number of query heads: every instantiation has
-  // one of these two, and long caches take long to pack.
+  // Where tiles and runs end is the same code for any number of query heads: every instantiation
+  // has one of these two, and long caches take long to pack.
   static bool checks_lengths() {
     const int32_t n_queries = std::get<3>(GetParam());
     return n_queries == 2 || n_queries == 4;

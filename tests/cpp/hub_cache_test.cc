@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <optional>
 #include <string>
 #include <vector>
@@ -82,8 +83,10 @@ TEST_F(HubCacheTest, TheMainBranchOfSeveralSnapshots) {
 
 TEST_F(HubCacheTest, WhatIsThereIsTakenAsItIs) {
   EXPECT_EQ(find_model_folder(folder_.path()), folder_.path());
+  std::ofstream(folder_.path() / "model.gguf") << "GGUF";
+  EXPECT_THROW(find_model_folder(folder_.path() / "model.gguf"), ModelError);  // a file
   for (const char* name : {"model", "/a/b", "a/b/c", "./b", "../b", "a/", "/b", "a b/c", "a/.."}) {
-    EXPECT_EQ(find_model_folder(name), fs::path(name)) << name;
+    EXPECT_THROW(find_model_folder(name), Missing<ModelError>) << name;  // and none is an id
   }
 }
 

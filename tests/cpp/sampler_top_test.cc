@@ -46,13 +46,13 @@ TEST(SamplerTopTest, ChoosesTheSameTokens) {
         params_of(1.5, 7, 1.0, 0.0), params_of(1.0, 500, 0.5, 0.0), params_of(1.0, 1, 0.9, 0.3)}) {
     Sampler whole(kVocab, params, {}), top(kVocab, params, {});
     const int32_t needed = top.top_needed(0);
-    EXPECT_EQ(needed, std::max(params.temperature == 0 ? 1 : params.top_k, 3));
+    EXPECT_EQ(needed, std::max(params.temperature == 0 ? 1 : *params.top_k, 3));
     std::mt19937 random(5);
     for (int i = 0; i < 50; i++) {
       const std::vector<float> row = random_row(random);
       const TokenLogprob a = whole.sample(row, {}, 0);
       const TokenLogprob b = top.sample(top_of(row, needed + i % 3));  // more does no harm
-      ASSERT_EQ(a.token_id, b.token_id) << "draw " << i << ", top_k " << params.top_k;
+      ASSERT_EQ(a.token_id, b.token_id) << "draw " << i << ", top_k " << *params.top_k;
       EXPECT_NEAR(a.logprob, b.logprob, 1e-5);
       ASSERT_EQ(a.top.size(), b.top.size());
       for (size_t j = 0; j < a.top.size(); j++) EXPECT_EQ(a.top[j].first, b.top[j].first);

@@ -18,7 +18,7 @@ RANGE = {4: (-8, 7), 8: (-127, 127)}
 DIVISORS = (-8, -7, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75, -9.25, 7, 7.25, -6.5, -9.75)
 
 
-def _divide(x: F32, y: F32) -> F32:
+def _divide(x: F32 | np.float32, y: F32) -> F32:
     """x / y, 0 where that is not finite."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         quotient = np.divide(x, y, dtype=np.float32)
@@ -31,13 +31,14 @@ def _round(x: F32, bits: int) -> F32:
 
 def _scale(x: F32, bits: int) -> F32:
     """The scale of each row of x [rows, inputs of one group]."""
-    largest = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
+    largest: F32 = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
     if bits == 8:
-        return np.abs(largest) / np.float32(127)
+        return np.divide(np.abs(largest), np.float32(127), dtype=np.float32)
     best = np.zeros(len(x), np.float32)
     scale = np.zeros(len(x), np.float32)
     for divisor in DIVISORS:
-        q = _round(x * _divide(np.float32(divisor), largest)[:, None], bits)
+        factor = _divide(np.float32(divisor), largest)
+        q = _round(np.multiply(x, factor[:, None], dtype=np.float32), bits)
         a = np.zeros(len(x), np.float32)
         b = np.zeros(len(x), np.float32)
         for i in range(x.shape[1]):
