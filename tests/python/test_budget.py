@@ -158,4 +158,4 @@ def test_the_command_takes_budgets(model: mustafar.Model, tmp_path: Path) -> Non
         *("--max-kld", 0.01, "--bits", 2),
     )
     assert refused.returncode != 0
-    assert "max_kld takes the place of bits" in refused.stderr
+    assert "--max-kld takes the place of bits" in refused.stderr

@@ -84,7 +84,7 @@ def test_every_command(start: Callable[..., Any], tmp_path: Path) -> None:
     command(child, "/set", r"temp=0  top-k=40 .*max-tokens=8  seed=-1")
     command(child, "/set max-tokens=3", "max-tokens=3")
     assert say(child, "Three")[3] == "3"
-    shown = command(child, "/set top-p=0.5 seed=1 top-k=3", r"(temp=0  .*seed=1)\r")[1]
+    shown = command(child, "/set top-p=0.5 seed=1 top-k=3", r"(temp=0  [^\x1b]*seed=1)")[1]
     command(child, "/set " + shown, "top-k=3  top-p=0.5")  # takes what it prints
     command(child, "/set top-k=5 temp=-1", "--temp must be finite")
     command(child, "/set", "top-k=3  top-p=0.5")

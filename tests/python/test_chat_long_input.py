@@ -101,7 +101,7 @@ def test_sparsity_that_fails_keeps_the_cache(
         "-m", tiny, "--kv-budget", "768K", "--sparsity", 0.9, "--kv-dtype", "auto", "--sinks", 0
     )
     held = say(child, "/read half.txt")[4]
-    command(child, "/sparsity 0.1", r"kv_budget.*; the cache stays as it was, sparsity K 0\.90")
+    command(child, "/sparsity 0.1", r"--kv-budget.*; the cache stays as it was, sparsity K 0\.90")
     assert say(child, "Still here?")[2] == held
 
 

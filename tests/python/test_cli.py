@@ -151,21 +151,21 @@ def test_the_context_limit_ends_the_output_or_refuses_the_prompt():
         (["--sparsity", "1.5"], "sparsity must be at least 0"),
         (["--sparsity", "nan"], "sparsity must be at least 0"),
         (["--sparsity", "half"], "--sparsity"),
-        (["--kv-dtype", "q8_0"], "value_dtype must be one of"),
-        (["--pattern", "rows"], "pattern must be one of"),
+        (["--kv-dtype", "q8_0"], "--kv-dtype must be one of"),
+        (["--pattern", "rows"], "--pattern must be one of"),
         (["--v-policy", "output_aware"], "ranks keys only"),
-        (["--temp", "-1"], "temperature"),
-        (["--top-p", "2"], "top_p"),
+        (["--temp", "-1"], "--temp must be"),
+        (["--top-p", "2"], "--top-p must be"),
         (["-n", "-2"], "-n must be -1"),
         (["-c", "-5"], "-c must be 0"),
         (["-c", "1000000000"], "context"),
         (["-s", "-3"], "-s must be -1"),
         (["--logit-bias", "12"], "--logit-bias"),
-        (["--logit-bias", "99999999+1"], "logit_bias"),
+        (["--logit-bias", "99999999+1"], "--logit-bias must be"),
         (["--stop", ""], "stop"),
         (["--device", "tpu"], "--device"),
         (["--dtype", "q4"], "--dtype"),
-        (["-t", "-1"], "threads"),
+        (["-t", "-1"], "-t is -1"),
         (["--kv-budget", "lots"], "--kv-budget"),
         (["-f", "x"], "excludes"),
         (["--no-such-flag"], "no-such-flag"),
@@ -192,7 +192,7 @@ def test_failures_are_errors_with_a_message(tmp_path):
     assert "no-profile" in result.stderr
     result = generate("-p", PROMPT * 50, "--kv-budget", "1K")
     assert result.returncode == 1
-    assert "kv_budget" in result.stderr
+    assert "--kv-budget" in result.stderr
 
 
 def test_calibrate_writes_a_profile(tmp_path):

@@ -68,7 +68,7 @@ def test_the_command_says_what_is_missing() -> None:
     result = without_gpu(command(), "generate", "-p", "x", "-n", "1", "--device", "cuda")
     assert result.returncode == 1
     assert result.stdout == ""
-    assert result.stderr.startswith('mustafar: device "cuda": '), result.stderr
+    assert result.stderr.startswith('mustafar: --device "cuda": '), result.stderr
     assert any(text in result.stderr for text in EXPECTED), result.stderr
 
 
