@@ -1,5 +1,6 @@
 #include "cli/chat/line_editor.h"
 
+#include <fcntl.h>
 #include <histedit.h>
 #include <poll.h>
 #include <sys/stat.h>
@@ -43,16 +44,35 @@ void use_utf8_locale() {
   }
 }
 
-// Waits for a byte of stdin: 1 with one, 0 at the end, -1 when Ctrl-C came instead. on_wake: called
-// after signals.
+// Stdin's terminal, opened once more so that reading it never waits: Ctrl-C takes away what was
+// typed before it, also behind the back of a poll that has seen it.
+int open_terminal() {
+  const int fd = ::open("/proc/self/fd/0", O_RDONLY | O_NONBLOCK | O_CLOEXEC | O_NOCTTY);
+  return fd >= 0 ? fd : STDIN_FILENO;
+}
+
+// Waits for a byte of the terminal: 1 with one, 0 at the end, -1 when Ctrl-C came instead. on_wake:
+// called after signals. They come while it waits and at no other time, or one between the question
+// and the wait would be slept through.
 template <typename OnWake>
-int read_byte(unsigned char* byte, const OnWake& on_wake) {
+int read_byte(int terminal, unsigned char* byte, const OnWake& on_wake) {
+  sigset_t signals, before;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGWINCH);
   while (true) {
-    if (interrupted()) return -1;
-    on_wake();
-    pollfd fd = {STDIN_FILENO, POLLIN, 0};
-    if (poll(&fd, 1, -1) < 0 && errno == EINTR) continue;
-    const ssize_t n = ::read(STDIN_FILENO, byte, 1);
+    pthread_sigmask(SIG_BLOCK, &signals, &before);
+    const bool stop = interrupted();
+    int ready = -1;
+    if (!stop) {
+      on_wake();
+      pollfd fd = {terminal, POLLIN, 0};
+      ready = ppoll(&fd, 1, nullptr, &before);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    if (stop) return -1;
+    if (ready < 0) continue;  // a signal
+    const ssize_t n = ::read(terminal, byte, 1);
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
     return n == 1 ? 1 : 0;
   }
@@ -91,6 +111,7 @@ struct LineEditor::Impl {
   Completer completer;
   EditLine* editor = nullptr;
   History* history = nullptr;
+  int terminal = STDIN_FILENO;
   std::string prompt;
   std::deque<unsigned char> put_back;
   bool pasting = false;
@@ -111,7 +132,7 @@ struct LineEditor::Impl {
 
   // A byte of the terminal, or of what was looked at and put back.
   int next_byte(unsigned char* byte) {
-    if (put_back.empty()) return read_byte(byte, [this] { show_resize(); });
+    if (put_back.empty()) return read_byte(terminal, byte, [this] { show_resize(); });
     *byte = put_back.front();
     put_back.pop_front();
     return 1;
@@ -265,6 +286,7 @@ LineEditor::LineEditor(std::string program, std::string history_file, Completer 
   if (!impl_->history_problem.empty()) impl_->history_file.clear();
   impl_->editor = el_init(program.c_str(), stdin, stdout, stderr);
   if (!impl_->editor) return;
+  impl_->terminal = open_terminal();
   EditLine* editor = impl_->editor;
   el_set(editor, EL_CLIENTDATA, impl_.get());
   el_set(editor, EL_PROMPT_ESC, &Impl::show_prompt, '\1');
@@ -298,6 +320,7 @@ LineEditor::~LineEditor() {
     std::fputs(kNoMarks, stdout);
     std::fflush(stdout);
     el_end(impl_->editor);
+    if (impl_->terminal != STDIN_FILENO) ::close(impl_->terminal);
   }
   if (impl_->history) history_end(impl_->history);
 }
