@@ -114,7 +114,7 @@ finish() {
 }
 
 # What the quick loop leaves out of ctest, and what of pytest it takes.
-slow_tests='installed_package|CudaSession.S'
+slow_tests='installed_package|^CudaSession|^CudaCalibration'
 quick_tests=(tests/python/test_{include_order,types,import,session,state_file,chat,memory,gpu_check}.py)
 
 if [ -n "$quick" ]; then
