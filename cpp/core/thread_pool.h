@@ -35,7 +35,17 @@ class ThreadPool {
         const_cast<void*>(static_cast<const void*>(&body)));
   }
 
+  // The same for n rows of an array; on the calling thread alone where they have so few words that
+  // it is done before a region would have started.
+  template <typename Body>
+  void parallel_rows(int64_t n, int64_t words_per_row, Body&& body) {
+    if (n * words_per_row > kFewWords) return parallel_for(n, body);
+    for (int64_t i = 0; i < n; i++) body(i, 0);
+  }
+
  private:
+  static constexpr int64_t kFewWords = 16 * 1024;
+
   using Function = void (*)(void* context, int64_t i, int worker);
 
   void run(int64_t n, Function function, void* context);

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,9 @@ def test_every_prompt_has_its_own_parameters() -> None:
     assert model.generate([], []) == []
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads came with 3.11")
 def test_types_of_answers() -> None:
-    overloads = pytest.importorskip("typing").get_overloads(mustafar.Model.chat_completion)
+    overloads = typing.get_overloads(mustafar.Model.chat_completion)
     types = {o.__annotations__["stream"]: o.__annotations__["return"] for o in overloads}
     assert types["Literal[False] | None"] == "dict[str, Any]"
     assert types["Literal[True]"] == "Iterator[dict[str, Any]]"

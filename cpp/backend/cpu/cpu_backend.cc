@@ -64,18 +64,6 @@ void dequantise_row(const Matrix& w, int64_t row, float* out) {
   }
 }
 
-// Work of at most so many words is done on the calling thread sooner than a region is started.
-constexpr int64_t kFewWords = 16 * 1024;
-
-template <typename Body>
-void for_rows(ThreadPool& pool, int64_t n, int64_t words_per_row, Body&& body) {
-  if (n * words_per_row <= kFewWords) {
-    for (int64_t i = 0; i < n; i++) body(i, 0);
-  } else {
-    pool.parallel_for(n, body);
-  }
-}
-
 }  // namespace
 
 CpuBackend::CpuBackend(const ModelConfig& config, DType dtype, int32_t threads, Isa isa)
@@ -161,7 +149,7 @@ void CpuBackend::embed(const Weights& weights, std::span<const int32_t> token_id
 const float* CpuBackend::norm_rows(const float* x, const float* weight, int64_t n, int64_t hidden,
                                    CpuWorkspace& workspace) {
   float* out = grow<float>(workspace.normed, n * hidden);
-  for_rows(pool_, n, hidden, [&](int64_t i, int) {
+  pool_.parallel_rows(n, hidden, [&](int64_t i, int) {
     kernels_.rms_norm(x + i * hidden, weight, eps_, hidden, out + i * hidden);
   });
   return out;
@@ -169,8 +157,9 @@ const float* CpuBackend::norm_rows(const float* x, const float* weight, int64_t 
 
 PackedInput CpuBackend::pack(const float* x, int64_t n, int64_t cols, CpuWorkspace& workspace) {
   const PackedInput packed(gemm_, n, cols, workspace.packed);
-  for_rows(pool_, packed.n_panels(), cols * gemm_.rows,
-           [&](int64_t panel, int) { packed.pack(panel, x + panel * gemm_.rows * cols, cols); });
+  pool_.parallel_rows(packed.n_panels(), cols * gemm_.rows, [&](int64_t panel, int) {
+    packed.pack(panel, x + panel * gemm_.rows * cols, cols);
+  });
   return packed;
 }
 
@@ -187,7 +176,7 @@ void CpuBackend::prepare_rope(const Weights& weights, const Batch& batch, CpuWor
   workspace.rope_positions.clear();
   float* cos = grow<float>(workspace.rope, 2 * batch.n_rows * half);
   float* sin = cos + batch.n_rows * half;
-  for_rows(pool_, batch.n_rows, 32 * half, [&](int64_t row, int) {
+  pool_.parallel_rows(batch.n_rows, 32 * half, [&](int64_t row, int) {
     for (int64_t i = 0; i < half; i++) {
       const float angle = static_cast<float>(positions[row]) * weights.rope_frequencies[i];
       cos[row * half + i] = std::cos(angle);
@@ -275,13 +264,13 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
   ws.workers.resize(pool_.size());
   for (HostBuffer& buffer : ws.workers) grow<float>(buffer, q_dim);
   for (const SequenceStep& step : batch.sequences) {
-    for_rows(pool_, step.n_rows, (step.transform.is_identity() ? 1 : head_dim_) * q_dim,
-             [&](int64_t i, int worker) {
-               const int64_t row = step.row0 + i;
-               finish_row(layer, step, static_cast<int32_t>(i), cos + row * half, sin + row * half,
-                          q + row * q_dim, k + row * kv_dim, v + row * kv_dim,
-                          ws.workers[worker].as<float>());
-             });
+    pool_.parallel_rows(step.n_rows, (step.transform.is_identity() ? 1 : head_dim_) * q_dim,
+                        [&](int64_t i, int worker) {
+                          const int64_t row = step.row0 + i;
+                          finish_row(layer, step, static_cast<int32_t>(i), cos + row * half,
+                                     sin + row * half, q + row * q_dim, k + row * kv_dim,
+                                     v + row * kv_dim, ws.workers[worker].as<float>());
+                        });
     record_query_magnitude(step, layer, n_heads_, n_kv_heads_, head_dim_, q + step.row0 * q_dim);
   }
 }
@@ -321,7 +310,7 @@ void CpuBackend::attend(int32_t layer, const Batch& batch, const float* q, float
     const int32_t groups = step.transform.v_groups;
     if (back == nullptr && groups == 1) continue;
     if (back != nullptr) back += head_index(layer, n_kv_heads_, 0) * d * d;
-    for_rows(pool_, step.n_rows, q_dim * (back != nullptr ? d : 1), [&](int64_t i, int worker) {
+    pool_.parallel_rows(step.n_rows, q_dim * (back != nullptr ? d : 1), [&](int64_t i, int worker) {
       float* row = out + (step.row0 + i) * q_dim;
       float* scratch = ws.workers[worker].as<float>();
       if (back == nullptr) {
@@ -378,7 +367,7 @@ void CpuBackend::logits(const Weights& weights, const Batch& batch, std::span<co
   const Matrix& head = weights.lm_head;
   const int64_t n = static_cast<int64_t>(rows.size()), hidden = head.cols;
   float* normed = grow<float>(ws.normed, n * hidden);
-  for_rows(pool_, n, hidden, [&](int64_t i, int) {
+  pool_.parallel_rows(n, hidden, [&](int64_t i, int) {
     kernels_.rms_norm(x + rows[i] * hidden, weights.final_norm, eps_, hidden, normed + i * hidden);
   });
   const LinearLayer layers[] = {{&head, nullptr, logits, head.rows, false}};

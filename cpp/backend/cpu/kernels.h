@@ -22,12 +22,9 @@ inline constexpr int32_t kGemmStride = kGemmSteps + 16;
 // Keys that prefill attention takes at a time.
 inline constexpr int32_t kKeyTile = 256;
 
-// y[b][r - row0] = sum_c W[r][c] x[b][c] + bias[r], r in [row0, row1); added to y where `add` is
-// set. How a sum is ordered depends on cols alone.
-struct GemvArgs {
-  const void* weights = nullptr;  // [rows][cols]
-  DType dtype = DType::kF32;      // of the weights: f32, f16 or bf16
-  int64_t cols = 0;
+// Rows of a product of a matrix with a few activation rows: y[b][r - row0] = sum_c W[r][c] x[b][c]
+// + bias[r], r in [row0, row1); added to y where `add` is set.
+struct ProductArgs {
   int64_t row0 = 0;
   int64_t row1 = 0;
   const float* x = nullptr;  // [batch] rows, x_stride apart
@@ -37,6 +34,13 @@ struct GemvArgs {
   float* y = nullptr;           // [batch] rows, y_stride apart
   int64_t y_stride = 0;
   bool add = false;
+};
+
+// How a sum is ordered depends on cols alone.
+struct GemvArgs : ProductArgs {
+  const void* weights = nullptr;  // [rows][cols]
+  DType dtype = DType::kF32;      // of the weights: f32, f16 or bf16
+  int64_t cols = 0;
 };
 
 // Activations of a product with a quantised matrix, rounded to int8 in groups of kInnerStep inputs
@@ -56,21 +60,12 @@ struct Int8Input {
   }
 };
 
-// The product of a quantised matrix with a few activation rows: y as in GemvArgs. Either x or
-// input. An int8 product is the sum over groups of scale * (sum of input scale * integer sum), with
+// The product of a quantised matrix, of x or, rounded, of input. row0: a multiple of kTileRows. An
+// int8 product is the sum over groups of scale * (sum of input scale * integer sum), with
 // fused multiply-adds in the order of the inputs: every instruction set computes the same bits.
-struct QuantisedGemvArgs {
+struct QuantisedGemvArgs : ProductArgs {
   const Matrix* weights = nullptr;
-  int64_t row0 = 0;  // a multiple of kTileRows
-  int64_t row1 = 0;
-  const float* x = nullptr;  // [batch] rows, x_stride apart
-  int64_t x_stride = 0;
   Int8Input input;
-  int32_t batch = 0;
-  const float* bias = nullptr;  // [rows] or null
-  float* y = nullptr;           // [batch] rows, y_stride apart, from row0 on
-  int64_t y_stride = 0;
-  bool add = false;
 
   void store(int64_t row, int32_t b, float sum) const {
     if (row >= row1) return;

@@ -33,14 +33,6 @@ int64_t gemv_task_rows(const Matrix& w, int threads) {
   return std::max(block, rows / block * block);
 }
 
-// Activations of a decode step: x [batch] rows, x_stride apart, and those rounded to int8 if any.
-struct DecodeInput {
-  const float* x = nullptr;
-  int64_t x_stride = 0;
-  int32_t batch = 0;
-  Int8Input int8;
-};
-
 // The int8 activations that quantised matrices of `cols` inputs take, in the workspace.
 Int8Input quantise_rows(ThreadPool& pool, const Kernels& kernels, const float* x, int64_t x_stride,
                         int32_t batch, int64_t cols, CpuWorkspace& workspace) {
@@ -55,48 +47,16 @@ Int8Input quantise_rows(ThreadPool& pool, const Kernels& kernels, const float* x
     kernels.quantise_input(x + b * x_stride, cols, static_cast<int32_t>(b) - first,
                            std::min(kInputBlock, batch - first), input.block(first, inner));
   };
-  if (batch * cols <= 16 * 1024) {  // cheaper than the start of a region
-    for (int64_t b = 0; b < batch; b++) row(b, 0);
-  } else {
-    pool.parallel_for(batch, row);
-  }
+  pool.parallel_rows(batch, cols, row);
   return input;
 }
 
-// y [batch] rows, y_stride apart, = or += rows [row0, row1) of w x + bias.
-void multiply_rows(const Kernels& kernels, const Matrix& w, int64_t row0, int64_t row1,
-                   const DecodeInput& input, const float* bias, float* y, int64_t y_stride,
-                   bool add) {
-  if (w.quantised()) {
-    QuantisedGemvArgs args;
-    args.weights = &w;
-    args.row0 = row0;
-    args.row1 = row1;
-    args.x = input.x;
-    args.x_stride = input.x_stride;
-    args.input = input.int8;
-    args.batch = input.batch;
-    args.bias = bias;
-    args.y = y;
-    args.y_stride = y_stride;
-    args.add = add;
-    input.int8.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
-    return;
-  }
-  GemvArgs args;
-  args.weights = w.data;
-  args.dtype = w.dtype;
-  args.cols = w.cols;
-  args.row0 = row0;
-  args.row1 = row1;
-  args.x = input.x;
-  args.x_stride = input.x_stride;
-  args.batch = input.batch;
-  args.bias = bias;
-  args.y = y;
-  args.y_stride = y_stride;
-  args.add = add;
-  kernels.gemv(args);
+// input: the activations of `product` rounded to int8, or none.
+void multiply_rows(const Kernels& kernels, const Matrix& w, const ProductArgs& product,
+                   const Int8Input& input) {
+  if (!w.quantised()) return kernels.gemv(GemvArgs{product, w.data, w.dtype, w.cols});
+  const QuantisedGemvArgs args{product, &w, input};
+  input.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
 }
 
 // Outputs per GEMM task: a multiple of the panel, smaller where threads would be left without.
@@ -251,19 +211,21 @@ void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const Lin
                    const float* x, int64_t x_stride, int32_t batch, bool int8_input,
                    CpuWorkspace& workspace) {
   std::vector<Task> tasks;
-  DecodeInput input{x, x_stride, batch, {}};
+  Int8Input input;
   for (size_t i = 0; i < layers.size(); i++) {
     const Matrix& w = *layers[i].weights;
     split(static_cast<int32_t>(i), w.rows, gemv_task_rows(w, pool.size()), tasks);
-    if (int8_input && w.quantised() && input.int8.codes == nullptr) {
-      input.int8 = quantise_rows(pool, kernels, x, x_stride, batch, w.cols, workspace);
+    if (int8_input && w.quantised() && input.codes == nullptr) {
+      input = quantise_rows(pool, kernels, x, x_stride, batch, w.cols, workspace);
     }
   }
   pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
     const Task& task = tasks[i];
     const LinearLayer& layer = layers[task.layer];
-    multiply_rows(kernels, *layer.weights, task.row0, task.row1, input, layer.bias,
-                  layer.out + task.row0, layer.out_stride, layer.add);
+    multiply_rows(kernels, *layer.weights,
+                  {task.row0, task.row1, x, x_stride, batch, layer.bias, layer.out + task.row0,
+                   layer.out_stride, layer.add},
+                  input);
   });
 }
 
@@ -273,17 +235,20 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
   const int64_t n = layer.gate.rows, cols = layer.gate.cols;
   const int64_t step =
       std::max(gemv_task_rows(layer.gate, pool.size()), gemv_task_rows(layer.up, pool.size()));
-  DecodeInput input{x, cols, batch, {}};
+  Int8Input input;
   if (int8_input && (layer.gate.quantised() || layer.up.quantised())) {
-    input.int8 = quantise_rows(pool, kernels, x, cols, batch, cols, workspace);
+    input = quantise_rows(pool, kernels, x, cols, batch, cols, workspace);
   }
   workspace.workers.resize(pool.size());
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, batch * step);
   pool.parallel_for((n + step - 1) / step, [&](int64_t i, int worker) {
     const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
     float* up = workspace.workers[worker].as<float>();  // [batch][step]
-    multiply_rows(kernels, layer.gate, row0, row1, input, nullptr, out + row0, n, false);
-    multiply_rows(kernels, layer.up, row0, row1, input, nullptr, up, step, false);
+    ProductArgs product{row0, row1, x, cols, batch, nullptr, out + row0, n, false};
+    multiply_rows(kernels, layer.gate, product, input);
+    product.y = up;
+    product.y_stride = step;
+    multiply_rows(kernels, layer.up, product, input);
     for (int32_t b = 0; b < batch; b++) {
       float* gate = out + b * n + row0;
       kernels.silu_mul(
