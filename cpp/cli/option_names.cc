@@ -31,7 +31,8 @@ const Names& names() {
                  {"stop", "--stop"},
                  {"threads", "-t"},
                  {"device", "--device"},
-                 {"dtype", "--dtype"}};
+                 {"dtype", "--dtype"},
+                 {"weights", "-w"}};
     for_each_kv_field([&](const auto& field) { all.emplace_back(field.name, field.option); });
     return all;
   }();

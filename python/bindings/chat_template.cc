@@ -143,10 +143,11 @@ Raises TemplateError naming the line for a template that does not parse or fails
           R"(The prompt for a list of messages, dicts with "role" and "content".
 
 bos_token, eos_token: None for those of the template's folder, or "". tools: a list of tool
-definitions. date: what strftime_now prints, a str (ISO), date or datetime; None for now. continue_final_message: end inside
-the last message, so that the reply continues it; True, or the name of another field of the message
-than "content"; ValueError where the template leaves that out. Further keyword arguments are variables of the template. Raises TemplateError, and TypeError or ValueError
-for values that JSON does not have.)")
+definitions. date: what strftime_now prints, a str (ISO), date or datetime; None for now.
+continue_final_message: end inside the last message, so that the reply continues it; True, or the
+name of another field of the message than "content"; ValueError where the template leaves that out.
+Further keyword arguments are variables of the template. Raises TemplateError, and TypeError or
+ValueError for values that JSON does not have.)")
       .def(
           "render_marked",
           [](const ChatTemplate& self, const py::object& messages, bool add_generation_prompt,

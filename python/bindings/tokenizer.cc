@@ -108,9 +108,10 @@ Token ids of a conversation as the model expects it: the chat template rendered,
 as their ids. A special token that a message spells stays text.
 
 messages: dicts with "role" and "content". add_generation_prompt: end with what starts the
-assistant's turn; None is True, but with continue_final_message. continue_final_message: end inside
-the last message instead, so that the reply continues it; True, or the name of another field of the
-message than "content"; ValueError where the template leaves that out. tokenize: False gives the text instead. tools: a list of tool definitions.
+assistant's turn; None: unless continue_final_message. continue_final_message: end inside the last
+message instead, so that the reply continues it; True, or the name of another field of the message
+than "content"; ValueError where the template leaves that out. tokenize: False gives the text
+instead. tools: a list of tool definitions.
 chat_template: a ChatTemplate, or the name of a built-in one or a file; None is the one beside
 tokenizer.json. bos_token, eos_token: None for those of the template's folder. date: what
 strftime_now prints, a str (ISO), date or datetime; None for now. Further keyword arguments are

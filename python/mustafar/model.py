@@ -56,7 +56,7 @@ class Model(Closing):
             rounded on loading, with a scale for every 32 inputs of a row, the embedding and the
             head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or ``"int8:row"``.
             This is plain rounding: 8 bits change little, 4 cost a small model much (SmolLM2-135M:
-            a quarter more perplexity). CPU only: ``device="auto"`` takes the CPU then. Decode
+            a fifth more perplexity; docs/results/quality.md). CPU only: ``device="auto"`` takes the CPU then. Decode
             rounds activations to int8 in groups of 32, too, unless ``dtype`` is ``"f32"``.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
             quota allow.

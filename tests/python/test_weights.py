@@ -117,4 +117,4 @@ def test_the_command_takes_weights() -> None:
     assert run("generate", "-w", "int8", "-p", "Once", "-n", "5", "-s", "1").returncode == 0
     refused = run("generate", "-w", "int2", "-p", "Once")
     assert refused.returncode != 0
-    assert 'weights is "int2"' in refused.stderr
+    assert '-w is "int2", must be auto' in refused.stderr
