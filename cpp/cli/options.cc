@@ -81,14 +81,6 @@ CLI::Option* add_weights_option(CLI::App& command, std::string& weights) {
       .add_option("-w,--weights", weights,
                   "Weights in memory: auto (as stored), int8 or int4 (rounded on loading; CPU), "
                   "with another group of inputs to a scale than 32 as in int4:64 or int8:row")
-      ->check([](const std::string& text) {
-        try {
-          parse_weight_format(text);
-        } catch (const std::invalid_argument& error) {
-          return std::string(error.what());
-        }
-        return std::string();
-      })
       ->capture_default_str();
 }
 
@@ -124,6 +116,7 @@ ModelOptions ModelFlags::options() const {
   if (kv_budget > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) {
     throw std::invalid_argument("--kv-budget is more than 2^63 - 1 bytes");
   }
+  parse_weight_format(weights);  // refused before a model is looked for
   ModelOptions options;
   options.device = device;
   options.dtype = dtype;
