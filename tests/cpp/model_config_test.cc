@@ -270,6 +270,20 @@ TEST(ModelConfigTest, YarnReachesItsFactor) {
   EXPECT_EQ(yarn(R"("factor":0.5)").max_position_embeddings, 100);
 }
 
+TEST(ModelConfigTest, LongRopeHasOlderNames) {
+  for (const char* name : {"longrope", "su", "yarn"}) {
+    const ModelConfig config = read(changed(
+        R"({"model_type":"phi3","max_position_embeddings":8192,"rope_scaling":{
+              "short_factor":[1],"long_factor":[4],"type":")" +
+        std::string(name) + "\"}}"));
+    EXPECT_EQ(config.rope_scaling, RopeScaling::kLongRope);
+    EXPECT_EQ(config.rope_original_context, 4096);
+    EXPECT_NEAR(config.rope_attention_factor, std::sqrt(1 + 1 / 12.0), 1e-12);
+    EXPECT_EQ(config.rope_inverse_frequencies(), std::vector<float>{1.0f});
+    EXPECT_EQ(config.rope_inverse_frequencies(true), std::vector<float>{0.25f});
+  }
+}
+
 TEST(ModelConfigTest, FamiliesHaveDefaultsOfTheirOwn) {
   const std::string missing = R"("rms_norm_eps":"REMOVE","rope_theta":"REMOVE",)"
                               R"("head_dim":"REMOVE","max_position_embeddings":"REMOVE",)"

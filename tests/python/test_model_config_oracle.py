@@ -100,7 +100,7 @@ def same(expected: Any, frequencies: list[float]) -> None:
     assert np.mean(ulps == 0) >= 0.75
 
 
-@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])  # names that Phi-3 has had for it
+@pytest.mark.parametrize("kind", ["longrope", "yarn"])  # an older name of it in Phi-3's folders
 @pytest.mark.parametrize("partial", [1.0, 0.75])
 def test_longrope_frequencies(kind: str, partial: float, tmp_path: Path) -> None:
     from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
