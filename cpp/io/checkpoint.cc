@@ -194,10 +194,9 @@ void Checkpoint::take_all(Sources sources) {
       take(sources, layer + name + ".weight", {rows, cols});
       if (bias) take(sources, layer + name + ".bias", {rows});
     };
+    const char* other = traits.norm_after ? "post_feedforward_layernorm" : "input_layernorm";
+    take(sources, layer + other + ".weight", {hidden});
     take(sources, layer + "post_attention_layernorm.weight", {hidden});
-    take(sources,
-         layer + (traits.norm_after ? "post_feedforward_layernorm" : "input_layernorm") + ".weight",
-         {hidden});
     if (traits.fused_projections) {
       linear("self_attn.qkv_proj", q_rows + 2 * kv_rows, hidden, false);
       linear("mlp.gate_up_proj", 2 * intermediate, hidden, false);

@@ -173,8 +173,8 @@ class CpuBackendTest : public testing::TestWithParam<std::tuple<Isa, DType>> {
   }
   static void poison(Workspace& workspace) {
     CpuWorkspace& ws = static_cast<CpuWorkspace&>(workspace);
-    for (HostBuffer* b :
-         {&ws.normed, &ws.keys, &ws.values, &ws.gated, &ws.packed, &ws.rope, &ws.attention}) {
+    for (HostBuffer* b : {&ws.normed, &ws.keys, &ws.values, &ws.gated, &ws.packed, &ws.branch,
+                          &ws.rope, &ws.attention}) {
       if (b->bytes() > 0) std::memset(b->data(), 0xff, b->bytes());
     }
     for (HostBuffer& b : ws.workers) std::memset(b.data(), 0xff, b.bytes());
