@@ -22,6 +22,7 @@ struct Sequence {
   size_t index = 0;             // of its prompt
   std::vector<int32_t> tokens;  // prompt, then what was made
   std::unique_ptr<TokenLoop> loop;
+  int64_t most_tokens = 0;     // it can come to
   int64_t reserved_bytes = 0;  // of cache, at its longest
   std::optional<SequenceCache> cache;
   std::unique_ptr<Prefill> prefill;
@@ -71,13 +72,14 @@ class Scheduler {
     if (n == 0) throw std::invalid_argument(name + " is empty");
     if (n > context) {
       throw ContextOverflow(name + " has " + std::to_string(n) +
-                            " tokens, more than the model's context of " + std::to_string(context));
+                            " tokens, more than the model's context of " + std::to_string(context) +
+                            engine_.config.why_context_ends());
     }
     check_token_ids(sequence->tokens, engine_.config.vocab_size, name + ": ");
     sequence->loop = std::make_unique<TokenLoop>(params, engine_.config, tokenizer);
     sequence->loop->start_after(sequence->tokens);
-    sequence->reserved_bytes =
-        SequenceCache::bytes_for(*spec_, n, std::min<int64_t>(n + params.max_new_tokens, context));
+    sequence->most_tokens = std::min<int64_t>(n + params.max_new_tokens, context);
+    sequence->reserved_bytes = SequenceCache::bytes_for(*spec_, n, sequence->most_tokens);
     return sequence;
   }
 
@@ -98,7 +100,7 @@ class Scheduler {
                         " are free: raise kv_budget, raise sparsity or lower max_new_tokens");
     }
     reserved_bytes_ += next.reserved_bytes;
-    next.cache.emplace(engine_.new_cache(spec_));
+    next.cache.emplace(engine_.new_cache(spec_, next.most_tokens));
     next.prefill =
         std::make_unique<Prefill>(*engine_.llama, *next.cache, next.tokens, prefill_buffers_);
     prefilling_ = std::move(waiting_.front());
