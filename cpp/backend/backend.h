@@ -9,6 +9,7 @@
 //   prefill  any number of rows.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -38,11 +39,12 @@ struct Matrix {
   // Of quantised matrices alone.
   int32_t group = 0;  // inputs that share a scale
   DType scale_dtype = DType::kF16;
-  const void* scales = nullptr;    // [tile][group][16 rows] scale_dtype
-  const uint8_t* zeros = nullptr;  // [tile][group][16 rows] or null: symmetric
+  const void* scales = nullptr;  // [tile][group][16 rows] scale_dtype
+  Offset offset = Offset::kNone;
+  const void* offsets = nullptr;  // [tile][group][16 rows] uint8 zeros or scale_dtype minimums
 
   bool quantised() const { return !is_float(dtype); }
-  QuantisedShape shape() const { return {dtype, scale_dtype, zeros != nullptr, group, rows, cols}; }
+  QuantisedShape shape() const { return {dtype, scale_dtype, offset, group, rows, cols}; }
   // A quantised matrix over the shape's one allocation.
   static Matrix of(const QuantisedShape& shape, const void* memory) {
     const uint8_t* at = static_cast<const uint8_t*>(memory);
@@ -53,7 +55,19 @@ struct Matrix {
             shape.group,
             shape.scale_dtype,
             at + shape.scales_at(),
-            shape.has_zeros ? at + shape.zeros_at() : nullptr};
+            shape.offset,
+            shape.offset != Offset::kNone ? at + shape.offsets_at() : nullptr};
+  }
+  // The zero at a place of scales, of a matrix that has no minimums.
+  int32_t zero(int64_t at) const {
+    return offset == Offset::kZeros ? static_cast<const uint8_t*>(offsets)[at] : middle_code(dtype);
+  }
+  // The weight of a code with the scale and offset at a place of those.
+  float weight(int32_t code, int64_t at) const {
+    const float scale = load_float(scales, scale_dtype, at);
+    return offset == Offset::kMinimums
+               ? std::fma(scale, static_cast<float>(code), load_float(offsets, scale_dtype, at))
+               : scale * static_cast<float>(code - zero(at));
   }
 };
 
@@ -159,9 +173,9 @@ class Backend {
 
   virtual std::unique_ptr<Workspace> make_workspace() = 0;
 
-  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes and f16 scales of a
-  // symmetric shape, in memory of shape.bytes(). False where a value is not finite or no f16 scale
-  // holds it. Only where quantised_weights().
+  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes, f16 scales and f16
+  // minimums of a shape that has those, in memory of shape.bytes(). False where a value is not
+  // finite or no f16 scale holds it. Only where quantised_weights().
   virtual bool quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
     (void)stored, (void)shape, (void)memory;
     throw std::logic_error(device() + " has no quantised weights");

@@ -84,14 +84,14 @@ class Loader {
     source_.prepare(stored.data, bytes);
     if (!backend_->quantise(stored, shape, owned_.back()->data())) {
       throw ModelError("tensor \"" + name + "\" has values that weights \"" + format.name() +
-                       "\" can't hold: expected finite ones, in groups whose scale fits f16");
+                       "\" can't hold: expected finite ones, in groups whose range fits f16");
     }
     const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
     sample_bytes(quantised.data, shape.scales_at());  // without the padding that follows
-    sample_bytes(quantised.scales,
-                 dtype_bytes(shape.scale_dtype, shape.n_tiles() * shape.tile_scales()));
+    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
+    sample_bytes(quantised.offsets, shape.offset_bytes());
     source_.release(stored.data, bytes);
     report(bytes);
     return quantised;

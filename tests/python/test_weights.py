@@ -37,9 +37,10 @@ def test_codes_are_those_of_the_reference(name: str, shape: tuple[int, int]) -> 
     weights = (random.standard_t(4, shape) * 0.02).astype(np.float32)
     weights[-1, -1] = 0
     weights[0, : shape[1] // 2] = np.float32(0.25)  # ties
-    codes, scales = reference.quantise_matrix(weights, bits, group)
-    ours, our_scales = _core.quantise_weights(weights, name)
+    codes, scales, minimums = reference.quantise_matrix(weights, bits, group)
+    ours, our_scales, our_minimums = _core.quantise_weights(weights, name)
     assert np.array_equal(our_scales.view(np.uint16), scales.view(np.uint16))
+    assert np.array_equal(our_minimums.view(np.uint16), minimums.view(np.uint16))
     assert np.array_equal(ours, codes)
 
 
@@ -54,8 +55,8 @@ def dequantised(folder: Path, out: Path, name: str) -> None:
             continue
         vocabulary = "embed_tokens" in key or "lm_head" in key
         chosen = (8, 32) if vocabulary and bits == 4 else (bits, group)
-        codes, scales = reference.quantise_matrix(tensor.float().numpy(), *chosen)
-        tensors[key] = torch.from_numpy(reference.dequantise_matrix(codes, scales, *chosen))
+        rounded = reference.quantise_matrix(tensor.float().numpy(), *chosen)
+        tensors[key] = torch.from_numpy(reference.dequantise_matrix(*rounded, chosen[1]))
     safetensors.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text())
     for field in ("torch_dtype", "dtype"):

@@ -57,10 +57,7 @@ void dequantise_row(const Matrix& w, int64_t row, float* out) {
   const QuantisedShape shape = w.shape();
   const uint8_t* codes = static_cast<const uint8_t*>(w.data);
   for (int64_t c = 0; c < w.cols; c++) {
-    const int64_t at = scale_at(shape, row, c);
-    const int32_t zero = w.zeros != nullptr ? w.zeros[at] : middle_code(w.dtype);
-    out[c] = load_float(w.scales, w.scale_dtype, at) *
-             static_cast<float>(code_at(shape, codes, row, c) - zero);
+    out[c] = w.weight(code_at(shape, codes, row, c), scale_at(shape, row, c));
   }
 }
 
@@ -120,11 +117,13 @@ std::unique_ptr<Workspace> CpuBackend::make_workspace() { return std::make_uniqu
 bool CpuBackend::quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
   uint8_t* const codes = static_cast<uint8_t*>(memory);
   uint16_t* const scales = reinterpret_cast<uint16_t*>(codes + shape.scales_at());
+  uint16_t* const minimums = reinterpret_cast<uint16_t*>(codes + shape.offsets_at());
   std::vector<HostBuffer> scratch(pool_.size());
   for (HostBuffer& buffer : scratch) grow<float>(buffer, shape.inner() * kTileRows);
   std::atomic<bool> fine = true;
   pool_.parallel_for(shape.n_tiles(), [&](int64_t tile, int worker) {
-    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, scratch[worker].as<float>())) {
+    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, minimums,
+                                scratch[worker].as<float>())) {
       fine = false;
     }
   });
