@@ -29,6 +29,7 @@ _FINISH_REASONS = {
     "length": "length",
     "context": "length",
     "cancelled": "stop",
+    "timeout": "stop",
 }
 
 # What clients send about themselves, or to choose among servers: nothing here depends on it.
