@@ -171,7 +171,7 @@ class Model(Closing):
             raise ValueError(f"params has {len(params)} elements for {len(prompts)} prompts")
         native = self._core.generate(
             prompts,
-            [SamplingParams.merge(each, sampling)._native() for each in params],
+            [SamplingParams.merge(each, sampling)._native(self._core) for each in params],
             (kv or KVConfig())._native(),
             max_batch,
             parse_special,
@@ -259,13 +259,16 @@ class Model(Closing):
                 for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
                 ``top_logprobs``. With ``continue_final_message=True`` the reply goes on inside the
                 last message, which the assistant began; the choices hold what is new.
+                ``response_format`` of type ``json_object`` or ``json_schema`` makes the reply JSON
+                (the extra ``mustafar[grammar]``); such a reply is never read as a tool call.
 
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
 
         Raises:
             TypeError: A field that is not known, or a value of the wrong kind; named.
-            ValueError: A value that is not served, such as a ``response_format`` but text; named.
+            ValueError: A value that is not served, such as a schema with keywords that llguidance
+                does not know; named.
             TemplateError: A conversation that the template refuses.
         """
         if session is None:
