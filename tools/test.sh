@@ -1,7 +1,7 @@
 #!/bin/bash
 # Every test, from a fresh clone: installs what is missing (system packages only as root), builds the
 # wheel, the C++ tests and their ASan + UBSan build, and runs ctest, pytest, clang-format, clang-tidy,
-# ruff and mypy.
+# ruff and mypy, and builds the documentation site.
 #
 #   tools/test.sh        all of it
 #   tools/test.sh -q     the quick loop, where all of it ran once: installs nothing, builds the
@@ -129,7 +129,7 @@ fi
 step "wheel and test tools"
 [ -x .venv/bin/python ] || python3 -m venv .venv
 pip install -q --disable-pip-version-check "-Ccmake.define.MUSTAFAR_CUDA=$wheel_cuda" \
-  -Ccmake.define.MUSTAFAR_WERROR=ON '.[test]'
+  -Ccmake.define.MUSTAFAR_WERROR=ON '.[test,docs]'
 source_checks
 
 build "$release" "$([ $release = cuda-test ] && echo ON || echo OFF)"
@@ -143,4 +143,5 @@ if [ "$release" = cuda-test ]; then
     pytest_in build/cuda-test tests/python/test_{device,import,session,threads,batch}.py
 fi
 MUSTAFAR_EXPECT_CUDA=${wheel_cuda/AUTO/} check "pytest" python -m pytest --durations=15
+check "documentation site" tools/docs.sh
 finish

@@ -89,6 +89,15 @@ Tridiagonal tridiagonalise(int32_t n, std::vector<double>& a) {
   return t;
 }
 
+// As std::hypot, whose last bit and whose symbol's version are not the same in every C library.
+double hypotenuse(double x, double y) {
+  const double most = std::max(std::abs(x), std::abs(y));
+  if (most == 0) return 0;
+  x /= most;
+  y /= most;
+  return most * std::sqrt(x * x + y * y);
+}
+
 // One implicit QR step on the rows lo..hi, whose off-diagonals are all significant.
 void qr_step(int32_t n, int32_t lo, int32_t hi, Tridiagonal& t) {
   std::vector<double>& d = t.diagonal;
@@ -96,10 +105,10 @@ void qr_step(int32_t n, int32_t lo, int32_t hi, Tridiagonal& t) {
   // The eigenvalue of the last 2 x 2 block that is closer to its last entry.
   const double half = (d[hi - 1] - d[hi]) / 2;
   const double shift =
-      d[hi] - e[hi - 1] * (e[hi - 1] / (half + std::copysign(std::hypot(half, e[hi - 1]), half)));
+      d[hi] - e[hi - 1] * (e[hi - 1] / (half + std::copysign(hypotenuse(half, e[hi - 1]), half)));
   double x = d[lo] - shift, z = e[lo];
   for (int32_t k = lo; k < hi; k++) {
-    const double length = std::hypot(x, z);
+    const double length = hypotenuse(x, z);
     const double c = length == 0 ? 1 : x / length, s = length == 0 ? 0 : z / length;
     if (k > lo) e[k - 1] = length;
     const double a = d[k], b = e[k], g = d[k + 1];
