@@ -53,11 +53,11 @@ class Model(Closing):
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
             or ``"bf16"``.
         weights: What matrices are in memory: ``"auto"`` (as stored), ``"int8"`` or ``"int4"``:
-            rounded on loading, with a scale for every 32 inputs of a row, the embedding and the
-            head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or ``"int8:row"``.
-            This is plain rounding: 8 bits change little, 4 cost a small model much (SmolLM2-135M:
-            a fifth more perplexity; docs/results/quality.md). CPU only: ``device="auto"`` takes the CPU then. Decode
-            rounds activations to int8 in groups of 32, too, unless ``dtype`` is ``"f32"``.
+            rounded on loading, with a scale and a minimum for every 32 inputs of a row, the
+            embedding and the head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or
+            ``"int8:row"``: fewer bytes, more error (docs/results/quality.md). CPU only:
+            ``device="auto"`` takes the CPU then. Decode rounds activations in groups of 32, too,
+            unless ``dtype`` is ``"f32"``: to int8 beside int4 weights, else to 15 bits.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
             quota allow.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
