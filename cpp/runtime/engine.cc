@@ -258,7 +258,12 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
   state->n_prompt = job->n_prompt;
   state->cancelled = job->cancelled;
   job->on_text = [state](std::string_view text) { state->add_text(text); };
-  job->on_end = [state, loop = job->loop.get()](std::exception_ptr error) {
+  // Whoever sees the end finds it counted.
+  job->on_end = [state, &impl, loop = job->loop.get()](std::exception_ptr error) {
+    {
+      std::lock_guard lock(impl.mutex);
+      impl.update_stats();
+    }
     state->end(std::move(error), std::move(loop->result));
   };
   {

@@ -102,16 +102,24 @@ void Scheduler::add(std::shared_ptr<Job> job) {
   waiting_.insert(at, std::move(job));
 }
 
+// Right at any time on the scheduler's thread, in callbacks of jobs too: those that have ended may
+// still be in the lists, and a long prompt's job is in two for a moment.
 int64_t Scheduler::n_running() const {
-  return n_admitted_ + static_cast<int64_t>(active_.size()) + (long_job_ != nullptr ? 1 : 0);
+  const auto runs = [](const JobPtr& job) { return !job->ended; };
+  const bool beside = long_job_ != nullptr && (active_.empty() || active_.back() != long_job_);
+  return n_admitted_ + std::count_if(active_.begin(), active_.end(), runs) +
+         (beside && runs(long_job_) ? 1 : 0);
 }
 
 int64_t Scheduler::n_paused() const {
   return std::count_if(waiting_.begin(), waiting_.end(),
-                       [](const auto& job) { return job->paused; });
+                       [](const JobPtr& job) { return job->paused && !job->ended; });
 }
 
-int64_t Scheduler::n_waiting() const { return static_cast<int64_t>(waiting_.size()) - n_paused(); }
+int64_t Scheduler::n_waiting() const {
+  return std::count_if(waiting_.begin(), waiting_.end(),
+                       [](const JobPtr& job) { return !job->paused && !job->ended; });
+}
 
 void Scheduler::round() {
   try {
@@ -268,7 +276,6 @@ void Scheduler::run_group(std::span<const JobPtr> group) {
     Prefill prefill(*engine_.llama, std::move(parts), *step_buffers_);
     while (prefill.step_rows()) pause_point();
     first_tokens(prefill, group);
-    n_admitted_ -= static_cast<int64_t>(group.size());
     return;
   } catch (const Interrupt&) {
     throw;
@@ -368,6 +375,7 @@ void Scheduler::first_tokens(Prefill& prefill, std::span<const JobPtr> jobs) {
   for (size_t i = 0; i < n; i++) {
     Job& job = *jobs[i];
     active_.push_back(jobs[i]);
+    if (jobs[i] != long_job_) n_admitted_--;
     counts_.prompt_tokens += job.n_prompt;
     if (!job.first_token) job.first_token = Job::Clock::now();
     if (job.cache->length() < static_cast<int64_t>(job.tokens.size())) continue;  // resumed
