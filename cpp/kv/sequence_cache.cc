@@ -346,6 +346,12 @@ int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t 
          std::max(pages(n), pages(prompt) + spec.fresh_bytes(prompt));
 }
 
+int64_t SequenceCache::held_bytes(const CacheSpec& spec, int64_t n) {
+  const int64_t dense = std::min<int64_t>(n, spec.most_dense_tokens);
+  return spec.dense_bytes(spec.dense_capacity(dense)) + spec.query_bytes +
+         spec.compressed(n) / kBlockTokens * spec.layout.page_bytes;
+}
+
 MemoryUsage SequenceCache::memory() const {
   MemoryUsage usage;
   const CacheSpec& spec = *spec_;

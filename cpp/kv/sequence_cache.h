@@ -105,6 +105,8 @@ class SequenceCache {
 
   // Bytes that a new cache needs at most, on its way over a prompt in one call to n tokens.
   static int64_t bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n);
+  // Bytes that one of n tokens holds between calls, about.
+  static int64_t held_bytes(const CacheSpec& spec, int64_t n);
   MemoryUsage memory() const;
 
   // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens

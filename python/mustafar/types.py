@@ -38,7 +38,7 @@ KPolicy = Literal[
     "channel_structured",
 ]
 VPolicy = Literal["magnitude", "channel_magnitude", "channel_output_aware"]
-FinishReason = Literal["length", "stop", "context", "cancelled"]
+FinishReason = Literal["length", "stop", "context", "cancelled", "timeout"]
 
 LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
 
@@ -275,7 +275,8 @@ class GenerateResult:
     Attributes:
         text: Valid UTF-8, without stop texts and special tokens.
         token_ids: Generated ids, the stop token included.
-        finish_reason: ``"length"``, ``"stop"``, ``"context"`` or ``"cancelled"``.
+        finish_reason: ``"length"``, ``"stop"``, ``"context"`` or ``"cancelled"``; of an
+            :class:`Engine`'s request also ``"timeout"``.
         logprobs: One entry per token where asked for, else empty.
         stats: Counts and seconds.
     """

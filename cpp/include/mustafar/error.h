@@ -52,7 +52,8 @@ class DeviceError : public Error {
   using Error::Error;
 };
 
-// A session used after close, by two threads at once, or a state file that does not match.
+// A session or an engine used after close, a session by two threads at once, or a state file that
+// does not match.
 class StateError : public Error {
  public:
   using Error::Error;
@@ -60,6 +61,12 @@ class StateError : public Error {
 
 // The caller asked for the work to stop; the session is as it was before the call.
 class Cancelled : public Error {
+ public:
+  using Error::Error;
+};
+
+// As many requests wait for an engine as it was told to let wait: try again later.
+class QueueFull : public Error {
  public:
   using Error::Error;
 };

@@ -62,6 +62,7 @@ enum class FinishReason : uint8_t {
   kStop,       // end-of-sequence, a stop id or a stop text
   kContext,    // the context is full
   kCancelled,  // the caller stopped it
+  kTimeout,    // the time that the caller gave it is over
 };
 const char* name_of(FinishReason reason);
 
