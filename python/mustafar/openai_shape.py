@@ -135,6 +135,7 @@ class ChatChoice:
         self._reader = ToolCallReader(answer.tools)
         self._said: list[str] = []
         self._held: list[TokenLogprob] = []  # of tokens whose text is not certain yet
+        self._sent = 0  # entries of the log-probabilities
 
     def take(self, piece: Piece) -> str:
         """Takes a piece; returns text that is certainly none of a call."""
@@ -163,6 +164,7 @@ class ChatChoice:
 
     def _entries(self) -> dict[str, Any] | None:
         held, self._held = self._held, []
+        self._sent += len(held)
         return self._answer.logprobs(held)
 
     def opening(self) -> dict[str, Any]:
@@ -177,6 +179,7 @@ class ChatChoice:
     def closing(self, result: GenerateResult) -> list[dict[str, Any]]:
         """The last chunks: what was held back, calls, why it ended."""
         rest, calls = self._reader.finish()
+        del self._held[max(len(result.logprobs) - self._sent, 0) :]  # a stop text's
         chunks = []
         if text := self._without_marks(rest):
             chunks.append(self._chunk({"content": text}))
@@ -231,6 +234,7 @@ class TextChoice:
         self._answer = answer
         self._index = index
         self._held: list[TokenLogprob] = []
+        self._sent = 0
         self._decoder = answer.tokenizer.stream(skip_special=True, after=list(prompt))
         self._offset = 0  # characters of the tokens so far
 
@@ -250,6 +254,7 @@ class TextChoice:
 
     def closing(self, result: GenerateResult) -> list[dict[str, Any]]:
         """The last chunk: why it ended."""
+        del self._held[max(len(result.logprobs) - self._sent, 0) :]  # a stop text's
         return [self._chunk("", _reason(result, ()))]
 
     def _chunk(self, text: str, reason: str | None) -> dict[str, Any]:
@@ -269,6 +274,7 @@ class TextChoice:
     def _logprobs(self) -> dict[str, Any] | None:
         top = self._answer.top_logprobs
         held, self._held = self._held, []
+        self._sent += len(held)
         if top is None:
             return None
         decode = self._answer.tokenizer.decode

@@ -80,8 +80,9 @@ def test_without_a_limit_a_reply_ends_by_itself_or_with_the_context(client: open
     assert full.usage.total_tokens == 1024
 
 
-def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
-    body = {"n": 2, "temperature": 0.8, "seed": 3, "logprobs": True, "top_logprobs": 2}
+@pytest.mark.parametrize("stop", [None, "whitespace", "leading whitespace"])
+def test_a_stream_says_the_same(client: openai.OpenAI, stop: str | None) -> None:
+    body = {"n": 2, "seed": 3, "logprobs": True, "top_logprobs": 2, "stop": stop}
     whole = chat(client, **body)
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, **body))
     assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
@@ -92,11 +93,15 @@ def test_a_stream_says_the_same(client: openai.OpenAI) -> None:
         assert text_of(chunks, choice.index) == choice.message.content
         assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
         entries = [e for c in mine if c.logprobs for e in c.logprobs.content]
-        assert entries == choice.logprobs.content
-        assert len(entries) == 12 and all(len(e.top_logprobs) == 2 for e in entries)
+        # The token whose text a stop text cuts is among them where some of it is said.
+        kept = choice.logprobs.content
+        assert entries[: len(kept)] == kept and len(entries) <= len(kept) + bool(stop)
+        assert all(len(e.top_logprobs) == 2 for e in entries)
+    assert stop is None or "Remove any" in whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == ("stop" if stop else "length")
     # Text is handed out while it is made, with its entries.
     pieces = [c for chunk in chunks for c in chunk.choices if c.delta.content and c.index == 0]
-    assert len(pieces) > 3 and all(c.logprobs.content for c in pieces)
+    assert len(pieces) > 2 and all(c.logprobs.content for c in pieces[:-1])
 
 
 def test_a_reply_goes_on_inside_the_last_message(
@@ -214,7 +219,7 @@ JSON = {"Content-Type": "application/json"}
         (CHAT, {"messages": ["hi"]}, "messages", "invalid_type"),
         (CHAT, {"messages": [{"content": "hi"}]}, "messages", "invalid_value"),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 1100}]}, "messages", "context_length_exceeded"),
-        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, None, "invalid_value"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "invalid_value"),
         (CHAT, {"tools": [{"function": 3}]}, "tools", "invalid_type"),
         (CHAT, {"model": 3}, "model", "invalid_type"),
         (TEXT, {"echo": True}, "echo", "unsupported_parameter"),

@@ -99,7 +99,10 @@ class Reply:
 
         async def event(data: bytes) -> None:
             body = b"data: " + data + b"\n\n"
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            try:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            except OSError:  # how some servers say it
+                raise ClientDisconnect from None
 
         try:
             async with aclosing(self._chunks()) as chunks:
@@ -110,6 +113,8 @@ class Reply:
             await event(b"[DONE]")
         except ApiError as error:
             await event(_json(error.body))
+        except ClientDisconnect:
+            raise
         except Exception:
             await event(_json(internal_error().body))
             raise
@@ -176,7 +181,7 @@ class _EventStream(Response):
             )
             await while_connected(receive, self._reply._send_to(send))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-        except (ClientDisconnect, OSError):  # OSError: found while sending
+        except ClientDisconnect:
             self._reply._service.metrics.disconnects.add()
         finally:
             self._reply._end()

@@ -74,8 +74,8 @@ class Guard:
                 await self._app(scope, self._limited(scope, receive), answer)
             except ApiError as error:
                 await error.response()(scope, receive, answer)
-        except (ClientDisconnect, OSError):
-            status = status or 499
+        except ClientDisconnect:
+            pass
         except Exception as error:
             # Not its message: that may quote a prompt.
             where = "".join(traceback.format_tb(error.__traceback__))
@@ -84,7 +84,8 @@ class Guard:
                 await internal_error().response()(scope, receive, answer)
         finally:
             path = scope["path"] if scope["path"] in self._known else "other"
-            self._metrics.http.add(route=path, status=str(status or 499))
+            status = status or 499  # as nginx has it: the client was gone first
+            self._metrics.http.add(route=path, status=str(status))
             seconds = time.perf_counter() - began
             logger.info("%s %s %s %d %.3f s", identity, scope["method"], path, status, seconds)
 

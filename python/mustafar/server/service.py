@@ -232,5 +232,6 @@ async def _pieces(job: Job) -> AsyncGenerator[Piece, None]:
         async for text in job.generation:
             yield Piece(text)
         return
-    result = await job.generation
-    yield Piece(result.text, result.token_ids, result.logprobs)
+    async for step in job.generation.steps():
+        ids = () if step.token_id is None else (step.token_id,)
+        yield Piece(step.text, ids, () if step.logprob is None else (step.logprob,))
