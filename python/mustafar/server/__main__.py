@@ -2,12 +2,14 @@
 
 import sys
 
+from . import named
+
 try:
     from .command import main
 except ModuleNotFoundError as error:
-    if "mustafar[server]" not in str(error):
+    if named(error) is error:
         raise
-    sys.exit(f"mustafar: {error}")
+    sys.exit(f"mustafar: {named(error)}")
 
 if __name__ == "__main__":
     sys.exit(main())
