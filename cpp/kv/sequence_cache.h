@@ -74,8 +74,9 @@ struct PendingAppend {
 
 class SequenceCache {
  public:
+  // long_rope: see SequenceStep.
   SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool, std::shared_ptr<KVBudget> budget,
-                std::shared_ptr<const CacheSpec> spec);
+                std::shared_ptr<const CacheSpec> spec, bool long_rope = false);
   SequenceCache(SequenceCache&&) = default;
   SequenceCache& operator=(SequenceCache&&) = default;
 
@@ -138,6 +139,7 @@ class SequenceCache {
   DenseBuffer dense_;         // none while no token is dense
   KVMemory query_magnitude_;  // none until the first token
   int64_t length_ = 0;
+  bool long_rope_ = false;
 };
 
 }  // namespace mustafar

@@ -53,7 +53,8 @@ std::shared_ptr<Job> make_job(const Model::Impl& engine, const Prompt& prompt,
   if (job->n_prompt == 0) throw std::invalid_argument(name + " is empty");
   if (job->n_prompt > context) {
     throw ContextOverflow(name + " has " + std::to_string(job->n_prompt) +
-                          " tokens, more than the model's context of " + std::to_string(context));
+                          " tokens, more than the model's context of " + std::to_string(context) +
+                          engine.config.why_context_ends());
   }
   check_token_ids(job->tokens, engine.config.vocab_size, name + ": ");
   job->loop = std::make_unique<TokenLoop>(params, engine.config, tokenizer);
@@ -261,7 +262,7 @@ void Scheduler::run_group(std::span<const JobPtr> group) {
   try {
     std::vector<PrefillPart> parts;
     for (const JobPtr& job : group) {
-      job->cache.emplace(engine_.new_cache(spec_));
+      job->cache.emplace(engine_.new_cache(spec_, job->most_tokens));
       parts.push_back({&*job->cache, {job->tokens.begin(), job->tokens.begin() + job->n_prompt}});
     }
     Prefill prefill(*engine_.llama, std::move(parts), *step_buffers_);
@@ -294,7 +295,7 @@ void Scheduler::run_group(std::span<const JobPtr> group) {
 }
 
 void Scheduler::start_long(JobPtr job) {
-  job->cache.emplace(engine_.new_cache(spec_));
+  job->cache.emplace(engine_.new_cache(spec_, job->most_tokens));
   try {
     long_prefill_ = std::make_unique<Prefill>(
         *engine_.llama, *job->cache,

@@ -288,6 +288,10 @@ std::string Tokenizer::id_to_token(int32_t token_id) const {
   return std::string(impl_->token(token_id));
 }
 
+std::string Tokenizer::token_bytes(int32_t token_id) const {
+  return impl_->decoder.bytes_of(impl_->token(token_id));
+}
+
 bool Tokenizer::is_special(int32_t token_id) const { return impl_->is_special(token_id); }
 
 std::optional<int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }

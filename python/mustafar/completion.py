@@ -14,6 +14,7 @@ from typing import Any
 
 from . import _core, checks
 from ._core import ChatTemplate
+from .grammar import NAMES
 from .openai_shape import ChatAnswer, ChatChoice, Piece, usage
 from .stream import ChatStream
 from .types import SamplingParams
@@ -26,6 +27,11 @@ _WITHOUT_EFFECT = frozenset(
     "model user metadata store service_tier safety_identifier prompt_cache_key"
     " prompt_cache_retention parallel_tool_calls".split()
 )
+_FORMAT_FIELDS = {
+    "text": ("type",),
+    "json_object": ("type",),
+    "json_schema": ("type", "json_schema"),
+}
 _MOST_CHOICES = 128
 _MOST_TOP_LOGPROBS = 20
 
@@ -61,11 +67,11 @@ def set_messages(chat: _core.Chat, messages: Sequence[Message]) -> None:
 
 
 def start_reply(
-    chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
+    model: _core.Model, chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
 ) -> _core.ChatReply:
     """A reply to the messages of a conversation, or one that goes on inside the last."""
     start = chat.continue_last if continue_final_message else chat.reply
-    return start(sampling._native())
+    return start(sampling._native(model))
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Request:
     top_logprobs: int
     with_usage: bool  # of a stream: a last chunk that says it
     use_tools: bool
+    reads_calls: bool  # in what is said; not where it has a format to follow
     continues: bool  # the last message, rather than making one of its own
 
     @staticmethod
@@ -102,7 +109,12 @@ class Request:
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:
                 given["max_new_tokens"] = checks.integer(name, given.pop(name), 0)
-        _refuse_formats(given.pop("response_format", None))
+        schema = _format_schema(given.pop("response_format", None))
+        if schema is not None:
+            for name in NAMES:
+                if name in given:
+                    raise ValueError(f"response_format and {name} can't both be given")
+            given["json_schema"] = schema
         tool_choice = given.pop("tool_choice", "auto")
         if tool_choice not in ("auto", "none"):
             raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
@@ -127,6 +139,7 @@ class Request:
             top_logprobs=top,
             with_usage=bool(options.get("include_usage")),
             use_tools=tool_choice == "auto",
+            reads_calls=schema is None,
             continues=continues,
         )
 
@@ -137,12 +150,29 @@ class Request:
         return replace(self.sampling, seed=(self.sampling.seed + index) % 2**64)
 
 
-def _refuse_formats(response_format: Any) -> None:
+def _format_schema(response_format: Any) -> Any:
+    """The schema that a ``response_format`` asks for; None where any text will do."""
     if response_format is None:
-        return
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else response_format
-    if kind != "text":
-        raise ValueError(f'response_format must be {{"type": "text"}}, not {response_format!r}')
+        return None
+    if not isinstance(response_format, Mapping):
+        raise TypeError(f"response_format must be a dict, not {response_format!r}")
+    kind = response_format.get("type")
+    if kind not in _FORMAT_FIELDS:
+        kinds = ", ".join(f'"{known}"' for known in _FORMAT_FIELDS)
+        raise ValueError(f"response_format.type must be one of {kinds}, not {kind!r}")
+    for name in response_format:
+        if name not in _FORMAT_FIELDS[kind]:
+            raise ValueError(f"response_format has no field {name!r} where its type is {kind!r}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    named = response_format.get("json_schema")
+    if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
+        raise ValueError(
+            f"response_format.json_schema must be a dict with a dict named schema, not {named!r}"
+        )
+    return named["schema"]
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -193,7 +223,8 @@ def chat_completion(
     if not request.use_tools:
         tools = None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
-    replies = _Replies(model, chat, plain_messages(messages), request, tools or ())
+    read = tools if request.reads_calls else None
+    replies = _Replies(model, chat, plain_messages(messages), request, read or ())
     return replies.chunks() if stream else replies.whole()
 
 
@@ -208,7 +239,8 @@ class _Replies:
         request: Request,
         tools: Tools,
     ) -> None:
-        self._chat, self._messages, self._request = chat, messages, request
+        self._model, self._chat = model, chat
+        self._messages, self._request = messages, request
         top = request.top_logprobs if request.logprobs else None
         self._answer = ChatAnswer(model.folder().name, model.tokenizer(), tools, top)
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
@@ -217,7 +249,8 @@ class _Replies:
     def _begin(self, index: int) -> ChatStream:
         set_messages(self._chat, self._messages)
         sampling = self._request.sampling_of(index)
-        return ChatStream(start_reply(self._chat, sampling, self._request.continues))
+        continues = self._request.continues
+        return ChatStream(start_reply(self._model, self._chat, sampling, continues))
 
     def _replies(self) -> Iterator[tuple[ChatChoice, ChatStream]]:
         for index in range(self._request.n):

@@ -262,7 +262,7 @@ class Engine(Closing):
         """
         native = self._core.submit(
             prompt,
-            SamplingParams.merge(params, sampling)._native(),
+            SamplingParams.merge(params, sampling)._native(self._model._core),
             checks.integer("priority", priority),
             None if timeout is None else checks.number("timeout", timeout),
             checks.flag("parse_special", parse_special),

@@ -36,7 +36,8 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
     service.check_prompt(ids, "messages")
 
     top = request.top_logprobs if request.logprobs else None
-    answer = ChatAnswer(name, service.tokenizer, tools, top)
+    read = tools if request.reads_calls else []
+    answer = ChatAnswer(name, service.tokenizer, read, top)
     jobs: list[Job] = []
     try:
         for index in range(request.n):
@@ -52,7 +53,7 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
                 Job(
                     generation,
                     answer.choice(index),
-                    by_pieces=bool(tools),
+                    by_pieces=bool(read),
                     with_tokens=bool(answer.marks) or request.logprobs,
                 )
             )

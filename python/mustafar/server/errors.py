@@ -77,6 +77,9 @@ def client_errors(body: Mapping[str, Any]) -> Iterator[None]:
         raise ApiError(400, str(error), "invalid_messages", "messages") from error
     except _core.OutOfMemory as error:
         raise ApiError(400, str(error), "kv_budget_exceeded", _prompt_of(body)) from error
+    except ImportError as error:  # an extra, such as that of structured output
+        param = "response_format" if "response_format" in body else None
+        raise ApiError(400, str(error), "unsupported_value", param) from error
     except RecursionError as error:
         message = "the request is nested too deeply"
         raise ApiError(400, message, "invalid_value") from error
