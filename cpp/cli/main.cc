@@ -19,7 +19,7 @@ namespace {
 
 constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate,  add_chat,       add_info,
                                                   add_bench,     add_perplexity, add_eval,
-                                                  add_calibrate, add_completion};
+                                                  add_calibrate, add_serve,      add_completion};
 
 constexpr const char* kExamples =
     "Examples:\n"
@@ -55,6 +55,12 @@ int run_command(int argc, char** argv) {
   if (argc > 1 && argv[1][0] != '-') {
     const std::string wrong = no_command(app, argv[1]);
     if (!wrong.empty()) return fail(wrong, kExitUsage);
+  }
+
+  try {
+    if (argc > 1 && argv[1] == std::string("serve")) return serve(argc - 2, argv + 2);
+  } catch (const Error& error) {
+    return fail(error.what(), kExitError);
   }
 
   // Options with one dash and several letters, as llama.cpp has them.

@@ -68,6 +68,14 @@ void Chat::Impl::sync() {
   cached.cut(keep);
 }
 
+void Chat::Impl::check_last_continues() const {
+  if (messages.empty() || messages.back().role() != "assistant" ||
+      !ChatJson::Json::parse(messages.back().json())["content"].is_string()) {
+    throw std::invalid_argument(
+        "continue_final_message: the last message is not a text of the assistant's");
+  }
+}
+
 bool Chat::Impl::drop_oldest_turn() {
   const auto is_user = [](const ChatMessage& m) { return m.role() == "user"; };
   const auto first = std::find_if(messages.begin(), messages.end(), is_user);
@@ -220,13 +228,8 @@ ChatReply Chat::reply(const SamplingParams& params) {
 }
 
 ChatReply Chat::continue_last(const SamplingParams& params) {
-  const std::vector<ChatMessage>& messages = impl_->messages;
-  if (messages.empty() || messages.back().role() != "assistant" ||
-      !ChatJson::Json::parse(messages.back().json())["content"].is_string()) {
-    throw std::invalid_argument(
-        "continue_final_message: the last message is not a text of the assistant's");
-  }
-  return impl_->begin(params, messages, Impl::End::kInside);
+  impl_->check_last_continues();
+  return impl_->begin(params, impl_->messages, Impl::End::kInside);
 }
 
 ChatReply Chat::regenerate(const SamplingParams& params) {
@@ -284,8 +287,9 @@ void Chat::set_messages_json(std::string_view json) {
   if (list.is_discarded()) throw std::invalid_argument("messages: not JSON");
   set_messages(ChatJson::messages(list));
 }
-std::vector<int32_t> Chat::prompt_tokens() const {
-  return impl_->encode(impl_->render(Impl::End::kPrompt));
+std::vector<int32_t> Chat::prompt_tokens(bool continues_last) const {
+  if (continues_last) impl_->check_last_continues();
+  return impl_->encode(impl_->render(continues_last ? Impl::End::kInside : Impl::End::kPrompt));
 }
 int64_t Chat::dropped_turns() const { return impl_->dropped_turns; }
 const std::vector<int32_t>& Chat::end_tokens() const { return impl_->end_tokens; }

@@ -38,6 +38,8 @@ struct Chat::Impl {
   void change_messages(std::vector<ChatMessage> changed);
   // Shortens the cache to what the messages as they stand begin with.
   void sync();
+  // Throws std::invalid_argument where the last message is not a text of the assistant's.
+  void check_last_continues() const;
   // Drops the oldest turn: from the first user message to the next one. False where only one is
   // left.
   bool drop_oldest_turn();

@@ -38,6 +38,7 @@ struct Request::State {
   mutable std::mutex mutex;
   mutable std::condition_variable changed;
   std::string text;
+  std::vector<MadeToken> tokens;
   bool done = false;
   std::exception_ptr error;
   GenerateResult result;
@@ -68,10 +69,15 @@ struct Request::State {
     if (callback) callback();
   }
 
-  void add_text(std::string_view piece) {
+  // made: the result so far.
+  void add_text(std::string_view piece, const GenerateResult& made) {
     std::unique_lock held(mutex);
     text += piece;
-    tell(std::move(held));
+    for (size_t i = tokens.size(); i < made.token_ids.size(); i++) {
+      tokens.push_back({.token_id = made.token_ids[i], .text_end = text.size(), .logprob = {}});
+      if (i < made.logprobs.size()) tokens.back().logprob = made.logprobs[i];
+    }
+    if (!piece.empty()) tell(std::move(held));
   }
 
   void end(std::exception_ptr failed, GenerateResult&& made) {
@@ -99,6 +105,12 @@ std::string Request::text_from(size_t offset, std::optional<double> seconds) con
   auto lock = state_->lock();
   state_->wait(lock, seconds, [&] { return state_->done || state_->text.size() > offset; });
   return state_->text.substr(std::min(offset, state_->text.size()));
+}
+
+std::vector<MadeToken> Request::tokens_from(size_t index) const {
+  const auto lock = state_->lock();
+  const std::vector<MadeToken>& all = state_->tokens;
+  return {all.begin() + static_cast<int64_t>(std::min(index, all.size())), all.end()};
 }
 
 bool Request::wait(std::optional<double> seconds) const {
@@ -257,7 +269,9 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
   auto state = std::make_shared<Request::State>();
   state->n_prompt = job->n_prompt;
   state->cancelled = job->cancelled;
-  job->on_text = [state](std::string_view text) { state->add_text(text); };
+  job->on_text = [state, loop = job->loop.get()](std::string_view text) {
+    state->add_text(text, loop->result);
+  };
   // Whoever sees the end finds it counted.
   job->on_end = [state, &impl, loop = job->loop.get()](std::exception_ptr error) {
     {

@@ -488,7 +488,7 @@ void Scheduler::pause(JobPtr job) {
 }
 
 void Scheduler::emit(Job& job, std::string_view text) {
-  if (!text.empty() && job.on_text) job.on_text(text);
+  if (job.on_text) job.on_text(text);
 }
 
 void Scheduler::retire(Job& job) {

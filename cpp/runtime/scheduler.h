@@ -36,7 +36,8 @@ struct Job {
   // Set by any thread.
   std::shared_ptr<std::atomic<bool>> cancelled = std::make_shared<std::atomic<bool>>(false);
 
-  // Text that became certain; not called with none.
+  // A token was made, or the last text: text that became certain, or none. What was made so far is
+  // in the loop's result.
   std::function<void(std::string_view text)> on_text;
   // The end, called once: the result is in loop, or error says why there is none.
   std::function<void(std::exception_ptr error)> on_end;

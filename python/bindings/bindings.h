@@ -60,6 +60,7 @@ KVConfig kv_fields_from(const pybind11::dict& fields);  // all but the profile
 KVConfig kv_config_from(const pybind11::dict& fields, const Model& model);
 pybind11::dict kv_dict(const KVConfig& kv);
 SamplingParams sampling_params_from(const pybind11::dict& fields);
+pybind11::tuple to_tuple(const TokenLogprob& entry);
 pybind11::dict to_dict(const GenerateResult& result);
 Prompt prompt_from(const pybind11::handle& prompt);
 

@@ -90,7 +90,8 @@ void register_chat(py::module_& m) {
              chat.session().set_interrupt_check(interrupt_check());  // the loaded one has none
              return cached;
            })
-      .def("prompt_tokens", &Chat::prompt_tokens, py::call_guard<py::gil_scoped_release>())
+      .def("prompt_tokens", &Chat::prompt_tokens, py::arg("continues_last") = false,
+           py::call_guard<py::gil_scoped_release>())
       .def("end_tokens", &Chat::end_tokens)
       .def("dropped_turns", &Chat::dropped_turns);
 

@@ -198,13 +198,15 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   return p;
 }
 
+py::tuple to_tuple(const TokenLogprob& entry) {
+  py::dict top;
+  for (const auto& [id, logprob] : entry.top) top[py::int_(id)] = logprob;
+  return py::make_tuple(entry.token_id, entry.logprob, top);
+}
+
 py::dict to_dict(const GenerateResult& result) {
   py::list logprobs;
-  for (const TokenLogprob& entry : result.logprobs) {
-    py::dict top;
-    for (const auto& [id, logprob] : entry.top) top[py::int_(id)] = logprob;
-    logprobs.append(py::make_tuple(entry.token_id, entry.logprob, top));
-  }
+  for (const TokenLogprob& entry : result.logprobs) logprobs.append(to_tuple(entry));
   py::dict stats;
   stats["prompt_tokens"] = result.stats.prompt_tokens;
   stats["generated_tokens"] = result.stats.generated_tokens;

@@ -98,6 +98,16 @@ py::dict result(const Request& request) {
   return to_dict(made);
 }
 
+// (id, end of its text in bytes, its log-probabilities or None) of every token from an index on.
+py::list tokens_from(const Request& request, size_t index) {
+  py::list tokens;
+  for (const MadeToken& made : request.tokens_from(index)) {
+    const py::object logprob = made.logprob ? py::object(to_tuple(*made.logprob)) : py::none();
+    tokens.append(py::make_tuple(made.token_id, made.text_end, logprob));
+  }
+  return tokens;
+}
+
 py::dict stats_dict(const Engine& engine) {
   const EngineStats stats = engine.stats();
   py::dict d;
@@ -127,6 +137,7 @@ void register_engine(py::module_& m) {
       .def("prompt_tokens", &Request::prompt_tokens)
       .def("text_from", &Request::text_from, py::arg("offset"), py::arg("seconds"),
            py::call_guard<py::gil_scoped_release>())
+      .def("tokens_from", &tokens_from, py::arg("index"))
       .def("wait", &Request::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
       .def("result", &result)
       .def("listen", [](Request& request, const std::shared_ptr<Changes>& changes, int64_t key) {

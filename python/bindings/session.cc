@@ -5,6 +5,7 @@
 
 #include "bindings.h"
 #include "mustafar/profile.h"
+#include "runtime/kv_fields.h"
 
 namespace py = pybind11;
 
@@ -74,6 +75,13 @@ void register_session(py::module_& m) {
     py::dict summaries;
     for (const KVPreset& preset : kv_presets()) summaries[preset.name] = preset.summary;
     return summaries;
+  });
+  m.def("kv_options", [] {  // of every field: its name, its option of the command line, its help
+    py::list options;
+    for_each_kv_field([&options](const auto& field) {
+      options.append(py::make_tuple(field.name, field.option, field.help));
+    });
+    return options;
   });
   py::class_<Session>(m, "Session")
       .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_tokens"))

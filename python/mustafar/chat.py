@@ -194,9 +194,14 @@ class Chat:
         """
         return self._core.load(os.fspath(path))
 
-    def prompt_tokens(self) -> list[int]:
-        """Ids of the next prompt: the messages and what starts a reply."""
-        return self._core.prompt_tokens()
+    def prompt_tokens(self, *, continue_final_message: bool = False) -> list[int]:
+        """Ids of the next prompt: the messages and what starts a reply.
+
+        Args:
+            continue_final_message: The prompt of a reply that goes on inside the last message;
+                ValueError where :meth:`reply` would raise it.
+        """
+        return self._core.prompt_tokens(continue_final_message)
 
     @property
     def end_tokens(self) -> list[int]:

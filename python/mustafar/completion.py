@@ -8,8 +8,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,20 +15,12 @@ from typing import Any
 from . import _core, checks
 from ._core import ChatTemplate
 from .grammar import NAMES
+from .openai_shape import ChatAnswer, ChatChoice, Piece, usage
 from .stream import ChatStream
-from .tool_calls import MARKS, ToolCall, ToolCallReader
-from .types import SamplingParams, TokenLogprob
+from .types import SamplingParams
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
-
-_FINISH_REASONS = {
-    "stop": "stop",
-    "length": "length",
-    "context": "length",
-    "cancelled": "stop",
-    "timeout": "stop",
-}
 
 # What clients send about themselves, or to choose among servers: nothing here depends on it.
 _WITHOUT_EFFECT = frozenset(
@@ -129,6 +119,8 @@ class Request:
         if tool_choice not in ("auto", "none"):
             raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
         options = given.pop("stream_options", {})
+        if not isinstance(options, Mapping):
+            raise TypeError(f"stream_options must be a dict, not {options!r}")
         continues = checks.flag(
             "continue_final_message", given.pop("continue_final_message", False)
         )
@@ -150,6 +142,12 @@ class Request:
             reads_calls=schema is None,
             continues=continues,
         )
+
+    def sampling_of(self, index: int) -> SamplingParams:
+        """How a choice is sampled: with a seed of its own."""
+        if self.sampling.seed is None:
+            return self.sampling
+        return replace(self.sampling, seed=(self.sampling.seed + index) % 2**64)
 
 
 def _format_schema(response_format: Any) -> Any:
@@ -226,11 +224,11 @@ def chat_completion(
         tools = None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
     read = tools if request.reads_calls else None
-    answers = _Answers(model, chat, plain_messages(messages), request, read or ())
-    return answers.chunks() if stream else answers.whole()
+    replies = _Replies(model, chat, plain_messages(messages), request, read or ())
+    return replies.chunks() if stream else replies.whole()
 
 
-class _Answers:
+class _Replies:
     """The choices of one request, one after another: the prompt is computed once."""
 
     def __init__(
@@ -241,30 +239,24 @@ class _Answers:
         request: Request,
         tools: Tools,
     ) -> None:
-        self._model, self._chat, self._messages, self._request = model, chat, messages, request
-        self._tools = list(tools)
-        self._marks = self._special_marks() if self._tools else {}
-        self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model.folder().name,
-        }
+        self._model, self._chat = model, chat
+        self._messages, self._request = messages, request
+        top = request.top_logprobs if request.logprobs else None
+        self._answer = ChatAnswer(model.folder().name, model.tokenizer(), tools, top)
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
         self._next = self._begin(0)  # a bad conversation is refused before anything is streamed
 
     def _begin(self, index: int) -> ChatStream:
-        sampling = self._request.sampling
-        if sampling.seed is not None:
-            sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
         set_messages(self._chat, self._messages)
+        sampling = self._request.sampling_of(index)
         continues = self._request.continues
         return ChatStream(start_reply(self._model, self._chat, sampling, continues))
 
-    def _replies(self) -> Iterator[tuple[int, ChatStream]]:
+    def _replies(self) -> Iterator[tuple[ChatChoice, ChatStream]]:
         for index in range(self._request.n):
             reply = self._next if index == 0 else self._begin(index)
             with reply:
-                yield index, reply
+                yield self._answer.choice(index), reply
             self._count(index, reply)
 
     def _count(self, index: int, reply: ChatStream) -> None:
@@ -275,121 +267,32 @@ class _Answers:
         self._completion_tokens += len(result.token_ids)
 
     def _usage(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self._cached_tokens},
-        }
+        return usage(self._prompt_tokens, self._completion_tokens, self._cached_tokens)
 
-    def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._request.logprobs:
-            return None
-        return {"content": [self._logprob(entry) for entry in entries]}
-
-    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
-        ranked = sorted(entry.top.items(), key=lambda item: -item[1])
-        return {
-            **self._token(entry.token_id, entry.logprob),
-            "top_logprobs": [self._token(*pair) for pair in ranked[: self._request.top_logprobs]],
-        }
-
-    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._model.tokenizer().decode([token_id])
-        # A part of a character has no bytes that could be told from its text.
-        data = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": logprob, "bytes": data}
-
-    def _special_marks(self) -> dict[int, str]:
-        """What stands before tool calls and, being a special token, has no text."""
-        tokenizer = self._model.tokenizer()
-        ids = {mark: tokenizer.token_to_id(mark) for mark in MARKS}
-        return {id: mark for mark, id in ids.items() if id is not None and tokenizer.is_special(id)}
-
-    def _marked(self, reply: ChatStream) -> Iterator[str]:
-        """The reply's text, the marks of calls included that have none."""
-        if not self._marks:
-            yield from reply
+    def _pieces(self, reply: ChatStream) -> Iterator[Piece]:
+        """What is made, step by step; ids and log-probabilities where they are looked at."""
+        if not (self._answer.marks or self._request.logprobs):
+            yield from map(Piece, reply)
             return
         seen = 0
-        while (piece := reply._core.step()) is not None:
-            ids = reply.result.token_ids[seen:]
-            seen += len(ids)
-            yield piece + "".join(self._marks.get(id, "") for id in ids)
-
-    def _without_marks(self, text: str) -> str:
-        for mark in self._marks.values():
-            text = text.replace(mark, "")
-        return text
-
-    def _reason(self, finish_reason: str, calls: list[ToolCall]) -> str:
-        return "tool_calls" if calls else _FINISH_REASONS[finish_reason]
+        while (text := reply._core.step()) is not None:
+            result = reply.result
+            yield Piece(text, result.token_ids[seen:], result.logprobs[seen:])
+            seen = len(result.token_ids)
 
     def whole(self) -> dict[str, Any]:
         choices = []
-        for index, reply in self._replies():
-            reader = ToolCallReader(self._tools)
-            said = "".join(map(reader.push, self._marked(reply))) if self._tools else ""
-            result = reply._finish()
-            rest, calls = reader.finish()
-            message: dict[str, Any] = {"role": "assistant", "content": result.text}
-            if calls:
-                text = self._without_marks(said + rest)
-                message["content"] = text or None
-                message["tool_calls"] = _in_openai_shape(calls)
-            choices.append(
-                {
-                    "index": index,
-                    "message": message,
-                    "logprobs": self._logprobs(result.logprobs),
-                    "finish_reason": self._reason(result.finish_reason, calls),
-                }
-            )
-        head = {**self._head, "object": "chat.completion"}
-        return {**head, "choices": choices, "usage": self._usage()}
+        for choice, reply in self._replies():
+            for piece in self._pieces(reply):
+                choice.take(piece)
+            choices.append(choice.whole(reply.result))
+        return self._answer.whole(choices, self._usage())
 
     def chunks(self) -> Iterator[dict[str, Any]]:
-        head = {**self._head, "object": "chat.completion.chunk"}
-
-        def chunk(
-            index: int,
-            delta: dict[str, Any],
-            reason: str | None = None,
-            logprobs: dict[str, Any] | None = None,
-        ) -> dict[str, Any]:
-            choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-            return {**head, "choices": [choice]}
-
-        for index, reply in self._replies():
-            said = 0  # entries of the log-probabilities
-            reader = ToolCallReader(self._tools)
-            yield chunk(index, {"role": "assistant", "content": ""})
-            for piece in self._marked(reply) if self._tools else reply:
-                text = self._without_marks(reader.push(piece)) if self._tools else piece
-                if not text:
-                    continue
-                entries = reply.result.logprobs if self._request.logprobs else []
-                yield chunk(index, {"content": text}, logprobs=self._logprobs(entries[said:]))
-                said = len(entries)
-            rest, calls = reader.finish()
-            if text := self._without_marks(rest):
-                yield chunk(index, {"content": text})
-            for i, call in enumerate(_in_openai_shape(calls)):
-                yield chunk(index, {"tool_calls": [{"index": i, **call}]})
-            result = reply.result
-            last = self._logprobs(result.logprobs[said:])
-            yield chunk(index, {}, self._reason(result.finish_reason, calls), last)
+        for choice, reply in self._replies():
+            yield choice.opening()
+            for piece in self._pieces(reply):
+                yield from choice.push(piece)
+            yield from choice.closing(reply.result)
         if self._request.with_usage:
-            yield {**head, "choices": [], "usage": self._usage()}
-
-
-def _in_openai_shape(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """Calls as ``tool_calls`` of a message has them."""
-    return [
-        {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
-        for call in calls
-    ]
+            yield self._answer.last_chunk(self._usage())

@@ -10,14 +10,14 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _core, checks
 from .model import Model, Prompt
 from .stream import Closing
-from .types import GenerateResult, KVConfig, SamplingParams
+from .types import GenerateResult, KVConfig, SamplingParams, TokenLogprob
 
 # How long a wait may keep Ctrl-C waiting, seconds.
 _SIGNAL_PERIOD = 0.1
@@ -48,6 +48,20 @@ class EngineStats:
     failed: int
     generated_tokens: int
     prompt_tokens: int
+
+
+class Step(NamedTuple):
+    """A token that a request made.
+
+    Attributes:
+        text: What became certain with it, maybe nothing.
+        token_id: None for text that was held back to the end.
+        logprob: Its log-probabilities, where the request asks for them.
+    """
+
+    text: str
+    token_id: int | None
+    logprob: TokenLogprob | None
 
 
 class Request:
@@ -119,6 +133,32 @@ class Request:
                     break
                 else:
                     await changed.wait()
+        self._core.result()
+
+    async def steps(self) -> AsyncGenerator[Step, None]:
+        """As ``async for`` over the request, token by token.
+
+        What is held back when it ends comes last, without a token. Tokens of a stop text that ends
+        the output are among them, though not in the result.
+        """
+        data = b""
+        given = seen = 0
+        with self._changes.of(self) as changed:
+            while True:
+                changed.clear()
+                done = self._core.done()
+                made = self._core.tokens_from(seen)
+                data += self._core.text_from(len(data), 0).encode()  # at least the tokens' text
+                for token_id, end, logprob in made:
+                    entry = None if logprob is None else TokenLogprob(*logprob)
+                    yield Step(data[given:end].decode(), token_id, entry)
+                    given = end
+                seen += len(made)
+                if done:
+                    break
+                await changed.wait()
+        if given < len(data):
+            yield Step(data[given:].decode(), None, None)
         self._core.result()
 
     async def _ended(self) -> GenerateResult:
@@ -222,7 +262,7 @@ class Engine(Closing):
         """
         native = self._core.submit(
             prompt,
-            SamplingParams.merge(params, sampling)._native(),
+            SamplingParams.merge(params, sampling)._native(self._model._core),
             checks.integer("priority", priority),
             None if timeout is None else checks.number("timeout", timeout),
             checks.flag("parse_special", parse_special),

@@ -104,10 +104,12 @@ def test_chat_goes_on_with_what_it_began(model: mustafar.Model) -> None:
     begun = [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Once upon"}]
     chat = Chat(model, chat_template=template, kv=KVConfig(value_dtype="auto"))
     chat.messages = begun
+    prompt = chat.prompt_tokens(continue_final_message=True)
     result = chat.reply(continue_final_message=True, **GREEDY)
     ids = model.tokenizer.apply_chat_template(
         begun, chat_template=template, continue_final_message=True
     )
+    assert prompt == ids
     fresh = Session(model, kv=KVConfig(value_dtype="auto"))
     expected = fresh.generate(ids, **GREEDY)
     assert (result.text, result.token_ids) == (expected.text, expected.token_ids)
@@ -131,6 +133,8 @@ def test_chat_goes_on_with_what_it_began(model: mustafar.Model) -> None:
         chat.messages = messages
         with pytest.raises(ValueError, match="not a text of the assistant's"):
             chat.reply(continue_final_message=True)
+        with pytest.raises(ValueError, match="not a text of the assistant's"):
+            chat.prompt_tokens(continue_final_message=True)
         assert chat.messages == messages
 
 

@@ -96,8 +96,9 @@ class Chat {
   // Throws Error for a file that can't be read. Returns whether the cache could be used.
   bool load(const std::filesystem::path& file);
 
-  // Token ids of the next prompt: the messages and what starts a reply.
-  std::vector<int32_t> prompt_tokens() const;
+  // Token ids of the next prompt: the messages and what starts a reply, or that of continue_last(),
+  // which throws where that would.
+  std::vector<int32_t> prompt_tokens(bool continues_last = false) const;
   int64_t dropped_turns() const;                   // by context_shift, in all
   const std::vector<int32_t>& end_tokens() const;  // every id that ends a reply
   const ChatTemplate& chat_template() const;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "mustafar/kv_config.h"
 #include "mustafar/model.h"
@@ -41,6 +42,13 @@ struct EngineStats {
   int64_t prompt_tokens = 0;  // computed; those of a resumed request count again
 };
 
+// A token that a request made, and where its text ends.
+struct MadeToken {
+  int32_t token_id = 0;
+  size_t text_end = 0;                  // bytes of text that were certain with this token
+  std::optional<TokenLogprob> logprob;  // where log-probabilities are asked for
+};
+
 // A handle of one request; copies are of the same one. Any thread may use it, also after the
 // engine is gone.
 class Request {
@@ -54,6 +62,9 @@ class Request {
   // Waits up to `seconds` (none: without limit) until there is some, or no more will come (then
   // empty). Characters come whole.
   std::string text_from(size_t offset, std::optional<double> seconds = std::nullopt) const;
+  // The tokens made so far from an index on; does not wait. Of a stop text that the output ends
+  // with they are a part, unlike the result's.
+  std::vector<MadeToken> tokens_from(size_t index) const;
   // Waits for the end; false where the time is over before.
   bool wait(std::optional<double> seconds = std::nullopt) const;
   // Waits for the end; throws what the request failed with: what its logits processor threw,
