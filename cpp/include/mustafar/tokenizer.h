@@ -80,6 +80,7 @@ class Tokenizer {
 
    private:
     struct State;
+    State& state() const;  // throws StateError where moved from
     std::unique_ptr<State> state_;
   };
 
@@ -87,6 +88,7 @@ class Tokenizer {
 
  private:
   explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  const Impl& impl() const;  // throws StateError where moved from
   std::shared_ptr<const Impl> impl_;
 };
 
