@@ -43,13 +43,17 @@ def of_sessions(model: mustafar.Model) -> tuple[list[Save], Look]:
 
 def of_chats(model: mustafar.Model) -> tuple[list[Save], Look]:
     """Two conversations; a cache of the other one is a cache that is not used."""
-    chats = {name: mustafar.Chat(mustafar.Session(model)) for name in ("a", "b")}
+
+    def new_chat() -> mustafar.Chat:
+        return mustafar.Chat(mustafar.Session(model), chat_template="plain", date="2026-01-01")
+
+    chats = {name: new_chat() for name in ("a", "b")}
     for name, chat in chats.items():
         chat.send(f"This is {name}. " * 20, max_new_tokens=8, temperature=0.0)
     messages = {name: chat.messages for name, chat in chats.items()}
 
     def look(path: Path) -> str:
-        chat = mustafar.Chat(mustafar.Session(model))
+        chat = new_chat()
         cached = chat.load(path)
         name = next(name for name, expected in messages.items() if chat.messages == expected)
         return name if cached else f"{name}, without its cache"

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def test_cancel_is_nothing_to_later_calls(model: mustafar.Model) -> None:
     session.score(ids_of(20))
     session.cancel()
     assert session.generate("Once", max_new_tokens=2, **GREEDY).token_ids
-    chat = Chat(session)
+    chat = Chat(session, chat_template="plain")
     chat.cancel()
     assert chat.send("Hello", max_new_tokens=2, **GREEDY).token_ids
 
@@ -146,7 +145,7 @@ def test_close_refuses_while_a_call_runs(model: mustafar.Model) -> None:
 
 
 def test_a_reply_owns_its_chat(model: mustafar.Model) -> None:
-    chat = Chat(Session(model))
+    chat = Chat(Session(model), chat_template="plain")
     stream = chat.stream("One", max_new_tokens=20, **GREEDY)
     next(stream)
     before = chat.messages
@@ -191,40 +190,6 @@ def test_a_signal_handler_may_ask_and_is_refused_the_rest(model: mustafar.Model)
     assert len(answers) == 4
     assert session.position == 0
     assert session.generate("Once", max_new_tokens=2, **GREEDY).token_ids
-
-
-def test_a_child_forked_in_the_middle_of_native_work(model: mustafar.Model) -> None:
-    busy, idle = Session(model), Session(model)
-    idle.prefill(ids_of(20))
-    expected = idle.fork().decode(5)
-    inside = threading.Event()
-    thread = threading.Thread(
-        target=lambda: busy.generate(
-            "Once",
-            max_new_tokens=400,
-            logits_processor=lambda _ids, _logits: inside.set(),
-            **GREEDY,
-        )
-    )
-    thread.start()
-    assert inside.wait(60)
-    for _ in range(3):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python's own warning of fork()
-            child = os.fork()
-        if child == 0:
-            signal.alarm(60)
-            code = 1
-            try:
-                try:
-                    busy.decode(5)  # the call that runs there never ends here
-                except mustafar.StateError:
-                    code = 0 if (idle.decode(5) == expected).all() else 2
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    busy.cancel()
-    thread.join(60)
 
 
 AT_THE_END = """
