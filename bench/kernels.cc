@@ -200,6 +200,7 @@ struct Bench {
                           bool int8_input) {
     QuantisedShape shape;
     shape.dtype = dtype;
+    shape.offset = Offset::kMinimums;  // as rounding on loading makes them
     shape.group = group;
     shape.rows = rows;
     shape.cols = cols;

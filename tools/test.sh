@@ -47,6 +47,7 @@ release=cpu-test
 wheel_cuda=${MUSTAFAR_CUDA:-$([ -n "$nvcc" ] && nvidia-smi >/dev/null 2>&1 && echo ON || echo OFF)}
 launcher=$(command -v ccache || true)
 export CMAKE_CXX_COMPILER_LAUNCHER=$launcher CMAKE_CUDA_COMPILER_LAUNCHER=$launcher
+export CXX=${CXX:-c++}  # one name for the compiler in all builds, as ccache asks for that
 export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
 export PATH=$PWD/.venv/bin:$PATH
 failed=()

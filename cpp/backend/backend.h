@@ -9,6 +9,7 @@
 //   prefill  any number of rows.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -38,11 +39,12 @@ struct Matrix {
   // Of quantised matrices alone.
   int32_t group = 0;  // inputs that share a scale
   DType scale_dtype = DType::kF16;
-  const void* scales = nullptr;    // [tile][group][16 rows] scale_dtype
-  const uint8_t* zeros = nullptr;  // [tile][group][16 rows] or null: symmetric
+  const void* scales = nullptr;  // [tile][group][16 rows] scale_dtype
+  Offset offset = Offset::kNone;
+  const void* offsets = nullptr;  // [tile][group][16 rows] uint8 zeros or scale_dtype minimums
 
   bool quantised() const { return !is_float(dtype); }
-  QuantisedShape shape() const { return {dtype, scale_dtype, zeros != nullptr, group, rows, cols}; }
+  QuantisedShape shape() const { return {dtype, scale_dtype, offset, group, rows, cols}; }
   // A quantised matrix over the shape's one allocation.
   static Matrix of(const QuantisedShape& shape, const void* memory) {
     const uint8_t* at = static_cast<const uint8_t*>(memory);
@@ -53,21 +55,38 @@ struct Matrix {
             shape.group,
             shape.scale_dtype,
             at + shape.scales_at(),
-            shape.has_zeros ? at + shape.zeros_at() : nullptr};
+            shape.offset,
+            shape.offset != Offset::kNone ? at + shape.offsets_at() : nullptr};
+  }
+  // The zero at a place of scales, of a matrix that has no minimums.
+  int32_t zero(int64_t at) const {
+    return offset == Offset::kZeros ? static_cast<const uint8_t*>(offsets)[at] : middle_code(dtype);
+  }
+  // The weight of a code with the scale and offset at a place of those.
+  float weight(int32_t code, int64_t at) const {
+    const float scale = load_float(scales, scale_dtype, at);
+    return offset == Offset::kMinimums
+               ? std::fma(scale, static_cast<float>(code), load_float(offsets, scale_dtype, at))
+               : scale * static_cast<float>(code - zero(at));
   }
 };
 
 struct LayerWeights {
-  const float* attention_norm = nullptr;  // [hidden]
+  const float* attention_norm = nullptr;  // [hidden]; null: attention reads x as it is
   Matrix q, k, v;                         // [heads * head_dim, hidden]
   const float* q_bias = nullptr;          // [heads * head_dim] or null, likewise below
   const float* k_bias = nullptr;
   const float* v_bias = nullptr;
-  Matrix o;  // [hidden, n_heads * head_dim]
+  const float* q_norm = nullptr;  // [head_dim], [heads * head_dim] or null: Weights::qk_norm
+  const float* k_norm = nullptr;
+  bool rotates = true;  // RoPE turns queries and keys
+  Matrix o;             // [hidden, n_heads * head_dim]
   const float* o_bias = nullptr;
-  const float* mlp_norm = nullptr;  // [hidden]
-  Matrix gate, up;                  // [intermediate, hidden]
-  Matrix down;                      // [hidden, intermediate]
+  const float* attention_out_norm = nullptr;  // [hidden] or null: of what attention adds to x
+  const float* mlp_norm = nullptr;            // [hidden]; null: the MLP reads x as it is
+  const float* mlp_out_norm = nullptr;        // [hidden] or null: of what the MLP adds to x
+  Matrix gate, up;                            // [intermediate, hidden]
+  Matrix down;                                // [hidden, intermediate]
   const float* gate_bias = nullptr;
   const float* up_bias = nullptr;
   const float* down_bias = nullptr;
@@ -76,14 +95,20 @@ struct LayerWeights {
 struct Weights {
   Matrix embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  const float* final_norm = nullptr;        // [hidden]
-  Matrix lm_head;                           // [vocab, hidden]
-  const float* rope_frequencies = nullptr;  // [head_dim / 2]
+  const float* final_norm = nullptr;             // [hidden]
+  Matrix lm_head;                                // [vocab, hidden]
+  const float* rope_frequencies = nullptr;       // [rope dims / 2]
+  const float* long_rope_frequencies = nullptr;  // of SequenceStep::long_rope, or null: the same
+  float rope_scale = 1;                          // of sines and cosines
+  float embedding_scale = 1;                     // of a row of the embedding on its way to x
+  float query_scale = 1;                         // of queries, once they are rotated
+  QkNorm qk_norm = QkNorm::kNone;
 };
 
 // One sequence's part in a call, and what only the host reads of it.
 struct SequenceStep : SequenceView {
   const StoreLayout* layout = nullptr;  // host memory
+  bool long_rope = false;               // its rows take Weights::long_rope_frequencies
 };
 
 struct Batch {
@@ -159,9 +184,9 @@ class Backend {
 
   virtual std::unique_ptr<Workspace> make_workspace() = 0;
 
-  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes and f16 scales of a
-  // symmetric shape, in memory of shape.bytes(). False where a value is not finite or no f16 scale
-  // holds it. Only where quantised_weights().
+  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes, f16 scales and f16
+  // minimums of a shape that has those, in memory of shape.bytes(). False where a value is not
+  // finite or no f16 scale holds it. Only where quantised_weights().
   virtual bool quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
     (void)stored, (void)shape, (void)memory;
     throw std::logic_error(device() + " has no quantised weights");
@@ -169,12 +194,12 @@ class Backend {
 
   // Operations. x, q, out: f32 rows on the device.
 
-  // out [n][hidden] = rows of the table. token_ids: host memory, checked by the caller.
+  // out [n][hidden] = rows of the table, scaled. token_ids: host memory, checked by the caller.
   virtual void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) = 0;
 
-  // Norm, the three projections and their biases, RoPE, the sequence's KV transform; keys and
-  // values are rounded to the tail dtype and appended (SequenceView::fresh or dense). q: out,
-  // [n_rows][n_heads * D], in the cache's coordinates like the keys.
+  // Norm, the three projections and their biases, norms of q and k, RoPE, the sequence's KV
+  // transform; keys and values are rounded to the tail dtype and appended (SequenceView::fresh or
+  // dense). q: out, [n_rows][n_heads * D], in the cache's coordinates like the keys.
   virtual void project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                            const float* x, float* q, Workspace& workspace) = 0;
 
@@ -184,11 +209,12 @@ class Backend {
   virtual void attend(int32_t layer, const Batch& batch, const float* q, float* out,
                       Workspace& workspace) = 0;
 
-  // x [n_rows][hidden] += W_o attention + bias.
+  // x [n_rows][hidden] += W_o attention + bias, normed first where there is an attention_out_norm.
   virtual void project_output(const Weights& weights, int32_t layer, const Batch& batch,
                               const float* attention, float* x, Workspace& workspace) = 0;
 
-  // x += W_down(silu(W_gate n) * (W_up n)), n = norm(x).
+  // x += W_down(silu(W_gate n) * (W_up n)), n = norm(x); normed first where there is an
+  // mlp_out_norm.
   virtual void mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
                    Workspace& workspace) = 0;
 
@@ -238,6 +264,10 @@ struct BackendOptions {
   int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
   bool quantised = false;       // matrices will be quantised: "auto" takes a device that has them
 };
+
+// What of a model device "cuda" has no kernels for, such as "norms of queries and keys"; "" where
+// there is nothing.
+std::string missing_on_cuda(const ModelConfig& config);
 
 // "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws
 // DeviceError saying what is missing where a device asked for by name can't be had.

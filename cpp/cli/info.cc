@@ -142,9 +142,11 @@ void print_model(const Json& json) {
                  ", feed-forward " + number(config, "intermediate_size") + ", heads " +
                  number(config, "n_heads") + "/" + number(config, "n_kv_heads") + " x " +
                  number(config, "head_dim") + ", vocabulary " + number(config, "vocab_size"));
-  print_line("context", number(config, "max_position_embeddings") + " tokens, rope theta " +
-                            format_number(config.at("rope_theta").get<double>(), 0) + ", scaling " +
-                            config.at("rope_scaling").get<std::string>());
+  print_line("context",
+             number(config, "max_position_embeddings") + " tokens, rope theta " +
+                 format_number(config.at("rope_theta").get<double>(), 0) + ", scaling " +
+                 config.at("rope_scaling").get<std::string>() +
+                 (config.at("sliding_window").is_null() ? "" : ", cut at the sliding window"));
   std::string stored;
   for (const auto& [dtype, bytes] : json.at("tensor_bytes").items()) {
     stored += (stored.empty() ? "" : ", ") + dtype + " " + format_bytes(bytes.get<double>());

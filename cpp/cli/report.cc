@@ -54,7 +54,6 @@ Json to_json(const GenerateStats& stats) {
 }
 
 Json to_json(const ModelConfig& config) {
-  const char* const scalings[] = {"none", "linear", "llama3"};
   Json json = {{"model_type", config.model_type},
                {"hidden_size", config.hidden_size},
                {"intermediate_size", config.intermediate_size},
@@ -66,7 +65,8 @@ Json to_json(const ModelConfig& config) {
                {"max_position_embeddings", config.max_position_embeddings},
                {"rms_norm_eps", config.rms_norm_eps},
                {"rope_theta", config.rope_theta},
-               {"rope_scaling", scalings[static_cast<int>(config.rope_scaling)]},
+               {"rope_scaling", rope_scaling_name(config.rope_scaling)},
+               {"sliding_window", config.sliding_window > 0 ? Json(config.sliding_window) : Json()},
                {"tie_word_embeddings", config.tie_word_embeddings},
                {"torch_dtype", config.torch_dtype}};
   json["bos_token_id"] = config.bos_token_id < 0 ? Json(nullptr) : Json(config.bos_token_id);

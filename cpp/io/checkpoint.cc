@@ -178,6 +178,7 @@ void Checkpoint::take(Sources& sources, const std::string& name, std::vector<int
 void Checkpoint::take_all(Sources sources) {
   const int64_t hidden = config_.hidden_size, intermediate = config_.intermediate_size;
   const int64_t vocab = config_.vocab_size;
+  const FamilyTraits& traits = config_.traits;
   const int64_t q_rows = int64_t{config_.n_heads} * config_.head_dim;
   const int64_t kv_rows = int64_t{config_.n_kv_heads} * config_.head_dim;
 
@@ -193,15 +194,27 @@ void Checkpoint::take_all(Sources sources) {
       take(sources, layer + name + ".weight", {rows, cols});
       if (bias) take(sources, layer + name + ".bias", {rows});
     };
-    take(sources, layer + "input_layernorm.weight", {hidden});
-    linear("self_attn.q_proj", q_rows, hidden, config_.qkv_bias);
-    linear("self_attn.k_proj", kv_rows, hidden, config_.qkv_bias);
-    linear("self_attn.v_proj", kv_rows, hidden, config_.qkv_bias);
-    linear("self_attn.o_proj", hidden, q_rows, config_.o_bias);
     take(sources, layer + "post_attention_layernorm.weight", {hidden});
-    linear("mlp.gate_proj", intermediate, hidden, config_.mlp_bias);
-    linear("mlp.up_proj", intermediate, hidden, config_.mlp_bias);
+    take(sources,
+         layer + (traits.norm_after ? "post_feedforward_layernorm" : "input_layernorm") + ".weight",
+         {hidden});
+    if (traits.fused_projections) {
+      linear("self_attn.qkv_proj", q_rows + 2 * kv_rows, hidden, false);
+      linear("mlp.gate_up_proj", 2 * intermediate, hidden, false);
+    } else {
+      linear("self_attn.q_proj", q_rows, hidden, config_.qkv_bias);
+      linear("self_attn.k_proj", kv_rows, hidden, config_.qkv_bias);
+      linear("self_attn.v_proj", kv_rows, hidden, config_.qkv_bias);
+      linear("mlp.gate_proj", intermediate, hidden, config_.mlp_bias);
+      linear("mlp.up_proj", intermediate, hidden, config_.mlp_bias);
+    }
+    linear("self_attn.o_proj", hidden, q_rows, config_.o_bias);
     linear("mlp.down_proj", hidden, intermediate, config_.mlp_bias);
+    if (traits.qk_norm != QkNorm::kNone) {
+      const bool whole = traits.qk_norm == QkNorm::kProjection;
+      take(sources, layer + "self_attn.q_norm.weight", {whole ? q_rows : config_.head_dim});
+      take(sources, layer + "self_attn.k_norm.weight", {whole ? kv_rows : config_.head_dim});
+    }
   }
 
   // What is left would change the result if it belonged to the model: it must be known not to.

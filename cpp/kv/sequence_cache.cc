@@ -94,11 +94,12 @@ int32_t CacheSpec::dense_capacity(int64_t n) const {
 
 SequenceCache::SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool,
                              std::shared_ptr<KVBudget> budget,
-                             std::shared_ptr<const CacheSpec> spec)
+                             std::shared_ptr<const CacheSpec> spec, bool long_rope)
     : backend_(&backend),
       pool_(std::move(pool)),
       budget_(std::move(budget)),
-      spec_(std::move(spec)) {}
+      spec_(std::move(spec)),
+      long_rope_(long_rope) {}
 
 DenseBuffer SequenceCache::new_dense(int32_t capacity) const {
   return {KVMemory(*backend_, budget_, spec_->dense_bytes(capacity)), capacity};
@@ -112,7 +113,7 @@ KVMemory SequenceCache::new_query_magnitude() const {
 }
 
 SequenceCache SequenceCache::fork() const {
-  SequenceCache other(*backend_, pool_, budget_, spec_);
+  SequenceCache other(*backend_, pool_, budget_, spec_, long_rope_);
   other.pages_ = pages_;
   other.length_ = length_;
   other.refresh_page_table();
@@ -128,7 +129,7 @@ SequenceCache SequenceCache::fork() const {
 }
 
 SequenceCache SequenceCache::cut_store(int64_t length) const {
-  SequenceCache other(*backend_, pool_, budget_, spec_);
+  SequenceCache other(*backend_, pool_, budget_, spec_, long_rope_);
   const int64_t stored = spec_->compressed(length);
   other.pages_.assign(pages_.begin(), pages_.begin() + stored / kBlockTokens);
   other.refresh_page_table();
@@ -209,6 +210,7 @@ SequenceStep SequenceCache::view_of(const DenseBuffer& dense) const {
   SequenceStep step;
   step.pos0 = static_cast<int32_t>(length_);
   step.layout = &spec_->layout;
+  step.long_rope = long_rope_;
   step.pages = page_table_.data() != nullptr
                    ? static_cast<const uint8_t* const*>(page_table_.data())
                    : page_addresses_.data();
@@ -344,6 +346,12 @@ int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t 
   const int64_t dense = spec.dense_capacity(std::min<int64_t>(n, spec.most_dense_tokens));
   return 2 * (spec.dense_bytes(dense) + spec.query_bytes) +
          std::max(pages(n), pages(prompt) + spec.fresh_bytes(prompt));
+}
+
+int64_t SequenceCache::held_bytes(const CacheSpec& spec, int64_t n) {
+  const int64_t dense = std::min<int64_t>(n, spec.most_dense_tokens);
+  return spec.dense_bytes(spec.dense_capacity(dense)) + spec.query_bytes +
+         spec.compressed(n) / kBlockTokens * spec.layout.page_bytes;
 }
 
 MemoryUsage SequenceCache::memory() const {

@@ -74,8 +74,9 @@ struct PendingAppend {
 
 class SequenceCache {
  public:
+  // long_rope: see SequenceStep.
   SequenceCache(Backend& backend, std::shared_ptr<BlockPool> pool, std::shared_ptr<KVBudget> budget,
-                std::shared_ptr<const CacheSpec> spec);
+                std::shared_ptr<const CacheSpec> spec, bool long_rope = false);
   SequenceCache(SequenceCache&&) = default;
   SequenceCache& operator=(SequenceCache&&) = default;
 
@@ -105,6 +106,8 @@ class SequenceCache {
 
   // Bytes that a new cache needs at most, on its way over a prompt in one call to n tokens.
   static int64_t bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n);
+  // Bytes that one of n tokens holds between calls, about.
+  static int64_t held_bytes(const CacheSpec& spec, int64_t n);
   MemoryUsage memory() const;
 
   // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens
@@ -136,6 +139,7 @@ class SequenceCache {
   DenseBuffer dense_;         // none while no token is dense
   KVMemory query_magnitude_;  // none until the first token
   int64_t length_ = 0;
+  bool long_rope_ = false;
 };
 
 }  // namespace mustafar

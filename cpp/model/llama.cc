@@ -133,33 +133,53 @@ std::vector<SequenceStep> Prefill::chunk_of(std::span<const SequenceStep> calls,
   return steps;
 }
 
+int64_t Prefill::next_rows() const {
+  return std::min(llama_.backend_.prefill_rows(), n_rows_ - next_row_);
+}
+
 bool Prefill::step(const std::function<void(int64_t, int64_t)>& between) {
+  const int64_t n_layers = llama_.config_.n_layers;
+  const int64_t end = std::min(n_layers, int64_t{layer_} + 1) * n_rows_;
+  for (int64_t done = layer_ * n_rows_ + next_row_; done < end;) {
+    done += next_rows();
+    step_rows();
+    if (between) between(done, n_layers * n_rows_);
+  }
+  return layer_ < n_layers;
+}
+
+bool Prefill::step_rows() {
   const ModelConfig& config = llama_.config_;
   if (layer_ == config.n_layers) return false;
-  std::vector<SequenceStep> calls;
-  std::vector<CommitStep> commits;
-  for (const Part& part : parts_) {
-    SequenceStep& call = calls.emplace_back(part.cache->view(part.pending));
-    call.fresh = static_cast<uint8_t*>(part.fresh.data());
-    call.fresh_capacity = static_cast<int32_t>(part.n);
-    call.fresh_pos0 = call.pos0;
+  if (next_row_ == 0) {
+    calls_.clear();
+    for (const Part& part : parts_) {
+      SequenceStep& call = calls_.emplace_back(part.cache->view(part.pending));
+      call.fresh = static_cast<uint8_t*>(part.fresh.data());
+      call.fresh_capacity = static_cast<int32_t>(part.n);
+      call.fresh_pos0 = call.pos0;
+    }
   }
-
   // Rows see keys and values of earlier rows only, so a chunk can pass through the whole layer.
-  const int64_t together = llama_.backend_.prefill_rows();
-  for (int64_t first = 0; first < n_rows_; first += together) {
-    const int64_t rows = std::min(together, n_rows_ - first);
-    const std::vector<SequenceStep> steps = chunk_of(calls, first, rows);
-    const Batch batch{steps, static_cast<int32_t>(rows), /*decode=*/false};
-    llama_.run_layer(layer_, batch, x_ + first * config.hidden_size, buffers_, observer_);
-    if (between) between(layer_ * n_rows_ + first + rows, config.n_layers * n_rows_);
+  const int64_t rows = next_rows();
+  const std::vector<SequenceStep> steps = chunk_of(calls_, next_row_, rows);
+  const Batch batch{steps, static_cast<int32_t>(rows), /*decode=*/false};
+  llama_.run_layer(layer_, batch, x_ + next_row_ * config.hidden_size, buffers_, observer_);
+  next_row_ += rows;
+  if (next_row_ == n_rows_) {
+    commit_layer();
+    layer_++;
+    next_row_ = 0;
   }
+  return layer_ < config.n_layers;
+}
+
+void Prefill::commit_layer() {
+  std::vector<CommitStep> commits;
   for (size_t i = 0; i < parts_.size(); i++) {
-    commits.push_back(parts_[i].cache->commit_view(parts_[i].pending, calls[i]));
+    commits.push_back(parts_[i].cache->commit_view(parts_[i].pending, calls_[i]));
   }
   llama_.backend_.commit(commits, layer_, 1, buffers_.workspace());
-  layer_++;
-  return layer_ < config.n_layers;
 }
 
 void Prefill::compute_logits(int64_t first, int64_t n, float* out) {
@@ -184,6 +204,13 @@ const float* Prefill::device_logits(int64_t first, int64_t n) {
   float* const device = buffers_.logits(n * llama_.config_.vocab_size);
   compute_logits(first, n, device);
   return device;
+}
+
+void Prefill::last_logits(float* out) {
+  std::vector<int32_t> rows;
+  for (size_t i = 0; i < parts_.size(); i++) rows.push_back(static_cast<int32_t>(last_row(i)));
+  const Batch batch{{}, static_cast<int32_t>(n_rows_), /*decode=*/false};
+  llama_.backend_.logits(llama_.weights_, batch, rows, x_, out, buffers_.workspace());
 }
 
 TopLogits Prefill::top_logits(int64_t row, int32_t top_k) {

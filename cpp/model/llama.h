@@ -88,6 +88,11 @@ class Prefill {
   // Runs the next layer; false once all have run. between: called after each part of a layer with
   // tokens x layers done so far and in all; what it throws stops the call.
   bool step(const std::function<void(int64_t done, int64_t total)>& between = {});
+  // Runs the next rows of a layer, at most Backend::prefill_rows(): what step() makes a layer of.
+  // False once all layers have run.
+  bool step_rows();
+  int64_t next_row() const { return next_row_; }  // of the call, that step_rows() begins with
+  int64_t next_rows() const;                      // that step_rows() runs
 
   // Called in every later step(), after the projections of each chunk of rows.
   void observe(std::function<void(int32_t layer, const Batch& batch, const float* q)> observer) {
@@ -98,6 +103,9 @@ class Prefill {
   void logits(int64_t first, int64_t n, float* out);
   // The same on the device, in buffers.logits() until its next use.
   const float* device_logits(int64_t first, int64_t n);
+  int64_t last_row(size_t part) const { return parts_[part].row0 + parts_[part].n - 1; }
+  // Logits of the last row of every part, host, [parts][vocab]; where the host reads device memory.
+  void last_logits(float* out);
   // The top_k largest of row `row`; the row stays in buffers.logits(), see Llama::decode_top.
   TopLogits top_logits(int64_t row, int32_t top_k);
   // Takes the call into the caches. After the last step.
@@ -112,6 +120,7 @@ class Prefill {
     KVMemory fresh;  // one layer's keys and values of the call
   };
 
+  void commit_layer();
   // Logits of rows [first, first + n) to out, on the device.
   void compute_logits(int64_t first, int64_t n, float* out);
   // The steps of rows [first, first + n), cut from those of whole parts.
@@ -124,6 +133,8 @@ class Prefill {
   int64_t n_rows_ = 0;
   float* x_ = nullptr;  // [n_rows][hidden]
   int32_t layer_ = 0;
+  int64_t next_row_ = 0;             // of layer_
+  std::vector<SequenceStep> calls_;  // of whole parts in layer_, once it has begun
   std::function<void(int32_t layer, const Batch& batch, const float* q)> observer_;
 };
 

@@ -22,6 +22,7 @@ WeightFormat WeightFormat::for_vocabulary() const {
 QuantisedShape WeightFormat::shape(int64_t rows, int64_t cols) const {
   QuantisedShape shape;
   shape.dtype = dtype;
+  shape.offset = Offset::kMinimums;
   shape.rows = rows;
   shape.cols = cols;
   shape.group = group > 0 ? group : static_cast<int32_t>(shape.inner());

@@ -15,7 +15,7 @@ struct WeightFormat {
 
   // The embedding and the head, one matrix where they are tied: int8 where the others are int4.
   WeightFormat for_vocabulary() const;
-  QuantisedShape shape(int64_t rows, int64_t cols) const;  // symmetric, f16 scales
+  QuantisedShape shape(int64_t rows, int64_t cols) const;  // f16 scales and minimums
   std::string name() const;                                // "auto", or as in "int4:32"
 };
 

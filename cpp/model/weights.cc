@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "core/hash.h"
@@ -21,14 +22,22 @@ class Loader {
       : source_(source), backend_(&backend), format_(format), progress_(progress), total_(total) {}
 
   Matrix matrix(const std::string& name, int64_t rows, int64_t cols) {
+    return matrix(name, {0, rows, rows}, cols, format_);
+  }
+  // Rows of a tensor that holds several matrices; nothing is copied that the whole would not be.
+  struct Rows {
+    int64_t first = 0, count = 0;
+    int64_t in_all = 0;
+  };
+  Matrix matrix(const std::string& name, const Rows& rows, int64_t cols) {
     return matrix(name, rows, cols, format_);
   }
   // The embedding or the head.
   Matrix vocabulary_matrix(const std::string& name, int64_t rows, int64_t cols) {
-    return matrix(name, rows, cols, format_.for_vocabulary());
+    return matrix(name, {0, rows, rows}, cols, format_.for_vocabulary());
   }
 
-  const float* vector(const std::string& name, int64_t n) {
+  const float* vector(const std::string& name, int64_t n, float factor = 1.0f) {
     const StoredTensor stored = source_.tensor(name, {n});
     if (backend_ == nullptr) {
       bytes_ += n * 4;
@@ -37,7 +46,7 @@ class Loader {
     source_.prepare(stored.data, dtype_bytes(stored.dtype, n));
     sample(name, stored, dtype_bytes(stored.dtype, n));
     std::vector<float> values(n);
-    for (int64_t i = 0; i < n; i++) values[i] = load_float(stored.data, stored.dtype, i);
+    for (int64_t i = 0; i < n; i++) values[i] = load_float(stored.data, stored.dtype, i) * factor;
     return floats(values);
   }
 
@@ -61,10 +70,13 @@ class Loader {
   std::vector<std::unique_ptr<DeviceMemory>> take_owned() { return std::move(owned_); }
 
  private:
-  Matrix matrix(const std::string& name, int64_t rows, int64_t cols, const WeightFormat& format) {
-    const StoredTensor stored = source_.tensor(name, {rows, cols});
-    const int64_t bytes = dtype_bytes(stored.dtype, rows * cols);
-    Matrix matrix{stored.data, stored.dtype, rows, cols};
+  Matrix matrix(const std::string& name, const Rows& rows, int64_t cols,
+                const WeightFormat& format) {
+    StoredTensor stored = source_.tensor(name, {rows.in_all, cols});
+    stored.data =
+        static_cast<const uint8_t*>(stored.data) + dtype_bytes(stored.dtype, rows.first * cols);
+    const int64_t bytes = dtype_bytes(stored.dtype, rows.count * cols);
+    Matrix matrix{stored.data, stored.dtype, rows.count, cols};
     if (backend_ == nullptr) {
       bytes_ += bytes;
       return matrix;
@@ -84,14 +96,14 @@ class Loader {
     source_.prepare(stored.data, bytes);
     if (!backend_->quantise(stored, shape, owned_.back()->data())) {
       throw ModelError("tensor \"" + name + "\" has values that weights \"" + format.name() +
-                       "\" can't hold: expected finite ones, in groups whose scale fits f16");
+                       "\" can't hold: expected finite ones, in groups whose range fits f16");
     }
     const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
     sample_bytes(quantised.data, shape.scales_at());  // without the padding that follows
-    sample_bytes(quantised.scales,
-                 dtype_bytes(shape.scale_dtype, shape.n_tiles() * shape.tile_scales()));
+    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
+    sample_bytes(quantised.offsets, shape.offset_bytes());
     source_.release(stored.data, bytes);
     report(bytes);
     return quantised;
@@ -145,8 +157,50 @@ class Loader {
   Hash64 hash_;
 };
 
+void load_attention(const ModelConfig& c, const std::string& name, Loader& load, LayerWeights& l) {
+  const int64_t hidden = c.hidden_size;
+  const int64_t q_rows = int64_t{c.n_heads} * c.head_dim;
+  const int64_t kv_rows = int64_t{c.n_kv_heads} * c.head_dim;
+  if (c.traits.fused_projections) {
+    const std::string fused = name + "qkv_proj.weight";
+    const int64_t in_all = q_rows + 2 * kv_rows;
+    l.q = load.matrix(fused, {0, q_rows, in_all}, hidden);
+    l.k = load.matrix(fused, {q_rows, kv_rows, in_all}, hidden);
+    l.v = load.matrix(fused, {q_rows + kv_rows, kv_rows, in_all}, hidden);
+  } else {
+    l.q = load.matrix(name + "q_proj.weight", q_rows, hidden);
+    l.k = load.matrix(name + "k_proj.weight", kv_rows, hidden);
+    l.v = load.matrix(name + "v_proj.weight", kv_rows, hidden);
+  }
+  l.o = load.matrix(name + "o_proj.weight", hidden, q_rows);
+  l.q_bias = load.optional_vector(c.qkv_bias, name + "q_proj.bias", q_rows);
+  l.k_bias = load.optional_vector(c.qkv_bias, name + "k_proj.bias", kv_rows);
+  l.v_bias = load.optional_vector(c.qkv_bias, name + "v_proj.bias", kv_rows);
+  l.o_bias = load.optional_vector(c.o_bias, name + "o_proj.bias", hidden);
+  const bool normed = c.traits.qk_norm != QkNorm::kNone;
+  const bool whole = c.traits.qk_norm == QkNorm::kProjection;
+  l.q_norm = load.optional_vector(normed, name + "q_norm.weight", whole ? q_rows : c.head_dim);
+  l.k_norm = load.optional_vector(normed, name + "k_norm.weight", whole ? kv_rows : c.head_dim);
+}
+
+void load_mlp(const ModelConfig& c, const std::string& name, Loader& load, LayerWeights& l) {
+  const int64_t hidden = c.hidden_size, inner = c.intermediate_size;
+  if (c.traits.fused_projections) {
+    l.gate = load.matrix(name + "gate_up_proj.weight", {0, inner, 2 * inner}, hidden);
+    l.up = load.matrix(name + "gate_up_proj.weight", {inner, inner, 2 * inner}, hidden);
+  } else {
+    l.gate = load.matrix(name + "gate_proj.weight", inner, hidden);
+    l.up = load.matrix(name + "up_proj.weight", inner, hidden);
+  }
+  l.down = load.matrix(name + "down_proj.weight", hidden, inner);
+  l.gate_bias = load.optional_vector(c.mlp_bias, name + "gate_proj.bias", inner);
+  l.up_bias = load.optional_vector(c.mlp_bias, name + "up_proj.bias", inner);
+  l.down_bias = load.optional_vector(c.mlp_bias, name + "down_proj.bias", hidden);
+}
+
 Weights load_table(const ModelConfig& c, Loader& load) {
   Weights w;
+  const FamilyTraits& traits = c.traits;
   // Tied weights may be stored under either name alone.
   const char* kEmbedding = "model.embed_tokens.weight";
   const char* kHead = "lm_head.weight";
@@ -156,31 +210,30 @@ Weights load_table(const ModelConfig& c, Loader& load) {
   w.lm_head = has_embedding && has_head && !c.tie_word_embeddings
                   ? load.vocabulary_matrix(kHead, c.vocab_size, c.hidden_size)
                   : w.embedding;
-  w.final_norm = load.vector("model.norm.weight", c.hidden_size);
+  w.final_norm = load.vector("model.norm.weight", c.hidden_size,
+                             static_cast<float>(1.0 / traits.logits_scaling));
   w.rope_frequencies = load.floats(c.rope_inverse_frequencies());
+  if (c.has_long_rope()) w.long_rope_frequencies = load.floats(c.rope_inverse_frequencies(true));
+  w.rope_scale = static_cast<float>(c.rope_attention_factor);
+  w.embedding_scale = static_cast<float>(traits.embedding_multiplier / traits.residual_multiplier);
+  if (traits.attention_multiplier != 0) {  // the backend's own is 1 / sqrt(head_dim)
+    w.query_scale = static_cast<float>(traits.attention_multiplier * std::sqrt(c.head_dim));
+  }
+  w.qk_norm = traits.qk_norm;
 
-  const int64_t q_rows = int64_t{c.n_heads} * c.head_dim;
-  const int64_t kv_rows = int64_t{c.n_kv_heads} * c.head_dim;
   for (int32_t i = 0; i < c.n_layers; i++) {
     const std::string layer = "model.layers." + std::to_string(i) + ".";
-    const std::string attention = layer + "self_attn.", mlp = layer + "mlp.";
     LayerWeights l;
-    l.attention_norm = load.vector(layer + "input_layernorm.weight", c.hidden_size);
-    l.q = load.matrix(attention + "q_proj.weight", q_rows, c.hidden_size);
-    l.k = load.matrix(attention + "k_proj.weight", kv_rows, c.hidden_size);
-    l.v = load.matrix(attention + "v_proj.weight", kv_rows, c.hidden_size);
-    l.o = load.matrix(attention + "o_proj.weight", c.hidden_size, q_rows);
-    l.q_bias = load.optional_vector(c.qkv_bias, attention + "q_proj.bias", q_rows);
-    l.k_bias = load.optional_vector(c.qkv_bias, attention + "k_proj.bias", kv_rows);
-    l.v_bias = load.optional_vector(c.qkv_bias, attention + "v_proj.bias", kv_rows);
-    l.o_bias = load.optional_vector(c.o_bias, attention + "o_proj.bias", c.hidden_size);
-    l.mlp_norm = load.vector(layer + "post_attention_layernorm.weight", c.hidden_size);
-    l.gate = load.matrix(mlp + "gate_proj.weight", c.intermediate_size, c.hidden_size);
-    l.up = load.matrix(mlp + "up_proj.weight", c.intermediate_size, c.hidden_size);
-    l.down = load.matrix(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size);
-    l.gate_bias = load.optional_vector(c.mlp_bias, mlp + "gate_proj.bias", c.intermediate_size);
-    l.up_bias = load.optional_vector(c.mlp_bias, mlp + "up_proj.bias", c.intermediate_size);
-    l.down_bias = load.optional_vector(c.mlp_bias, mlp + "down_proj.bias", c.hidden_size);
+    l.rotates = traits.rotates(i);
+    if (traits.norm_after) {
+      l.attention_out_norm = load.vector(layer + "post_attention_layernorm.weight", c.hidden_size);
+      l.mlp_out_norm = load.vector(layer + "post_feedforward_layernorm.weight", c.hidden_size);
+    } else {
+      l.attention_norm = load.vector(layer + "input_layernorm.weight", c.hidden_size);
+      l.mlp_norm = load.vector(layer + "post_attention_layernorm.weight", c.hidden_size);
+    }
+    load_attention(c, layer + "self_attn.", load, l);
+    load_mlp(c, layer + "mlp.", load, l);
     w.layers.push_back(l);
   }
   return w;

@@ -185,9 +185,10 @@ std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv, con
   return std::make_shared<const CacheSpec>(std::move(spec));
 }
 
-SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec) {
+SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec, int64_t max_tokens) {
   std::shared_ptr<BlockPool> pages = pool(spec->layout.page_bytes);  // before spec moves
-  return SequenceCache(*backend, std::move(pages), budget, std::move(spec));
+  const bool long_rope = config.has_long_rope() && max_tokens > config.rope_original_context;
+  return SequenceCache(*backend, std::move(pages), budget, std::move(spec), long_rope);
 }
 
 }  // namespace mustafar

@@ -213,7 +213,7 @@ KVStatistics gather_kv_statistics(const Model& model,
       done += n;
       continue;
     }
-    SequenceCache cache = engine.new_cache(spec);
+    SequenceCache cache = engine.new_cache(spec, n);
     Prefill prefill(*engine.llama, cache, sequence, buffers);
     prefill.observe([&](int32_t layer, const Batch& batch, const float* q) {
       gatherer.observe(layer, batch, q);

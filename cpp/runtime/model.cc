@@ -56,6 +56,22 @@ std::string fingerprint_of(const ModelConfig& c, const std::string& weights) {
   }
   hash.add(&c.rms_norm_eps, sizeof(c.rms_norm_eps));
   for (float frequency : c.rope_inverse_frequencies()) hash.add(&frequency, sizeof(frequency));
+  if (c.has_long_rope()) {
+    for (float frequency : c.rope_inverse_frequencies(true))
+      hash.add(&frequency, sizeof(frequency));
+  }
+  // Only where a family differs from Llama, whose fingerprints older files have.
+  const FamilyTraits& t = c.traits;
+  const double scalars[] = {t.embedding_multiplier, t.residual_multiplier, t.logits_scaling,
+                            t.attention_multiplier + 1, c.rope_attention_factor};
+  for (size_t i = 0; i < std::size(scalars); i++) {
+    if (scalars[i] == 1) continue;
+    hash.add_int(static_cast<int64_t>(i));
+    hash.add(&scalars[i], sizeof(scalars[i]));
+  }
+  for (int32_t i = 0; i < c.n_layers; i++) {
+    if (!t.rotates(i)) hash.add_int(i);
+  }
   hash.add(weights);
   return hash.hex();
 }

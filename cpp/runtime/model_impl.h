@@ -53,7 +53,8 @@ struct Model::Impl {
   // std::invalid_argument where the profile has no sigmas, DeviceError where the device has no
   // kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv, const StoreLayout& layout);
-  SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec);
+  // For a sequence of at most max_tokens: longrope chooses its frequencies by that.
+  SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec, int64_t max_tokens);
 
   std::mutex auto_profile_mutex;
   std::shared_ptr<const Profile> auto_profile;  // of profile="auto", once asked for

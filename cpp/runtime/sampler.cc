@@ -105,6 +105,21 @@ double exp_sum(std::span<const float> logits, float top) {
   return total;
 }
 
+// Masks the logits [vocab] of tokens without a bit in allowed [vocab / 32 + 1].
+void mask_all_but(std::span<const uint32_t> allowed, std::span<float> logits) {
+  constexpr size_t kBits = 32;
+  for (size_t begin = 0; begin < logits.size(); begin += kBits) {
+    const uint32_t bits = allowed[begin / kBits];
+    if (bits == ~uint32_t{0}) continue;
+    const std::span<float> part = logits.subspan(begin, std::min(kBits, logits.size() - begin));
+    if (bits == 0) {  // most of the vocabulary, mostly
+      std::fill(part.begin(), part.end(), kMasked);
+      continue;
+    }
+    for (size_t i = 0; i < part.size(); i++) part[i] = (bits >> i & 1) != 0 ? part[i] : kMasked;
+  }
+}
+
 bool penalises(const SamplingParams& params) {
   return *params.repetition_penalty != 1.0 || *params.presence_penalty != 0.0 ||
          *params.frequency_penalty != 0.0;
@@ -131,7 +146,7 @@ Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<con
 }
 
 TokenLogprob Sampler::sample(std::span<const float> logits, std::span<const int32_t> history,
-                             int64_t n_generated) {
+                             int64_t n_generated, std::span<const uint32_t> allowed) {
   if (static_cast<int64_t>(logits.size()) != vocab_size_) {
     throw std::invalid_argument("expected " + std::to_string(vocab_size_) + " logits, not " +
                                 std::to_string(logits.size()));
@@ -140,7 +155,12 @@ TokenLogprob Sampler::sample(std::span<const float> logits, std::span<const int3
     throw std::invalid_argument("n_generated must be in [0, " + std::to_string(history.size()) +
                                 "], the length of history, not " + std::to_string(n_generated));
   }
-  const std::span<const float> adjusted = adjust(logits, history, n_generated);
+  const size_t allowed_words = static_cast<size_t>(vocab_size_) / 32 + 1;
+  if (!allowed.empty() && allowed.size() != allowed_words) {
+    throw std::invalid_argument("expected " + std::to_string(allowed_words) +
+                                " words of allowed tokens, not " + std::to_string(allowed.size()));
+  }
+  const std::span<const float> adjusted = adjust(logits, history, n_generated, allowed);
   const bool changed = adjusted.data() != logits.data();
   const int32_t best = checked_argmax(adjusted, changed ? "sampling" : "the model's output");
 
@@ -191,10 +211,12 @@ TokenLogprob Sampler::sample(const TopLogits& top) {
 // The logits with everything applied that comes before the temperature: the model's own where
 // nothing is asked for, else a changed copy.
 std::span<const float> Sampler::adjust(std::span<const float> logits,
-                                       std::span<const int32_t> history, int64_t n_generated) {
-  if (!adjusts(n_generated)) return logits;
+                                       std::span<const int32_t> history, int64_t n_generated,
+                                       std::span<const uint32_t> allowed) {
+  if (allowed.empty() && !adjusts(n_generated)) return logits;
   adjusted_.assign(logits.begin(), logits.end());
   if (params_.logits_processor) params_.logits_processor(history, adjusted_);
+  if (!allowed.empty()) mask_all_but(allowed, adjusted_);
   for (const auto& [id, bias] : params_.logit_bias) adjusted_[id] += bias;
   if (penalises(params_)) penalise(history, n_generated);
   if (n_generated < params_.min_new_tokens) {

@@ -63,7 +63,7 @@ void Scorer::admit(std::span<const std::vector<int32_t>> sequences, size_t& wait
       }
       if (reserved + needed > free_bytes) return;
     }
-    active.push_back({waiting++, engine_.new_cache(spec_), 0, needed});
+    active.push_back({waiting++, engine_.new_cache(spec_, n), 0, needed});
     reserved += needed;
     rows += first;
   }

@@ -16,10 +16,11 @@ Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_
   if (max_tokens < 1 || max_tokens > context) {
     throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) +
                                 ", must be between 1 and the model's context of " +
-                                std::to_string(context) + " tokens");
+                                std::to_string(context) + " tokens" +
+                                engine->config.why_context_ends());
   }
   spec = engine->cache_spec(kv);
-  cache.emplace(engine->new_cache(spec));
+  cache.emplace(engine->new_cache(spec, max_tokens));
   buffers = std::make_unique<ForwardBuffers>(*engine->backend);
   count_workspace();
   publish_usage();
@@ -224,7 +225,7 @@ std::shared_ptr<Session::Impl> Session::Impl::fork() const {
 }
 
 void Session::Impl::reset() {
-  SequenceCache empty = engine->new_cache(spec);  // the call may fail
+  SequenceCache empty = engine->new_cache(spec, max_tokens);  // the call may fail
   cache = std::move(empty);
   cut_tokens(0);
   next.drop();

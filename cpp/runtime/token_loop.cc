@@ -45,6 +45,10 @@ TokenLoop::TokenLoop(const SamplingParams& params, const ModelConfig& model,
     throw std::invalid_argument(
         "stop texts need a tokenizer, which the model folder does not have");
   }
+  if (params.constraint) {
+    constraint_ = params.constraint();
+    allowed_.resize(static_cast<size_t>(model.vocab_size) / 32 + 1);
+  }
   if (params.max_new_tokens == 0) finish(FinishReason::kLength);
 }
 
@@ -56,8 +60,15 @@ bool TokenLoop::is_end(int32_t token) const {
   return std::find(end_ids_.begin(), end_ids_.end(), token) != end_ids_.end();
 }
 
+void TokenLoop::mark_allowed() {
+  std::fill(allowed_.begin(), allowed_.end(), 0);
+  if (!constraint_->allow(allowed_)) return;
+  for (const int32_t id : end_ids_) allowed_[id / 32] |= uint32_t{1} << (id % 32);
+}
+
 int32_t TokenLoop::choose(std::span<const float> logits, std::span<const int32_t> history) {
-  chosen_ = sampler_.sample(logits, history, made_);
+  if (constraint_) mark_allowed();
+  chosen_ = sampler_.sample(logits, history, made_, allowed_);
   return chosen_->token_id;
 }
 
@@ -86,6 +97,7 @@ std::string TokenLoop::accept(int32_t token) {
     }
     result.text += text;
   }
+  if (constraint_ && !constraint_->accept(token)) return text + finish(FinishReason::kStop);
   if (made_ >= params_.max_new_tokens) text += finish(FinishReason::kLength);
   return text;
 }

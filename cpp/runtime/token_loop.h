@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -31,7 +32,9 @@ class TokenLoop {
   int32_t choose(const TopLogits& top);
   // How many of the largest logits the choice of a token needs before which `ahead` more are made;
   // 0: the whole row.
-  int32_t top_needed(int64_t ahead = 0) const { return sampler_.top_needed(made_ + ahead); }
+  int32_t top_needed(int64_t ahead = 0) const {
+    return constraint_ ? 0 : sampler_.top_needed(made_ + ahead);
+  }
   // Takes the chosen token once it is in the cache; returns text that became certain. Ends the
   // generation where the token, the text or the count says so.
   std::string accept(int32_t token);
@@ -48,6 +51,8 @@ class TokenLoop {
 
  private:
   bool is_end(int32_t token) const;
+  // Sets allowed_ to what the constraint lets follow.
+  void mark_allowed();
   // Takes a token's text; returns what became certain.
   std::string take_text(int32_t token);
 
@@ -57,6 +62,8 @@ class TokenLoop {
   const Tokenizer* tokenizer_;
   std::optional<Tokenizer::Stream> stream_;
   StopMatcher matcher_;
+  std::unique_ptr<TokenConstraint> constraint_;  // null: anything may follow
+  std::vector<uint32_t> allowed_;  // [vocab / 32 + 1] bits, empty without a constraint
   std::optional<TokenLogprob> chosen_;
   int64_t made_ = 0;
   bool done_ = false;

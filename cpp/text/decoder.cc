@@ -134,6 +134,21 @@ class WholeTokenStage : public DecodeStage {
   std::string buffer_;
 };
 
+// What a token of the byte-level alphabet spells; another one, as added tokens may be, spells
+// itself.
+void append_bytes(std::string_view token, std::string* bytes) {
+  const size_t size = bytes->size();
+  for (size_t pos = 0; pos < token.size();) {
+    const auto byte = byte_level_byte(unicode::next_code_point(token, &pos));
+    if (!byte) {
+      bytes->resize(size);
+      bytes->append(token);
+      return;
+    }
+    *bytes += static_cast<char>(*byte);
+  }
+}
+
 // All tokens become one, of the bytes that they spell. What is not valid UTF-8 becomes U+FFFD.
 class ByteLevel final : public WholeTokenStage {
  public:
@@ -146,16 +161,7 @@ class ByteLevel final : public WholeTokenStage {
 
  protected:
   void token(std::string_view token) override {
-    const size_t size = bytes_.size();
-    for (size_t pos = 0; pos < token.size();) {
-      if (const auto byte = byte_level_byte(unicode::next_code_point(token, &pos))) {
-        bytes_ += static_cast<char>(*byte);
-      } else {  // not of the alphabet, as added tokens may be: the text itself
-        bytes_.resize(size);
-        bytes_.append(token);
-        break;
-      }
-    }
+    append_bytes(token, &bytes_);
     std::string certain;
     size_t pos = 0;
     while (pos < bytes_.size()) {
@@ -188,6 +194,16 @@ class Replace final : public WholeTokenStage {
   MatchScratch* scratch_;
 };
 
+// The byte that a token <0xNN> stands for.
+std::optional<char> fallback_byte(std::string_view token) {
+  constexpr std::string_view kBefore = "<0x", kAfter = ">";
+  if (token.size() != 6 || !token.starts_with(kBefore) || !token.ends_with(kAfter)) return {};
+  const int high = unicode::digit_value(token[3]), low = unicode::digit_value(token[4]);
+  const auto is_hex = [](int digit) { return digit >= 0 && digit < 16; };
+  if (!is_hex(high) || !is_hex(low)) return {};
+  return static_cast<char>(high << 4 | low);
+}
+
 // A run of <0xNN> becomes the text of its bytes where that is valid UTF-8, and otherwise one U+FFFD
 // for each byte. Which of the two is known only at the run's end, so the whole run is held back.
 class ByteFallback final : public WholeTokenStage {
@@ -213,7 +229,7 @@ class ByteFallback final : public WholeTokenStage {
 
  protected:
   void token(std::string_view token) override {
-    if (const auto byte = byte_of(token)) {
+    if (const auto byte = fallback_byte(token)) {
       run_ += *byte;
       return;
     }
@@ -222,15 +238,6 @@ class ByteFallback final : public WholeTokenStage {
   }
 
  private:
-  // The byte that a token <0xNN> stands for.
-  static std::optional<char> byte_of(std::string_view token) {
-    constexpr std::string_view kBefore = "<0x", kAfter = ">";
-    if (token.size() != 6 || !token.starts_with(kBefore) || !token.ends_with(kAfter)) return {};
-    const int high = unicode::digit_value(token[3]), low = unicode::digit_value(token[4]);
-    const auto is_hex = [](int digit) { return digit >= 0 && digit < 16; };
-    if (!is_hex(high) || !is_hex(low)) return {};
-    return static_cast<char>(high << 4 | low);
-  }
   void flush() {
     if (run_.empty()) return;
     if (unicode::is_valid_utf8(run_)) {
@@ -318,6 +325,47 @@ class Metaspace final : public DecodeStage {
 };
 
 }  // namespace
+
+std::string Decoder::bytes_of(std::string_view token) const {
+  MatchScratch scratch;
+  std::string bytes(token);
+  bool fused = false;  // with its neighbours: it has no ends of its own
+  for (const DecodeStep& step : steps_) {
+    switch (step.kind) {
+      case DecodeStep::Kind::kByteLevel: {
+        std::string spelled;
+        append_bytes(bytes, &spelled);
+        bytes = std::move(spelled);
+        fused = true;
+        break;
+      }
+      case DecodeStep::Kind::kReplace:
+        bytes = step.pattern.replace(bytes, step.content, &scratch);
+        break;
+      case DecodeStep::Kind::kByteFallback:
+        if (const auto byte = fallback_byte(bytes)) return {*byte};
+        break;
+      case DecodeStep::Kind::kFuse:
+        fused = true;
+        break;
+      case DecodeStep::Kind::kStrip:
+        for (size_t i = 0; !fused && i < step.start && bytes.starts_with(step.content); i++) {
+          bytes.erase(0, step.content.size());
+        }
+        for (size_t i = 0; !fused && i < step.stop && bytes.ends_with(step.content); i++) {
+          bytes.erase(bytes.size() - step.content.size());
+        }
+        break;
+      case DecodeStep::Kind::kMetaspace:
+        bytes = Pattern::literal(step.content).replace(bytes, " ", &scratch);
+        break;
+      case DecodeStep::Kind::kSpaces:
+        bytes.insert(0, 1, ' ');
+        break;
+    }
+  }
+  return bytes;
+}
 
 DecodeRun::DecodeRun(const Decoder& decoder)
     : out_(std::make_unique<std::string>()), scratch_(std::make_unique<MatchScratch>()) {

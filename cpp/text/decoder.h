@@ -38,6 +38,9 @@ class Decoder {
   // for unsupported types.
   static Decoder parse(const JsonField& field);
 
+  // The bytes that a token adds to a text in whose midst it stands.
+  std::string bytes_of(std::string_view token) const;
+
  private:
   friend class DecodeRun;
   void add(const JsonField& field);

@@ -291,6 +291,10 @@ std::string Tokenizer::id_to_token(int32_t token_id) const {
   return std::string(impl().token(token_id));
 }
 
+std::string Tokenizer::token_bytes(int32_t token_id) const {
+  return impl().decoder.bytes_of(impl().token(token_id));
+}
+
 bool Tokenizer::is_special(int32_t token_id) const { return impl().is_special(token_id); }
 
 std::optional<int32_t> Tokenizer::bos_id() const { return impl().bos_id; }

@@ -27,6 +27,7 @@ void register_chat_template(pybind11::module_& m);
 void register_model(pybind11::module_& m);
 void register_profile(pybind11::module_& m);
 void register_session(pybind11::module_& m);
+void register_engine(pybind11::module_& m);
 void register_chat(pybind11::module_& m);
 void register_format(pybind11::module_& m);
 void register_weights(pybind11::module_& m);

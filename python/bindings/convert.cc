@@ -21,6 +21,39 @@ namespace {
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
+// A constraint in Python: methods allow(address, n_bytes) and accept(token_id).
+class PyConstraint final : public TokenConstraint {
+ public:
+  explicit PyConstraint(py::object object) : object_(std::move(object)) {}  // with the GIL
+  ~PyConstraint() override {
+    AcquireGil gil;
+    object_ = py::object();
+  }
+  PyConstraint(const PyConstraint&) = delete;
+  PyConstraint& operator=(const PyConstraint&) = delete;
+
+  bool allow(std::span<uint32_t> allowed) override {
+    AcquireGil gil;
+    return object_.attr("allow")(reinterpret_cast<uintptr_t>(allowed.data()), allowed.size_bytes())
+        .cast<bool>();
+  }
+  bool accept(int32_t token) override {
+    AcquireGil gil;
+    return object_.attr("accept")(token).cast<bool>();
+  }
+
+ private:
+  py::object object_;
+};
+
+// Released under the GIL, wherever the last copy dies.
+std::shared_ptr<py::object> shared_object(const py::object& object) {
+  return {new py::object(object), [](py::object* last) {
+            AcquireGil gil;
+            delete last;
+          }};
+}
+
 // Taking the GIL costs microseconds, a thread in Python may hold it for 5 ms.
 constexpr std::chrono::milliseconds kInterruptPeriod(20);
 
@@ -139,12 +172,8 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   p.logprobs = fields["logprobs"].cast<std::optional<int32_t>>().value_or(-1);
   const py::object processor = fields["logits_processor"];
   if (!processor.is_none()) {
-    // The callable is released under the GIL, wherever the last copy dies.
-    std::shared_ptr<py::object> shared(new py::object(processor), [](py::object* object) {
-      AcquireGil gil;
-      delete object;
-    });
-    p.logits_processor = [shared](std::span<const int32_t> ids, std::span<float> logits) {
+    p.logits_processor = [shared = shared_object(processor)](std::span<const int32_t> ids,
+                                                             std::span<float> logits) {
       AcquireGil gil;
       // A view of the native buffer, valid during the call; changes in place take effect.
       const py::capsule view(logits.data(), [](void*) {});
@@ -160,6 +189,13 @@ SamplingParams sampling_params_from(const py::dict& fields) {
       if (replaced.data() != logits.data()) {
         std::memcpy(logits.data(), replaced.data(), logits.size_bytes());
       }
+    };
+  }
+  const py::object constraint = fields["constraint"];
+  if (!constraint.is_none()) {
+    p.constraint = [shared = shared_object(constraint)] {
+      AcquireGil gil;
+      return std::make_unique<PyConstraint>((*shared)());
     };
   }
   return p;

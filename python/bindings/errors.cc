@@ -59,6 +59,7 @@ void register_errors(py::module_& m) {
   register_error<DeviceError>(m, "DeviceError", base);
   register_error<StateError>(m, "StateError", base);
   register_error<Cancelled>(m, "Cancelled", base);
+  register_error<QueueFull>(m, "QueueFull", base);
 }
 
 }  // namespace mustafar

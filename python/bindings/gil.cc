@@ -16,6 +16,7 @@ std::atomic<bool> ending{false};
 std::thread::id ender;          // the thread that ends the interpreter, once `ending`
 std::atomic<int> inside{0};     // threads in native work that have not been stopped
 std::atomic<int> returning{0};  // threads about to take the lock
+thread_local int released = 0;  // how often this thread let go of it
 
 // Called before taking the lock, with entered_lock() after it: counts the thread among those that
 // the end waits for, or stops it for good.
@@ -46,6 +47,7 @@ void prepare_to_end() {
 
 ReleaseGil::ReleaseGil() {
   inside++;
+  released++;
   state_ = PyEval_SaveThread();
 }
 
@@ -53,11 +55,16 @@ ReleaseGil::~ReleaseGil() {
   enter_lock();
   PyEval_RestoreThread(state_);
   entered_lock();
+  released--;
   inside--;
 }
 
 AcquireGil::AcquireGil() {
   if (PyGILState_Check() == 1) return;
+  if (released == 0) {  // a thread of the library's own, which its owner waits for
+    gil_.emplace();
+    return;
+  }
   enter_lock();
   gil_.emplace();
   entered_lock();

@@ -25,11 +25,12 @@ py::dict safetensors_header(const std::filesystem::path& path) {
   return result;
 }
 
-py::tuple rope_frequencies(const std::filesystem::path& folder) {
+py::tuple rope_frequencies(const std::filesystem::path& folder, bool long_context) {
   const ModelConfig config = read_model_config(folder);
-  const char* scaling[] = {"default", "linear", "llama3"};
-  return py::make_tuple(scaling[static_cast<int>(config.rope_scaling)],
-                        config.rope_inverse_frequencies());
+  const bool scales = config.rope_scaling != RopeScaling::kNone;
+  return py::make_tuple(scales ? rope_scaling_name(config.rope_scaling) : "default",
+                        config.rope_inverse_frequencies(long_context),
+                        config.rope_attention_factor);
 }
 
 }  // namespace
@@ -42,8 +43,9 @@ void register_io(py::module_& m) {
       "_safetensors_header", &safetensors_header, py::arg("path"),
       "Tensors of a safetensors file: name -> (dtype, shape, begin, end), begin and end in bytes\n"
       "from the start of the file. Raises ModelError for a file that is not valid.");
-  m.def("_rope_frequencies", &rope_frequencies, py::arg("folder"),
-        "(scaling, inverse frequencies [head_dim / 2]) of a model folder's config.json.");
+  m.def("_rope_frequencies", &rope_frequencies, py::arg("folder"), py::arg("long_context") = false,
+        "(scaling, inverse frequencies [rotated dims / 2], attention factor) of a model folder's\n"
+        "config.json; long_context: of sequences beyond longrope's original context.");
 }
 
 }  // namespace mustafar

@@ -16,6 +16,7 @@ PYBIND11_MODULE(_core, m) {
   mustafar::register_profile(m);
   mustafar::register_model(m);
   mustafar::register_session(m);
+  mustafar::register_engine(m);
   mustafar::register_chat(m);
   mustafar::register_format(m);
   mustafar::register_weights(m);

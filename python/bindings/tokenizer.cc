@@ -142,6 +142,14 @@ follows theirs.)")
           py::arg("token"), "Id of a token as spelled in tokenizer.json, or None.")
       .def("id_to_token", &Tokenizer::id_to_token, py::arg("token_id"),
            "A token as spelled in tokenizer.json. Raises TokenizerError for an id that is none.")
+      .def(
+          "token_bytes",
+          [](const Tokenizer& self, int32_t token_id) {
+            return py::bytes(self.token_bytes(token_id));
+          },
+          py::arg("token_id"), R"(
+The bytes that a token adds to a text in whose midst it stands, which need not be whole characters;
+a special token's are its spelling. Raises TokenizerError for an id that is none.)")
       .def("is_special", &Tokenizer::is_special, py::arg("token_id"),
            "Whether an id is a special token, which decode can skip.")
       .def("__repr__", [](const Tokenizer& self) {

@@ -23,32 +23,34 @@ py::tuple quantise_weights(const Floats& weights, const std::string& name) {
   const QuantisedShape shape = format.shape(rows, cols);
   const Kernels kernels = select_kernels(detect_isa());
   std::vector<uint8_t> memory(shape.bytes());
-  std::vector<uint16_t> scales(shape.n_tiles() * shape.tile_scales());
+  std::vector<uint16_t> scales(shape.n_scales()), minimums(shape.n_scales());
   std::vector<float> scratch(shape.inner() * kTileRows);
   const Matrix stored{weights.data(), DType::kF32, rows, cols};
   for (int64_t tile = 0; tile < shape.n_tiles(); tile++) {
-    if (!kernels.quantise_tile(stored, shape, tile, memory.data(), scales.data(), scratch.data())) {
-      throw std::invalid_argument("weights that are not finite, or whose scale is none of f16");
+    if (!kernels.quantise_tile(stored, shape, tile, memory.data(), scales.data(), minimums.data(),
+                               scratch.data())) {
+      throw std::invalid_argument("weights that are not finite, or whose range is none of f16");
     }
   }
   py::array_t<uint8_t> codes({rows, cols});
-  py::array_t<uint16_t> halves({rows, shape.n_groups()});
+  py::array_t<uint16_t> halves({rows, shape.n_groups()}), firsts({rows, shape.n_groups()});
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t c = 0; c < cols; c++) {
       codes.mutable_at(r, c) = static_cast<uint8_t>(code_at(shape, memory.data(), r, c));
       halves.mutable_at(r, c / shape.group) = scales[scale_at(shape, r, c)];
+      firsts.mutable_at(r, c / shape.group) = minimums[scale_at(shape, r, c)];
     }
   }
-  return py::make_tuple(codes, halves.attr("view")("float16"));
+  return py::make_tuple(codes, halves.attr("view")("float16"), firsts.attr("view")("float16"));
 }
 
 }  // namespace
 
 void register_weights(py::module_& m) {
-  m.def(
-      "quantise_weights", &quantise_weights, py::arg("weights"), py::arg("format"),
-      "Codes [rows, cols] uint8 and scales [rows, groups] float16 of a matrix as loading it with\n"
-      "these weights rounds it.");
+  m.def("quantise_weights", &quantise_weights, py::arg("weights"), py::arg("format"),
+        "Codes [rows, cols] uint8, scales and minimums [rows, groups] float16 of a matrix as "
+        "loading\n"
+        "it with these weights rounds it.");
 }
 
 }  // namespace mustafar

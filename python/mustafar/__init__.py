@@ -18,6 +18,7 @@ from ._core import (
     ModelError,
     OutOfMemory,
     Profile,
+    QueueFull,
     StateError,
     TemplateError,
     Tokenizer,
@@ -29,6 +30,7 @@ from ._core import (
 from .blocks import CompressedBlocks, compress, decompress
 from .calibration import auto_profile, calibrate
 from .chat import Chat
+from .engine import Engine, EngineStats, Request
 from .model import Model, ModelMemory
 from .session import Session
 from .stream import ChatStream, Stream
@@ -50,6 +52,8 @@ __all__ = [
     "CompressedBlocks",
     "ContextOverflow",
     "DeviceError",
+    "Engine",
+    "EngineStats",
     "Error",
     "GenerateResult",
     "GenerateStats",
@@ -60,6 +64,8 @@ __all__ = [
     "ModelMemory",
     "OutOfMemory",
     "Profile",
+    "QueueFull",
+    "Request",
     "SamplingParams",
     "Session",
     "StateError",

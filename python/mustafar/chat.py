@@ -113,7 +113,7 @@ class Chat:
         self, text: str, params: SamplingParams | None = None, **sampling: Any
     ) -> ChatStream:
         """As :meth:`send`, handing out text as it is made."""
-        native = SamplingParams.merge(params, sampling)._native()
+        native = SamplingParams.merge(params, sampling)._native(self._session._model._core)
         return ChatStream(self._core.start(text, native))
 
     def reply(
@@ -147,11 +147,13 @@ class Chat:
     ) -> ChatStream:
         """As :meth:`reply`, handing out text as it is made."""
         merged = SamplingParams.merge(params, sampling)
-        return ChatStream(start_reply(self._core, merged, continue_final_message))
+        return ChatStream(
+            start_reply(self._session._model._core, self._core, merged, continue_final_message)
+        )
 
     def regenerate(self, params: SamplingParams | None = None, **sampling: Any) -> GenerateResult:
         """Makes the last reply again; ValueError where there is none."""
-        native = SamplingParams.merge(params, sampling)._native()
+        native = SamplingParams.merge(params, sampling)._native(self._session._model._core)
         return ChatStream(self._core.regenerate(native))._finish()
 
     def fork(self) -> Chat:

@@ -16,6 +16,7 @@ from typing import Any
 
 from . import _core, checks
 from ._core import ChatTemplate
+from .grammar import NAMES
 from .stream import ChatStream
 from .tool_calls import MARKS, ToolCall, ToolCallReader
 from .types import SamplingParams, TokenLogprob
@@ -28,6 +29,7 @@ _FINISH_REASONS = {
     "length": "length",
     "context": "length",
     "cancelled": "stop",
+    "timeout": "stop",
 }
 
 # What clients send about themselves, or to choose among servers: nothing here depends on it.
@@ -35,6 +37,11 @@ _WITHOUT_EFFECT = frozenset(
     "model user metadata store service_tier safety_identifier prompt_cache_key"
     " prompt_cache_retention parallel_tool_calls".split()
 )
+_FORMAT_FIELDS = {
+    "text": ("type",),
+    "json_object": ("type",),
+    "json_schema": ("type", "json_schema"),
+}
 _MOST_CHOICES = 128
 _MOST_TOP_LOGPROBS = 20
 
@@ -70,11 +77,11 @@ def set_messages(chat: _core.Chat, messages: Sequence[Message]) -> None:
 
 
 def start_reply(
-    chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
+    model: _core.Model, chat: _core.Chat, sampling: SamplingParams, continue_final_message: bool
 ) -> _core.ChatReply:
     """A reply to the messages of a conversation, or one that goes on inside the last."""
     start = chat.continue_last if continue_final_message else chat.reply
-    return start(sampling._native())
+    return start(sampling._native(model))
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Request:
     top_logprobs: int
     with_usage: bool  # of a stream: a last chunk that says it
     use_tools: bool
+    reads_calls: bool  # in what is said; not where it has a format to follow
     continues: bool  # the last message, rather than making one of its own
 
     @staticmethod
@@ -111,7 +119,12 @@ class Request:
         for name in ("max_tokens", "max_completion_tokens"):  # the newer name counts
             if name in given:
                 given["max_new_tokens"] = checks.integer(name, given.pop(name), 0)
-        _refuse_formats(given.pop("response_format", None))
+        schema = _format_schema(given.pop("response_format", None))
+        if schema is not None:
+            for name in NAMES:
+                if name in given:
+                    raise ValueError(f"response_format and {name} can't both be given")
+            given["json_schema"] = schema
         tool_choice = given.pop("tool_choice", "auto")
         if tool_choice not in ("auto", "none"):
             raise ValueError(f'tool_choice must be "auto" or "none", not {tool_choice!r}')
@@ -134,16 +147,34 @@ class Request:
             top_logprobs=top,
             with_usage=bool(options.get("include_usage")),
             use_tools=tool_choice == "auto",
+            reads_calls=schema is None,
             continues=continues,
         )
 
 
-def _refuse_formats(response_format: Any) -> None:
+def _format_schema(response_format: Any) -> Any:
+    """The schema that a ``response_format`` asks for; None where any text will do."""
     if response_format is None:
-        return
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else response_format
-    if kind != "text":
-        raise ValueError(f'response_format must be {{"type": "text"}}, not {response_format!r}')
+        return None
+    if not isinstance(response_format, Mapping):
+        raise TypeError(f"response_format must be a dict, not {response_format!r}")
+    kind = response_format.get("type")
+    if kind not in _FORMAT_FIELDS:
+        kinds = ", ".join(f'"{known}"' for known in _FORMAT_FIELDS)
+        raise ValueError(f"response_format.type must be one of {kinds}, not {kind!r}")
+    for name in response_format:
+        if name not in _FORMAT_FIELDS[kind]:
+            raise ValueError(f"response_format has no field {name!r} where its type is {kind!r}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    named = response_format.get("json_schema")
+    if not isinstance(named, Mapping) or not isinstance(named.get("schema"), Mapping):
+        raise ValueError(
+            f"response_format.json_schema must be a dict with a dict named schema, not {named!r}"
+        )
+    return named["schema"]
 
 
 def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -194,7 +225,8 @@ def chat_completion(
     if not request.use_tools:
         tools = None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
-    answers = _Answers(model, chat, plain_messages(messages), request, tools or ())
+    read = tools if request.reads_calls else None
+    answers = _Answers(model, chat, plain_messages(messages), request, read or ())
     return answers.chunks() if stream else answers.whole()
 
 
@@ -225,7 +257,8 @@ class _Answers:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + index) % 2**64)
         set_messages(self._chat, self._messages)
-        return ChatStream(start_reply(self._chat, sampling, self._request.continues))
+        continues = self._request.continues
+        return ChatStream(start_reply(self._model, self._chat, sampling, continues))
 
     def _replies(self) -> Iterator[tuple[int, ChatStream]]:
         for index in range(self._request.n):

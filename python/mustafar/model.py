@@ -53,11 +53,11 @@ class Model(Closing):
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
             or ``"bf16"``.
         weights: What matrices are in memory: ``"auto"`` (as stored), ``"int8"`` or ``"int4"``:
-            rounded on loading, with a scale for every 32 inputs of a row, the embedding and the
-            head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or ``"int8:row"``.
-            This is plain rounding: 8 bits change little, 4 cost a small model much (SmolLM2-135M:
-            a fifth more perplexity; docs/results/quality.md). CPU only: ``device="auto"`` takes the CPU then. Decode
-            rounds activations to int8 in groups of 32, too, unless ``dtype`` is ``"f32"``.
+            rounded on loading, with a scale and a minimum for every 32 inputs of a row, the
+            embedding and the head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or
+            ``"int8:row"``: fewer bytes, more error (docs/results/quality.md). CPU only:
+            ``device="auto"`` takes the CPU then. Decode rounds activations in groups of 32, too,
+            unless ``dtype`` is ``"f32"``: to int8 beside int4 weights, else to 15 bits.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
             quota allow.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.
@@ -171,7 +171,7 @@ class Model(Closing):
             raise ValueError(f"params has {len(params)} elements for {len(prompts)} prompts")
         native = self._core.generate(
             prompts,
-            [SamplingParams.merge(each, sampling)._native() for each in params],
+            [SamplingParams.merge(each, sampling)._native(self._core) for each in params],
             (kv or KVConfig())._native(),
             max_batch,
             parse_special,
@@ -259,13 +259,16 @@ class Model(Closing):
                 for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
                 ``top_logprobs``. With ``continue_final_message=True`` the reply goes on inside the
                 last message, which the assistant began; the choices hold what is new.
+                ``response_format`` of type ``json_object`` or ``json_schema`` makes the reply JSON
+                (the extra ``mustafar[grammar]``); such a reply is never read as a tool call.
 
         Returns:
             A ``chat.completion`` dict, or an iterator of ``chat.completion.chunk`` dicts.
 
         Raises:
             TypeError: A field that is not known, or a value of the wrong kind; named.
-            ValueError: A value that is not served, such as a ``response_format`` but text; named.
+            ValueError: A value that is not served, such as a schema with keywords that llguidance
+                does not know; named.
             TemplateError: A conversation that the template refuses.
         """
         if session is None:

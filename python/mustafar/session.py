@@ -106,7 +106,7 @@ class Session(Closing):
             Text, which continues that of the tokens before it, and ids. All ids are in the cache;
             text cut off by a stop text is rewound.
         """
-        native = SamplingParams.merge(params, sampling)._native()
+        native = SamplingParams.merge(params, sampling)._native(self._model._core)
         return GenerateResult._of(self._core.generate(prompt, native, parse_special))
 
     def stream(
@@ -118,7 +118,7 @@ class Session(Closing):
         **sampling: Any,
     ) -> Stream:
         """As :meth:`generate`, handing out text as it is made."""
-        native = SamplingParams.merge(params, sampling)._native()
+        native = SamplingParams.merge(params, sampling)._native(self._model._core)
         return Stream(self._core.start(prompt, native, parse_special))
 
     def score(self, token_ids: ArrayLike) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, checks
+from . import _core, checks, grammar
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "f32", "f16", "bf16"]
@@ -38,7 +39,7 @@ KPolicy = Literal[
     "channel_structured",
 ]
 VPolicy = Literal["magnitude", "channel_magnitude", "channel_output_aware"]
-FinishReason = Literal["length", "stop", "context", "cancelled"]
+FinishReason = Literal["length", "stop", "context", "cancelled", "timeout"]
 
 LogitsProcessor = Callable[[NDArray[np.int32], NDArray[np.float32]], "NDArray[np.float32] | None"]
 
@@ -174,6 +175,13 @@ class SamplingParams:
             None or -1: no log-probabilities.
         logits_processor: Called with the ids so far [n] int32 and the logits [vocab] float32,
             which it may change in place or replace by returning an array.
+        grammar: A grammar in llguidance's dialect of Lark; the text made is what ``start`` matches.
+            At most one of this and the next two, all of which need the extra
+            ``mustafar[grammar]``. The output ends where nothing may follow, and may end wherever
+            it is whole; cut by ``max_new_tokens`` (reason ``"length"``) it is only a beginning.
+        regex: A regular expression (of Rust's regex crate) that the whole text matches.
+        json_schema: A JSON schema, a dict or its JSON text (which is what is kept), that the text
+            is valid JSON after. ``{}`` is any JSON.
     """
 
     max_new_tokens: int = 256
@@ -193,14 +201,30 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logits_processor: LogitsProcessor | None = None
+    grammar: str | None = None
+    regex: str | None = None
+    json_schema: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, _checked(field.name, value, field.default))
+        given = [name for name in grammar.NAMES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"at most one of {', '.join(grammar.NAMES)} can be given, not both "
+                f"{given[0]} and {given[1]}"
+            )
 
-    def _native(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def _native(self, model: _core.Model) -> dict[str, Any]:
+        """As the native code takes it. Raises as :func:`grammar.constraint_factory`."""
+        native = {field.name: getattr(self, field.name) for field in fields(self)}
+        native["constraint"] = None
+        for name in grammar.NAMES:
+            text = native.pop(name)
+            if text is not None:
+                native["constraint"] = grammar.constraint_factory(model, name, text)
+        return native
 
     @staticmethod
     def merge(params: SamplingParams | None, overrides: Mapping[str, Any]) -> SamplingParams:
@@ -237,10 +261,27 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         if not callable(value):
             raise TypeError(f"{name} must be callable, not {value!r}")
         return value
+    if name == "json_schema":
+        return _json_text(name, value)
+    if name in grammar.NAMES:
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a text, not {value!r}")
+        return value
     if isinstance(default, bool):
         return checks.flag(name, value)
     whole = isinstance(default, int) or name in ("top_k", "penalty_window", "logprobs")
     return (checks.integer if whole else checks.number)(name, value)
+
+
+def _json_text(name: str, value: Any) -> str:
+    """A JSON object as text."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        if isinstance(given, Mapping):
+            return json.dumps(dict(given), ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+    raise TypeError(f"{name} must be a dict or the JSON text of one, not {value!r}")
 
 
 def _items(name: str, value: Any) -> Sequence[Any]:
@@ -275,7 +316,8 @@ class GenerateResult:
     Attributes:
         text: Valid UTF-8, without stop texts and special tokens.
         token_ids: Generated ids, the stop token included.
-        finish_reason: ``"length"``, ``"stop"``, ``"context"`` or ``"cancelled"``.
+        finish_reason: ``"length"``, ``"stop"``, ``"context"`` or ``"cancelled"``; of an
+            :class:`Engine`'s request also ``"timeout"``.
         logprobs: One entry per token where asked for, else empty.
         stats: Counts and seconds.
     """

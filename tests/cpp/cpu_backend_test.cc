@@ -178,7 +178,7 @@ class CpuBackendTest : public testing::TestWithParam<std::tuple<Isa, DType>> {
       if (b->bytes() > 0) std::memset(b->data(), 0xff, b->bytes());
     }
     for (HostBuffer& b : ws.workers) std::memset(b.data(), 0xff, b.bytes());
-    ws.rope_positions.clear();
+    ws.rope_rows.clear();
   }
 };
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -225,6 +226,87 @@ TEST(ModelConfigTest, WindowsThatCannotActAreAccepted) {
                                  "layer_types":["full_attention","full_attention"]})"));
 }
 
+TEST(ModelConfigTest, TheContextEndsWhereAWindowBegins) {
+  const auto context = [](const std::string& patch) {
+    const ModelConfig config = read(changed(patch));
+    EXPECT_EQ(config.sliding_window > 0 ? config.sliding_window : config.max_position_embeddings,
+              config.max_position_embeddings);
+    EXPECT_EQ(config.sliding_window == 0, config.why_context_ends().empty());
+    return config.max_position_embeddings;
+  };
+  const std::string long_context = R"("max_position_embeddings":32768,)";
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral","sliding_window":32})"), 32);
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral"})"), 4096);  // its default
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral","sliding_window":null})"),
+            32768);
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"phi3"})"), 32768);
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"phi3","sliding_window":2047})"), 2047);
+  EXPECT_EQ(context("{" + long_context + R"("model_type":"granite","sliding_window":32})"), 32768);
+  const std::string qwen3 = long_context + R"("model_type":"qwen3","use_sliding_window":true,)";
+  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,"max_window_layers":1})"), 32);
+  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,"max_window_layers":2})"), 32768);
+  EXPECT_EQ(context("{" + qwen3 + R"("max_window_layers":0})"), 4096);
+  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,
+                     "layer_types":["full_attention","sliding_attention"]})"),
+            32);
+  const std::string smollm3 = long_context + R"("model_type":"smollm3","use_sliding_window":true,)";
+  EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,0]})"), 32);
+  EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,1]})"), 32768);
+  EXPECT_EQ(context("{" + smollm3 + R"("no_rope_layers":[1,0]})"), 32768);
+}
+
+TEST(ModelConfigTest, YarnReachesItsFactor) {
+  const auto yarn = [](const char* fields) {
+    return read(changed(R"({"max_position_embeddings":100,"rope_scaling":{"type":"yarn",)" +
+                        std::string(fields) + "}}"));
+  };
+  const ModelConfig raised = yarn(R"("factor":4.0,"original_max_position_embeddings":50)");
+  EXPECT_EQ(raised.max_position_embeddings, 200);
+  EXPECT_NEAR(raised.rope_attention_factor, 1 + 0.1 * std::log(4.0), 1e-12);
+  const ModelConfig given = yarn(R"("original_max_position_embeddings":25)");
+  EXPECT_EQ(given.max_position_embeddings, 100);
+  EXPECT_EQ(given.rope_factor, 4.0);
+  EXPECT_EQ(yarn(R"("factor":0.5)").rope_attention_factor, 1.0);
+  EXPECT_EQ(yarn(R"("factor":0.5)").max_position_embeddings, 100);
+}
+
+TEST(ModelConfigTest, LongRopeHasOlderNames) {
+  for (const char* name : {"longrope", "su", "yarn"}) {
+    const ModelConfig config = read(changed(
+        R"({"model_type":"phi3","max_position_embeddings":8192,"rope_scaling":{
+              "short_factor":[1],"long_factor":[4],"type":")" +
+        std::string(name) + "\"}}"));
+    EXPECT_EQ(config.rope_scaling, RopeScaling::kLongRope);
+    EXPECT_EQ(config.rope_original_context, 4096);
+    EXPECT_NEAR(config.rope_attention_factor, std::sqrt(1 + 1 / 12.0), 1e-12);
+    EXPECT_EQ(config.rope_inverse_frequencies(), std::vector<float>{1.0f});
+    EXPECT_EQ(config.rope_inverse_frequencies(true), std::vector<float>{0.25f});
+  }
+}
+
+TEST(ModelConfigTest, FamiliesHaveDefaultsOfTheirOwn) {
+  const std::string missing = R"("rms_norm_eps":"REMOVE","rope_theta":"REMOVE",)"
+                              R"("head_dim":"REMOVE","max_position_embeddings":"REMOVE",)"
+                              R"("attention_bias":true,"mlp_bias":true,)";
+  const auto family = [&](const char* type) {
+    return read(changed("{" + missing + R"("model_type":")" + type + "\"}"));
+  };
+  const ModelConfig qwen3 = family("qwen3"), phi3 = family("phi3"), granite = family("granite"),
+                    smollm3 = family("smollm3"), olmo2 = family("olmo2");
+  EXPECT_EQ(qwen3.head_dim, 128);
+  EXPECT_EQ(qwen3.traits.qk_norm, QkNorm::kHead);
+  EXPECT_TRUE(qwen3.qkv_bias && qwen3.o_bias && !qwen3.mlp_bias);
+  EXPECT_EQ(phi3.rms_norm_eps, 1e-5);
+  EXPECT_EQ(phi3.max_position_embeddings, 4096);
+  EXPECT_TRUE(phi3.traits.fused_projections && !phi3.qkv_bias && !phi3.mlp_bias);
+  EXPECT_EQ(granite.traits.attention_multiplier, 1.0);
+  EXPECT_TRUE(granite.qkv_bias && granite.mlp_bias);
+  EXPECT_EQ(smollm3.rope_theta, 2e6);
+  EXPECT_TRUE(smollm3.traits.rotates(0) && smollm3.traits.rotates(1));  // the fourth does not
+  EXPECT_TRUE(olmo2.traits.norm_after && olmo2.o_bias && !olmo2.mlp_bias);
+  EXPECT_EQ(olmo2.traits.qk_norm, QkNorm::kProjection);
+}
+
 struct BadConfig {
   const char* name;
   const char* patch;
@@ -267,12 +349,36 @@ const BadConfig kBadConfigs[] = {
     {"EpsZero", R"({"rms_norm_eps":0.0})", "\"rms_norm_eps\": expected a number above 0.0"},
     {"EpsBool", R"({"rms_norm_eps":true})", "found true"},
     {"ContextZero", R"({"max_position_embeddings":0})", "\"max_position_embeddings\": expected"},
-    {"YarnScaling", R"({"rope_scaling":{"type":"yarn","factor":4.0}})",
-     "\"rope_scaling.type\": RoPE scaling the string \"yarn\" is not supported"},
-    {"DynamicScaling", R"({"rope_scaling":{"rope_type":"dynamic","factor":4.0}})",
-     "\"rope_scaling.rope_type\": RoPE scaling the string \"dynamic\" is not supported"},
-    {"LongRopeParameters", R"({"rope_parameters":{"rope_type":"longrope","rope_theta":1e4}})",
-     "\"rope_parameters.rope_type\": RoPE scaling the string \"longrope\" is not supported"},
+    {"OtherScaling", R"({"rope_scaling":{"type":"mrope","factor":4.0}})",
+     "\"rope_scaling.type\": RoPE scaling the string \"mrope\" is not supported"},
+    {"OtherRopeType", R"({"rope_parameters":{"rope_type":"proportional","rope_theta":1e4}})",
+     "\"rope_parameters.rope_type\": RoPE scaling the string \"proportional\" is not supported"},
+    {"NoneIsNoRopeType", R"({"rope_scaling":{"type":"none"}})", "is not supported"},
+    {"DynamicWithoutFactor", R"({"rope_scaling":{"rope_type":"dynamic"}})",
+     "\"rope_scaling.factor\": is missing"},
+    {"YarnFactor", R"({"rope_scaling":{"type":"yarn","factor":-4.0}})",
+     "\"rope_scaling.factor\": expected a number above 0"},
+    {"YarnTheta", R"({"rope_theta":1.0,"rope_scaling":{"type":"yarn","factor":4.0}})",
+     "\"rope_scaling.rope_theta\": expected more than 1 for yarn"},
+    {"YarnBeta", R"({"rope_scaling":{"type":"yarn","factor":4.0,"beta_fast":"32"}})",
+     "\"rope_scaling.beta_fast\": expected a number from 0 to 1e9, found the string \"32\""},
+    {"LongRopeWithoutFactors", R"({"rope_scaling":{"type":"longrope"}})",
+     "\"rope_scaling.short_factor\": is missing; expected a list of 1 numbers above 0"},
+    {"LongRopeLength",
+     R"({"rope_scaling":{"type":"longrope","short_factor":[1],"long_factor":[1,2]}})",
+     "\"rope_scaling.long_factor\": expected a list of 1 numbers above 0 (it has 2)"},
+    {"LongRopeSign", R"({"rope_scaling":{"type":"longrope","short_factor":[-1]}})",
+     "\"rope_scaling.short_factor\": expected a list of 1 numbers above 0"},
+    {"PhiOddPart", R"({"model_type":"phi3","head_dim":4,"partial_rotary_factor":0.75})",
+     "\"partial_rotary_factor\": expected a part of head_dim 4 that is an even number of dims"},
+    {"NoRopeShort", R"({"model_type":"smollm3","no_rope_layers":[1]})",
+     "\"no_rope_layers\": expected a list of 0 or 1 for each of 2 layers, found the list [1]"},
+    {"NoRopeTwo", R"({"model_type":"smollm3","no_rope_layers":[1,2]})",
+     "\"no_rope_layers\": expected an integer from 0 to 1, found 2"},
+    {"NoRopeInterval", R"({"model_type":"smollm3","no_rope_layer_interval":0})",
+     "\"no_rope_layer_interval\": expected an integer from 1"},
+    {"GraniteMultiplier", R"({"model_type":"granite","residual_multiplier":0})",
+     "\"residual_multiplier\": expected a number above 0"},
     {"ScalingString", R"({"rope_scaling":"linear"})", "\"rope_scaling\": expected an object"},
     {"ScalingTypeNumber", R"({"rope_scaling":{"type":3}})", "expected a string, found 3"},
     {"LinearWithoutFactor", R"({"rope_scaling":{"type":"linear"}})",
@@ -299,7 +405,9 @@ const BadConfig kBadConfigs[] = {
      "found the list [\"LlamaForSequenceClassification\"]"},
     {"ArchitecturesNumber", R"({"architectures":3,"model_type":"REMOVE"})", "found 3"},
     {"WrongModelType", R"({"model_type":"gemma","architectures":["GemmaForCausalLM"]})",
-     "\"model_type\": expected \"llama\", \"mistral\" or \"qwen2\", found the string \"gemma\""},
+     "\"model_type\": expected \"llama\", \"mistral\", \"qwen2\", \"qwen3\", \"phi3\", "
+     "\"granite\", "
+     "\"smollm3\" or \"olmo2\", found the string \"gemma\""},
     {"NoArchitecture", R"({"model_type":"REMOVE","architectures":"REMOVE"})",
      "\"model_type\": is missing"},
     {"Activation", R"({"hidden_act":"gelu"})",
@@ -307,21 +415,14 @@ const BadConfig kBadConfigs[] = {
     {"Quantised", R"({"quantization_config":{"quant_method":"gptq"}})",
      "\"quantization_config\": quantised weights are not supported, found method the string "
      "\"gptq\""},
-    {"MistralWindow", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
-                          "sliding_window":32})",
-     "\"sliding_window\": sliding-window attention is not supported"},
-    {"MistralDefaultWindow", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
-                                 "max_position_embeddings":32768})",
-     "found 4096 (the default of a missing field)"},
     {"MistralKvHeads", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
                            "num_key_value_heads":"REMOVE"})",
      "\"num_key_value_heads\": is missing"},
-    {"Qwen2Window", R"({"model_type":"qwen2","architectures":["Qwen2ForCausalLM"],
-                        "sliding_window":32,"use_sliding_window":true,"max_window_layers":1})",
-     "\"sliding_window\": sliding-window attention is not supported"},
-    {"SlidingLayer",
-     R"({"model_type":"qwen2","layer_types":["full_attention","sliding_attention"]})",
-     "\"layer_types\": expected \"full_attention\" for every layer"},
+    {"LayerType", R"({"model_type":"qwen2","layer_types":["full_attention","chunked_attention"]})",
+     "\"layer_types\": expected \"full_attention\" or \"sliding_attention\", found the string "
+     "\"chunked_attention\""},
+    {"LayerTypesNoList", R"({"model_type":"qwen3","layer_types":"full_attention"})",
+     "\"layer_types\": expected a list"},
     {"WindowString", R"({"model_type":"mistral","sliding_window":"4096"})",
      "\"sliding_window\": expected an integer"},
     {"BiasNumber", R"({"attention_bias":1})",

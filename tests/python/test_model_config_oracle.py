@@ -37,6 +37,18 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "high_freq_factor": 3.1,
         "original_max_position_embeddings": 1000,
     },
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+    "yarn-all": {
+        "rope_type": "yarn",
+        "factor": 8.3,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 20.0,
+        "beta_slow": 2.0,
+        "mscale": 1.3,
+        "mscale_all_dim": 0.6,
+        "truncate": False,
+    },
 }
 
 
@@ -65,19 +77,48 @@ def test_frequencies(head_dim: int, theta: float, scaling: str, tmp_path: Path) 
 
     fields = config_fields(head_dim, theta, SCALINGS[scaling])
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    kind, classic = _core._rope_frequencies(tmp_path)
+    kind, classic, factor = _core._rope_frequencies(tmp_path)
     assert kind == SCALINGS[scaling].get("rope_type", "default")
 
     config = transformers.LlamaConfig.from_pretrained(tmp_path)
     config.save_pretrained(tmp_path)  # in today's spelling
     saved = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in saved and "rope_scaling" not in saved
-    assert _core._rope_frequencies(tmp_path) == (kind, classic)
+    assert _core._rope_frequencies(tmp_path) == (kind, classic, factor)
 
     # PyTorch's vectorised pow may miss the nearest float by two units of the last place; the
     # interpolation of llama3 subtracts, which widens that a little.
-    expected = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    actual = np.array(classic, dtype=np.float32)
+    rotary = LlamaRotaryEmbedding(config)
+    assert factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    same(rotary.inv_freq.numpy(), classic)
+
+
+def same(expected: Any, frequencies: list[float]) -> None:
+    actual = np.array(frequencies, dtype=np.float32)
     ulps = np.abs(expected.view(np.int32) - actual.view(np.int32))
     assert ulps.max() <= 4
     assert np.mean(ulps == 0) >= 0.75
+
+
+@pytest.mark.parametrize("kind", ["longrope", "yarn"])  # an older name of it in Phi-3's folders
+@pytest.mark.parametrize("partial", [1.0, 0.75])
+def test_longrope_frequencies(kind: str, partial: float, tmp_path: Path) -> None:
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    fields = config_fields(96, 10000.0, {"type": kind})
+    fields |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    fields |= {"original_max_position_embeddings": 4096, "partial_rotary_factor": partial}
+    n = int(96 * partial) // 2
+    fields["rope_scaling"]["short_factor"] = [1.0 + 0.05 * i for i in range(n)]
+    fields["rope_scaling"]["long_factor"] = [1.0 + 0.7 * i for i in range(n)]
+    del fields["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    name, short, factor = _core._rope_frequencies(tmp_path)
+    assert name == "longrope"
+    rotary = Phi3RotaryEmbedding(transformers.Phi3Config.from_pretrained(tmp_path))
+    assert factor == pytest.approx(rotary.attention_scaling, rel=1e-12)
+    same(rotary.inv_freq.numpy(), short)
+    long = _core._rope_frequencies(tmp_path, long_context=True)[1]
+    torch = pytest.importorskip("torch")
+    rotary(torch.zeros(1), torch.tensor([[5000]]))
+    same(rotary.inv_freq.numpy(), long)

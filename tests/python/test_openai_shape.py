@@ -65,8 +65,8 @@ def test_the_newer_name_of_the_limit_counts(model: mustafar.Model) -> None:
         ("n", "2", TypeError),
         ("top_logprobs", 2, ValueError),  # without logprobs
         ("logprobs", "yes", TypeError),
-        ("response_format", {"type": "json_object"}, ValueError),
-        ("response_format", "text/plain", ValueError),
+        ("response_format", {"type": "xml"}, ValueError),
+        ("response_format", "text/plain", TypeError),
         ("tool_choice", "required", ValueError),
         ("max_tokens", 2.5, TypeError),
         ("max_tokens", -1, ValueError),

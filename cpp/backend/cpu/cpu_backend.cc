@@ -57,10 +57,7 @@ void dequantise_row(const Matrix& w, int64_t row, float* out) {
   const QuantisedShape shape = w.shape();
   const uint8_t* codes = static_cast<const uint8_t*>(w.data);
   for (int64_t c = 0; c < w.cols; c++) {
-    const int64_t at = scale_at(shape, row, c);
-    const int32_t zero = w.zeros != nullptr ? w.zeros[at] : middle_code(w.dtype);
-    out[c] = load_float(w.scales, w.scale_dtype, at) *
-             static_cast<float>(code_at(shape, codes, row, c) - zero);
+    out[c] = w.weight(code_at(shape, codes, row, c), scale_at(shape, row, c));
   }
 }
 
@@ -72,10 +69,12 @@ CpuBackend::CpuBackend(const ModelConfig& config, DType dtype, int32_t threads, 
       int8_input_(dtype != DType::kF32),
       isa_(isa),
       dtype_(dtype),
-      eps_(static_cast<float>(config.rms_norm_eps)),
+      eps_(static_cast<float>(config.stream_norm_eps())),
+      branch_eps_(static_cast<float>(config.rms_norm_eps)),
       n_heads_(config.n_heads),
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim),
+      rope_dims_(config.rope_dims()),
       pool_(threads) {}
 
 std::string CpuBackend::description() const {
@@ -120,11 +119,13 @@ std::unique_ptr<Workspace> CpuBackend::make_workspace() { return std::make_uniqu
 bool CpuBackend::quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
   uint8_t* const codes = static_cast<uint8_t*>(memory);
   uint16_t* const scales = reinterpret_cast<uint16_t*>(codes + shape.scales_at());
+  uint16_t* const minimums = reinterpret_cast<uint16_t*>(codes + shape.offsets_at());
   std::vector<HostBuffer> scratch(pool_.size());
   for (HostBuffer& buffer : scratch) grow<float>(buffer, shape.inner() * kTileRows);
   std::atomic<bool> fine = true;
   pool_.parallel_for(shape.n_tiles(), [&](int64_t tile, int worker) {
-    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, scratch[worker].as<float>())) {
+    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, minimums,
+                                scratch[worker].as<float>())) {
       fine = false;
     }
   });
@@ -133,16 +134,17 @@ bool CpuBackend::quantise(const Matrix& stored, const QuantisedShape& shape, voi
 
 void CpuBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
   const Matrix& table = weights.embedding;
-  if (table.quantised()) {
-    for (size_t i = 0; i < token_ids.size(); i++) {
-      dequantise_row(table, token_ids[i], out + static_cast<int64_t>(i) * table.cols);
-    }
-    return;
-  }
   for (size_t i = 0; i < token_ids.size(); i++) {
-    const int64_t at = dtype_bytes(table.dtype, int64_t{token_ids[i]} * table.cols);
-    kernels_.to_f32(static_cast<const uint8_t*>(table.data) + at, table.dtype, table.cols,
-                    out + static_cast<int64_t>(i) * table.cols);
+    float* row = out + static_cast<int64_t>(i) * table.cols;
+    if (table.quantised()) {
+      dequantise_row(table, token_ids[i], row);
+    } else {
+      const int64_t at = dtype_bytes(table.dtype, int64_t{token_ids[i]} * table.cols);
+      kernels_.to_f32(static_cast<const uint8_t*>(table.data) + at, table.dtype, table.cols, row);
+    }
+    if (weights.embedding_scale != 1) {
+      kernels_.scale(row, weights.embedding_scale, table.cols, row);
+    }
   }
 }
 
@@ -164,27 +166,27 @@ PackedInput CpuBackend::pack(const float* x, int64_t n, int64_t cols, CpuWorkspa
 }
 
 void CpuBackend::prepare_rope(const Weights& weights, const Batch& batch, CpuWorkspace& workspace) {
-  std::vector<int32_t> positions(batch.n_rows);
+  std::vector<CpuWorkspace::RopeRow> rows(batch.n_rows);
   for (const SequenceStep& step : batch.sequences) {
-    for (int32_t i = 0; i < step.n_rows; i++) positions[step.row0 + i] = step.pos0 + i;
+    const bool is_long = step.long_rope && weights.long_rope_frequencies != nullptr;
+    for (int32_t i = 0; i < step.n_rows; i++) {
+      rows[step.row0 + i] = {step.pos0 + i,
+                             is_long ? weights.long_rope_frequencies : weights.rope_frequencies};
+    }
   }
-  if (positions == workspace.rope_positions &&
-      weights.rope_frequencies == workspace.rope_frequencies) {
-    return;
-  }
-  const int64_t half = head_dim_ / 2;
-  workspace.rope_positions.clear();
+  if (rows == workspace.rope_rows) return;
+  const int64_t half = rope_dims_ / 2;
+  workspace.rope_rows.clear();
   float* cos = grow<float>(workspace.rope, 2 * batch.n_rows * half);
   float* sin = cos + batch.n_rows * half;
   pool_.parallel_rows(batch.n_rows, 32 * half, [&](int64_t row, int) {
     for (int64_t i = 0; i < half; i++) {
-      const float angle = static_cast<float>(positions[row]) * weights.rope_frequencies[i];
-      cos[row * half + i] = std::cos(angle);
-      sin[row * half + i] = std::sin(angle);
+      const float angle = static_cast<float>(rows[row].position) * rows[row].frequencies[i];
+      cos[row * half + i] = std::cos(angle) * weights.rope_scale;
+      sin[row * half + i] = std::sin(angle) * weights.rope_scale;
     }
   });
-  workspace.rope_positions = std::move(positions);
-  workspace.rope_frequencies = weights.rope_frequencies;
+  workspace.rope_rows = std::move(rows);
 }
 
 void CpuBackend::store_row(int32_t layer, const SequenceStep& step, int32_t row, int32_t kind,
@@ -196,13 +198,30 @@ void CpuBackend::store_row(int32_t layer, const SequenceStep& step, int32_t row,
   }
 }
 
-void CpuBackend::finish_row(int32_t layer, const SequenceStep& step, int32_t row, const float* cos,
-                            const float* sin, float* q, float* k, float* v, float* scratch) const {
-  const int64_t d = head_dim_;
-  for (int64_t head = 0; head < n_heads_; head++) kernels_.rope(q + head * d, cos, sin, head_dim_);
-  for (int64_t head = 0; head < n_kv_heads_; head++) {
-    kernels_.rope(k + head * d, cos, sin, head_dim_);
+void CpuBackend::norm_heads(QkNorm kind, const float* weight, int32_t n_heads, float* x) const {
+  if (kind == QkNorm::kNone) return;
+  const int64_t width = kind == QkNorm::kHead ? head_dim_ : int64_t{n_heads} * head_dim_;
+  for (float* end = x + int64_t{n_heads} * head_dim_; x < end; x += width) {
+    kernels_.rms_norm(x, weight, branch_eps_, width, x);
   }
+}
+
+void CpuBackend::finish_row(const Weights& weights, int32_t layer, const SequenceStep& step,
+                            int32_t row, const float* cos, const float* sin, float* q, float* k,
+                            float* v, float* scratch) const {
+  const int64_t d = head_dim_;
+  const LayerWeights& w = weights.layers[layer];
+  norm_heads(weights.qk_norm, w.q_norm, n_heads_, q);
+  norm_heads(weights.qk_norm, w.k_norm, n_kv_heads_, k);
+  if (w.rotates) {
+    for (int64_t head = 0; head < n_heads_; head++) {
+      kernels_.rope(q + head * d, cos, sin, rope_dims_);
+    }
+    for (int64_t head = 0; head < n_kv_heads_; head++) {
+      kernels_.rope(k + head * d, cos, sin, rope_dims_);
+    }
+  }
+  if (weights.query_scale != 1) kernels_.scale(q, weights.query_scale, n_heads_ * d, q);
   const KVTransform& transform = step.transform;
   const int64_t group = n_heads_ / n_kv_heads_;
   if (transform.k_forward == nullptr && transform.k_groups > 1) {
@@ -250,7 +269,7 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
   const LinearLayer layers[] = {{&w.q, w.q_bias, q, q_dim, false},
                                 {&w.k, w.k_bias, k, kv_dim, false},
                                 {&w.v, w.v_bias, v, kv_dim, false}};
-  const float* normed = norm_rows(x, w.attention_norm, n, hidden, ws);
+  const float* normed = w.attention_norm ? norm_rows(x, w.attention_norm, n, hidden, ws) : x;
   if (batch.decode) {
     decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows, int8_input_, ws);
   } else {
@@ -258,7 +277,7 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
   }
 
   prepare_rope(weights, batch, ws);
-  const int64_t half = head_dim_ / 2;
+  const int64_t half = rope_dims_ / 2;
   const float* cos = ws.rope.as<float>();
   const float* sin = cos + n * half;
   ws.workers.resize(pool_.size());
@@ -267,9 +286,10 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
     pool_.parallel_rows(step.n_rows, (step.transform.is_identity() ? 1 : head_dim_) * q_dim,
                         [&](int64_t i, int worker) {
                           const int64_t row = step.row0 + i;
-                          finish_row(layer, step, static_cast<int32_t>(i), cos + row * half,
-                                     sin + row * half, q + row * q_dim, k + row * kv_dim,
-                                     v + row * kv_dim, ws.workers[worker].as<float>());
+                          finish_row(weights, layer, step, static_cast<int32_t>(i),
+                                     cos + row * half, sin + row * half, q + row * q_dim,
+                                     k + row * kv_dim, v + row * kv_dim,
+                                     ws.workers[worker].as<float>());
                         });
     record_query_magnitude(step, layer, n_heads_, n_kv_heads_, head_dim_, q + step.row0 * q_dim);
   }
@@ -325,16 +345,29 @@ void CpuBackend::attend(int32_t layer, const Batch& batch, const float* q, float
   }
 }
 
+void CpuBackend::add_normed(float* branch, const float* weight, int64_t n, int64_t hidden,
+                            float* x) {
+  pool_.parallel_rows(n, hidden, [&](int64_t i, int) {
+    float* row = branch + i * hidden;
+    kernels_.rms_norm(row, weight, branch_eps_, hidden, row);
+    for (int64_t j = 0; j < hidden; j++) x[i * hidden + j] += row[j];
+  });
+}
+
 void CpuBackend::project_output(const Weights& weights, int32_t layer, const Batch& batch,
                                 const float* attention, float* x, Workspace& workspace) {
   CpuWorkspace& ws = on_cpu(workspace);
   const LayerWeights& w = weights.layers[layer];
-  const LinearLayer layers[] = {{&w.o, w.o_bias, x, w.o.rows, true}};
+  const int64_t n = batch.n_rows, hidden = w.o.rows;
+  const bool adds = w.attention_out_norm == nullptr;
+  float* out = adds ? x : grow<float>(ws.branch, n * hidden);
+  const LinearLayer layers[] = {{&w.o, w.o_bias, out, hidden, adds}};
   if (batch.decode) {
     decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows, int8_input_, ws);
-    return;
+  } else {
+    prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, n, w.o.cols, ws), ws);
   }
-  prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, batch.n_rows, w.o.cols, ws), ws);
+  if (!adds) add_normed(out, w.attention_out_norm, n, hidden, x);
 }
 
 void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
@@ -342,22 +375,23 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
   CpuWorkspace& ws = on_cpu(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int64_t n = batch.n_rows, hidden = w.gate.cols, inner = w.gate.rows;
-  if (batch.decode) {
-    const LinearLayer down[] = {{&w.down, w.down_bias, x, hidden, true}};
-    const float* normed = norm_rows(x, w.mlp_norm, n, hidden, ws);
-    float* gated = grow<float>(ws.gated, n * inner);
-    decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, int8_input_, ws);
-    decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows, int8_input_, ws);
-    return;
-  }
-  for (int64_t row = 0; row < n; row += kMlpRows) {
-    const int64_t rows = std::min(kMlpRows, n - row);
+  const bool adds = w.mlp_out_norm == nullptr;
+  const int64_t together = batch.decode ? n : kMlpRows;
+  for (int64_t row = 0; row < n; row += together) {
+    const int64_t rows = std::min(together, n - row);
     float* some = x + row * hidden;
-    const float* normed = norm_rows(some, w.mlp_norm, rows, hidden, ws);
+    const float* normed = w.mlp_norm ? norm_rows(some, w.mlp_norm, rows, hidden, ws) : some;
     float* gated = grow<float>(ws.gated, rows * inner);
-    const LinearLayer down[] = {{&w.down, w.down_bias, some, hidden, true}};
-    prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, rows, hidden, ws), gated, ws);
-    prefill_linear(pool_, kernels_, gemm_, down, pack(gated, rows, inner, ws), ws);
+    float* out = adds ? some : grow<float>(ws.branch, rows * hidden);
+    const LinearLayer down[] = {{&w.down, w.down_bias, out, hidden, adds}};
+    if (batch.decode) {
+      decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, int8_input_, ws);
+      decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows, int8_input_, ws);
+    } else {
+      prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, rows, hidden, ws), gated, ws);
+      prefill_linear(pool_, kernels_, gemm_, down, pack(gated, rows, inner, ws), ws);
+    }
+    if (!adds) add_normed(out, w.mlp_out_norm, rows, hidden, some);
   }
 }
 

@@ -61,9 +61,15 @@ class CpuBackend final : public Backend {
   PackedInput pack(const float* x, int64_t n, int64_t cols, CpuWorkspace& workspace);
   // Fills workspace.rope for the rows of a batch.
   void prepare_rope(const Weights& weights, const Batch& batch, CpuWorkspace& workspace);
-  // RoPE, KV transform and appending of one row, all heads. q, k, v: the row's projections.
-  void finish_row(int32_t layer, const SequenceStep& step, int32_t row, const float* cos,
-                  const float* sin, float* q, float* k, float* v, float* scratch) const;
+  // x [n_heads][head_dim] = its norm, in place: of every head, or of all as one.
+  void norm_heads(QkNorm kind, const float* weight, int32_t n_heads, float* x) const;
+  // Norms of q and k, RoPE, KV transform and appending of one row, all heads. q, k, v: the row's
+  // projections.
+  void finish_row(const Weights& weights, int32_t layer, const SequenceStep& step, int32_t row,
+                  const float* cos, const float* sin, float* q, float* k, float* v,
+                  float* scratch) const;
+  // x [n][hidden] += norm(branch), which is overwritten.
+  void add_normed(float* branch, const float* weight, int64_t n, int64_t hidden, float* x);
   // Rounds and appends one kind's heads of a row.
   void store_row(int32_t layer, const SequenceStep& step, int32_t row, int32_t kind,
                  const float* x) const;
@@ -73,8 +79,9 @@ class CpuBackend final : public Backend {
   bool int8_input_;   // of decode's products with quantised matrices, unless arithmetic is f32
   Isa isa_;
   DType dtype_;
-  float eps_;
-  int32_t n_heads_, n_kv_heads_, head_dim_;
+  float eps_;         // of norms of x, in the units that x has here (ModelConfig::stream_norm_eps)
+  float branch_eps_;  // of all other norms
+  int32_t n_heads_, n_kv_heads_, head_dim_, rope_dims_;
   ThreadPool pool_;
 };
 

@@ -43,26 +43,42 @@ struct GemvArgs : ProductArgs {
   int64_t cols = 0;
 };
 
-// Activations of a product with a quantised matrix, rounded to int8 in groups of kInnerStep inputs
-// with a scale of their own: x = scale * code, the largest of a group has the code 127. Rows come
-// in blocks of kInputBlock, the last one of what is left; block of n rows: codes [inner / 4][n][4],
-// scales and sums of codes [inner / 32][n]. A group that is not finite has codes 0 and scale NaN.
-inline constexpr int32_t kInputBlock = 8;
+// Activations of a product with a quantised matrix, rounded to integers in groups of kInnerStep
+// inputs with a scale of their own: x = scale * v. One plane holds v as int8, the largest of a
+// group is 127. Two hold 15 bits, v = 128 high + low, the largest is kLargestOfTwo: no model tells
+// those from f32 activations, at twice the products. Rows come in blocks of rows(), the last one of
+// what is left; block of n rows: codes [inner / 4][n][planes][4], scales and sums of v
+// [inner / 32][n]. A group that is not finite has codes 0 and scale NaN.
 struct Int8Input {
+  static constexpr int32_t kLargestOfTwo = 127 * 128;
+
   int8_t* codes = nullptr;
   float* scales = nullptr;
   int32_t* sums = nullptr;
+  int32_t planes = 1;
 
-  // The block that begins with row `row`, a multiple of kInputBlock.
+  static constexpr int32_t rows(int32_t planes) { return 8 / planes; }
+  int32_t rows() const { return rows(planes); }
+  // The block that begins with row `row`, a multiple of rows().
   Int8Input block(int64_t row, int64_t inner) const {
     const int64_t groups = row * (inner / kInnerStep);
-    return {codes + row * inner, scales + groups, sums + groups};
+    return {codes + row * inner * planes, scales + groups, sums + groups, planes};
   }
 };
 
-// The product of a quantised matrix, of x or, rounded, of input. row0: a multiple of kTileRows. An
-// int8 product is the sum over groups of scale * (sum of input scale * integer sum), with
-// fused multiply-adds in the order of the inputs: every instruction set computes the same bits.
+// Planes of the activations that codes are multiplied with. Rounding those to int8 costs more than
+// int8 weights do, and less than int4 weights.
+inline constexpr int32_t input_planes(DType codes) { return codes == DType::kInt8 ? 2 : 1; }
+
+// The product of a quantised matrix, of x or, rounded, of input. row0: a multiple of kTileRows. A
+// product of integers is the sum over groups of
+//
+//   scale * (part - zero * sum), or scale * part + minimum * sum, where
+//   part = sum over steps of input scale * (sum of code * v)
+//   sum = sum over steps of input scale * (sum of v)
+//
+// with fused multiply-adds in the order of the inputs, those of the last line apart: every
+// instruction set computes the same bits. The sums in brackets are exact integers.
 struct QuantisedGemvArgs : ProductArgs {
   const Matrix* weights = nullptr;
   Int8Input input;
@@ -163,9 +179,10 @@ struct Kernels {
   // Row i of a block of n rows of activations, x [cols].
   void (*quantise_input)(const float* x, int64_t cols, int32_t i, int32_t n,
                          const Int8Input& block) = nullptr;
-  // One tile of rows of Backend::quantise. scratch: [inner][16].
+  // One tile of rows of Backend::quantise: codes, f16 scales and minimums. scratch: [inner][16].
   bool (*quantise_tile)(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
-                        uint8_t* codes, uint16_t* scales, float* scratch) = nullptr;
+                        uint8_t* codes, uint16_t* scales, uint16_t* minimums,
+                        float* scratch) = nullptr;
   // A slot of the store as f32 rows [64][head_dim], zero where pruned.
   void (*unpack_slot)(const SlotLayout& layout, const uint8_t* slot, float* out) = nullptr;
   // The largest of a row of logits (NaN is passed over) and the first index where it stands.
@@ -198,11 +215,11 @@ void gemv_int8_input_plain(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx2(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx512(const QuantisedGemvArgs& args);
 bool quantise_tile_plain(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
-                         uint8_t* codes, uint16_t* scales, float* scratch);
+                         uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch);
 bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
-                        uint8_t* codes, uint16_t* scales, float* scratch);
+                        uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch);
 bool quantise_tile_avx512(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
-                          uint8_t* codes, uint16_t* scales, float* scratch);
+                          uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch);
 
 // Requires that the processor runs `isa`.
 Kernels select_kernels(Isa isa);

@@ -13,24 +13,30 @@
 namespace mustafar {
 
 struct CpuWorkspace final : Workspace {
-  HostBuffer normed;                // [rows][hidden]
-  HostBuffer keys;                  // [rows][n_kv_heads * D]
-  HostBuffer values;                // likewise
-  HostBuffer gated;                 // [rows][intermediate]
-  HostBuffer packed;                // a GEMM's input
-  HostBuffer int8_input;            // [2][rows][groups], then codes [rows][inner]: Int8Input
-  HostBuffer rope;                  // [2 (cos, sin)][rows][D / 2]
+  HostBuffer normed;  // [rows][hidden]
+  HostBuffer keys;    // [rows][n_kv_heads * D]
+  HostBuffer values;  // likewise
+  HostBuffer gated;   // [rows][intermediate]
+  HostBuffer packed;  // a GEMM's input
+  HostBuffer branch;  // [rows][hidden]: what is normed before it is added to x
+  // Int8Input of one plane and of two: [2][rows][groups], then codes [rows][inner][planes].
+  HostBuffer int8_input[2];
+  HostBuffer rope;                  // [2 (cos, sin)][rows][rope dims / 2]
   HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
 
   // What rope holds.
-  std::vector<int32_t> rope_positions;
-  const float* rope_frequencies = nullptr;
+  struct RopeRow {
+    int32_t position = 0;
+    const float* frequencies = nullptr;
+    bool operator==(const RopeRow&) const = default;
+  };
+  std::vector<RopeRow> rope_rows;
 
   int64_t bytes() const override {
     size_t sum = 0;
-    for (const HostBuffer* buffer :
-         {&normed, &keys, &values, &gated, &packed, &int8_input, &rope, &attention}) {
+    for (const HostBuffer* buffer : {&normed, &keys, &values, &gated, &packed, &branch,
+                                     &int8_input[0], &int8_input[1], &rope, &attention}) {
       sum += buffer->bytes();
     }
     for (const HostBuffer& buffer : workers) sum += buffer.bytes();

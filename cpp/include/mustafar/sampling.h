@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -15,6 +16,22 @@ namespace mustafar {
 // (constrained output: set what must not follow to -infinity). Runs before every other step.
 using LogitsProcessor =
     std::function<void(std::span<const int32_t> token_ids, std::span<float> logits)>;
+
+// What may follow in an output that is constrained, to JSON after a schema for example. It belongs
+// to one generation, which calls it from one thread at a time, whichever computes.
+class TokenConstraint {
+ public:
+  virtual ~TokenConstraint() = default;
+  // Marks the tokens that may come next: bit id % 32 of allowed[id / 32]. allowed:
+  // [vocab_size / 32 + 1], zero; bits beyond the vocabulary have no meaning. Returns whether the
+  // output may end here: then its end-of-sequence and stop ids may come too. Asked once more before
+  // accept(), it must answer the same.
+  virtual bool allow(std::span<uint32_t> allowed) = 0;
+  // Takes the token that came, unless it ended the output. Returns false where nothing may follow:
+  // then the output ends.
+  virtual bool accept(int32_t token) = 0;
+};
+using ConstraintFactory = std::function<std::unique_ptr<TokenConstraint>()>;
 
 // What a model's folder asks for in generation_config.json; none: it does not say.
 struct SamplingDefaults {
@@ -50,6 +67,7 @@ struct SamplingParams {
   bool ignore_eos = false;                   // go on past the model's end-of-sequence ids
   int32_t logprobs = 0;  // alternatives to report for every token; -1: none at all
   LogitsProcessor logits_processor = {};
+  ConstraintFactory constraint = {};  // called for every output; what it forbids nothing allows
 
   // With every field decided. model: ModelConfig::sampling.
   SamplingParams with_defaults(const SamplingDefaults& model = {}) const;
@@ -62,6 +80,7 @@ enum class FinishReason : uint8_t {
   kStop,       // end-of-sequence, a stop id or a stop text
   kContext,    // the context is full
   kCancelled,  // the caller stopped it
+  kTimeout,    // the time that the caller gave it is over
 };
 const char* name_of(FinishReason reason);
 

@@ -54,6 +54,9 @@ class Tokenizer {
   std::optional<int32_t> token_to_id(std::string_view token) const;
   // As spelled in tokenizer.json. Throws TokenizerError for an id that is no token.
   std::string id_to_token(int32_t token_id) const;
+  // The bytes that a token adds to a text in whose midst it stands, which need not be whole
+  // characters; a special token's are its spelling. Throws as id_to_token().
+  std::string token_bytes(int32_t token_id) const;
   bool is_special(int32_t token_id) const;
   // The token that begins a text, and those that end one, the tokenizer's own first: of
   // tokenizer_config.json or special_tokens_map.json, config.json and generation_config.json beside

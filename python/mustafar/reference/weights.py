@@ -1,8 +1,8 @@
 """Quantised weights: which codes and scales a matrix gets when it is loaded as int8 or int4.
 
 A group is ``group`` neighbouring inputs of a row (0: the whole row); the last one may be shorter.
-``W[r, c] = scale[r, c // group] * (code[r, c] - middle)``, middle 128 or 8. Sums run over inputs
-in order, in float32.
+``W[r, c] = scale[r, c // group] * code[r, c] + minimum[r, c // group]``. Sums run over inputs in
+order, in float32.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from .numbers import F32
 
-MIDDLE = {4: 8, 8: 128}
-RANGE = {4: (-8, 7), 8: (-127, 127)}
-# What the value largest in size is tried at (4 bits).
-DIVISORS = (-8, -7, -7.25, -7.5, -7.75, -8.25, -8.5, -8.75, -9.25, 7, 7.25, -6.5, -9.75)
+F16 = NDArray[np.float16]
+# The parts of a group's range that codes are spread over, as tried.
+SHRINKS = {4: (1.0, 0.97, 0.94, 0.9, 0.86), 8: (1.0,)}
 
 
 def _divide(x: F32 | np.float32, y: F32) -> F32:
@@ -25,55 +24,62 @@ def _divide(x: F32 | np.float32, y: F32) -> F32:
     return np.where(np.isfinite(quotient), quotient, np.float32(0)).astype(np.float32)
 
 
-def _round(x: F32, bits: int) -> F32:
-    return np.clip(np.rint(x), *RANGE[bits]).astype(np.float32)
+def _sum(x: F32) -> F32:
+    """Of each row, from the first column to the last."""
+    total = np.zeros(len(x), np.float32)
+    for column in x.T:
+        total = total + column
+    return total
 
 
-def _scale(x: F32, bits: int) -> F32:
-    """The scale of each row of x [rows, inputs of one group]."""
-    largest: F32 = np.take_along_axis(x, np.abs(x).argmax(axis=1)[:, None], axis=1)[:, 0]
-    if bits == 8:
-        return np.divide(np.abs(largest), np.float32(127), dtype=np.float32)
-    best = np.zeros(len(x), np.float32)
-    scale = np.zeros(len(x), np.float32)
-    for divisor in DIVISORS:
-        factor = _divide(np.float32(divisor), largest)
-        q = _round(np.multiply(x, factor[:, None], dtype=np.float32), bits)
-        a = np.zeros(len(x), np.float32)
-        b = np.zeros(len(x), np.float32)
-        for i in range(x.shape[1]):
-            a = a + x[:, i] * q[:, i]
-            b = b + q[:, i] * q[:, i]
-        mean = _divide(a, b)
-        score = a * mean
+def _line(x: F32, bits: int) -> tuple[F16, F16]:
+    """Scale and minimum of each row of x [rows, inputs of one group]."""
+    top, n = np.float32(2**bits - 1), np.float32(x.shape[1])
+    half = top * np.float32(0.5)
+    low = x.min(axis=1)
+    spread = x.max(axis=1) - low
+    middle = low + spread * np.float32(0.5)
+    v = x - middle[:, None]
+    v_sum = _sum(v)
+    best, slope, level = (np.zeros(len(x), np.float32) for _ in range(3))
+    for shrink in SHRINKS[bits]:
+        factor = _divide(top / np.float32(shrink), spread)
+        q = np.clip(np.rint(v * factor[:, None] + half), 0, top).astype(np.float32) - half
+        q_sum, qq_sum, qv_sum = _sum(q), _sum(q * q), _sum(q * v)
+        covariance = n * qv_sum - q_sum * v_sum
+        mean = _divide(covariance, n * qq_sum - q_sum * q_sum)
+        score = covariance * mean
         better = score > best
         best = np.where(better, score, best)
-        scale = np.where(better, mean, scale)
-    return scale
+        slope = np.where(better, mean, slope)
+        level = np.where(better, q_sum, level)
+    scale = slope.astype(np.float16)
+    stored = scale.astype(np.float32)
+    first = middle + (v_sum - stored * level) / n - stored * half
+    return scale, first.astype(np.float16)
 
 
-def quantise_matrix(
-    weights: F32, bits: int, group: int
-) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
-    """Codes [rows, cols] and scales [rows, groups] of a matrix [rows, cols]."""
+def quantise_matrix(weights: F32, bits: int, group: int) -> tuple[NDArray[np.uint8], F16, F16]:
+    """Codes [rows, cols], scales and minimums [rows, groups] of a matrix [rows, cols]."""
     rows, cols = weights.shape
     group = group or cols
     starts = range(0, cols, group)
     codes = np.empty((rows, cols), np.uint8)
     scales = np.empty((rows, len(starts)), np.float16)
+    minimums = np.empty_like(scales)
     for i, start in enumerate(starts):
         x = np.ascontiguousarray(weights[:, start : start + group], dtype=np.float32)
-        scales[:, i] = _scale(x, bits)
+        scales[:, i], minimums[:, i] = _line(x, bits)
         factor = _divide(np.float32(1), scales[:, i].astype(np.float32))
-        q = _round(x * factor[:, None], bits)
-        codes[:, start : start + group] = (q + MIDDLE[bits]).astype(np.uint8)
-    return codes, scales
+        q = np.rint((x - minimums[:, i].astype(np.float32)[:, None]) * factor[:, None])
+        codes[:, start : start + group] = np.clip(q, 0, 2**bits - 1)
+    return codes, scales, minimums
 
 
-def dequantise_matrix(
-    codes: NDArray[np.uint8], scales: NDArray[np.float16], bits: int, group: int
-) -> F32:
-    """The matrix [rows, cols] that codes and scales stand for."""
+def dequantise_matrix(codes: NDArray[np.uint8], scales: F16, minimums: F16, group: int) -> F32:
+    """The matrix [rows, cols] of codes, scales and minimums: rounded once to float32."""
     cols = codes.shape[1]
-    scale = np.repeat(scales.astype(np.float32), group or cols, axis=1)[:, :cols]
-    return scale * (codes.astype(np.float32) - np.float32(MIDDLE[bits]))
+    scale, minimum = (
+        np.repeat(x.astype(np.float64), group or cols, axis=1)[:, :cols] for x in (scales, minimums)
+    )
+    return (scale * codes + minimum).astype(np.float32)

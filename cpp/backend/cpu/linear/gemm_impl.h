@@ -171,9 +171,8 @@ void pack_weights(const void* w, DType dtype, int64_t stride, int32_t n_rows, in
 }
 
 // Lanes of codes are outputs already, as those of a panel.
-template <class Step>
-void pack_quantised(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, int32_t n,
-                    float* out) {
+template <class Step, bool kMinimums>
+void pack_codes(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, int32_t n, float* out) {
   for (int half = 0; half < 2; half++) {
     float* y = out + half * Simd::kWidth;
     if (half * Simd::kWidth >= n_rows) {
@@ -184,13 +183,13 @@ void pack_quantised(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, i
     for (int64_t c = col; c < col + n;) {
       const int64_t group = c / w.group;
       const int64_t end = (group + 1) * w.group < col + n ? (group + 1) * w.group : col + n;
-      const Simd::F scale = rows.scale(group), zero = rows.zero(group);
+      const Simd::F scale = rows.scale(group), offset = rows.offset(group);
       for (; c < end; c += 4) {  // past n there is room, and what the product does not read
         const Words word = rows.word(c);
         Simd::F x[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-          x[i] = Simd::mul(Simd::sub(CodeRows::code(word, i), zero), scale);
+          x[i] = CodeRows::weight<kMinimums>(CodeRows::code(word, i), scale, offset);
         }
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i += Step::kUnit, y += kTileCols) {
@@ -199,6 +198,13 @@ void pack_quantised(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, i
       }
     }
   }
+}
+
+template <class Step>
+void pack_quantised(const Matrix& w, int64_t row, int32_t n_rows, int64_t col, int32_t n,
+                    float* out) {
+  w.offset == Offset::kMinimums ? pack_codes<Step, true>(w, row, n_rows, col, n, out)
+                                : pack_codes<Step, false>(w, row, n_rows, col, n, out);
 }
 
 template <class Step, class Load>

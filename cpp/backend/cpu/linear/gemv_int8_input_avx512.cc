@@ -1,7 +1,7 @@
-// Products of a quantised matrix with int8 activations, with AVX512_VNNI: four products a lane and
-// instruction, lanes are the sixteen rows of a tile. A line of codes is loaded once and multiplied
-// with the activations of up to kInputBlock rows, which are broadcast from the L1 cache; the loop
-// waits for memory alone.
+// Products of a quantised matrix with integer activations, with AVX512_VNNI: four products a lane
+// and instruction, lanes are the sixteen rows of a tile. A line of codes is loaded once and
+// multiplied with the activations of a block of rows, which are broadcast from the L1 cache; for
+// few rows the loop waits for memory alone.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -15,11 +15,11 @@ namespace {
 // How far ahead of the loads codes are asked for, into the L2 cache: tiles lie one after another.
 constexpr int64_t kAheadBytes = 4096;
 
-inline __m512 load_scales(const Matrix& w, int64_t at) {
-  const uint16_t* halves = static_cast<const uint16_t*>(w.scales) + at;
+inline __m512 load_floats(const Matrix& w, const void* values, int64_t at) {
+  const uint16_t* halves = static_cast<const uint16_t*>(values) + at;
   switch (w.scale_dtype) {
     case DType::kF32:
-      return _mm512_loadu_ps(static_cast<const float*>(w.scales) + at);
+      return _mm512_loadu_ps(static_cast<const float*>(values) + at);
     case DType::kF16:
       return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
     default: {
@@ -29,16 +29,29 @@ inline __m512 load_scales(const Matrix& w, int64_t at) {
   }
 }
 
+// The zeros of a tile's rows or, with kMinimums, their minimums.
+template <Offset kOffset>
+inline __m512 load_offsets(const Matrix& w, int64_t at) {
+  if constexpr (kOffset == Offset::kMinimums) return load_floats(w, w.offsets, at);
+  if constexpr (kOffset == Offset::kNone) {
+    return _mm512_set1_ps(static_cast<float>(middle_code(w.dtype)));
+  }
+  const uint8_t* zeros = static_cast<const uint8_t*>(w.offsets) + at;
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+}
+
 inline __m512i four_inputs(const int8_t* codes) {
   int32_t word;
   std::memcpy(&word, codes, sizeof word);
   return _mm512_set1_epi32(word);
 }
 
-template <bool k4Bits, bool kZeros, int kBatch>
+template <bool k4Bits, Offset kOffset, int kBatch>
 void tile(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
-  constexpr int kLines = k4Bits ? 4 : 8;   // of kInnerStep inputs
-  constexpr int kMiddle = k4Bits ? 3 : 7;  // log2
+  constexpr int kLines = k4Bits ? 4 : 8;  // of kInnerStep inputs
+  constexpr int kPlanes = input_planes(k4Bits ? DType::kInt4 : DType::kInt8);
+  constexpr int kProducts = kBatch * kPlanes;
   const Matrix& w = *args.weights;
   const QuantisedShape shape = w.shape();
   const int64_t tile = row / kTileRows;
@@ -54,18 +67,17 @@ void tile(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
   int64_t at = tile * shape.tile_scales();
   for (int64_t step = 0; step < n_steps; at += kTileRows) {
     const int64_t end = n_steps - step < group_steps ? n_steps : step + group_steps;
-    __m512 zeros = _mm512_setzero_ps();
-    if constexpr (kZeros) {
-      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.zeros + at));
-      zeros = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
-    }
     __m512 parts[kBatch];
+    float input_sums[kBatch];
 #pragma GCC unroll 8
-    for (int b = 0; b < kBatch; b++) parts[b] = _mm512_setzero_ps();
+    for (int b = 0; b < kBatch; b++) {
+      parts[b] = _mm512_setzero_ps();
+      input_sums[b] = 0.0f;
+    }
     for (; step < end; step++) {
-      __m512i products[kBatch];
+      __m512i products[kProducts];  // [kBatch][kPlanes]
 #pragma GCC unroll 8
-      for (int b = 0; b < kBatch; b++) products[b] = _mm512_setzero_si512();
+      for (int i = 0; i < kProducts; i++) products[i] = _mm512_setzero_si512();
 #pragma GCC unroll 8
       for (int l = 0; l < kLines; l++, line += kLineBytes) {
         _mm_prefetch(reinterpret_cast<const char*>(line) + kAheadBytes, _MM_HINT_T1);
@@ -74,36 +86,43 @@ void tile(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
           const __m512i low = _mm512_and_si512(codes, low_half);
           const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low_half);
 #pragma GCC unroll 8
-          for (int b = 0; b < kBatch; b++, inputs += 4) {
-            products[b] = _mm512_dpbusd_epi32(products[b], low, four_inputs(inputs));
-            products[b] = _mm512_dpbusd_epi32(products[b], high, four_inputs(inputs + 4 * kBatch));
+          for (int i = 0; i < kProducts; i++, inputs += 4) {
+            products[i] = _mm512_dpbusd_epi32(products[i], low, four_inputs(inputs));
+            products[i] =
+                _mm512_dpbusd_epi32(products[i], high, four_inputs(inputs + 4 * kProducts));
           }
-          inputs += 4 * kBatch;
+          inputs += 4 * kProducts;
         } else {
 #pragma GCC unroll 8
-          for (int b = 0; b < kBatch; b++, inputs += 4) {
-            products[b] = _mm512_dpbusd_epi32(products[b], codes, four_inputs(inputs));
+          for (int i = 0; i < kProducts; i++, inputs += 4) {
+            products[i] = _mm512_dpbusd_epi32(products[i], codes, four_inputs(inputs));
           }
         }
       }
 #pragma GCC unroll 8
       for (int b = 0; b < kBatch; b++) {
-        // The codes' zero comes off as zero times the sum of the activations' codes: exact.
-        const __m512i input_sum = _mm512_set1_epi32(x.sums[step * kBatch + b]);
-        __m512 sum;
-        if constexpr (kZeros) {
-          sum = _mm512_fnmadd_ps(zeros, _mm512_cvtepi32_ps(input_sum),
-                                 _mm512_cvtepi32_ps(products[b]));
-        } else {
-          sum = _mm512_cvtepi32_ps(
-              _mm512_sub_epi32(products[b], _mm512_slli_epi32(input_sum, kMiddle)));
+        __m512i sum = products[b * kPlanes];
+        if constexpr (kPlanes == 2) {
+          sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 7), products[b * kPlanes + 1]);
         }
-        parts[b] = _mm512_fmadd_ps(sum, _mm512_set1_ps(x.scales[step * kBatch + b]), parts[b]);
+        const float scale = x.scales[step * kBatch + b];
+        parts[b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(scale), parts[b]);
+        input_sums[b] += scale * static_cast<float>(x.sums[step * kBatch + b]);
       }
     }
-    const __m512 scales = load_scales(w, at);
+    const __m512 scales = load_floats(w, w.scales, at);
+    const __m512 offsets = load_offsets<kOffset>(w, at);
 #pragma GCC unroll 8
-    for (int b = 0; b < kBatch; b++) sums[b] = _mm512_fmadd_ps(parts[b], scales, sums[b]);
+    for (int b = 0; b < kBatch; b++) {
+      const __m512 input_sum = _mm512_set1_ps(input_sums[b]);
+      if constexpr (kOffset == Offset::kMinimums) {
+        sums[b] = _mm512_fmadd_ps(parts[b], scales, sums[b]);
+        sums[b] = _mm512_fmadd_ps(offsets, input_sum, sums[b]);
+      } else {
+        const __m512 part = _mm512_fnmadd_ps(offsets, input_sum, parts[b]);
+        sums[b] = _mm512_fmadd_ps(part, scales, sums[b]);
+      }
+    }
   }
 
   const int64_t left = args.row1 - row;
@@ -120,30 +139,42 @@ void tile(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
   }
 }
 
-template <bool k4Bits, bool kZeros, int kBatch = kInputBlock>
+template <bool k4Bits, Offset kOffset, int kBatch>
 void tile_of(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
   if constexpr (kBatch > 1) {
-    if (args.batch - batch0 < kBatch) return tile_of<k4Bits, kZeros, kBatch - 1>(args, row, batch0);
+    if (args.batch - batch0 < kBatch) {
+      return tile_of<k4Bits, kOffset, kBatch - 1>(args, row, batch0);
+    }
   }
-  tile<k4Bits, kZeros, kBatch>(args, row, batch0);
+  tile<k4Bits, kOffset, kBatch>(args, row, batch0);
 }
 
-template <bool k4Bits, bool kZeros>
+template <bool k4Bits, Offset kOffset>
 void tiles(const QuantisedGemvArgs& args) {
+  constexpr int kBlock = Int8Input::rows(input_planes(k4Bits ? DType::kInt4 : DType::kInt8));
   for (int64_t row = args.row0; row < args.row1; row += kTileRows) {
-    for (int32_t b = 0; b < args.batch; b += kInputBlock) tile_of<k4Bits, kZeros>(args, row, b);
+    for (int32_t b = 0; b < args.batch; b += kBlock) {
+      tile_of<k4Bits, kOffset, kBlock>(args, row, b);
+    }
+  }
+}
+
+template <bool k4Bits>
+void tiles(const QuantisedGemvArgs& args) {
+  switch (args.weights->offset) {
+    case Offset::kNone:
+      return tiles<k4Bits, Offset::kNone>(args);
+    case Offset::kZeros:
+      return tiles<k4Bits, Offset::kZeros>(args);
+    case Offset::kMinimums:
+      return tiles<k4Bits, Offset::kMinimums>(args);
   }
 }
 
 }  // namespace
 
 void gemv_int8_input_avx512(const QuantisedGemvArgs& args) {
-  const bool zeros = args.weights->zeros != nullptr;
-  if (args.weights->dtype == DType::kInt4) {
-    zeros ? tiles<true, true>(args) : tiles<true, false>(args);
-  } else {
-    zeros ? tiles<false, true>(args) : tiles<false, false>(args);
-  }
+  args.weights->dtype == DType::kInt4 ? tiles<true>(args) : tiles<false>(args);
 }
 
 }  // namespace mustafar

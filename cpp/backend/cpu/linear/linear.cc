@@ -33,30 +33,41 @@ int64_t gemv_task_rows(const Matrix& w, int threads) {
   return std::max(block, rows / block * block);
 }
 
-// The int8 activations that quantised matrices of `cols` inputs take, in the workspace.
-Int8Input quantise_rows(ThreadPool& pool, const Kernels& kernels, const float* x, int64_t x_stride,
-                        int32_t batch, int64_t cols, CpuWorkspace& workspace) {
-  const int64_t inner = (cols + kInnerStep - 1) / kInnerStep * kInnerStep;
+// Activations rounded to integers as each type of quantised matrix takes them, for those that
+// are multiplied with: with one plane and with two.
+struct RoundedInputs {
+  Int8Input of_planes[2];
+
+  const Int8Input& of(const Matrix& w) const { return of_planes[input_planes(w.dtype) - 1]; }
+};
+
+// Rounds x for a matrix, unless that has been done for another one; in the workspace.
+void round_rows(ThreadPool& pool, const Kernels& kernels, const Matrix& w, const float* x,
+                int64_t x_stride, int32_t batch, CpuWorkspace& workspace, RoundedInputs& inputs) {
+  const int32_t planes = input_planes(w.dtype);
+  Int8Input& input = inputs.of_planes[planes - 1];
+  if (!w.quantised() || input.codes != nullptr) return;
+  const int64_t cols = w.cols, inner = w.shape().inner();
   const int64_t groups = batch * (inner / kInnerStep);
-  Int8Input input;
-  input.scales = grow<float>(workspace.int8_input, 2 * groups + batch * inner / 4);
+  HostBuffer& buffer = workspace.int8_input[planes - 1];
+  input.planes = planes;
+  input.scales = grow<float>(buffer, 2 * groups + batch * inner * planes / 4);
   input.sums = reinterpret_cast<int32_t*>(input.scales + groups);
   input.codes = reinterpret_cast<int8_t*>(input.sums + groups);
   const auto row = [&](int64_t b, int) {
-    const int32_t first = static_cast<int32_t>(b) / kInputBlock * kInputBlock;
+    const int32_t first = static_cast<int32_t>(b) / input.rows() * input.rows();
     kernels.quantise_input(x + b * x_stride, cols, static_cast<int32_t>(b) - first,
-                           std::min(kInputBlock, batch - first), input.block(first, inner));
+                           std::min(input.rows(), batch - first), input.block(first, inner));
   };
   pool.parallel_rows(batch, cols, row);
-  return input;
 }
 
-// input: the activations of `product` rounded to int8, or none.
+// inputs: the activations of `product` rounded to integers, or none.
 void multiply_rows(const Kernels& kernels, const Matrix& w, const ProductArgs& product,
-                   const Int8Input& input) {
+                   const RoundedInputs& inputs) {
   if (!w.quantised()) return kernels.gemv(GemvArgs{product, w.data, w.dtype, w.cols});
-  const QuantisedGemvArgs args{product, &w, input};
-  input.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
+  const QuantisedGemvArgs args{product, &w, inputs.of(w)};
+  args.input.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
 }
 
 // Outputs per GEMM task: a multiple of the panel, smaller where threads would be left without.
@@ -211,13 +222,11 @@ void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const Lin
                    const float* x, int64_t x_stride, int32_t batch, bool int8_input,
                    CpuWorkspace& workspace) {
   std::vector<Task> tasks;
-  Int8Input input;
+  RoundedInputs inputs;
   for (size_t i = 0; i < layers.size(); i++) {
     const Matrix& w = *layers[i].weights;
     split(static_cast<int32_t>(i), w.rows, gemv_task_rows(w, pool.size()), tasks);
-    if (int8_input && w.quantised() && input.codes == nullptr) {
-      input = quantise_rows(pool, kernels, x, x_stride, batch, w.cols, workspace);
-    }
+    if (int8_input) round_rows(pool, kernels, w, x, x_stride, batch, workspace, inputs);
   }
   pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
     const Task& task = tasks[i];
@@ -225,7 +234,7 @@ void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const Lin
     multiply_rows(kernels, *layer.weights,
                   {task.row0, task.row1, x, x_stride, batch, layer.bias, layer.out + task.row0,
                    layer.out_stride, layer.add},
-                  input);
+                  inputs);
   });
 }
 
@@ -235,9 +244,11 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
   const int64_t n = layer.gate.rows, cols = layer.gate.cols;
   const int64_t step =
       std::max(gemv_task_rows(layer.gate, pool.size()), gemv_task_rows(layer.up, pool.size()));
-  Int8Input input;
-  if (int8_input && (layer.gate.quantised() || layer.up.quantised())) {
-    input = quantise_rows(pool, kernels, x, cols, batch, cols, workspace);
+  RoundedInputs inputs;
+  if (int8_input) {
+    for (const Matrix* w : {&layer.gate, &layer.up}) {
+      round_rows(pool, kernels, *w, x, cols, batch, workspace, inputs);
+    }
   }
   workspace.workers.resize(pool.size());
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, batch * step);
@@ -245,10 +256,10 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
     const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
     float* up = workspace.workers[worker].as<float>();  // [batch][step]
     ProductArgs product{row0, row1, x, cols, batch, nullptr, out + row0, n, false};
-    multiply_rows(kernels, layer.gate, product, input);
+    multiply_rows(kernels, layer.gate, product, inputs);
     product.y = up;
     product.y_stride = step;
-    multiply_rows(kernels, layer.up, product, input);
+    multiply_rows(kernels, layer.up, product, inputs);
     for (int32_t b = 0; b < batch; b++) {
       float* gate = out + b * n + row0;
       kernels.silu_mul(

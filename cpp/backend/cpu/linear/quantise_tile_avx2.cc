@@ -8,8 +8,8 @@
 namespace mustafar {
 
 bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
-                        uint8_t* codes, uint16_t* scales, float* scratch) {
-  return quantise_tile(stored, shape, tile, codes, scales, scratch);
+                        uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch) {
+  return quantise_tile(stored, shape, tile, codes, scales, minimums, scratch);
 }
 
 }  // namespace mustafar

@@ -2,12 +2,11 @@
 // order of the inputs, and every instruction set computes the same bits (the project is compiled
 // without contraction to fused multiply-adds).
 //
-//   8 bits  scale = largest |w| / 127, codes -127 to 127
-//   4 bits  codes -8 to 7. m, the first of the values largest in size, is tried at each of
-//           kDivisors: codes q = round(w divisor / m), and a = sum w q, b = sum q^2. The divisor
-//           with the largest a^2 / b has the least squared error with its best scale a / b.
-//
-// The scale is rounded to f16, and codes are round(w / scale) for the scale as stored.
+// A group's values are taken from the middle of their range: v = w - middle. For each of kShrinks
+// codes q spread over that part of the range, the line through the points (q, v) has the least
+// squared error; the shrink whose line explains most of the values' variance gives scale and
+// minimum. Eight bits need no shrink. Both are rounded to f16, the scale first and the minimum for
+// the scale as stored, and codes are round((w - minimum) / scale) for the two as stored.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +18,8 @@
 namespace mustafar {
 namespace {
 
-constexpr float kDivisors[] = {-8.0f,  -7.0f,  -7.25f, -7.5f, -7.75f, -8.25f, -8.5f,
-                               -8.75f, -9.25f, 7.0f,   7.25f, -6.5f,  -9.75f};
+constexpr float kShrinks[] = {1.0f, 0.97f, 0.94f, 0.9f, 0.86f};
+constexpr int kShrinks4Bits = 5, kShrinks8Bits = 1;
 
 inline Floats select(Ints mask, Floats yes, Floats no) {
   return (Floats)(((Ints)yes & mask) | ((Ints)no & ~mask));
@@ -68,42 +67,55 @@ void transpose_tile(const Matrix& stored, int64_t row0, int64_t inner, float* ou
   }
 }
 
-// The scale of n inputs, x: [n][16].
-inline Floats scale_8(const float* x, int64_t n) {
-  Floats most = splat(0.0f);
-  for (int64_t c = 0; c < n; c++) {
-    const Floats size = magnitude((Floats)Simd::load(x + c * kTileRows));
-    most = select(size > most, size, most);
-  }
-  return most / splat(127.0f);
-}
+// How a group's codes become weights.
+struct Line {
+  Floats scale, minimum;  // as stored in f16
+};
 
-inline Floats scale_4(const float* x, int64_t n) {
-  Floats most = splat(0.0f);
-  for (int64_t c = 0; c < n; c++) {
-    const Floats v = (Floats)Simd::load(x + c * kTileRows);
-    most = select(magnitude(v) > magnitude(most), v, most);
+// The line of n inputs, x: [n][16], stored at scale and minimum [kWidth]. top: the largest code.
+inline Line fit_line(const float* x, int64_t n, float top, uint16_t* scale, uint16_t* minimum) {
+  Floats low = (Floats)Simd::load(x), high = low;
+  for (int64_t c = 1; c < n; c++) {
+    const Floats w = (Floats)Simd::load(x + c * kTileRows);
+    low = select(w < low, w, low);
+    high = select(w > high, w, high);
   }
-  Floats best = splat(0.0f), scale = splat(0.0f);
-  for (const float divisor : kDivisors) {
-    const Floats factor = divide(splat(divisor), most);
-    Floats a = splat(0.0f), b = splat(0.0f);
+  const Floats range = high - low, middle = low + range * splat(0.5f);
+  const Floats count = splat(static_cast<float>(n)), half = splat(0.5f * top);
+  Floats sum = splat(0.0f);
+  for (int64_t c = 0; c < n; c++) sum = sum + ((Floats)Simd::load(x + c * kTileRows) - middle);
+
+  Floats best = splat(0.0f), slope = splat(0.0f), codes = splat(0.0f);
+  const int n_shrinks = top > 15.0f ? kShrinks8Bits : kShrinks4Bits;
+  for (int k = 0; k < n_shrinks; k++) {
+    const Floats factor = divide(splat(top / kShrinks[k]), range);
+    Floats q_sum = splat(0.0f), qq_sum = splat(0.0f), qv_sum = splat(0.0f);
     for (int64_t c = 0; c < n; c++) {
-      const Floats v = (Floats)Simd::load(x + c * kTileRows);
-      const Floats q = round_within(v * factor, -8.0f, 7.0f);
-      a = a + v * q;
-      b = b + q * q;
+      const Floats v = (Floats)Simd::load(x + c * kTileRows) - middle;
+      const Floats q = round_within(v * factor + half, 0.0f, top) - half;
+      q_sum = q_sum + q;
+      qq_sum = qq_sum + q * q;
+      qv_sum = qv_sum + q * v;
     }
-    const Floats mean = divide(a, b), score = a * mean;
+    const Floats covariance = count * qv_sum - q_sum * sum;
+    const Floats mean = divide(covariance, count * qq_sum - q_sum * q_sum);
+    const Floats score = covariance * mean;
     const Ints better = score > best;
     best = select(better, score, best);
-    scale = select(better, mean, scale);
+    slope = select(better, mean, slope);
+    codes = select(better, q_sum, codes);
   }
-  return scale;
+  Line line;
+  Simd::store_f16(scale, (Simd::F)slope);
+  line.scale = (Floats)Simd::load_f16(scale);
+  const Floats first = middle + (sum - line.scale * codes) / count - line.scale * half;
+  Simd::store_f16(minimum, (Simd::F)first);
+  line.minimum = (Floats)Simd::load_f16(minimum);
+  return line;
 }
 
 bool quantise_tile(const Matrix& stored, const QuantisedShape& shape, int64_t tile, uint8_t* codes,
-                   uint16_t* scales, float* scratch) {
+                   uint16_t* scales, uint16_t* minimums, float* scratch) {
   const int64_t inner = shape.inner();
   switch (stored.dtype) {
     case DType::kF32:
@@ -116,33 +128,32 @@ bool quantise_tile(const Matrix& stored, const QuantisedShape& shape, int64_t ti
       transpose_tile<LoadBF16>(stored, tile * kTileRows, inner, scratch);
   }
   const bool is_4_bits = shape.dtype == DType::kInt4;
-  const float low = is_4_bits ? -8.0f : -127.0f, high = is_4_bits ? 7.0f : 127.0f;
-  const Floats middle = splat(static_cast<float>(middle_code(shape.dtype)));
+  const float top = is_4_bits ? 15.0f : 255.0f;
   codes += tile * shape.tile_code_bytes();
   scales += tile * shape.tile_scales();
+  minimums += tile * shape.tile_scales();
   Floats bad = splat(0.0f);  // NaN where something is not finite
   for (int64_t lane = 0; lane < kTileRows; lane += Simd::kWidth) {
     for (int64_t c = 0, group = 0; c < inner; group++) {
       const int64_t end = c + shape.group < inner ? c + shape.group : inner;
+      const int64_t n = end < shape.cols ? end - c : shape.cols - c;  // the rest is no weight
       const float* x = scratch + c * kTileRows + lane;
-      for (int64_t i = 0; i < end - c; i++) {
+      for (int64_t i = 0; i < n; i++) {
         bad = bad + (Floats)Simd::load(x + i * kTileRows) * splat(0.0f);
       }
-      const Floats scale = is_4_bits ? scale_4(x, end - c) : scale_8(x, end - c);
-      uint16_t* halves = scales + group * kTileRows + lane;
-      Simd::store_f16(halves, (Simd::F)scale);
-      const Floats stored_scale = (Floats)Simd::load_f16(halves);
-      bad = bad + stored_scale * splat(0.0f);
-      const Floats factor = divide(splat(1.0f), stored_scale);
+      const int64_t at = group * kTileRows + lane;
+      const Line line = fit_line(x, n, top, scales + at, minimums + at);
+      bad = bad + line.scale * splat(0.0f) + line.minimum * splat(0.0f);
+      const Floats factor = divide(splat(1.0f), line.scale);
       Words word = {};
       for (; c < end; c++) {
-        const Floats v = (Floats)Simd::load(scratch + c * kTileRows + lane);
-        const Floats q = round_within(v * factor, low, high) + middle;
+        const Floats w = (Floats)Simd::load(scratch + c * kTileRows + lane);
+        const Floats q = round_within((w - line.minimum) * factor, 0.0f, top);
         const Words code = (Words) __builtin_convertvector(q, Ints);
         word |= code << (8 * (c % 4) + (is_4_bits ? c / 4 % 2 * 4 : 0));
         if ((c + 1) % shape.line_inputs() == 0) {
-          const int64_t line = c / shape.line_inputs();
-          std::memcpy(codes + line * kLineBytes + lane * 4, &word, sizeof word);
+          const int64_t line_at = c / shape.line_inputs() * kLineBytes;
+          std::memcpy(codes + line_at + lane * 4, &word, sizeof word);
           word = Words{};
         }
       }

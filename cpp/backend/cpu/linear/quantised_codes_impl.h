@@ -38,25 +38,41 @@ class CodeRows {
   static Simd::F code(Words word, int i) {
     return (Simd::F) __builtin_convertvector((Ints)((word >> (8 * i)) & 0xffu), Floats);
   }
-  Simd::F scale(int64_t group) const {
-    const int64_t i = at_ + group * kTileRows;
-    switch (w_.scale_dtype) {
-      case DType::kF32:
-        return Simd::load(static_cast<const float*>(w_.scales) + i);
-      case DType::kF16:
-        return Simd::load_f16(static_cast<const uint16_t*>(w_.scales) + i);
+  Simd::F scale(int64_t group) const { return floats(w_.scales, group); }
+  // The zero of a group or, of a matrix that has those, its minimum.
+  Simd::F offset(int64_t group) const {
+    switch (w_.offset) {
+      case Offset::kMinimums:
+        return floats(w_.offsets, group);
+      case Offset::kZeros: {
+        Bytes bytes;
+        std::memcpy(&bytes, static_cast<const uint8_t*>(w_.offsets) + at_ + group * kTileRows,
+                    sizeof bytes);
+        return (Simd::F) __builtin_convertvector(bytes, Floats);
+      }
       default:
-        return Simd::load_bf16(static_cast<const uint16_t*>(w_.scales) + i);
+        return Simd::set1(static_cast<float>(middle_code(w_.dtype)));
     }
   }
-  Simd::F zero(int64_t group) const {
-    if (w_.zeros == nullptr) return Simd::set1(static_cast<float>(middle_code(w_.dtype)));
-    Bytes bytes;
-    std::memcpy(&bytes, w_.zeros + at_ + group * kTileRows, sizeof bytes);
-    return (Simd::F) __builtin_convertvector(bytes, Floats);
+  // A weight from its code and what its group has.
+  template <bool kMinimums>
+  static Simd::F weight(Simd::F code, Simd::F scale, Simd::F offset) {
+    return kMinimums ? Simd::fma(code, scale, offset) : Simd::mul(Simd::sub(code, offset), scale);
   }
 
  private:
+  Simd::F floats(const void* values, int64_t group) const {
+    const int64_t i = at_ + group * kTileRows;
+    switch (w_.scale_dtype) {
+      case DType::kF32:
+        return Simd::load(static_cast<const float*>(values) + i);
+      case DType::kF16:
+        return Simd::load_f16(static_cast<const uint16_t*>(values) + i);
+      default:
+        return Simd::load_bf16(static_cast<const uint16_t*>(values) + i);
+    }
+  }
+
   const Matrix& w_;
   QuantisedShape shape_;
   const uint8_t* codes_;

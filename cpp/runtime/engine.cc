@@ -1,0 +1,297 @@
+#include "mustafar/engine.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "mustafar/error.h"
+#include "runtime/scheduler.h"
+
+namespace mustafar {
+namespace {
+
+using Clock = Job::Clock;
+
+// A time that the clock can tell, from now.
+Clock::time_point later(double seconds) {
+  constexpr double kLongest = 1e9;  // seconds
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                            std::chrono::duration<double>(std::min(seconds, kLongest)));
+}
+
+}  // namespace
+
+// What a handle and the engine's thread share.
+struct Request::State {
+  const pid_t process = getpid();
+  int64_t n_prompt = 0;
+  std::shared_ptr<std::atomic<bool>> cancelled;  // the job's
+
+  mutable std::mutex mutex;
+  mutable std::condition_variable changed;
+  std::string text;
+  bool done = false;
+  std::exception_ptr error;
+  GenerateResult result;
+  std::function<void()> on_change;
+
+  // The lock, where there can be anybody who gives it up.
+  std::unique_lock<std::mutex> lock() const {
+    if (process != getpid()) {
+      throw StateError("the request's engine runs in the process that this one was forked from");
+    }
+    return std::unique_lock(mutex);
+  }
+
+  template <typename Ready>
+  bool wait(std::unique_lock<std::mutex>& lock, std::optional<double> seconds, Ready ready) const {
+    if (!seconds) {
+      changed.wait(lock, ready);
+      return true;
+    }
+    return changed.wait_until(lock, later(*seconds), ready);
+  }
+
+  // The change's last part: the callback runs without the lock.
+  void tell(std::unique_lock<std::mutex> lock) {
+    const std::function<void()> callback = on_change;
+    lock.unlock();
+    changed.notify_all();
+    if (callback) callback();
+  }
+
+  void add_text(std::string_view piece) {
+    std::unique_lock held(mutex);
+    text += piece;
+    tell(std::move(held));
+  }
+
+  void end(std::exception_ptr failed, GenerateResult&& made) {
+    std::unique_lock held(mutex);
+    error = std::move(failed);
+    result = std::move(made);
+    done = true;
+    tell(std::move(held));
+  }
+};
+
+void Request::cancel() {
+  state_->lock();  // refuses a forked child
+  *state_->cancelled = true;
+}
+
+bool Request::done() const {
+  const auto lock = state_->lock();
+  return state_->done;
+}
+
+int64_t Request::prompt_tokens() const { return state_->n_prompt; }
+
+std::string Request::text_from(size_t offset, std::optional<double> seconds) const {
+  auto lock = state_->lock();
+  state_->wait(lock, seconds, [&] { return state_->done || state_->text.size() > offset; });
+  return state_->text.substr(std::min(offset, state_->text.size()));
+}
+
+bool Request::wait(std::optional<double> seconds) const {
+  auto lock = state_->lock();
+  return state_->wait(lock, seconds, [&] { return state_->done; });
+}
+
+GenerateResult Request::result() const {
+  wait();
+  const auto lock = state_->lock();
+  if (state_->error != nullptr) std::rethrow_exception(state_->error);
+  return state_->result;
+}
+
+void Request::set_on_change(std::function<void()> on_change) {
+  auto lock = state_->lock();
+  state_->on_change = std::move(on_change);
+  if (state_->done || !state_->text.empty()) state_->tell(std::move(lock));
+}
+
+struct Engine::Impl {
+  const Model model;
+  const std::shared_ptr<Model::Impl> engine;
+  const KVConfig kv;
+  const EngineOptions options;
+  const pid_t process = getpid();
+  Scheduler scheduler;  // the thread's, but for check_memory()
+
+  mutable std::mutex mutex;
+  std::condition_variable work;
+  std::vector<std::shared_ptr<Job>> arrived;  // not yet in the scheduler
+  uint64_t n_submitted = 0;
+  bool closing = false;
+  EngineStats stats;  // as of the last part of a round
+
+  std::mutex closing_mutex;  // who joins the thread
+  bool orphaned = false;     // the handle was dropped by a callback: the thread's end is this one's
+  std::thread thread;
+
+  Impl(const Model& model, const KVConfig& kv, const EngineOptions& options)
+      : model(model),
+        engine(model.impl()),
+        kv(kv),
+        options(options),
+        scheduler(*engine, kv,
+                  {.max_batch = options.max_batch,
+                   .prefill_tokens = options.prefill_tokens,
+                   .between = [this] {
+                     std::lock_guard lock(mutex);
+                     update_stats();
+                   }}) {
+    if (options.max_waiting < 1) {
+      throw std::invalid_argument("max_waiting is " + std::to_string(options.max_waiting) +
+                                  ", must be at least 1");
+    }
+    thread = std::thread([this] {
+      run();
+      if (orphaned) delete this;
+    });
+  }
+
+  void check_process() const {
+    if (process != getpid()) {
+      throw StateError("the engine runs in the process that this one was forked from");
+    }
+  }
+
+  bool on_own_thread() const { return thread.get_id() == std::this_thread::get_id(); }
+
+  // The thread. Rounds while there is work; what arrives joins at the next.
+  void run() noexcept {
+    for (;;) {
+      {
+        std::unique_lock lock(mutex);
+        update_stats();  // before it may sleep
+        work.wait(lock, [&] { return closing || !arrived.empty() || !scheduler.idle(); });
+        for (std::shared_ptr<Job>& job : arrived) scheduler.add(std::move(job));
+        arrived.clear();
+        update_stats();
+        if (closing) break;
+      }
+      try {
+        scheduler.round();
+      } catch (...) {
+        scheduler.fail_all(std::current_exception());
+      }
+    }
+    scheduler.end_all(FinishReason::kCancelled);
+    std::lock_guard lock(mutex);
+    update_stats();
+  }
+
+  void update_stats() {
+    const Scheduler::Counts& counts = scheduler.counts();
+    stats.running = scheduler.n_running();
+    stats.waiting = scheduler.n_waiting();
+    stats.paused = scheduler.n_paused();
+    stats.finished = counts.finished;
+    stats.cancelled = counts.cancelled;
+    stats.failed = counts.failed;
+    stats.generated_tokens = counts.generated_tokens;
+    stats.prompt_tokens = counts.prompt_tokens;
+  }
+
+  void close() {
+    {
+      std::lock_guard lock(mutex);
+      closing = true;
+    }
+    work.notify_all();
+    if (on_own_thread()) return;  // a callback's call: the round that it is in is the last
+    std::lock_guard lock(closing_mutex);
+    if (thread.joinable()) thread.join();
+  }
+};
+
+Engine::Engine(const Model& model, const KVConfig& kv, const EngineOptions& options)
+    : impl_(std::make_unique<Impl>(model, kv, options)) {}
+
+Engine::~Engine() {
+  if (impl_ == nullptr) return;
+  if (impl_->process != getpid()) {
+    // Its thread, and who held its locks, are elsewhere: nothing of it can be ended here.
+    impl_->thread.detach();
+    static_cast<void>(impl_.release());
+    return;
+  }
+  impl_->close();
+  if (impl_->on_own_thread()) {
+    impl_->thread.detach();
+    impl_.release()->orphaned = true;
+  }
+}
+
+Engine::Engine(Engine&&) noexcept = default;
+
+Engine& Engine::operator=(Engine&& other) noexcept {
+  Engine old(std::move(*this));
+  impl_ = std::move(other.impl_);
+  return *this;
+}
+
+Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
+                       const RequestOptions& options) {
+  Impl& impl = *impl_;
+  impl.check_process();
+  if (options.timeout_seconds && !(*options.timeout_seconds > 0)) {
+    throw std::invalid_argument("timeout is " + std::to_string(*options.timeout_seconds) +
+                                " seconds, must be more than 0");
+  }
+  const std::shared_ptr<Job> job =
+      make_job(*impl.engine, prompt, params, options.parse_special, options.own_text, "the prompt");
+  impl.scheduler.check_memory(*job);
+  job->priority = options.priority;
+  if (options.timeout_seconds) job->deadline = later(*options.timeout_seconds);
+  auto state = std::make_shared<Request::State>();
+  state->n_prompt = job->n_prompt;
+  state->cancelled = job->cancelled;
+  job->on_text = [state](std::string_view text) { state->add_text(text); };
+  job->on_end = [state, loop = job->loop.get()](std::exception_ptr error) {
+    state->end(std::move(error), std::move(loop->result));
+  };
+  {
+    std::lock_guard lock(impl.mutex);
+    if (impl.closing) throw StateError("the engine is closed");
+    const int64_t waiting = impl.stats.waiting + static_cast<int64_t>(impl.arrived.size());
+    if (waiting >= impl.options.max_waiting) {
+      throw QueueFull(std::to_string(waiting) +
+                      " requests wait already, as many as max_waiting = " +
+                      std::to_string(impl.options.max_waiting) + " allows: try again later");
+    }
+    job->order = impl.n_submitted++;
+    impl.arrived.push_back(job);
+  }
+  impl.work.notify_one();
+  return Request(std::move(state));
+}
+
+EngineStats Engine::stats() const {
+  impl_->check_process();
+  std::lock_guard lock(impl_->mutex);
+  EngineStats stats = impl_->stats;
+  stats.waiting += static_cast<int64_t>(impl_->arrived.size());
+  stats.kv_bytes = impl_->engine->budget->used();
+  return stats;
+}
+
+void Engine::close() {
+  if (impl_->process != getpid()) return;
+  impl_->close();
+}
+
+const Model& Engine::model() const { return impl_->model; }
+const KVConfig& Engine::kv_config() const { return impl_->kv; }
+
+}  // namespace mustafar

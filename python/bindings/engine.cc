@@ -1,0 +1,147 @@
+#include "mustafar/engine.h"
+
+#include <pybind11/stl.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <set>
+
+#include "bindings.h"
+#include "gil.h"
+
+namespace py = pybind11;
+
+namespace mustafar {
+namespace {
+
+// Keys of requests that have changed, for one thread in Python to wait on: so asyncio is told
+// without the engine's thread ever waiting for the GIL.
+class Changes {
+ public:
+  void add(int64_t key) {
+    {
+      std::lock_guard lock(mutex_);
+      keys_.insert(key);
+    }
+    changed_.notify_one();
+  }
+
+  void close() {
+    {
+      std::lock_guard lock(mutex_);
+      closed_ = true;
+    }
+    changed_.notify_all();
+  }
+
+  // Some keys, each once; empty once closed. The caller has released the GIL.
+  std::vector<int64_t> wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return closed_ || !keys_.empty(); });
+    if (closed_) return {};
+    std::vector<int64_t> keys(keys_.begin(), keys_.end());
+    keys_.clear();
+    return keys;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::set<int64_t> keys_;
+  bool closed_ = false;
+};
+
+// The engine's thread may need the GIL before it ends.
+struct DeleteWithoutGil {
+  void operator()(Engine* engine) const {
+    ReleaseGil release;
+    delete engine;
+  }
+};
+
+std::unique_ptr<Engine, DeleteWithoutGil> make(const Model& model, const py::dict& kv,
+                                               int32_t max_batch, int32_t max_waiting,
+                                               int32_t prefill_tokens) {
+  EngineOptions options;
+  options.max_batch = max_batch;
+  options.max_waiting = max_waiting;
+  options.prefill_tokens = prefill_tokens;
+  const KVConfig config = kv_config_from(kv, model);
+  ReleaseGil release;
+  return std::unique_ptr<Engine, DeleteWithoutGil>(new Engine(model, config, options));
+}
+
+Request submit(Engine& engine, const py::object& prompt, const py::dict& params, int32_t priority,
+               std::optional<double> timeout, bool parse_special, bool own_text) {
+  const Prompt native = prompt_from(prompt);
+  const SamplingParams sampling = sampling_params_from(params);
+  RequestOptions options;
+  options.priority = priority;
+  options.timeout_seconds = timeout;
+  options.parse_special = parse_special;
+  options.own_text = own_text;
+  ReleaseGil release;
+  return engine.submit(native, sampling, options);
+}
+
+py::dict result(const Request& request) {
+  GenerateResult made;
+  try {
+    ReleaseGil release;
+    made = request.result();
+  } catch (py::error_already_set& error) {
+    // Of a logits processor. An error that was caught can be raised once; this one may be asked for
+    // again.
+    const py::object value = error.value();
+    PyErr_SetObject(py::type::handle_of(value).ptr(), value.ptr());
+    throw py::error_already_set();
+  }
+  return to_dict(made);
+}
+
+py::dict stats_dict(const Engine& engine) {
+  const EngineStats stats = engine.stats();
+  py::dict d;
+  d["running"] = stats.running;
+  d["waiting"] = stats.waiting;
+  d["paused"] = stats.paused;
+  d["kv_bytes"] = stats.kv_bytes;
+  d["finished"] = stats.finished;
+  d["cancelled"] = stats.cancelled;
+  d["failed"] = stats.failed;
+  d["generated_tokens"] = stats.generated_tokens;
+  d["prompt_tokens"] = stats.prompt_tokens;
+  return d;
+}
+
+}  // namespace
+
+void register_engine(py::module_& m) {
+  py::class_<Changes, std::shared_ptr<Changes>>(m, "Changes")
+      .def(py::init<>())
+      .def("wait", &Changes::wait, py::call_guard<ReleaseGil>())
+      .def("close", &Changes::close);
+
+  py::class_<Request>(m, "Request")
+      .def("cancel", &Request::cancel)
+      .def("done", &Request::done)
+      .def("prompt_tokens", &Request::prompt_tokens)
+      .def("text_from", &Request::text_from, py::arg("offset"), py::arg("seconds"),
+           py::call_guard<ReleaseGil>())
+      .def("wait", &Request::wait, py::arg("seconds"), py::call_guard<ReleaseGil>())
+      .def("result", &result)
+      .def("listen", [](Request& request, const std::shared_ptr<Changes>& changes, int64_t key) {
+        ReleaseGil release;
+        request.set_on_change([changes, key] { changes->add(key); });
+      });
+
+  py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
+      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
+           py::arg("max_waiting"), py::arg("prefill_tokens"))
+      .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
+           py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"))
+      .def("stats", &stats_dict)
+      .def("close", &Engine::close, py::call_guard<ReleaseGil>());
+}
+
+}  // namespace mustafar

@@ -1,0 +1,158 @@
+"""Output that follows a grammar, a regular expression or a JSON schema.
+
+llguidance (the extra ``mustafar[grammar]``) says which tokens may come next; the sampler masks the
+others. What it makes of a tokenizer, and of the grammars used last, is kept with the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from . import _core
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+NAMES = ("grammar", "regex", "json_schema")
+
+_KEPT_GRAMMARS = 16  # of a model
+# Between the parts of JSON: nothing, a space, or a new line with its indentation. More of it is as
+# valid, but small models would go on with it for ever.
+_WHITESPACE = r" |\n {0,32}"
+
+_lock = threading.Lock()
+_compilers: WeakKeyDictionary[_core.Model, _Compiler] = WeakKeyDictionary()
+
+
+def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[], Constraint]:
+    """What makes a constraint for every output.
+
+    Args:
+        model: The model whose tokens are to be chosen.
+        name: The parameter, of NAMES.
+        text: Its value; a schema as JSON text.
+
+    Raises:
+        ImportError: llguidance is missing.
+        TokenizerError: The model has no tokenizer.
+        ValueError: The text is not understood; the parameter is named.
+    """
+    try:
+        import llguidance  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{name} needs llguidance: pip install 'mustafar[grammar]'", name="llguidance"
+        ) from error
+    with _lock:
+        compiler = _compilers.get(model)
+        if compiler is None:
+            compiler = _compilers[model] = _Compiler(model)
+        first = compiler.compile(name, text)
+    return lambda: Constraint(name, first.deep_copy())
+
+
+class Constraint:
+    """What may follow in one output, as the native code asks for it."""
+
+    def __init__(self, name: str, matcher: LLMatcher) -> None:
+        self._name, self._matcher = name, matcher
+
+    def allow(self, address: int, n_bytes: int) -> bool:
+        """Writes the bits of tokens that may come next; returns whether the output may end."""
+        self._matcher.unsafe_compute_mask_ptr(address, n_bytes)
+        self._check()
+        return self._matcher.is_accepting()
+
+    def accept(self, token_id: int) -> bool:
+        """Takes the token that came; returns whether more may follow."""
+        self._matcher.consume_token(token_id)
+        self._check()
+        return not self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise _core.Error(f"{self._name}: {self._matcher.get_error()}")
+
+
+class _Vocabulary:
+    """A model's tokens as llguidance takes them, and one more to stand for the end.
+
+    Which tokens end an output is the sampler's to say: that one is beyond the model's vocabulary.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, model: _core.Model) -> None:
+        tokenizer = model.tokenizer()
+        n_tokens = int(model.config()["vocab_size"])
+        self.tokens = []
+        self.special_token_ids = [n_tokens]
+        for id in range(n_tokens):
+            try:
+                self.tokens.append(tokenizer.token_bytes(id))
+            except _core.TokenizerError:  # padding
+                self.tokens.append(b"")
+                continue
+            if tokenizer.is_special(id):
+                self.special_token_ids.append(id)
+        special = set(self.special_token_ids)
+        self._ids = {
+            token: id for id, token in enumerate(self.tokens) if token and id not in special
+        }
+        self._longest = max(map(len, self._ids), default=1)
+        self.tokens.append(b"<end of output>")
+        self.eos_token_id = n_tokens
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Tokens that spell a text, the longest first: what follows may stand in its midst."""
+        data = text.encode() if isinstance(text, str) else text
+        ids = []
+        while data:
+            size = min(len(data), self._longest)
+            while size > 1 and data[:size] not in self._ids:
+                size -= 1
+            if data[:size] in self._ids:  # a vocabulary need not have every byte
+                ids.append(self._ids[data[:size]])
+            data = data[size:]
+        return ids
+
+
+class _Compiler:
+    """Makes matchers over one tokenizer."""
+
+    def __init__(self, model: _core.Model) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        self._tokenizer: LLTokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(model)))
+        self._matchers: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+
+    def compile(self, name: str, text: str) -> LLMatcher:
+        """A matcher that has seen nothing, to be copied."""
+        key = (name, text)
+        if key not in self._matchers:
+            self._matchers[key] = self._make(name, text)
+            if len(self._matchers) > _KEPT_GRAMMARS:
+                self._matchers.popitem(last=False)
+        self._matchers.move_to_end(key)
+        return self._matchers[key]
+
+    def _make(self, name: str, text: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        if name == "json_schema":
+            grammar = LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_pattern": _WHITESPACE}
+            )
+        elif name == "regex":
+            grammar = LLMatcher.grammar_from_regex(text)
+        else:
+            grammar = LLMatcher.grammar_from_lark(text)
+        limits = LLParserLimits(verbose_errors=False)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ValueError(f"{name}: {matcher.get_error()}")
+        return matcher
