@@ -35,11 +35,9 @@ std::string with_named_numbers(std::string_view text) {
 
 }  // namespace
 
-nlohmann::json parse_json_text(std::string_view text) {
-  auto value = nlohmann::json::parse(text.begin(), text.end(), nullptr, /*allow_exceptions=*/false);
-  if (!value.is_discarded()) return value;
-  const std::string named = with_named_numbers(text);
-  return nlohmann::json::parse(named);  // throws where something else was wrong
+JsonTree<> parse_json_text(std::string_view text) {
+  if (auto tree = try_parse_json_tree(text)) return std::move(*tree);
+  return parse_json_tree(with_named_numbers(text));  // throws where something else was wrong
 }
 
 }  // namespace mustafar

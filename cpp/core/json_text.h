@@ -1,8 +1,9 @@
 // JSON as the files of model folders have it.
 #pragma once
 
-#include <nlohmann/json.hpp>
 #include <string_view>
+
+#include "core/json_tree.h"
 
 namespace mustafar {
 
@@ -10,6 +11,6 @@ namespace mustafar {
 // they become strings of that name: a field that nobody reads does no harm, and one that should be
 // a number is refused with what it says. Throws nlohmann::json::exception for what is not JSON
 // otherwise.
-nlohmann::json parse_json_text(std::string_view text);
+JsonTree<> parse_json_text(std::string_view text);
 
 }  // namespace mustafar

@@ -101,12 +101,12 @@ void Checkpoint::open_files() {
 }
 
 void Checkpoint::open_shards(const std::filesystem::path& index) {
-  const nlohmann::json object = read_json_file(index, kIndexCap);
+  const JsonTree<> object = read_json_file(index, kIndexCap);
   const auto fail = [&](const std::string& what) {
     throw ModelError(index.string() + ": \"weight_map\"" + what);
   };
-  const auto map = object.find("weight_map");
-  if (map == object.end()) fail(" is missing");
+  const auto map = object->find("weight_map");
+  if (map == object->end()) fail(" is missing");
   if (!map->is_object()) fail(": expected an object, found " + describe(*map));
 
   std::set<std::string> shards;

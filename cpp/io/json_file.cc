@@ -10,21 +10,21 @@
 
 namespace mustafar {
 
-nlohmann::json read_json_file(const std::filesystem::path& path, size_t max_bytes) {
+JsonTree<> read_json_file(const std::filesystem::path& path, size_t max_bytes) {
   const MappedFile file = MappedFile::open(path);
   if (file.bytes() > max_bytes) {
     throw ModelError(path.string() + ": has " + std::to_string(file.bytes()) +
                      " bytes, expected at most " + std::to_string(max_bytes));
   }
   const std::string_view text(reinterpret_cast<const char*>(file.data()), file.bytes());
-  nlohmann::json value;
+  JsonTree<> value;
   try {
     value = parse_json_text(text);
   } catch (const nlohmann::json::exception& error) {
     throw ModelError(path.string() + ": not valid JSON: " + describe(error));
   }
-  if (!value.is_object()) {
-    throw ModelError(path.string() + ": expected a JSON object, found " + describe(value));
+  if (!value->is_object()) {
+    throw ModelError(path.string() + ": expected a JSON object, found " + describe(*value));
   }
   return value;
 }

@@ -7,11 +7,13 @@
 #include <string>
 #include <string_view>
 
+#include "core/json_tree.h"
+
 namespace mustafar {
 
 // Reads and parses a JSON file whose top is an object. Throws ModelError naming the file for one
 // that is missing, not a regular file, larger than max_bytes, not UTF-8 or not such JSON.
-nlohmann::json read_json_file(const std::filesystem::path& path, size_t max_bytes);
+JsonTree<> read_json_file(const std::filesystem::path& path, size_t max_bytes);
 
 // A short rendering of a value for messages, e.g. "the string \"12\"", "true", "-3".
 std::string describe(const nlohmann::json& value);

@@ -241,8 +241,8 @@ int32_t read_bos(const Fields& fields, int64_t vocab_size) {
 
 ModelConfig read_model_config(const std::filesystem::path& folder) {
   const std::filesystem::path file = folder / "config.json";
-  const json object = read_json_file(file, kConfigCap);
-  const Fields fields(file, object);
+  const JsonTree<> object = read_json_file(file, kConfigCap);
+  const Fields fields(file, *object);
 
   const Family& family = read_family(fields);
   ModelConfig config;
@@ -275,8 +275,8 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   const std::filesystem::path generation_file = folder / "generation_config.json";
   std::error_code ignored;
   if (std::filesystem::exists(std::filesystem::symlink_status(generation_file, ignored))) {
-    const json generation_object = read_json_file(generation_file, kConfigCap);
-    const Fields generation(generation_file, generation_object);
+    const JsonTree<> generation_object = read_json_file(generation_file, kConfigCap);
+    const Fields generation(generation_file, *generation_object);
     add_ids(generation.ids("eos_token_id", config.vocab_size), config.eos_token_ids);
     if (config.bos_token_id < 0) config.bos_token_id = read_bos(generation, config.vocab_size);
     config.sampling = read_sampling(generation);

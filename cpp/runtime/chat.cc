@@ -5,8 +5,10 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/held.h"
 #include "mustafar/error.h"
 #include "runtime/chat_impl.h"
+#include "runtime/generation_impl.h"
 
 namespace mustafar {
 namespace {
@@ -45,32 +47,42 @@ RenderedChat Chat::Impl::render(End end) const {
   return chat_template.render_marked(as_given, o);  // some templates join the arguments as text
 }
 
-void Chat::Impl::change_messages(std::vector<ChatMessage> changed) {
+std::vector<ChatMessage> Chat::Impl::copy_messages() const {
+  const std::lock_guard lock(messages_mutex);
+  return messages;
+}
+
+void Chat::Impl::swap_messages(std::vector<ChatMessage>& changed) noexcept {
+  const std::lock_guard lock(messages_mutex);
   std::swap(messages, changed);
+}
+
+void Chat::Impl::change_messages(std::vector<ChatMessage> changed) {
+  swap_messages(changed);
   try {
     sync();
   } catch (...) {
-    messages = std::move(changed);
+    swap_messages(changed);
     throw;
   }
 }
 
 void Chat::Impl::sync() {
-  if (session->position() == 0) return;
+  if (held().empty()) return;
   std::vector<int32_t> ids;
   try {
     ids = encode(render(End::kMessages));
   } catch (const TemplateError&) {
     // Some templates refuse a conversation that is empty or ends so; nothing of it is then kept.
   }
-  const size_t keep = common_prefix(session->tokens(), ids);
-  session->rewind(static_cast<int64_t>(keep));
+  const size_t keep = common_prefix(held(), ids);
+  session.impl().rewind(static_cast<int64_t>(keep));
   cached.cut(keep);
 }
 
 void Chat::Impl::check_last_continues() const {
   if (messages.empty() || messages.back().role() != "assistant" ||
-      !ChatJson::Json::parse(messages.back().json())["content"].is_string()) {
+      !ChatJson::parse(messages.back())->at("content").is_string()) {
     throw std::invalid_argument(
         "continue_final_message: the last message is not a text of the assistant's");
   }
@@ -82,19 +94,19 @@ bool Chat::Impl::drop_oldest_turn() {
   if (first == messages.end()) return false;
   const auto next = std::find_if(first + 1, messages.end(), is_user);
   if (next == messages.end()) return false;
+  const std::lock_guard lock(messages_mutex);
   messages.erase(first, next);
   dropped_turns++;
   return true;
 }
 
 struct ChatReply::Impl {
-  Chat::Impl* chat;
+  std::shared_ptr<Chat::Impl> chat;
   RenderedChat prompt;
   size_t prompt_tokens = 0;   // position where the reply begins
   int64_t cached_tokens = 0;  // of those, that were there already
-  std::optional<Generation> generation;
+  std::unique_ptr<Generation::Impl> generation;
   bool continues = false;  // the last message, rather than being one of its own
-  bool finished = false;
 
   // The text of ids that come after others.
   std::string text_of(const std::vector<int32_t>& ids, const std::vector<int32_t>& before) const {
@@ -106,24 +118,29 @@ struct ChatReply::Impl {
 
   // The last message with more text. A template that trims left its last spaces out of the prompt.
   void extend_last(const std::string& more) {
-    ChatJson::Json json = ChatJson::Json::parse(chat->messages.back().json());
-    std::string text = json["content"].get<std::string>();
+    ChatJson::Tree tree = ChatJson::parse(chat->messages.back());
+    ChatJson::Json& content = (*tree)["content"];
+    std::string text = content.get<std::string>();
     if (!prompt.text.ends_with(text)) text.erase(text.find_last_not_of(" \t\r\n") + 1);
-    json["content"] = text + more;
-    chat->messages.back() = ChatJson::message(json);
+    content = text + more;
+    ChatMessage longer = ChatJson::message(*tree);
+    const std::lock_guard lock(chat->messages_mutex);
+    chat->messages.back() = std::move(longer);
   }
 
-  // Adds the message and remembers how its text and the cache's tokens belong together.
+  // At the generation's end: adds the message and remembers how its text and the cache's tokens
+  // belong together.
   void finish() {
-    if (finished) return;
-    finished = true;
-    const GenerateResult& result = generation->result();
+    const GenerateResult result = generation->result();
     if (continues) {
       extend_last(result.text);
     } else {
-      chat->messages.emplace_back("assistant", result.text);
+      ChatMessage message("assistant", result.text);
+      const std::lock_guard lock(chat->messages_mutex);
+      chat->messages.push_back(std::move(message));
     }
-    const std::vector<int32_t>& tokens = chat->session->tokens();
+    const std::vector<int32_t>& tokens = chat->held();
+    if (tokens.size() < prompt_tokens) return;  // the session was closed meanwhile
     const bool ended =
         result.finish_reason == FinishReason::kStop && !result.token_ids.empty() &&
         std::count(chat->end_tokens.begin(), chat->end_tokens.end(), result.token_ids.back()) > 0;
@@ -139,44 +156,51 @@ struct ChatReply::Impl {
   }
 };
 
-ChatReply Chat::Impl::begin(const SamplingParams& params, std::vector<ChatMessage> before,
-                            End end) {
-  const int64_t dropped_before = dropped_turns;
+ChatReply Chat::Impl::begin(const std::shared_ptr<Impl>& chat, const SamplingParams& params,
+                            std::vector<ChatMessage> changed, End end) {
+  Impl& self = *chat;
+  const int64_t max_tokens = self.session.max_tokens();
+  const int64_t dropped_before = self.dropped_turns;
+  self.swap_messages(changed);
   try {
     SamplingParams own = params;
     if (!own.ignore_eos) {
-      own.stop_token_ids.insert(own.stop_token_ids.end(), end_tokens.begin(), end_tokens.end());
+      own.stop_token_ids.insert(own.stop_token_ids.end(), self.end_tokens.begin(),
+                                self.end_tokens.end());
     }
     auto reply = std::make_unique<ChatReply::Impl>();
-    reply->chat = this;
+    reply->chat = chat;
     reply->continues = end == End::kInside;
     std::vector<int32_t> ids;
     while (true) {
-      reply->prompt = render(end);
-      ids = encode(reply->prompt);
+      reply->prompt = self.render(end);
+      ids = self.encode(reply->prompt);
       if (ids.empty()) throw TemplateError("the chat template made an empty prompt");
       // Room for a reply, or a quarter of the context where the reply may be long.
-      const int64_t room =
-          std::min<int64_t>(std::max(own.max_new_tokens, 1), session->max_tokens() / 4 + 1);
-      const int64_t needed = static_cast<int64_t>(ids.size()) + (options.context_shift ? room : 0);
-      if (needed <= session->max_tokens()) break;
-      if (options.context_shift && drop_oldest_turn()) continue;
-      if (static_cast<int64_t>(ids.size()) < session->max_tokens()) break;
+      const int64_t room = std::min<int64_t>(std::max(own.max_new_tokens, 1), max_tokens / 4 + 1);
+      const int64_t needed =
+          static_cast<int64_t>(ids.size()) + (self.options.context_shift ? room : 0);
+      if (needed <= max_tokens) break;
+      if (self.options.context_shift && self.drop_oldest_turn()) continue;
+      if (static_cast<int64_t>(ids.size()) < max_tokens) break;
       throw ContextOverflow(
           "the conversation needs " + std::to_string(ids.size()) +
-          " tokens, the context holds max_tokens = " + std::to_string(session->max_tokens()));
+          " tokens, the context holds max_tokens = " + std::to_string(max_tokens));
     }
-    const size_t keep = std::min(common_prefix(session->tokens(), ids), ids.size() - 1);
-    session->rewind(static_cast<int64_t>(keep));
+    const size_t keep = std::min(common_prefix(self.held(), ids), ids.size() - 1);
+    self.session.impl().rewind(static_cast<int64_t>(keep));
     reply->cached_tokens = static_cast<int64_t>(keep);
     reply->prompt_tokens = ids.size();
-    reply->generation.emplace(
-        session->start(std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()),
-                       own, PromptOptions{.own_text = !reply->continues}));
+    reply->generation = Generation::Impl::begin(
+        self.session.shared_impl(),
+        std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()), own,
+        PromptOptions{.own_text = !reply->continues});
+    reply->generation->at_end = [raw = reply.get()] { raw->finish(); };
+    reply->generation->own_session();
     return ChatReply(std::move(reply));
   } catch (...) {
-    messages = std::move(before);
-    dropped_turns = dropped_before;
+    self.swap_messages(changed);
+    self.dropped_turns = dropped_before;
     throw;
   }
 }
@@ -186,7 +210,8 @@ Chat::Chat(Session& session, ChatOptions options) {
   const Tokenizer& tokenizer = model.tokenizer();
   ChatTemplate chat_template =
       options.chat_template ? *options.chat_template : ChatTemplate::from_folder(model.folder());
-  impl_ = std::make_unique<Impl>(session, std::move(chat_template), std::move(options));
+  impl_ = std::make_shared<Impl>(Session(session.shared_impl()), std::move(chat_template),
+                                 std::move(options));
   if (!impl_->options.date) impl_->options.date = now();
   std::vector<int32_t>& ends = impl_->end_tokens;
   ends = model.config().eos_token_ids;
@@ -201,10 +226,11 @@ Chat::Chat(Session& session, ChatOptions options) {
   if (impl_->options.system) impl_->messages.emplace_back("system", *impl_->options.system);
 }
 
-Chat::Chat(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Chat::Chat(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Chat::~Chat() = default;
 Chat::Chat(Chat&&) noexcept = default;
 Chat& Chat::operator=(Chat&&) noexcept = default;
+Chat::Impl& Chat::impl() const { return held(impl_, "chat"); }
 
 GenerateResult Chat::send(const std::string& text, const SamplingParams& params,
                           const Session::PieceCallback& on_piece) {
@@ -218,38 +244,48 @@ GenerateResult Chat::send(const std::string& text, const SamplingParams& params,
 }
 
 ChatReply Chat::start(const std::string& text, const SamplingParams& params) {
-  std::vector<ChatMessage> before = impl_->messages;
-  impl_->messages.emplace_back("user", text);
-  return impl_->begin(params, std::move(before));
+  const Impl::Use use(impl());
+  std::vector<ChatMessage> messages = impl_->messages;
+  messages.emplace_back("user", text);
+  return Impl::begin(impl_, params, std::move(messages));
 }
 
 ChatReply Chat::reply(const SamplingParams& params) {
-  return impl_->begin(params, impl_->messages);
+  const Impl::Use use(impl());
+  return Impl::begin(impl_, params, impl_->messages);
 }
 
 ChatReply Chat::continue_last(const SamplingParams& params) {
+  const Impl::Use use(impl());
   impl_->check_last_continues();
-  return impl_->begin(params, impl_->messages, Impl::End::kInside);
+  return Impl::begin(impl_, params, impl_->messages, Impl::End::kInside);
 }
 
 ChatReply Chat::regenerate(const SamplingParams& params) {
-  std::vector<ChatMessage> before = impl_->messages;
-  if (before.empty() || before.back().role() != "assistant") {
+  const Impl::Use use(impl());
+  std::vector<ChatMessage> messages = impl_->messages;
+  if (messages.empty() || messages.back().role() != "assistant") {
     throw std::invalid_argument("there is no reply to make again");
   }
-  impl_->messages.pop_back();
-  return impl_->begin(params, std::move(before));
+  messages.pop_back();
+  return Impl::begin(impl_, params, std::move(messages));
 }
 
 Chat Chat::fork(Session& forked) const {
-  auto copy = std::make_unique<Impl>(*impl_);
-  copy->session = &forked;
+  const Impl::Use use(impl());
+  auto copy =
+      std::make_shared<Impl>(Session(forked.shared_impl()), impl_->chat_template, impl_->options);
+  copy->messages = impl_->messages;
+  copy->end_tokens = impl_->end_tokens;
+  copy->cached = impl_->cached;
+  copy->dropped_turns = impl_->dropped_turns.load();
   return Chat(std::move(copy));
 }
 
-void Chat::cancel() { impl_->session->cancel(); }
+void Chat::cancel() { impl().session.cancel(); }
 
 std::optional<std::string> Chat::undo() {
+  const Impl::Use use(impl());
   const std::vector<ChatMessage>& messages = impl_->messages;
   const auto last = std::find_if(messages.rbegin(), messages.rend(),
                                  [](const ChatMessage& m) { return m.role() == "user"; });
@@ -260,6 +296,7 @@ std::optional<std::string> Chat::undo() {
 }
 
 void Chat::clear() {
+  const Impl::Use use(impl());
   std::vector<ChatMessage> kept;
   for (const ChatMessage& message : impl_->messages) {
     if (message.role() == "system") kept.push_back(message);
@@ -267,59 +304,64 @@ void Chat::clear() {
   impl_->change_messages(std::move(kept));
 }
 
-void Chat::add(ChatMessage message) { impl_->messages.push_back(std::move(message)); }
+void Chat::add(ChatMessage message) {
+  const Impl::Use use(impl());
+  const std::lock_guard lock(impl_->messages_mutex);
+  impl_->messages.push_back(std::move(message));
+}
 
 void Chat::set_messages(std::vector<ChatMessage> messages) {
+  const Impl::Use use(impl());
   impl_->change_messages(std::move(messages));
 }
 
 void Chat::set_system(std::optional<std::string> text) {
+  const Impl::Use use(impl());
   std::vector<ChatMessage> messages = impl_->messages;
   if (!messages.empty() && messages[0].role() == "system") messages.erase(messages.begin());
   if (text) messages.emplace(messages.begin(), "system", *text);
   impl_->change_messages(std::move(messages));
 }
 
-const std::vector<ChatMessage>& Chat::messages() const { return impl_->messages; }
-std::string Chat::messages_json() const { return ChatJson::text(impl_->messages); }
+std::vector<ChatMessage> Chat::messages() const { return impl().copy_messages(); }
+std::string Chat::messages_json() const { return ChatJson::text(messages()); }
 void Chat::set_messages_json(std::string_view json) {
-  const ChatJson::Json list = ChatJson::Json::parse(json, nullptr, false);
-  if (list.is_discarded()) throw std::invalid_argument("messages: not JSON");
-  set_messages(ChatJson::messages(list));
+  const auto list = try_parse_json_tree<ChatJson::Json>(json);
+  if (!list) throw std::invalid_argument("messages: not JSON");
+  set_messages(ChatJson::messages(**list));
 }
 std::vector<int32_t> Chat::prompt_tokens(bool continues_last) const {
+  const Impl::Use use(impl());
   if (continues_last) impl_->check_last_continues();
   return impl_->encode(impl_->render(continues_last ? Impl::End::kInside : Impl::End::kPrompt));
 }
-int64_t Chat::dropped_turns() const { return impl_->dropped_turns; }
-const std::vector<int32_t>& Chat::end_tokens() const { return impl_->end_tokens; }
-const ChatTemplate& Chat::chat_template() const { return impl_->chat_template; }
-Session& Chat::session() const { return *impl_->session; }
+int64_t Chat::dropped_turns() const { return impl().dropped_turns; }
+const std::vector<int32_t>& Chat::end_tokens() const { return impl().end_tokens; }
+const ChatTemplate& Chat::chat_template() const { return impl().chat_template; }
+Session& Chat::session() const { return impl().session; }
 
 ChatReply::ChatReply(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-ChatReply::~ChatReply() {
+ChatReply::~ChatReply() { drop(); }
+ChatReply::ChatReply(ChatReply&&) noexcept = default;
+ChatReply& ChatReply::operator=(ChatReply&& other) noexcept {
+  if (this != &other) {
+    drop();
+    impl_ = std::move(other.impl_);
+  }
+  return *this;
+}
+
+void ChatReply::drop() noexcept {
   if (!impl_) return;
   try {
-    stop();
+    impl_->generation->stop();
   } catch (...) {  // a destructor has no one to tell
   }
 }
-ChatReply::ChatReply(ChatReply&&) noexcept = default;
-ChatReply& ChatReply::operator=(ChatReply&&) noexcept = default;
 
-bool ChatReply::step(std::string& piece) {
-  if (impl_->finished) return false;
-  if (impl_->generation->step(piece)) return true;
-  impl_->finish();
-  return false;
-}
-
-void ChatReply::stop() {
-  impl_->generation->stop();
-  impl_->finish();
-}
-
-const GenerateResult& ChatReply::result() const { return impl_->generation->result(); }
-int64_t ChatReply::cached_tokens() const { return impl_->cached_tokens; }
+bool ChatReply::step(std::string& piece) { return held(impl_, "reply").generation->step(piece); }
+void ChatReply::stop() { held(impl_, "reply").generation->stop(); }
+GenerateResult ChatReply::result() const { return held(impl_, "reply").generation->result(); }
+int64_t ChatReply::cached_tokens() const { return held(impl_, "reply").cached_tokens; }
 
 }  // namespace mustafar

@@ -29,46 +29,42 @@ std::string hash_of(std::span<const int32_t> tokens) {
   return hash.hex();
 }
 
-Json pair(size_t first, size_t second) {
-  Json json = Json::array();
-  json.push_back(first);
-  json.push_back(second);
-  return json;
+std::string pair(size_t first, size_t second) {
+  return "[" + std::to_string(first) + "," + std::to_string(second) + "]";
 }
 
 }  // namespace
 
 void Chat::save(const std::filesystem::path& file) const {
-  const std::vector<int32_t>& tokens = impl_->session->tokens();
-  Json anchors = Json::array();
+  const Impl::Use use(impl());
+  const std::vector<int32_t>& tokens = impl_->held();
+  JsonListText anchors, outside;
   for (const auto& anchor : impl_->cached.anchors) {
-    if (anchor.tokens <= tokens.size()) anchors.push_back(pair(anchor.bytes, anchor.tokens));
+    if (anchor.tokens <= tokens.size()) anchors.add_text(pair(anchor.bytes, anchor.tokens));
   }
-  Json outside = Json::array();
   for (const TextRange& range : impl_->cached.outside) {
-    outside.push_back(pair(range.begin, range.end));
+    outside.add_text(pair(range.begin, range.end));
   }
-  // Field by field: lists in braces leak where memory runs out half-way through them.
-  Json saved = Json::object();
-  saved["tokens"] = tokens.size();
-  saved["hash"] = hash_of(tokens);
-  saved["text"] = impl_->cached.text;
-  saved["outside"] = std::move(outside);
-  saved["anchors"] = std::move(anchors);
-  Json json = Json::object();
-  json["format"] = kFormat;
-  json["messages"] = Json::parse(ChatJson::text(impl_->messages));
-  json["date"] = *impl_->options.date;
-  json["cache"] = std::move(saved);
+  JsonObjectText saved, chat;
+  saved.add("tokens", tokens.size());
+  saved.add("hash", hash_of(tokens));
+  saved.add("text", impl_->cached.text);
+  saved.add_text("outside", outside.take());
+  saved.add_text("anchors", anchors.take());
+  chat.add("format", kFormat);
+  chat.add_text("messages", ChatJson::text(impl_->messages));
+  chat.add("date", *impl_->options.date);
+  chat.add_text("cache", saved.take());
+  const std::string text = chat.take() + "\n";
   const std::filesystem::path cache = file.string() + ".cache";
-  impl_->session->save(cache);
-  const std::string text = ChatJson::dump(json, 1) + "\n";
+  impl_->session.impl().save(cache);
   AtomicFile out(file);
   out.write(text.data(), text.size());
   out.commit();
 }
 
 bool Chat::load(const std::filesystem::path& file) {
+  const Impl::Use use(impl());
   std::error_code error;
   if (!std::filesystem::exists(file, error)) {
     throw Missing<Error>(file.string() + ": no such file");
@@ -82,7 +78,9 @@ bool Chat::load(const std::filesystem::path& file) {
   }
   const std::optional<std::string> content = read_file(file, bytes);
   if (!content) throw Error(file.string() + ": cannot be read");
-  const Json json = Json::parse(*content, nullptr, false);
+  const auto tree = try_parse_json_tree<Json>(*content);
+  if (!tree) throw Error(file.string() + ": not a saved chat");
+  const Json& json = **tree;
   if (!json.is_object() || !json.contains("format") || !is_text(json["format"], kFormat) ||
       !json.contains("messages") || !json.contains("date") || !json["date"].is_string()) {
     throw Error(file.string() + ": not a saved chat");
@@ -99,13 +97,13 @@ bool Chat::load(const std::filesystem::path& file) {
   bool usable = false;
   try {
     const Json& saved = json.at("cache");
-    Session session = Session::load(impl_->session->model(), file.string() + ".cache",
-                                    impl_->session->kv_config().profile);
+    Session session = Session::load(impl_->session.model(), file.string() + ".cache",
+                                    impl_->session.kv_config().profile);
     cached.text = saved.at("text").get<std::string>();
     cached.tokens = session.tokens();
-    if (is_text(saved.at("hash"), hash_of(session.tokens())) &&
-        same_kv_fields(session.kv_config(), impl_->session->kv_config()) &&
-        session.max_tokens() == impl_->session->max_tokens()) {
+    if (is_text(saved.at("hash"), hash_of(cached.tokens)) &&
+        same_kv_fields(session.kv_config(), impl_->session.kv_config()) &&
+        session.max_tokens() == impl_->session.max_tokens()) {
       for (const Json& range : saved.at("outside")) {
         cached.outside.push_back({range.at(0).get<size_t>(), range.at(1).get<size_t>()});
       }
@@ -116,7 +114,7 @@ bool Chat::load(const std::filesystem::path& file) {
           throw Error("anchor out of range");
         }
       }
-      *impl_->session = std::move(session);
+      impl_->session.impl().take_contents(std::move(session.impl()));
       usable = true;
     }
   } catch (const OutOfMemory&) {
@@ -125,7 +123,7 @@ bool Chat::load(const std::filesystem::path& file) {
   } catch (const nlohmann::json::exception&) {
   } catch (const std::invalid_argument&) {
   }
-  impl_->messages = std::move(messages);
+  impl_->swap_messages(messages);
   impl_->options.date = json["date"].get<std::string>();
   impl_->cached = usable ? std::move(cached) : ChatAnchors{};
   impl_->sync();

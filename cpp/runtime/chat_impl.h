@@ -1,29 +1,45 @@
 // What a Chat holds, for the library's own use.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "mustafar/chat.h"
 #include "runtime/chat_anchors.h"
 #include "runtime/chat_messages.h"
+#include "runtime/session_impl.h"
 
 namespace mustafar {
 
+// All but the messages is looked at and changed inside a call of the session's.
 struct Chat::Impl {
-  Session* session = nullptr;
+  Session session;  // a handle of its own
   ChatTemplate chat_template;
   ChatOptions options;
   std::vector<ChatMessage> messages;
+  // Held where messages change, and by those on other threads who look at them meanwhile.
+  mutable std::mutex messages_mutex;
   std::vector<int32_t> end_tokens;
   ChatAnchors cached;
-  int64_t dropped_turns = 0;
+  std::atomic<int64_t> dropped_turns{0};
 
-  Impl(Session& s, ChatTemplate t, ChatOptions o)
-      : session(&s), chat_template(std::move(t)), options(std::move(o)) {}
+  Impl(Session s, ChatTemplate t, ChatOptions o)
+      : session(std::move(s)), chat_template(std::move(t)), options(std::move(o)) {}
 
-  const Tokenizer& tokenizer() const { return session->model().tokenizer(); }
+  // A call of the session's.
+  struct Use : Session::Impl::Use {
+    explicit Use(const Impl& chat) : Session::Impl::Use(chat.session.impl()) {}
+  };
+
+  const Tokenizer& tokenizer() const { return session.model().tokenizer(); }
+  const std::vector<int32_t>& held() const { return session.impl().tokens; }
+  std::vector<ChatMessage> copy_messages() const;  // from any thread
+  // The messages become `changed`, which gets those before.
+  void swap_messages(std::vector<ChatMessage>& changed) noexcept;
   enum class End : uint8_t {
     kMessages,  // behind the last message
     kPrompt,    // behind what starts the assistant's turn
@@ -31,7 +47,7 @@ struct Chat::Impl {
   };
   RenderedChat render(End end) const;
   std::vector<int32_t> encode(const RenderedChat& chat) const {
-    return cached.encode(chat, session->tokens(), tokenizer());
+    return cached.encode(chat, held(), tokenizer());
   }
 
   // Takes other messages, with a cache shortened to what they begin with.
@@ -43,10 +59,10 @@ struct Chat::Impl {
   // Drops the oldest turn: from the first user message to the next one. False where only one is
   // left.
   bool drop_oldest_turn();
-  // Starts a reply to the messages, or goes on inside the last one; where that fails they become
-  // `before`.
-  ChatReply begin(const SamplingParams& params, std::vector<ChatMessage> before,
-                  End end = End::kPrompt);
+  // Starts a reply to `changed`, which become the messages, or goes on inside the last one; where
+  // that fails the messages are as before.
+  static ChatReply begin(const std::shared_ptr<Impl>& chat, const SamplingParams& params,
+                         std::vector<ChatMessage> changed, End end = End::kPrompt);
 };
 
 }  // namespace mustafar

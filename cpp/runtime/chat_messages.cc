@@ -8,14 +8,6 @@ namespace {
 
 using Json = ChatJson::Json;
 
-// Role and content first, then the rest as it came.
-Json empty_message(const std::string& role) {
-  Json json = Json::object();
-  json["role"] = role;
-  json["content"] = nullptr;
-  return json;
-}
-
 // function.arguments of every tool call: JSON text becomes what it says, no text an empty object.
 void parse_arguments(Json* message) {
   if (!message->contains("tool_calls") || !(*message)["tool_calls"].is_array()) return;
@@ -26,31 +18,36 @@ void parse_arguments(Json* message) {
     Json& arguments = function["arguments"];
     if (!arguments.is_string()) continue;
     const std::string text = arguments.get<std::string>();
-    Json parsed = text.empty() ? Json::object() : Json::parse(text, nullptr, false);
-    if (parsed.is_object() || parsed.is_array()) arguments = std::move(parsed);
+    if (text.empty()) {
+      arguments = Json::object();
+    } else if (auto parsed = try_parse_json_tree<Json>(text)) {
+      if ((*parsed)->is_object() || (*parsed)->is_array()) arguments = std::move(**parsed);
+    }
   }
 }
 
 }  // namespace
 
 ChatMessage::ChatMessage(std::string role, std::string_view content) : role_(std::move(role)) {
-  Json json = empty_message(role_);
-  json["content"] = content;
-  json_ = ChatJson::dump(json);
+  JsonObjectText text;
+  text.add("role", role_);
+  text.add("content", content);
+  json_ = text.take();
 }
 
 ChatMessage ChatMessage::from_json(std::string_view object) {
-  const Json json = Json::parse(object, nullptr, false);
-  if (json.is_discarded()) throw std::invalid_argument("message: not JSON");
-  return ChatJson::message(json);
+  const auto tree = try_parse_json_tree<Json>(object);
+  if (!tree) throw std::invalid_argument("message: not JSON");
+  return ChatJson::message(**tree);
 }
 
 std::string ChatMessage::content() const {
-  const Json json = Json::parse(json_);
-  const Json& content = json["content"];
+  const ChatJson::Tree tree = ChatJson::parse(*this);
+  const Json& content = (*tree).at("content");
   return content.is_string() ? content.get<std::string>() : std::string();
 }
 
+// Role and content first, then the rest as it came.
 ChatMessage ChatJson::message(const Json& object) {
   if (!object.is_object()) throw std::invalid_argument("messages: expected objects");
   if (!object.contains("role") || !object["role"].is_string()) {
@@ -58,9 +55,13 @@ ChatMessage ChatJson::message(const Json& object) {
   }
   ChatMessage message;
   message.role_ = object["role"].get<std::string>();
-  Json json = empty_message(message.role_);
-  for (const auto& [key, value] : object.items()) json[key] = value;
-  message.json_ = dump(json);
+  JsonObjectText text;
+  text.add("role", message.role_);
+  text.add_text("content", object.contains("content") ? dump(object["content"]) : "null");
+  for (const auto& [key, value] : object.items()) {
+    if (key != "role" && key != "content") text.add_text(key, dump(value));
+  }
+  message.json_ = text.take();
   return message;
 }
 
@@ -79,9 +80,9 @@ std::string ChatJson::template_text(std::span<const ChatMessage> messages) {
       text += message.json();
       continue;
     }
-    Json json = Json::parse(message.json());
-    parse_arguments(&json);
-    text += dump(json);
+    Tree tree = parse(message);
+    parse_arguments(&*tree);
+    text += dump(*tree);
   }
   return text + "]";
 }

@@ -2,11 +2,10 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/held.h"
 #include "mustafar/error.h"
-#include "mustafar/session.h"
+#include "runtime/generation_impl.h"
 #include "runtime/prompt_ids.h"
-#include "runtime/session_impl.h"
-#include "runtime/token_loop.h"
 
 namespace mustafar {
 namespace {
@@ -19,48 +18,132 @@ double seconds_since(Clock::time_point start) {
 
 }  // namespace
 
-struct Generation::Impl {
-  Session::Impl* session;
-  TokenLoop loop;
-  int64_t expected_position = 0;  // of the session, while nobody else uses it
+Generation::Impl::Impl(std::shared_ptr<Session::Impl> of, const SamplingParams& params)
+    : session(std::move(of)),
+      loop_(params, session->engine->config,
+            session->engine->tokenizer ? &*session->engine->tokenizer : nullptr) {}
 
-  Impl(Session::Impl& session, const SamplingParams& params)
-      : session(&session),
-        loop(params, session.engine->config,
-             session.engine->tokenizer ? &*session.engine->tokenizer : nullptr) {}
-
-  bool step(std::string& piece);
-};
-
-bool Generation::Impl::step(std::string& piece) {
-  piece.clear();
-  if (loop.done()) return false;
-  Session::Impl::Use use(*session);
-  if (static_cast<int64_t>(session->tokens.size()) != expected_position) {
-    throw StateError("the session was used while a generation was in progress");
+std::unique_ptr<Generation::Impl> Generation::Impl::begin(
+    const std::shared_ptr<Session::Impl>& session, const Prompt& prompt,
+    const SamplingParams& params, const PromptOptions& options) {
+  auto generation = std::make_unique<Impl>(session, params);
+  const auto& tokenizer = session->engine->tokenizer;
+  const std::vector<int32_t> ids =
+      prompt_ids(prompt, tokenizer ? &*tokenizer : nullptr,
+                 static_cast<int64_t>(session->tokens.size()), options.parse_special);
+  if (ids.empty() && session->tokens.empty()) {
+    throw std::invalid_argument("the prompt is empty and so is the session: nothing to continue");
   }
-  if (expected_position >= session->max_tokens) {
-    piece = loop.finish(FinishReason::kContext);
+  session->check_tokens(ids);
+  session->check_room(static_cast<int64_t>(ids.size()));
+  const auto start = Clock::now();
+  if (!ids.empty()) {
+    session->append(ids, session->prefill_progress, generation->loop_.top_needed());
+  }
+  if (!options.own_text) generation->loop_.start_after(session->tokens);
+  generation->loop_.result.stats.prompt_tokens = static_cast<int64_t>(ids.size());
+  generation->loop_.result.stats.prefill_seconds = seconds_since(start);
+  return generation;
+}
+
+void Generation::Impl::own_session() {
+  if (loop_.done()) {  // no token was asked for
+    end();
+  } else {
+    session->ownership.give_to(this);
+  }
+}
+
+bool Generation::Impl::make_token(std::string& piece) {
+  piece.clear();
+  if (loop_.done()) return false;
+  const int64_t position = static_cast<int64_t>(session->tokens.size());
+  if (position >= session->max_tokens) {
+    const std::lock_guard lock(result_mutex_);
+    piece = loop_.finish(FinishReason::kContext);
     return !piece.empty();
   }
   const auto start = Clock::now();
   int32_t token;
-  if (session->next.has_top(loop.top_needed())) {
-    token = loop.choose(session->next.top());
+  if (session->next.has_top(loop_.top_needed())) {
+    token = loop_.choose(session->next.top());
   } else {
     session->ensure_logits();
-    token = loop.choose(session->next.values(), session->tokens);
+    token = loop_.choose(session->next.values(), session->tokens);
   }
-  session->append_decode(token, loop.top_needed(/*ahead=*/1));
-  piece = loop.accept(token);
-  expected_position++;
-  if (const int64_t cut = loop.made_tokens() - loop.kept_tokens(); cut > 0) {
-    session->rewind(expected_position - cut);
-    expected_position -= cut;
+  session->append_decode(token, loop_.top_needed(/*ahead=*/1));
+  {
+    const std::lock_guard lock(result_mutex_);
+    piece = loop_.accept(token);
+    loop_.result.stats.generated_tokens = loop_.made_tokens();
   }
-  loop.result.stats.generated_tokens = loop.made_tokens();
-  loop.result.stats.decode_seconds += seconds_since(start);
+  if (const int64_t cut = loop_.made_tokens() - loop_.kept_tokens(); cut > 0) {
+    session->rewind(position + 1 - cut);
+  }
+  const std::lock_guard lock(result_mutex_);
+  loop_.result.stats.decode_seconds += seconds_since(start);
   return true;
+}
+
+void Generation::Impl::finish(FinishReason reason) {
+  const std::lock_guard lock(result_mutex_);
+  loop_.finish(reason);
+}
+
+void Generation::Impl::end() {
+  ended_ = true;
+  session->ownership.take_from(this);
+  if (at_end) std::exchange(at_end, {})();
+}
+
+bool Generation::Impl::step(std::string& piece) {
+  piece.clear();
+  if (ended_) return false;
+  bool more = false;
+  const Ownership::Entry entry = session->ownership.enter(this);
+  if (entry == Ownership::Entry::kNotYours) return false;  // stopped by another thread just now
+  Ownership::require(entry);
+  {
+    const Session::Impl::Use use(*session, std::adopt_lock);
+    try {
+      if (!stop_wanted_) more = make_token(piece);
+    } catch (...) {
+      try {
+        finish(FinishReason::kCancelled);
+        end();
+      } catch (...) {  // the first error is the one to tell
+      }
+      throw;
+    }
+    if (stop_wanted_) finish(FinishReason::kCancelled);
+    if (loop_.done()) end();
+  }
+  if (stop_wanted_) stop();  // asked for while this call was ending
+  return more;
+}
+
+void Generation::Impl::stop() {
+  if (ended_) return;
+  stop_wanted_ = true;
+  switch (session->ownership.enter(this)) {
+    case Ownership::Entry::kEntered: {
+      const Session::Impl::Use use(*session, std::adopt_lock);
+      finish(FinishReason::kCancelled);
+      end();
+      break;
+    }
+    case Ownership::Entry::kClosed:
+      finish(FinishReason::kCancelled);
+      end();
+      break;
+    default:  // the step that runs ends it
+      break;
+  }
+}
+
+GenerateResult Generation::Impl::result() const {
+  const std::lock_guard lock(result_mutex_);
+  return loop_.result;
 }
 
 Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -68,68 +151,41 @@ Generation::~Generation() = default;
 Generation::Generation(Generation&&) noexcept = default;
 Generation& Generation::operator=(Generation&&) noexcept = default;
 
-bool Generation::step(std::string& piece) { return impl_->step(piece); }
-
-void Generation::stop() {
-  if (impl_->loop.done()) return;
-  impl_->loop.finish(FinishReason::kCancelled);
-}
-
-const GenerateResult& Generation::result() const { return impl_->loop.result; }
+bool Generation::step(std::string& piece) { return held(impl_, "generation").step(piece); }
+void Generation::stop() { held(impl_, "generation").stop(); }
+GenerateResult Generation::result() const { return held(impl_, "generation").result(); }
 
 Generation Session::start(const Prompt& prompt, const SamplingParams& params,
                           const PromptOptions& options) {
-  Impl::Use use(*impl_);
-  const Model::Impl& engine = *impl_->engine;
-  auto generation = std::make_unique<Generation::Impl>(*impl_, params);
-  const std::vector<int32_t> ids = prompt_ids(
-      prompt, engine.tokenizer ? &*engine.tokenizer : nullptr, position(), options.parse_special);
-  if (ids.empty() && impl_->tokens.empty()) {
-    throw std::invalid_argument("the prompt is empty and so is the session: nothing to continue");
-  }
-  impl_->check_tokens(ids);
-  impl_->check_room(static_cast<int64_t>(ids.size()));
-  impl_->cancelled = false;
-  const auto start = Clock::now();
-  if (!ids.empty()) {
-    impl_->append(ids, impl_->prefill_progress, generation->loop.top_needed());
-  }
-  if (!options.own_text) generation->loop.start_after(impl_->tokens);
-  generation->expected_position = position();
-  generation->loop.result.stats.prompt_tokens = static_cast<int64_t>(ids.size());
-  generation->loop.result.stats.prefill_seconds = seconds_since(start);
+  const Impl::Use use(impl());
+  auto generation = Generation::Impl::begin(impl_, prompt, params, options);
+  generation->own_session();
   return Generation(std::move(generation));
 }
 
 GenerateResult Session::generate(const Prompt& prompt, const SamplingParams& params,
                                  const PieceCallback& on_piece, const PromptOptions& options) {
+  const Impl::Use use(impl());
+  Impl& session = *impl_;
   // What to return to if the call fails half-way: pages are shared, so this costs a tail's copy.
-  std::unique_ptr<Impl> before;
-  {
-    Impl::Use use(*impl_);
-    if (!impl_->tokens.empty()) before = impl_->fork();
-  }
+  const std::shared_ptr<Impl> before = session.fork();
   try {
-    Generation generation = start(prompt, params, options);
+    const auto generation = Generation::Impl::begin(impl_, prompt, params, options);
     std::string piece;
-    while (generation.step(piece)) {
+    while (generation->make_token(piece)) {
       if (on_piece && !piece.empty() && !on_piece(piece)) {
-        generation.stop();
+        generation->finish(FinishReason::kCancelled);
         break;
       }
     }
-    return generation.result();
+    return generation->result();
   } catch (...) {
-    if (before == nullptr) {
-      impl_->reset();
-      throw;
-    }
-    impl_->cache = std::move(before->cache);
     {
-      std::lock_guard lock(impl_->tokens_mutex);
-      impl_->tokens = std::move(before->tokens);
+      std::lock_guard lock(session.tokens_mutex);
+      session.cache = std::move(before->cache);
+      session.tokens = std::move(before->tokens);
     }
-    impl_->next = std::move(before->next);
+    session.next = std::move(before->next);
     throw;
   }
 }

@@ -3,12 +3,12 @@
 #include <cmath>
 #include <cstring>
 #include <map>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <utility>
 
 #include "core/atomic_file.h"
 #include "core/hash.h"
+#include "core/json_tree.h"
 #include "io/safetensors.h"
 #include "mustafar/error.h"
 #include "runtime/auto_profile.h"
@@ -28,7 +28,8 @@ std::map<std::string, std::string> metadata_of(const MappedFile& file) {
   uint64_t length = 0;
   std::memcpy(&length, file.data(), 8);
   const char* text = reinterpret_cast<const char*>(file.data()) + 8;
-  const auto header = nlohmann::json::parse(text, text + length);
+  const JsonTree<> tree = parse_json_tree({text, length});
+  const nlohmann::json& header = *tree;
   std::map<std::string, std::string> out;
   if (header.contains("__metadata__") && header["__metadata__"].is_object()) {
     for (const auto& [key, value] : header["__metadata__"].items()) {
@@ -148,21 +149,31 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
 }
 
 void Profile::save(const std::filesystem::path& path) const {
-  nlohmann::ordered_json header;
-  header["__metadata__"] = {{"format_version", kFormatVersion},
-                            {"kind", kind},
-                            {"model_fingerprint", model_fingerprint},
-                            {"text_hash", text_hash}};
+  JsonObjectText metadata, header;
+  metadata.add("format_version", kFormatVersion);
+  metadata.add("kind", kind);
+  metadata.add("model_fingerprint", model_fingerprint);
+  metadata.add("text_hash", text_hash);
+  header.add_text("__metadata__", metadata.take());
   uint64_t at = 0;
   for (const auto& [name, values] : tensors_of(*this)) {
     if (values->empty()) continue;
-    const std::vector<int32_t> shape =
-        shape_of(name, std::vector<int32_t>{n_layers, n_kv_heads, head_dim, head_dim});
-    header[name] = {
-        {"dtype", "F32"}, {"shape", shape}, {"data_offsets", {at, at + values->size() * 4}}};
+    const std::vector<uint64_t> extents =
+        shape_of(name, std::vector<uint64_t>{uint64_t(n_layers), uint64_t(n_kv_heads),
+                                             uint64_t(head_dim), uint64_t(head_dim)});
+    JsonListText shape, offsets;
+    for (const uint64_t extent : extents) shape.add_text(std::to_string(extent));
+    for (const uint64_t offset : {at, at + values->size() * 4}) {
+      offsets.add_text(std::to_string(offset));
+    }
+    JsonObjectText tensor;
+    tensor.add("dtype", "F32");
+    tensor.add_text("shape", shape.take());
+    tensor.add_text("data_offsets", offsets.take());
+    header.add_text(name, tensor.take());
     at += values->size() * 4;
   }
-  std::string text = header.dump();
+  std::string text = header.take();
   text.resize((text.size() + 7) / 8 * 8, ' ');
   const uint64_t length = text.size();
   AtomicFile file(path);

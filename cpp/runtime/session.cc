@@ -6,36 +6,33 @@
 #include <string>
 #include <utility>
 
+#include "core/held.h"
 #include "mustafar/error.h"
 #include "runtime/session_impl.h"
 
 namespace mustafar {
 
 Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
-    : impl_(std::make_unique<Impl>(model, kv, max_tokens)) {}
-Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+    : impl_(std::make_shared<Impl>(model, kv, max_tokens)) {}
+Session::Session(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 
+const std::shared_ptr<Session::Impl>& Session::shared_impl() const {
+  held(impl_, "session");
+  return impl_;
+}
+
 std::span<const float> Session::prefill(std::span<const int32_t> token_ids,
                                         const std::function<void(int64_t, int64_t)>& progress) {
-  Impl::Use use(*impl_);
-  if (token_ids.empty()) throw std::invalid_argument("prefill needs at least one token");
-  impl_->check_tokens(token_ids);
-  impl_->check_room(static_cast<int64_t>(token_ids.size()));
-  impl_->cancelled = false;
-  impl_->append(token_ids, progress);
-  return impl_->next.values();
+  Impl::Use use(impl());
+  return impl_->prefill(token_ids, progress);
 }
 
 std::span<const float> Session::decode(int32_t token_id) {
-  Impl::Use use(*impl_);
-  impl_->check_tokens({&token_id, 1});
-  impl_->check_room(1);
-  impl_->cancelled = false;
-  impl_->append_decode(token_id);
-  return impl_->next.values();
+  Impl::Use use(impl());
+  return impl_->decode(token_id);
 }
 
 std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
@@ -48,9 +45,9 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
   }
   std::deque<Impl::Use> uses;  // the same session twice is refused here
   std::vector<SequenceCache*> caches;
-  Impl& first = *sessions[0]->impl_;
+  Impl& first = sessions[0]->impl();
   for (size_t i = 0; i < n; i++) {
-    Impl& session = *sessions[i]->impl_;
+    Impl& session = sessions[i]->impl();
     uses.emplace_back(session);
     if (session.engine != first.engine) {
       throw std::invalid_argument("decode_batch was given sessions of different models");
@@ -65,6 +62,7 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
   std::vector<float> logits(n * vocab);
   first.next.fetch(*first.engine->backend, vocab);  // the call may fail
   first.next.forget_device_row();
+  for (Session* session : sessions) session->impl_->check_interrupt();
   first.engine->llama->decode(caches, token_ids, logits.data(), *first.buffers);
   first.count_workspace();
   for (size_t i = 0; i < n; i++) {
@@ -77,16 +75,14 @@ std::vector<float> Session::decode_batch(std::span<Session* const> sessions,
 }
 
 std::span<const float> Session::logits() const {
-  Impl::Use use(*impl_);
-  if (impl_->tokens.empty()) throw StateError("the session is empty: there are no logits yet");
-  impl_->ensure_logits();
-  return impl_->next.values();
+  Impl::Use use(impl());
+  return impl_->logits();
 }
 
 void Session::score_logits(
     std::span<const int32_t> token_ids,
     const std::function<void(int64_t, std::span<const float>)>& visit) const {
-  Impl::Use use(*impl_);
+  Impl::Use use(impl());
   Scorer scorer = impl_->scorer(token_ids);
   Backend& backend = *impl_->engine->backend;
   const int64_t vocab = impl_->vocab_size();
@@ -105,59 +101,73 @@ void Session::score_logits(
 }
 
 std::vector<float> Session::score(std::span<const int32_t> token_ids) const {
-  Impl::Use use(*impl_);
+  Impl::Use use(impl());
   const std::vector<int32_t> ids(token_ids.begin(), token_ids.end());
   return std::move(impl_->scorer(token_ids).score({&ids, 1})[0].log_probs);
 }
 
 int64_t Session::position() const {
-  std::lock_guard lock(impl_->tokens_mutex);
-  return static_cast<int64_t>(impl_->tokens.size());
+  const Impl& session = impl();
+  std::lock_guard lock(session.tokens_mutex);
+  return static_cast<int64_t>(session.tokens.size());
 }
-const std::vector<int32_t>& Session::tokens() const { return impl_->tokens; }
-std::vector<int32_t> Session::copy_tokens() const { return impl_->copy_tokens(); }
-int64_t Session::max_tokens() const { return impl_->max_tokens; }
-const Model& Session::model() const { return impl_->model; }
-const KVConfig& Session::kv_config() const { return impl_->kv; }
+std::vector<int32_t> Session::tokens() const { return impl().copy_tokens(); }
+int64_t Session::max_tokens() const { return impl().max_tokens; }
+const Model& Session::model() const { return impl().model; }
+const KVConfig& Session::kv_config() const { return impl().kv; }
 
 MemoryUsage Session::memory() const {
-  Impl::Use use(*impl_);
-  return impl_->cache->memory();
+  const Impl& session = impl();
+  if (session.ownership.closed()) Ownership::require(Ownership::Entry::kClosed);
+  std::lock_guard lock(session.tokens_mutex);
+  return session.usage;
 }
 
 void Session::rewind(int64_t position) {
-  Impl::Use use(*impl_);
+  Impl::Use use(impl());
   impl_->rewind(position);
 }
 
 Session Session::fork() const {
-  Impl::Use use(*impl_);
+  Impl::Use use(impl());
   return Session(impl_->fork());
 }
 
 void Session::reset() {
-  Impl::Use use(*impl_);
+  Impl::Use use(impl());
   impl_->reset();
 }
 
 void Session::close() {
-  if (!impl_->cache) return;
-  Impl::Use use(*impl_);
-  impl_->cache.reset();
-  impl_->buffers.reset();
-  impl_->count_workspace();
+  Impl& session = impl();
+  const Ownership::Entry entry = session.ownership.enter_to_close();
+  if (entry == Ownership::Entry::kClosed) return;
+  Ownership::require(entry);
+  const Impl::Use use(session, std::adopt_lock);
+  session.cache.reset();
+  session.buffers.reset();
+  session.count_workspace();
   {
-    std::lock_guard lock(impl_->tokens_mutex);
-    impl_->tokens = {};
+    std::lock_guard lock(session.tokens_mutex);
+    session.tokens = {};
   }
-  impl_->next = {};
+  session.next = {};
 }
 
-void Session::cancel() { impl_->cancelled = true; }
+void Session::save(const std::filesystem::path& file) const {
+  Impl::Use use(impl());
+  impl_->save(file);
+}
+
+void Session::cancel() { impl().ownership.cancel(); }
 void Session::set_interrupt_check(std::function<void()> check) {
+  Ownership::require(impl().ownership.enter_beside_owner());
+  const Impl::Use use(*impl_, std::adopt_lock);
   impl_->interrupt_check = std::move(check);
 }
 void Session::set_prefill_progress(std::function<void(int64_t, int64_t)> progress) {
+  Ownership::require(impl().ownership.enter_beside_owner());
+  const Impl::Use use(*impl_, std::adopt_lock);
   impl_->prefill_progress = std::move(progress);
 }
 

@@ -23,22 +23,12 @@ Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_
   cache.emplace(engine->new_cache(spec, max_tokens));
   buffers = std::make_unique<ForwardBuffers>(*engine->backend);
   count_workspace();
+  publish_usage();
 }
 
 Session::Impl::~Impl() {
   buffers.reset();
   count_workspace();
-}
-
-Session::Impl::Use::Use(Impl& impl) : impl_(impl) {
-  if (impl.busy.exchange(true)) {
-    throw StateError(
-        "the session is in use by another call: a session serves one thread at a time");
-  }
-  if (!impl.cache) {
-    impl.busy = false;
-    throw StateError("the session is closed");
-  }
 }
 
 void Session::Impl::count_workspace() {
@@ -48,7 +38,7 @@ void Session::Impl::count_workspace() {
 }
 
 void Session::Impl::check_interrupt() {
-  if (cancelled.exchange(false)) throw Cancelled("cancelled by the caller");
+  if (ownership.take_cancel()) throw Cancelled("cancelled by the caller");
   if (interrupt_check) interrupt_check();
 }
 
@@ -72,16 +62,55 @@ void Session::Impl::reserve_tokens(size_t n) {
 void Session::Impl::append_tokens(std::span<const int32_t> token_ids) {
   std::lock_guard lock(tokens_mutex);
   tokens.insert(tokens.end(), token_ids.begin(), token_ids.end());
+  usage = cache->memory();
 }
 
 void Session::Impl::cut_tokens(int64_t length) {
   std::lock_guard lock(tokens_mutex);
   tokens.resize(length);
+  usage = cache->memory();
+}
+
+void Session::Impl::publish_usage() {
+  std::lock_guard lock(tokens_mutex);
+  if (cache) usage = cache->memory();
 }
 
 std::vector<int32_t> Session::Impl::copy_tokens() const {
   std::lock_guard lock(tokens_mutex);
   return tokens;
+}
+
+std::span<const float> Session::Impl::prefill(
+    std::span<const int32_t> token_ids, const std::function<void(int64_t, int64_t)>& progress) {
+  if (token_ids.empty()) throw std::invalid_argument("prefill needs at least one token");
+  check_tokens(token_ids);
+  check_room(static_cast<int64_t>(token_ids.size()));
+  append(token_ids, progress);
+  return next.values();
+}
+
+std::span<const float> Session::Impl::decode(int32_t token_id) {
+  check_tokens({&token_id, 1});
+  check_room(1);
+  append_decode(token_id);
+  return next.values();
+}
+
+std::span<const float> Session::Impl::logits() {
+  if (tokens.empty()) throw StateError("the session is empty: there are no logits yet");
+  ensure_logits();
+  return next.values();
+}
+
+void Session::Impl::take_contents(Impl&& other) {
+  std::lock_guard lock(tokens_mutex);
+  cache = std::move(other.cache);
+  std::swap(buffers, other.buffers);  // where a row of logits may be
+  std::swap(counted_workspace, other.counted_workspace);
+  tokens = std::move(other.tokens);
+  next = std::move(other.next);
+  usage = cache->memory();
 }
 
 void Session::Impl::append(std::span<const int32_t> token_ids,
@@ -185,17 +214,19 @@ void Session::Impl::rewind(int64_t position) {
   if (recompute) next.set_from_room();
 }
 
-std::unique_ptr<Session::Impl> Session::Impl::fork() const {
-  auto other = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+std::shared_ptr<Session::Impl> Session::Impl::fork() const {
+  auto other = std::make_shared<Impl>(model, kv, static_cast<int32_t>(max_tokens));
   other->cache = cache->fork();
   other->tokens = tokens;
   other->next = next.copy_to_host(*engine->backend, vocab_size());
   other->interrupt_check = interrupt_check;
+  other->publish_usage();
   return other;
 }
 
 void Session::Impl::reset() {
-  cache.emplace(engine->new_cache(spec, max_tokens));
+  SequenceCache empty = engine->new_cache(spec, max_tokens);  // the call may fail
+  cache = std::move(empty);
   cut_tokens(0);
   next.drop();
 }

@@ -1,8 +1,8 @@
 // What a Session holds, for the library's own use.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -15,6 +15,7 @@
 #include "mustafar/session.h"
 #include "runtime/model_impl.h"
 #include "runtime/next_logits.h"
+#include "runtime/ownership.h"
 #include "runtime/scorer.h"
 
 namespace mustafar {
@@ -29,12 +30,12 @@ struct Session::Impl {
   std::unique_ptr<ForwardBuffers> buffers;
   int64_t counted_workspace = 0;  // of buffers, as reported to the engine
   std::vector<int32_t> tokens;
-  // Held where the tokens change, and by those on other threads who look at them meanwhile.
+  MemoryUsage usage;  // of the cache, as it was when the tokens last changed
+  // Held where tokens and usage change, and by those on other threads who look at them meanwhile.
   mutable std::mutex tokens_mutex;
   NextLogits next;  // a row that it says is on the device is in `buffers`
 
-  std::atomic<bool> busy{false};
-  std::atomic<bool> cancelled{false};
+  Ownership ownership;
   std::function<void()> interrupt_check;
   std::function<void(int64_t, int64_t)> prefill_progress;  // of generations
 
@@ -42,11 +43,19 @@ struct Session::Impl {
   ~Impl();
   Impl(const Impl&) = delete;
 
-  // Marks the session as in use while it lives; throws StateError where it is in use or closed.
+  // A call: the session is in use while it lives. Throws StateError where the session is in use,
+  // belongs to a generation that is not `owner`, or is closed.
   class Use {
    public:
-    explicit Use(Impl& impl);
-    ~Use() { impl_.busy = false; }
+    explicit Use(Impl& impl, const void* owner = nullptr) : impl_(impl) {
+      Ownership::require(impl.ownership.enter(owner));
+    }
+    // For a call that has been entered.
+    Use(Impl& impl, std::adopt_lock_t) : impl_(impl) {}
+    ~Use() {
+      impl_.publish_usage();
+      impl_.ownership.leave();
+    }
     Use(const Use&) = delete;
 
    private:
@@ -62,6 +71,15 @@ struct Session::Impl {
   void append_tokens(std::span<const int32_t> token_ids);
   void cut_tokens(int64_t length);
   std::vector<int32_t> copy_tokens() const;  // from any thread
+  void publish_usage();
+  // The public calls of these names, inside a call that has begun.
+  std::span<const float> prefill(std::span<const int32_t> token_ids,
+                                 const std::function<void(int64_t, int64_t)>& progress);
+  std::span<const float> decode(int32_t token_id);
+  std::span<const float> logits();
+  void save(const std::filesystem::path& file);
+  // Takes the tokens and the cache of another session of the same model and configuration.
+  void take_contents(Impl&& other);
   // Appends in one forward call; the caller has checked tokens and room. top_needed: how many of
   // the largest logits the next token needs; 0: all.
   void append(std::span<const int32_t> token_ids,
@@ -75,7 +93,7 @@ struct Session::Impl {
   void rewind(int64_t position);
   // A scorer under this session's configuration. Checks the tokens first.
   Scorer scorer(std::span<const int32_t> token_ids);
-  std::unique_ptr<Impl> fork() const;
+  std::shared_ptr<Impl> fork() const;
   void count_workspace();
   void reset();
 };

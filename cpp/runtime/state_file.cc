@@ -17,13 +17,13 @@
 // layout, so that a damaged or foreign file can't lead a kernel astray.
 #include <bit>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "core/atomic_file.h"
 #include "core/hash.h"
+#include "core/json_tree.h"
 #include "format/check_slot.h"
 #include "io/mapped_file.h"
 #include "mustafar/error.h"
@@ -93,25 +93,21 @@ class SectionReader {
   std::vector<char> staging_;
 };
 
-// To be filled field by field. (Where memory runs out while nlohmann 3.11.2 makes an object of a
-// null value, it can't destroy that value.)
-nlohmann::ordered_json empty_object() { return nlohmann::ordered_json::object(); }
-
 // Hash of the parts of a profile that a session's contents depend on. Costs are among them only
 // where there is a budget, so that a profile which gains costs goes on fitting older files.
 std::string hash_of(const Profile& profile, const KVConfig& kv) {
   return kv.budgeted() ? profile.hash() : profile.transform_hash();
 }
 
-nlohmann::ordered_json kv_json(const KVConfig& kv) {
-  nlohmann::ordered_json json = empty_object();
+std::string kv_json(const KVConfig& kv) {
+  JsonObjectText json;
   for_each_kv_field([&](const auto& field) {
     if (field.coded_only && !kv.coded()) return;
-    if (has_kv_value(kv, field)) json[field.name] = kv_value(kv, field);
+    if (has_kv_value(kv, field)) json.add(field.name, kv_value(kv, field));
   });
-  json["profile_kind"] = kv.profile ? kv.profile->kind : "";
-  json["profile_hash"] = kv.profile ? hash_of(*kv.profile, kv) : "";
-  return json;
+  json.add("profile_kind", kv.profile ? kv.profile->kind : "");
+  json.add("profile_hash", kv.profile ? hash_of(*kv.profile, kv) : "");
+  return json.take();
 }
 
 KVConfig kv_from(const nlohmann::json& json) {
@@ -166,7 +162,7 @@ std::vector<Section> sections_of(const Session::Impl& session, const std::vector
 // A state file, mapped and checked.
 struct StateFile {
   MappedFile file;
-  nlohmann::json header;
+  JsonTree<> header;
   struct Range {
     const uint8_t* data = nullptr;
     int64_t bytes = 0;
@@ -221,8 +217,9 @@ StateFile read_checked(const std::filesystem::path& path) {
   if (header_hash.value() != preamble.header_hash) fail("is damaged: header checksum differs");
 
   int64_t at = kAlignment + padded(header_bytes);
-  state.header = nlohmann::json::parse(header, header + header_bytes);
-  for (const auto& entry : state.header.at("sections")) {
+  state.header =
+      parse_json_tree({reinterpret_cast<const char*>(header), static_cast<size_t>(header_bytes)});
+  for (const auto& entry : state.header->at("sections")) {
     const std::string name = entry.at("name").get<std::string>();
     const int64_t bytes = entry.at("bytes").get<int64_t>();
     if (bytes < 0 || bytes > size - at || padded(bytes) > size - at) {
@@ -254,16 +251,16 @@ StateFile read(const std::filesystem::path& path) {
 }
 
 // The sizes of rows in every layer, which a budget and a profile deal again on loading.
-nlohmann::ordered_json rows_json(const StoreLayout& layout) {
-  nlohmann::ordered_json json = empty_object();
+std::string rows_json(const StoreLayout& layout) {
+  JsonObjectText json;
   for (const bool is_key : {true, false}) {
-    nlohmann::ordered_json rows = nlohmann::ordered_json::array();
+    JsonListText rows;
     for (int32_t layer = 0; layer < layout.n_layers; layer++) {
-      rows.push_back(slot_of(layout, layer, is_key).row_bytes);
+      rows.add_text(std::to_string(slot_of(layout, layer, is_key).row_bytes));
     }
-    json[is_key ? "k" : "v"] = std::move(rows);
+    json.add_text(is_key ? "k" : "v", rows.take());
   }
-  return json;
+  return json.take();
 }
 
 void check_rows(const nlohmann::json& rows, const StoreLayout& layout, const std::string& where) {
@@ -306,35 +303,35 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& json, const KVC
 
 }  // namespace
 
-void Session::save(const std::filesystem::path& path) const {
-  Impl::Use use(*impl_);
-  Impl& session = *impl_;
+void Session::Impl::save(const std::filesystem::path& path) {
+  Impl& session = *this;
   session.next.fetch(*session.engine->backend, session.vocab_size());
   const std::vector<uint8_t> dense = session.cache->download_dense();
   const std::vector<uint8_t> queries = session.cache->download_query_magnitude();
   const std::vector<Section> sections = sections_of(session, dense, queries);
   SectionReader reader(*session.engine->backend);
 
-  nlohmann::ordered_json header = empty_object();
-  header["model_fingerprint"] = session.engine->fingerprint;
-  header["tail_dtype"] = dtype_name(session.spec->tail_dtype);
-  header["n_tokens"] = session.tokens.size();
-  header["max_tokens"] = session.max_tokens;
-  header["kv"] = kv_json(session.kv);
-  header["page_bytes"] = session.spec->layout.page_bytes;
-  if (session.kv.budgeted()) header["row_bytes"] = rows_json(session.spec->layout);
-  header["sections"] = nlohmann::ordered_json::array();
+  JsonListText entries;
   for (const Section& section : sections) {
     Hash64 hash;
     reader.visit(section, [&](const void* data, int64_t bytes) { hash.add_words(data, bytes); });
-    nlohmann::ordered_json entry = empty_object();
-    entry["name"] = section.name;
-    entry["bytes"] = section.bytes();
-    entry["hash"] = hash.hex();
-    header["sections"].push_back(std::move(entry));
+    JsonObjectText entry;
+    entry.add("name", section.name);
+    entry.add("bytes", section.bytes());
+    entry.add("hash", hash.hex());
+    entries.add_text(entry.take());
   }
+  JsonObjectText header;
+  header.add("model_fingerprint", session.engine->fingerprint);
+  header.add("tail_dtype", dtype_name(session.spec->tail_dtype));
+  header.add("n_tokens", session.tokens.size());
+  header.add("max_tokens", session.max_tokens);
+  header.add_text("kv", kv_json(session.kv));
+  header.add("page_bytes", session.spec->layout.page_bytes);
+  if (session.kv.budgeted()) header.add_text("row_bytes", rows_json(session.spec->layout));
+  header.add_text("sections", entries.take());
 
-  std::string text = header.dump();
+  std::string text = header.take();
   Preamble preamble = {};
   std::memcpy(preamble.magic, kMagic, sizeof(kMagic));
   preamble.version = kStoreVersion;
@@ -361,7 +358,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
   const std::string where = path.string() + ": ";
   Model::Impl& engine = *model.impl();
   try {
-    const nlohmann::json& header = state.header;
+    const nlohmann::json& header = *state.header;
     const std::string fingerprint = header.at("model_fingerprint").get<std::string>();
     if (fingerprint != engine.fingerprint) {
       throw StateError(where + "was saved from the model with fingerprint " + fingerprint +
@@ -378,7 +375,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
     }
-    auto session = std::make_unique<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+    auto session = std::make_shared<Impl>(model, kv, static_cast<int32_t>(max_tokens));
     const CacheSpec& spec = *session->spec;
     if (kv.budgeted()) check_rows(header.at("row_bytes"), spec.layout, where);
     const int64_t n = header.at("n_tokens").get<int64_t>();
@@ -415,6 +412,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       backend.upload(pages[i].data(), page, spec.layout.page_bytes);
     }
     session->cache->restore(std::move(pages), n, dense, queries);
+    session->publish_usage();
     return Session(std::move(session));
   } catch (const nlohmann::json::exception& error) {
     throw StateError(where + "header: " + error.what());

@@ -29,10 +29,10 @@ constexpr size_t kMaxTokens = 1 << 18;  // of one file
 constexpr const char* kSpecialLists[] = {"additional_special_tokens", "extra_special_tokens"};
 
 // A JSON object; an empty one where there is no such file.
-json read_object(const std::filesystem::path& file) {
+JsonTree<> read_object(const std::filesystem::path& file) {
   const std::string name = unicode::replace_invalid_utf8(file.string());
   std::error_code error;
-  if (!std::filesystem::is_regular_file(file, error)) return json::object();
+  if (!std::filesystem::is_regular_file(file, error)) return JsonTree<>(json::object());
   if (std::filesystem::file_size(file, error) > kMaxFileBytes || error) {
     throw TokenizerError(name + ": more than " + std::to_string(kMaxFileBytes) + " bytes");
   }
@@ -40,8 +40,8 @@ json read_object(const std::filesystem::path& file) {
   const std::string text{std::istreambuf_iterator<char>(stream), {}};
   if (stream) {
     try {
-      json parsed = parse_json_text(text);
-      if (parsed.is_object()) return parsed;
+      JsonTree<> parsed = parse_json_text(text);
+      if (parsed->is_object()) return parsed;
     } catch (const json::exception&) {
     }
   }
@@ -118,8 +118,8 @@ std::vector<Candidate> listed_tokens(const std::filesystem::path& folder, const 
       by_id.emplace(std::stoll(id), std::move(*token));
     }
   } else {
-    const json added = read_object(folder / "added_tokens.json");
-    for (const auto& [content, id] : added.items()) {
+    const JsonTree<> added = read_object(folder / "added_tokens.json");
+    for (const auto& [content, id] : added->items()) {
       if (!id.is_number_unsigned()) {
         throw TokenizerError((folder / "added_tokens.json").string() + ": " +
                              unicode::in_quotes(content) + " has no id");
@@ -148,11 +148,12 @@ FolderEnds read_ends(const std::filesystem::path& folder) {
     try {
       return read_object(folder / file);
     } catch (const TokenizerError&) {
-      return json::object();
+      return JsonTree<>(json::object());
     }
   };
   for (const char* file : {"tokenizer_config.json", "special_tokens_map.json"}) {
-    const json config = object(file);
+    const JsonTree<> tree = object(file);
+    const json& config = *tree;
     for (auto& [name, tokens] :
          {std::pair("bos_token", &ends.bos_tokens), std::pair("eos_token", &ends.eos_tokens)}) {
       if (!config.contains(name)) continue;
@@ -160,30 +161,33 @@ FolderEnds read_ends(const std::filesystem::path& folder) {
     }
   }
   for (const char* file : {"config.json", "generation_config.json"}) {
-    const json config = object(file);
+    const JsonTree<> tree = object(file);
+    const json& config = *tree;
     for (auto& [name, ids] :
          {std::pair("bos_token_id", &ends.bos_ids), std::pair("eos_token_id", &ends.eos_ids)}) {
       if (!config.contains(name)) continue;
+      const auto add = [&, to = ids](const json& id) {
+        if (id.is_number_integer()) to->push_back(id.get<int64_t>());
+      };
       const json& value = config[name];
-      for (const json& id : value.is_array() ? value : json::array({value})) {
-        if (id.is_number_integer()) ids->push_back(id.get<int64_t>());
-      }
+      if (!value.is_array()) add(value);
+      if (value.is_array()) std::for_each(value.begin(), value.end(), add);
     }
   }
   return ends;
 }
 
 void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* json_file) {
-  const json config = read_object(folder / "tokenizer_config.json");
-  const json map = config.contains("added_tokens_decoder")
-                       ? json::object()
-                       : read_object(folder / "special_tokens_map.json");
-  const std::vector<Candidate> special = special_tokens(config, map);
-  std::vector<Candidate> tokens = listed_tokens(folder, config, special);
+  const JsonTree<> config = read_object(folder / "tokenizer_config.json");
+  const JsonTree<> map = config->contains("added_tokens_decoder")
+                             ? JsonTree<>(json::object())
+                             : read_object(folder / "special_tokens_map.json");
+  const std::vector<Candidate> special = special_tokens(*config, *map);
+  std::vector<Candidate> tokens = listed_tokens(folder, *config, special);
   tokens.insert(tokens.end(), special.begin(), special.end());
   if (tokens.empty()) return;
 
-  json& added = json_file->root["added_tokens"];
+  json& added = (*json_file->root)["added_tokens"];
   if (added.is_null()) added = json::array();
   if (!added.is_array()) return;  // refused where it is parsed
   std::unordered_set<std::string> known;
@@ -208,13 +212,15 @@ void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* js
   }
   for (const Candidate& token : tokens) {
     const auto in_vocab = vocab.find(token.content);
-    added.push_back({{"id", in_vocab == vocab.end() ? next++ : int64_t{in_vocab->second}},
-                     {"content", token.content},
-                     {"special", token.special},
-                     {"normalized", token.normalized},
-                     {"lstrip", token.lstrip},
-                     {"rstrip", token.rstrip},
-                     {"single_word", token.single_word}});
+    JsonTree<> entry(json::object());
+    (*entry)["id"] = in_vocab == vocab.end() ? next++ : int64_t{in_vocab->second};
+    (*entry)["content"] = token.content;
+    (*entry)["special"] = token.special;
+    (*entry)["normalized"] = token.normalized;
+    (*entry)["lstrip"] = token.lstrip;
+    (*entry)["rstrip"] = token.rstrip;
+    (*entry)["single_word"] = token.single_word;
+    added.push_back(std::move(*entry));
   }
 }
 

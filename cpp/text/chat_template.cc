@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/held.h"
 #include "core/json_text.h"
 #include "core/read_file.h"
 #include "mustafar/error.h"
@@ -55,12 +56,13 @@ std::string read_template(const fs::path& file) {
   return std::move(*content);
 }
 
-nlohmann::json read_json(const fs::path& file) {
+// A JSON object, or null where there is no such file.
+JsonTree<> read_json(const fs::path& file) {
   std::error_code error;
-  if (!fs::exists(file, error)) return nullptr;
+  if (!fs::exists(file, error)) return {};
   try {
     auto parsed = parse_json_text(read_template(file));
-    if (parsed.is_object()) return parsed;
+    if (parsed->is_object()) return parsed;
   } catch (const nlohmann::json::exception&) {
   }
   throw TemplateError(file.string() + ": not a JSON object");
@@ -77,7 +79,8 @@ std::optional<std::string> token_text(const nlohmann::json& value) {
 
 void read_special_tokens(const fs::path& folder, ChatTemplate::Impl* impl) {
   for (const char* file : {"tokenizer_config.json", "special_tokens_map.json"}) {
-    const nlohmann::json config = read_json(folder / file);
+    const JsonTree<> tree = read_json(folder / file);
+    const nlohmann::json& config = *tree;
     if (config.is_null()) continue;
     for (const char* name : text::kSpecialTokenNames) {
       if (!config.contains(name)) continue;
@@ -105,7 +108,8 @@ std::map<std::string, std::string> jinja_files(const fs::path& folder) {
 std::map<std::string, std::string> folder_sources(const fs::path& folder) {
   if (auto sources = jinja_files(folder); !sources.empty()) return sources;
   for (const char* file : {"tokenizer_config.json", "chat_template.json"}) {
-    const nlohmann::json config = read_json(folder / file);
+    const JsonTree<> tree = read_json(folder / file);
+    const nlohmann::json& config = *tree;
     if (config.is_null() || !config.contains("chat_template")) continue;
     const nlohmann::json& value = config["chat_template"];
     const std::string where = (folder / file).string() + ": chat_template";
@@ -373,7 +377,7 @@ RenderedChat ChatTemplate::render_marked(std::string_view messages,
     for (const auto& [key, value] : given.dict().entries)
       variables.emplace_back(key.bytes(), value);
   }
-  return render_values(*impl_, parsed, tools, variables, options);
+  return render_values(impl(), parsed, tools, variables, options);
 }
 
 std::string ChatTemplate::render(std::string_view messages,
@@ -381,16 +385,18 @@ std::string ChatTemplate::render(std::string_view messages,
   return render_marked(messages, options).text;
 }
 
-const std::string& ChatTemplate::source() const { return impl_->choose(false).source; }
+const ChatTemplate::Impl& ChatTemplate::impl() const { return held(impl_, "chat template"); }
+
+const std::string& ChatTemplate::source() const { return impl().choose(false).source; }
 
 std::string ChatTemplate::bos_token() const {
-  const auto at = impl_->special_tokens.find("bos_token");
-  return at == impl_->special_tokens.end() ? "" : at->second;
+  const auto at = impl().special_tokens.find("bos_token");
+  return at == impl().special_tokens.end() ? "" : at->second;
 }
 
 std::string ChatTemplate::eos_token() const {
-  const auto at = impl_->special_tokens.find("eos_token");
-  return at == impl_->special_tokens.end() ? "" : at->second;
+  const auto at = impl().special_tokens.find("eos_token");
+  return at == impl().special_tokens.end() ? "" : at->second;
 }
 
 }  // namespace mustafar

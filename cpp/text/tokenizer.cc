@@ -7,6 +7,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/held.h"
 #include "mustafar/error.h"
 #include "text/added_token_files.h"
 #include "text/added_tokens.h"
@@ -202,18 +203,20 @@ void check_size(std::string_view text) {
 
 }  // namespace
 
+const Tokenizer::Impl& Tokenizer::impl() const { return held(impl_, "tokenizer"); }
+
 std::vector<int32_t> Tokenizer::encode_chat(std::string_view text,
                                             std::span<const TextRange> outside) const {
   check_size(text);
   if (!unicode::is_valid_utf8(text)) throw TokenizerError("a rendered chat that is not UTF-8");
   std::vector<int32_t> ids;
   EncodeScratch scratch(text.size());
-  impl_->added.split_chat(text, outside, &scratch.raw_pieces);
+  impl().added.split_chat(text, outside, &scratch.raw_pieces);
   for (const auto& piece : scratch.raw_pieces) {
     if (piece.id >= 0) {
       ids.push_back(piece.id);
     } else {
-      impl_->encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
+      impl().encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
                         /*parse_special=*/false, &scratch, &ids);
     }
   }
@@ -229,13 +232,13 @@ std::vector<int32_t> Tokenizer::apply_chat_template(
 }
 
 ChatTemplate Tokenizer::chat_template() const {
-  const std::lock_guard lock(impl_->chat_template_mutex);
-  if (!impl_->chat_template) impl_->chat_template = ChatTemplate::from_folder(impl_->folder);
-  return *impl_->chat_template;
+  const std::lock_guard lock(impl().chat_template_mutex);
+  if (!impl().chat_template) impl().chat_template = ChatTemplate::from_folder(impl().folder);
+  return *impl().chat_template;
 }
 
 ChatTemplate Tokenizer::chat_template(const std::string& name_or_file) const {
-  return ChatTemplate::from_argument(name_or_file, impl_->folder);
+  return ChatTemplate::from_argument(name_or_file, impl().folder);
 }
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
@@ -248,55 +251,55 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool add_special,
   }
   std::vector<int32_t> ids;
   ids.reserve(text.size() / 4 + 8);
-  if (add_special) ids = impl_->post_processor.prefix;
+  if (add_special) ids = impl().post_processor.prefix;
   EncodeScratch scratch(text.size());
-  if (!impl_->added.any(false)) {
-    if (!text.empty()) impl_->encode_raw(text, true, parse_special, &scratch, &ids);
+  if (!impl().added.any(false)) {
+    if (!text.empty()) impl().encode_raw(text, true, parse_special, &scratch, &ids);
   } else {
-    impl_->added.split(text, false, parse_special, &scratch.raw_pieces);
+    impl().added.split(text, false, parse_special, &scratch.raw_pieces);
     for (const auto& piece : scratch.raw_pieces) {
       if (piece.id >= 0) {
         ids.push_back(piece.id);
       } else {
-        impl_->encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
+        impl().encode_raw(text.substr(piece.begin, piece.end - piece.begin), piece.begin == 0,
                           parse_special, &scratch, &ids);
       }
     }
   }
   if (add_special) {
-    const auto& suffix = impl_->post_processor.suffix;
+    const auto& suffix = impl().post_processor.suffix;
     ids.insert(ids.end(), suffix.begin(), suffix.end());
   }
   return ids;
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> token_ids, bool skip_special) const {
-  text::DecodeRun run(impl_->decoder);
-  for (const int32_t id : token_ids) impl_->decode(id, skip_special, &run);
+  text::DecodeRun run(impl().decoder);
+  for (const int32_t id : token_ids) impl().decode(id, skip_special, &run);
   run.finish();
   return run.take();
 }
 
-int32_t Tokenizer::vocab_size() const { return impl_->model.vocab().size(); }
+int32_t Tokenizer::vocab_size() const { return impl().model.vocab().size(); }
 
 std::optional<int32_t> Tokenizer::token_to_id(std::string_view token) const {
-  if (const auto id = impl_->added.find(token)) return id;
-  return impl_->model.vocab().find(token);
+  if (const auto id = impl().added.find(token)) return id;
+  return impl().model.vocab().find(token);
 }
 
 std::string Tokenizer::id_to_token(int32_t token_id) const {
-  return std::string(impl_->token(token_id));
+  return std::string(impl().token(token_id));
 }
 
 std::string Tokenizer::token_bytes(int32_t token_id) const {
-  return impl_->decoder.bytes_of(impl_->token(token_id));
+  return impl().decoder.bytes_of(impl().token(token_id));
 }
 
-bool Tokenizer::is_special(int32_t token_id) const { return impl_->is_special(token_id); }
+bool Tokenizer::is_special(int32_t token_id) const { return impl().is_special(token_id); }
 
-std::optional<int32_t> Tokenizer::bos_id() const { return impl_->bos_id; }
-std::vector<int32_t> Tokenizer::eos_ids() const { return impl_->eos_ids; }
-std::vector<int32_t> Tokenizer::special_prefix() const { return impl_->post_processor.prefix; }
+std::optional<int32_t> Tokenizer::bos_id() const { return impl().bos_id; }
+std::vector<int32_t> Tokenizer::eos_ids() const { return impl().eos_ids; }
+std::vector<int32_t> Tokenizer::special_prefix() const { return impl().post_processor.prefix; }
 
 struct Tokenizer::Stream::State {
   std::shared_ptr<const Impl> impl;  // keeps what the run refers to
@@ -328,8 +331,8 @@ constexpr int kTokensBefore = 16;
 Tokenizer::Stream::Stream(const Tokenizer& tokenizer, bool skip_special,
                           std::span<const int32_t> after)
     : state_(std::make_unique<State>(
-          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl_->decoder), {}})) {
-  const Impl& impl = *tokenizer.impl_;
+          State{tokenizer.impl_, skip_special, text::DecodeRun(tokenizer.impl().decoder), {}})) {
+  const Impl& impl = tokenizer.impl();
   size_t begin = after.size();
   for (int with_text = 0; begin > 0 && with_text < kTokensBefore; begin--) {
     const int32_t id = after[begin - 1];
@@ -352,21 +355,27 @@ Tokenizer::Stream::~Stream() = default;
 Tokenizer::Stream::Stream(Stream&&) noexcept = default;
 Tokenizer::Stream& Tokenizer::Stream::operator=(Stream&&) noexcept = default;
 
+Tokenizer::Stream::State& Tokenizer::Stream::state() const {
+  return held(state_, "stream of tokens");
+}
+
 std::string Tokenizer::Stream::push(int32_t token_id) {
-  state_->impl->decode(token_id, state_->skip_special, &state_->run);
-  return state_->take();
+  State& s = state();
+  s.impl->decode(token_id, s.skip_special, &s.run);
+  return s.take();
 }
 
 std::string Tokenizer::Stream::settle() {
-  state_->run.settle();
-  return state_->take();
+  state().run.settle();
+  return state().take();
 }
 
 std::string Tokenizer::Stream::flush() {
-  state_->run.finish();
-  std::string rest = state_->take();
-  state_->run = text::DecodeRun(state_->impl->decoder);
-  state_->before.clear();
+  State& s = state();
+  s.run.finish();
+  std::string rest = s.take();
+  s.run = text::DecodeRun(s.impl->decoder);
+  s.before.clear();
   return rest;
 }
 

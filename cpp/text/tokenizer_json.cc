@@ -145,15 +145,17 @@ class Reader {
   // Where the next value of the document belongs.
   json* place(json value) {
     if (stack_.empty()) {
-      out_.root = std::move(value);
-      return &out_.root;
+      *out_.root = std::move(value);
+      return &*out_.root;
     }
     json& parent = *stack_.back();
     if (parent.is_array()) {
       parent.push_back(std::move(value));
       return &parent.back();
     }
-    return &(parent[std::move(key_)] = std::move(value));
+    json& member = parent[std::move(key_)];
+    take_apart(member);  // of a key that came before
+    return &(member = std::move(value));
   }
 
   bool scalar(json value) {
@@ -203,8 +205,8 @@ TokenizerJson parse_tokenizer_json(std::string_view text, std::string file) {
   }
   Reader reader(&out);
   json::sax_parse(text.data(), text.data() + text.size(), &reader);
-  if (!out.root.is_object()) {
-    throw TokenizerError(out.file + ": expected a JSON object, found " + out.root.type_name());
+  if (!out.root->is_object()) {
+    throw TokenizerError(out.file + ": expected a JSON object, found " + out.root->type_name());
   }
   return out;
 }

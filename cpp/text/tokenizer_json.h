@@ -4,11 +4,11 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "core/json_tree.h"
 #include "text/flat_map.h"
 #include "text/json_field.h"
 #include "text/vocab.h"
@@ -24,15 +24,15 @@ struct TokenizerJson {
     uint32_t left_length, right_length;  // of parts that follow each other in merge_bytes
   };
 
-  std::string file;     // for messages
-  nlohmann::json root;  // without model.vocab and model.merges
+  std::string file;  // for messages
+  JsonTree<> root;   // without model.vocab and model.merges
   std::string vocab_bytes;
   std::vector<Token> vocab;  // in the file's order
   std::string merge_bytes;
   std::vector<Merge> merges;  // in order of rank
   bool has_vocab = false, has_merges = false;
 
-  JsonField field() const { return JsonField(root, file, ""); }
+  JsonField field() const { return JsonField(*root, file, ""); }
 };
 
 // Reads a tokenizer.json, or the one in a folder. Throws TokenizerError naming file and offset.

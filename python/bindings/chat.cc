@@ -4,6 +4,7 @@
 #include <pybind11/stl/filesystem.h>
 
 #include "bindings.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -22,7 +23,7 @@ PyReply begin(const py::object& self, Start&& start) {
   Chat& chat = self.cast<Chat&>();
   std::unique_ptr<ChatReply> reply;
   {
-    const py::gil_scoped_release release;
+    const ReleaseGil release;
     reply = std::make_unique<ChatReply>(start(chat));
   }
   return {self, std::move(reply)};
@@ -74,24 +75,15 @@ void register_chat(py::module_& m) {
           },
           py::arg("forked"), py::keep_alive<0, 2>())
       .def("cancel", &Chat::cancel)
-      .def("undo", &Chat::undo, py::call_guard<py::gil_scoped_release>())
-      .def("clear", &Chat::clear, py::call_guard<py::gil_scoped_release>())
-      .def("set_system", &Chat::set_system, py::call_guard<py::gil_scoped_release>())
+      .def("undo", &Chat::undo, py::call_guard<ReleaseGil>())
+      .def("clear", &Chat::clear, py::call_guard<ReleaseGil>())
+      .def("set_system", &Chat::set_system, py::call_guard<ReleaseGil>())
       .def("messages_json", &Chat::messages_json)
-      .def("set_messages_json", &Chat::set_messages_json, py::call_guard<py::gil_scoped_release>())
-      .def("save", &Chat::save, py::call_guard<py::gil_scoped_release>())
-      .def("load",
-           [](Chat& chat, const std::filesystem::path& file) {
-             bool cached = false;
-             {
-               const py::gil_scoped_release release;
-               cached = chat.load(file);
-             }
-             chat.session().set_interrupt_check(interrupt_check());  // the loaded one has none
-             return cached;
-           })
+      .def("set_messages_json", &Chat::set_messages_json, py::call_guard<ReleaseGil>())
+      .def("save", &Chat::save, py::call_guard<ReleaseGil>())
+      .def("load", &Chat::load, py::call_guard<ReleaseGil>())
       .def("prompt_tokens", &Chat::prompt_tokens, py::arg("continues_last") = false,
-           py::call_guard<py::gil_scoped_release>())
+           py::call_guard<ReleaseGil>())
       .def("end_tokens", &Chat::end_tokens)
       .def("dropped_turns", &Chat::dropped_turns);
 
@@ -101,7 +93,7 @@ void register_chat(py::module_& m) {
              std::string piece;
              bool more = false;
              {
-               const py::gil_scoped_release release;
+               const ReleaseGil release;
                more = self.reply->step(piece);
              }
              return more ? py::object(py::str(piece)) : py::object(py::none());

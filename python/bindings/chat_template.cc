@@ -4,6 +4,7 @@
 #include <pybind11/stl/filesystem.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "text/chat_template_impl.h"
 
 namespace py = pybind11;
@@ -100,7 +101,7 @@ RenderedChat render_chat(const ChatTemplate& chat_template, const py::object& me
     values.emplace_back(name.cast<std::string>(), value_from(value));
   }
   const Value message_values = value_from(messages), tool_values = value_from(tools);
-  const py::gil_scoped_release release;
+  const ReleaseGil release;
   return render_values(chat_template.impl(), message_values, tool_values, values, options);
 }
 

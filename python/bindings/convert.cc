@@ -1,6 +1,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -8,6 +9,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "gil.h"
 #include "mustafar/profile.h"
 #include "runtime/kv_fields.h"
 
@@ -24,19 +26,19 @@ class PyConstraint final : public TokenConstraint {
  public:
   explicit PyConstraint(py::object object) : object_(std::move(object)) {}  // with the GIL
   ~PyConstraint() override {
-    py::gil_scoped_acquire gil;
+    AcquireGil gil;
     object_ = py::object();
   }
   PyConstraint(const PyConstraint&) = delete;
   PyConstraint& operator=(const PyConstraint&) = delete;
 
   bool allow(std::span<uint32_t> allowed) override {
-    py::gil_scoped_acquire gil;
+    AcquireGil gil;
     return object_.attr("allow")(reinterpret_cast<uintptr_t>(allowed.data()), allowed.size_bytes())
         .cast<bool>();
   }
   bool accept(int32_t token) override {
-    py::gil_scoped_acquire gil;
+    AcquireGil gil;
     return object_.attr("accept")(token).cast<bool>();
   }
 
@@ -47,7 +49,7 @@ class PyConstraint final : public TokenConstraint {
 // Released under the GIL, wherever the last copy dies.
 std::shared_ptr<py::object> shared_object(const py::object& object) {
   return {new py::object(object), [](py::object* last) {
-            py::gil_scoped_acquire gil;
+            AcquireGil gil;
             delete last;
           }};
 }
@@ -98,12 +100,13 @@ py::array_t<int32_t> to_array(std::span<const int32_t> values) {
 
 std::function<void()> interrupt_check() {
   using Clock = std::chrono::steady_clock;
-  auto next = std::make_shared<Clock::time_point>(Clock::now());
+  // Shared by the sessions that are forked from one, on any thread.
+  auto next = std::make_shared<std::atomic<Clock::time_point>>(Clock::now());
   return [next] {
     const auto now = Clock::now();
-    if (now < *next) return;
-    *next = now + kInterruptPeriod;
-    py::gil_scoped_acquire gil;
+    if (now < next->load(std::memory_order_relaxed)) return;
+    next->store(now + kInterruptPeriod, std::memory_order_relaxed);
+    AcquireGil gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   };
 }
@@ -171,7 +174,7 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   if (!processor.is_none()) {
     p.logits_processor = [shared = shared_object(processor)](std::span<const int32_t> ids,
                                                              std::span<float> logits) {
-      py::gil_scoped_acquire gil;
+      AcquireGil gil;
       // A view of the native buffer, valid during the call; changes in place take effect.
       const py::capsule view(logits.data(), [](void*) {});
       py::array_t<float> array({static_cast<py::ssize_t>(logits.size())}, {sizeof(float)},
@@ -191,7 +194,7 @@ SamplingParams sampling_params_from(const py::dict& fields) {
   const py::object constraint = fields["constraint"];
   if (!constraint.is_none()) {
     p.constraint = [shared = shared_object(constraint)] {
-      py::gil_scoped_acquire gil;
+      AcquireGil gil;
       return std::make_unique<PyConstraint>((*shared)());
     };
   }

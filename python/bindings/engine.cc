@@ -7,6 +7,7 @@
 #include <set>
 
 #include "bindings.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -53,7 +54,7 @@ class Changes {
 // The engine's thread may need the GIL before it ends.
 struct DeleteWithoutGil {
   void operator()(Engine* engine) const {
-    py::gil_scoped_release release;
+    ReleaseGil release;
     delete engine;
   }
 };
@@ -66,7 +67,7 @@ std::unique_ptr<Engine, DeleteWithoutGil> make(const Model& model, const py::dic
   options.max_waiting = max_waiting;
   options.prefill_tokens = prefill_tokens;
   const KVConfig config = kv_config_from(kv, model);
-  py::gil_scoped_release release;
+  ReleaseGil release;
   return std::unique_ptr<Engine, DeleteWithoutGil>(new Engine(model, config, options));
 }
 
@@ -79,14 +80,14 @@ Request submit(Engine& engine, const py::object& prompt, const py::dict& params,
   options.timeout_seconds = timeout;
   options.parse_special = parse_special;
   options.own_text = own_text;
-  py::gil_scoped_release release;
+  ReleaseGil release;
   return engine.submit(native, sampling, options);
 }
 
 py::dict result(const Request& request) {
   GenerateResult made;
   try {
-    py::gil_scoped_release release;
+    ReleaseGil release;
     made = request.result();
   } catch (py::error_already_set& error) {
     // Of a logits processor. An error that was caught can be raised once; this one may be asked for
@@ -128,7 +129,7 @@ py::dict stats_dict(const Engine& engine) {
 void register_engine(py::module_& m) {
   py::class_<Changes, std::shared_ptr<Changes>>(m, "Changes")
       .def(py::init<>())
-      .def("wait", &Changes::wait, py::call_guard<py::gil_scoped_release>())
+      .def("wait", &Changes::wait, py::call_guard<ReleaseGil>())
       .def("close", &Changes::close);
 
   py::class_<Request>(m, "Request")
@@ -136,12 +137,12 @@ void register_engine(py::module_& m) {
       .def("done", &Request::done)
       .def("prompt_tokens", &Request::prompt_tokens)
       .def("text_from", &Request::text_from, py::arg("offset"), py::arg("seconds"),
-           py::call_guard<py::gil_scoped_release>())
+           py::call_guard<ReleaseGil>())
       .def("tokens_from", &tokens_from, py::arg("index"))
-      .def("wait", &Request::wait, py::arg("seconds"), py::call_guard<py::gil_scoped_release>())
+      .def("wait", &Request::wait, py::arg("seconds"), py::call_guard<ReleaseGil>())
       .def("result", &result)
       .def("listen", [](Request& request, const std::shared_ptr<Changes>& changes, int64_t key) {
-        py::gil_scoped_release release;
+        ReleaseGil release;
         request.set_on_change([changes, key] { changes->add(key); });
       });
 
@@ -151,7 +152,7 @@ void register_engine(py::module_& m) {
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
            py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"))
       .def("stats", &stats_dict)
-      .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &Engine::close, py::call_guard<ReleaseGil>());
 }
 
 }  // namespace mustafar

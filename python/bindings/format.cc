@@ -14,6 +14,7 @@
 #include "format/coded.h"
 #include "format/pack.h"
 #include "format/prune.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -82,7 +83,7 @@ ByteArray pack_coded_rows(const SlotLayout& layout, const FloatArray& rows,
   const float* x = rows.data();
   uint8_t* slots = out.mutable_data();
   const CodeTable table = {widths.data(), sigma.data()};
-  py::gil_scoped_release release;
+  ReleaseGil release;
   for (int64_t b = 0; b < n; b++) {
     const int32_t bad = pack_coded_block(layout, table, x + b * kBlockTokens * layout.head_dim,
                                          slots + b * layout.slot_bytes);
@@ -106,7 +107,7 @@ FloatArray unpack_coded_rows(const SlotLayout& layout, const ByteArray& slots,
   const uint8_t* data = slots.data();
   float* x = out.mutable_data();
   const CodeTable table = {widths.data(), sigma.data()};
-  py::gil_scoped_release release;
+  ReleaseGil release;
   for (int64_t b = 0; b < n; b++) {
     unpack_coded_slot(layout, table, data + b * layout.slot_bytes,
                       x + b * kBlockTokens * layout.head_dim);
@@ -129,7 +130,7 @@ ByteArray pack_rows(const SlotLayout& layout, const FloatArray& rows,
   const bool* kept = mask ? mask->data() : nullptr;
   const float* ranked = weight ? weight->data() : nullptr;
   uint8_t* slots = out.mutable_data();
-  py::gil_scoped_release release;
+  ReleaseGil release;
   std::vector<uint32_t> masks(size_t{kBlockTokens} * layout.mask_words);
   for (int64_t b = 0; b < n; b++) {
     const int64_t first = b * kBlockTokens * layout.head_dim;
@@ -164,7 +165,7 @@ FloatArray unpack_rows(const SlotLayout& layout, const ByteArray& slots) {
   FloatArray out({n * kBlockTokens, int64_t{layout.head_dim}});
   const uint8_t* data = slots.data();
   float* x = out.mutable_data();
-  py::gil_scoped_release release;
+  ReleaseGil release;
   for (int64_t b = 0; b < n; b++) {
     unpack_slot(layout, data + b * layout.slot_bytes, x + b * kBlockTokens * layout.head_dim);
   }

@@ -5,6 +5,7 @@
 #include <pybind11/stl/filesystem.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "mustafar/profile.h"
 
 namespace py = pybind11;
@@ -43,11 +44,11 @@ Model load(const std::filesystem::path& path, const std::string& device, const s
   options.kv_budget = kv_budget;
   if (!progress.is_none()) {
     options.progress = [&progress](int64_t done, int64_t total) {
-      py::gil_scoped_acquire gil;
+      AcquireGil gil;
       progress(done, total);
     };
   }
-  py::gil_scoped_release release;
+  ReleaseGil release;
   return Model::load(path, options);
 }
 
@@ -67,7 +68,7 @@ py::list generate(const Model& model, const py::list& prompts, const py::list& p
   options.interrupt_check = interrupt_check();
   std::vector<GenerateResult> results;
   {
-    py::gil_scoped_release release;
+    ReleaseGil release;
     results = model.generate(native, sampling, config, options);
   }
   py::list out;
@@ -119,7 +120,7 @@ void register_model(py::module_& m) {
       .def("fingerprint", &Model::fingerprint)
       .def("memory", &memory_dict)
       .def("generate", &generate)
-      .def("close", &Model::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &Model::close, py::call_guard<ReleaseGil>());
 }
 
 }  // namespace mustafar

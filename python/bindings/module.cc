@@ -2,11 +2,13 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "mustafar/version.h"
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Native part of mustafar; use the mustafar package instead.";
   m.attr("version") = MUSTAFAR_VERSION;
+  mustafar::register_gil();
   mustafar::register_errors(m);
   mustafar::register_io(m);
   mustafar::register_tokenizer(m);

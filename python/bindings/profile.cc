@@ -9,6 +9,7 @@
 #include "bindings.h"
 #include "core/symmetric_eigen.h"
 #include "core/thread_pool.h"
+#include "gil.h"
 #include "mustafar/calibration.h"
 #include "runtime/kv_statistics.h"
 #include "runtime/row_budget.h"
@@ -101,7 +102,7 @@ std::function<void(int64_t, int64_t)> reporter(const py::object& progress) {
   return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
     check();
     if (progress.is_none()) return;
-    py::gil_scoped_acquire gil;
+    AcquireGil gil;
     progress(done, total);
   };
 }
@@ -121,14 +122,14 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   options.skip_tokens = skip_tokens;
   options.progress = reporter(progress);
   options.budget = budget;
-  py::gil_scoped_release release;
+  ReleaseGil release;
   return std::make_shared<Profile>(calibrate(model, native, options));
 }
 
 // Writes to the package's logger, from native threads without the GIL.
 std::function<void(const std::string&)> logger(const char* level) {
   return [level](const std::string& line) {
-    py::gil_scoped_acquire gil;
+    AcquireGil gil;
     py::module_::import("logging").attr("getLogger")("mustafar").attr(level)("%s", line);
   };
 }
@@ -152,7 +153,7 @@ py::dict statistics_dict(const Model& model, const py::list& sequences, int32_t 
   for (const py::handle sequence : sequences) ids.push_back(token_ids_from(sequence));
   KVStatistics statistics;
   {
-    py::gil_scoped_release release;
+    ReleaseGil release;
     ThreadPool pool(1);
     statistics = gather_kv_statistics(model, ids, skip, pool);
   }
@@ -192,7 +193,7 @@ std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& m
   hooks.progress = reporter(progress);
   hooks.note = logger("info");
   hooks.warning = logger("warning");
-  py::gil_scoped_release release;
+  ReleaseGil release;
   return std::const_pointer_cast<Profile>(Profile::resolve(name, model, hooks, costs));
 }
 

@@ -4,8 +4,10 @@
 #include <pybind11/stl/filesystem.h>
 
 #include "bindings.h"
+#include "gil.h"
 #include "mustafar/profile.h"
 #include "runtime/kv_fields.h"
+#include "runtime/session_impl.h"
 
 namespace py = pybind11;
 
@@ -38,14 +40,15 @@ std::unique_ptr<Session> make(const Model& model, const py::dict& kv,
   return session;
 }
 
-// Runs body without the GIL, then copies the logits it returns.
+// Runs body without the GIL as one call of the session's, in which the logits it returns are
+// copied: a call from another thread would write over them.
 template <typename Body>
-py::array_t<float> logits_of(Body&& body) {
-  std::span<const float> logits;
-  {
-    py::gil_scoped_release release;
-    logits = body();
-  }
+py::array_t<float> logits_of(Session& session, Body&& body) {
+  Session::Impl& impl = session.impl();
+  ReleaseGil release;
+  const Session::Impl::Use use(impl);
+  const std::span<const float> logits = body(impl);
+  AcquireGil acquire;
   return to_array(logits);
 }
 
@@ -88,24 +91,28 @@ void register_session(py::module_& m) {
       .def("prefill",
            [](Session& session, const py::object& ids) {
              const std::vector<int32_t> tokens = token_ids_from(ids);
-             return logits_of([&] { return session.prefill(tokens); });
+             return logits_of(session,
+                              [&](Session::Impl& impl) { return impl.prefill(tokens, {}); });
            })
       .def("decode",
            [](Session& session, int32_t token_id) {
-             return logits_of([&] { return session.decode(token_id); });
+             return logits_of(session, [&](Session::Impl& impl) { return impl.decode(token_id); });
            })
       .def_static("decode_batch",
                   [](const std::vector<Session*>& sessions, const py::object& ids) {
                     const std::vector<int32_t> tokens = token_ids_from(ids);
                     std::vector<float> logits;
                     {
-                      py::gil_scoped_release release;
+                      ReleaseGil release;
                       logits = Session::decode_batch(sessions, tokens);
                     }
                     const auto n = static_cast<py::ssize_t>(sessions.size());
                     return to_array(std::span<const float>(logits)).reshape({n, py::ssize_t{-1}});
                   })
-      .def("logits", [](Session& session) { return logits_of([&] { return session.logits(); }); })
+      .def("logits",
+           [](Session& session) {
+             return logits_of(session, [](Session::Impl& impl) { return impl.logits(); });
+           })
       .def("generate",
            [](Session& session, const py::object& prompt, const py::dict& params,
               bool parse_special) {
@@ -113,7 +120,7 @@ void register_session(py::module_& m) {
              const SamplingParams sampling = sampling_params_from(params);
              GenerateResult result;
              {
-               py::gil_scoped_release release;
+               ReleaseGil release;
                result = session.generate(native, sampling, {},
                                          PromptOptions{.parse_special = parse_special});
              }
@@ -125,10 +132,10 @@ void register_session(py::module_& m) {
              Session& session = self.cast<Session&>();
              const Prompt native = prompt_from(prompt);
              const SamplingParams sampling = sampling_params_from(params);
-             py::gil_scoped_release release;
+             ReleaseGil release;
              auto generation = std::make_unique<Generation>(
                  session.start(native, sampling, PromptOptions{.parse_special = parse_special}));
-             py::gil_scoped_acquire acquire;
+             AcquireGil acquire;
              return PyGeneration{self, std::move(generation)};
            })
       .def("score",
@@ -136,7 +143,7 @@ void register_session(py::module_& m) {
              const std::vector<int32_t> tokens = token_ids_from(ids);
              std::vector<float> scores;
              {
-               py::gil_scoped_release release;
+               ReleaseGil release;
                scores = session.score(tokens);
              }
              return to_array(std::span<const float>(scores));
@@ -147,7 +154,7 @@ void register_session(py::module_& m) {
              const int64_t vocab = session.model().config().vocab_size;
              std::vector<float> all;
              {
-               py::gil_scoped_release release;
+               ReleaseGil release;
                session.score_logits(tokens, [&](int64_t, std::span<const float> logits) {
                  all.insert(all.end(), logits.begin(), logits.end());
                });
@@ -155,18 +162,18 @@ void register_session(py::module_& m) {
              return to_array(std::span<const float>(all)).reshape({py::ssize_t{-1}, vocab});
            })
       .def("position", &Session::position)
-      .def("tokens", &Session::copy_tokens)
+      .def("tokens", &Session::tokens)
       .def("max_tokens", &Session::max_tokens)
       .def("memory", &memory_dict)
-      .def("rewind", &Session::rewind, py::call_guard<py::gil_scoped_release>())
+      .def("rewind", &Session::rewind, py::call_guard<ReleaseGil>())
       .def("fork",
            [](const Session& session) {
-             py::gil_scoped_release release;
+             ReleaseGil release;
              return std::make_unique<Session>(session.fork());
            })
       .def("save",
            [](const Session& session, const std::filesystem::path& file) {
-             py::gil_scoped_release release;
+             ReleaseGil release;
              session.save(file);
            })
       .def_static(
@@ -174,7 +181,7 @@ void register_session(py::module_& m) {
           [](const Model& model, const std::filesystem::path& file,
              std::shared_ptr<Profile> profile) {
             auto session = [&] {
-              py::gil_scoped_release release;
+              ReleaseGil release;
               return std::make_unique<Session>(Session::load(model, file, profile));
             }();
             session->set_interrupt_check(interrupt_check());
@@ -182,8 +189,8 @@ void register_session(py::module_& m) {
           },
           py::arg("model"), py::arg("file"), py::arg("profile"))
       .def("kv", [](const Session& session) { return kv_dict(session.kv_config()); })
-      .def("reset", &Session::reset, py::call_guard<py::gil_scoped_release>())
-      .def("close", &Session::close, py::call_guard<py::gil_scoped_release>())
+      .def("reset", &Session::reset, py::call_guard<ReleaseGil>())
+      .def("close", &Session::close, py::call_guard<ReleaseGil>())
       .def("cancel", &Session::cancel);
 
   py::class_<PyGeneration>(m, "Generation")
@@ -192,7 +199,7 @@ void register_session(py::module_& m) {
              std::string piece;
              bool more;
              {
-               py::gil_scoped_release release;
+               ReleaseGil release;
                more = self.generation->step(piece);
              }
              return more ? py::object(py::str(piece)) : py::object(py::none());

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "bindings.h"
+#include "gil.h"
 
 namespace py = pybind11;
 
@@ -47,7 +48,7 @@ and the flush together equal decode() of all the ids.)");
   tokenizer
       .def(py::init([](const py::object& path) {
              const auto name = py::module_::import("os").attr("fsencode")(path).cast<std::string>();
-             py::gil_scoped_release release;
+             ReleaseGil release;
              return Tokenizer::load(name);
            }),
            py::arg("path"), "Reads a tokenizer.json, or the one in a folder.")
@@ -55,7 +56,7 @@ and the flush together equal decode() of all the ids.)");
           "encode",
           [](const Tokenizer& self, const py::str& text, bool add_special, bool parse_special) {
             const std::string_view utf8 = utf8_of(text);
-            py::gil_scoped_release release;
+            ReleaseGil release;
             return self.encode(utf8, add_special, parse_special);
           },
           py::arg("text"), py::arg("add_special") = true, py::arg("parse_special") = false, R"(
@@ -70,7 +71,7 @@ str with lone surrogates.)")
             const std::vector<int32_t> native = token_ids_from(ids);
             std::string text;
             {
-              py::gil_scoped_release release;
+              ReleaseGil release;
               text = self.decode(native, skip_special);
             }
             return text;
@@ -94,7 +95,7 @@ model's vocabulary, has no text. Raises TokenizerError for a negative one.)")
             if (!tokenize) return py::str(rendered.text);
             std::vector<int32_t> ids;
             {
-              py::gil_scoped_release release;
+              ReleaseGil release;
               ids = self.encode_chat(rendered.text, rendered.outside);
             }
             return py::cast(ids);

@@ -23,6 +23,10 @@ class Chat:
     that a message spells is text; only the template makes special tokens. The arguments of a tool
     call may be an object or, as OpenAI's API gives them, JSON text; a template sees the object.
 
+    One call at a time, as for a :class:`Session`; while a reply is streamed, none but reading
+    ``messages`` and ``cancel()``. A call that raises before a reply has begun leaves the
+    conversation as it was; of a reply that breaks off, what was said stays.
+
     Args:
         session: A :class:`Session`; or a :class:`Model`, a folder or None (the demo model), for
             which a session is made.
@@ -165,7 +169,7 @@ class Chat:
     def cancel(self) -> None:
         """Makes the reply that another thread waits for raise :class:`Cancelled` soon.
 
-        What was said by then stays in the conversation.
+        What was said by then stays in the conversation. Where no reply is made nothing happens.
         """
         self._core.cancel()
 

@@ -17,9 +17,15 @@ from .types import GenerateResult, KVConfig, MemoryUsage, SamplingParams
 
 
 class Session(Closing):
-    """One sequence and its cache; used by one thread at a time.
+    """One sequence and its cache; one call at a time.
 
-    Every call that raises leaves the session as it was before.
+    A call beside another, from any thread, a callback or a signal handler, raises StateError and
+    disturbs nothing; so does one between the pieces of a stream that has not ended: the session is
+    the stream's until then. ``position``, ``tokens``, ``memory()`` and ``cancel()`` may be used at
+    any time.
+
+    Every call that raises leaves the session as it was before. A stream is a call for every piece:
+    one that raises ends the stream, and the tokens made before stay.
 
     Args:
         model: A :class:`Model`, or a folder to load with defaults; None is the demo model.
@@ -153,7 +159,7 @@ class Session(Closing):
         return self._kv
 
     def memory(self) -> MemoryUsage:
-        """Measured bytes of the cache."""
+        """Measured bytes of the cache; while a call runs, as they were after the last token."""
         return MemoryUsage(**self._core.memory())
 
     def rewind(self, position: int) -> None:
@@ -197,11 +203,18 @@ class Session(Closing):
         return cls._wrap(model, KVConfig(**native.kv()), native)
 
     def cancel(self) -> None:
-        """Makes the call that runs on another thread raise :class:`Cancelled` soon."""
+        """Makes the call that runs, or the stream under way, raise :class:`Cancelled` soon.
+
+        It is nothing to later calls: where nothing runs, nothing happens.
+        """
         self._core.cancel()
 
     def close(self) -> None:
-        """Frees the cache; later calls raise StateError."""
+        """Frees the cache; later calls raise StateError.
+
+        It does not wait: where another call runs it raises StateError (cancel that call first). A
+        stream that has not ended ends.
+        """
         self._core.close()
 
     def __len__(self) -> int:

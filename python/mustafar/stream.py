@@ -69,8 +69,10 @@ class TextStream(Closing):
 class Stream(TextStream):
     """Text of a generation, piece by piece, as it becomes certain.
 
-    Closing it (or leaving the ``for`` loop and dropping it) ends the work; tokens made so far stay
-    in the session. ``result`` holds what was made, at any time.
+    Until it ends the session is its own. Closing it (or leaving the ``for`` loop and dropping it)
+    ends it, and so does an error, Cancelled among others; tokens made so far stay in the session.
+    ``result`` holds what was made, at any time and from any thread; ``close`` may come from any
+    thread too.
     """
 
     def __init__(self, native: Generation) -> None:
@@ -80,7 +82,8 @@ class Stream(TextStream):
 class ChatStream(TextStream):
     """Text of a reply, piece by piece.
 
-    Closing it, or dropping it, ends the work; what was said stays in the conversation.
+    Until it ends the chat is its own. Closing it, or dropping it, ends it, and so does an error;
+    what was said stays in the conversation.
     """
 
     _core: ChatReply

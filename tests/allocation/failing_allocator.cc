@@ -1,39 +1,21 @@
 #include "failing_allocator.h"
 
-#include <dlfcn.h>
-#include <execinfo.h>
-
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
 namespace {
 
 std::atomic<int64_t> left{0};        // until the one that fails; 0: none does
 std::atomic<bool> exhausted{false};  // one has failed
-std::atomic<mustafar::testing::Reached> reached{mustafar::testing::Reached::kNo};
-
-// Whether a JSON value is being destroyed, by the names of the callers (the program exports them).
-bool in_json_destructor() {
-  void* frames[64];
-  const int n = backtrace(frames, 64);
-  for (int i = 0; i < n; i++) {
-    Dl_info info;
-    if (dladdr(frames[i], &info) == 0 || info.dli_sname == nullptr) continue;
-    if (std::strstr(info.dli_sname, "json_value7destroy") != nullptr) return true;
-  }
-  return false;
-}
+std::atomic<bool> for_good{false};   // all later ones fail as well
 
 bool must_fail() {
+  if (exhausted.load(std::memory_order_relaxed) && for_good) return true;
   if (left.load(std::memory_order_relaxed) <= 0) return false;
   if (left.fetch_sub(1) != 1) return false;
-  const bool spared = in_json_destructor();
-  using mustafar::testing::Reached;
-  reached = spared ? Reached::kSpared : Reached::kFailed;
-  exhausted = !spared;
-  return !spared;
+  exhausted = true;
+  return true;
 }
 
 void* allocate(std::size_t bytes) {
@@ -46,15 +28,14 @@ void* allocate(std::size_t bytes) {
 
 namespace mustafar::testing {
 
-void fail_allocation(int64_t n) {
-  reached = Reached::kNo;
+void fail_allocation(int64_t n, bool and_all_later) {
+  for_good = and_all_later;
   left = n;
 }
 
-Reached stop_failing() {
+bool stop_failing() {
   left = 0;
-  exhausted = false;
-  return reached;
+  return exhausted.exchange(false);
 }
 
 }  // namespace mustafar::testing

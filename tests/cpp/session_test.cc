@@ -584,7 +584,7 @@ TEST(SessionFaultTest, OtherThreadsMayAskForTheTokensMeanwhile) {
   std::vector<int32_t> all = first;
   all.insert(all.end(), then.begin(), then.end());
   while (!done) {
-    const std::vector<int32_t> seen = session.copy_tokens();
+    const std::vector<int32_t> seen = session.tokens();
     ASSERT_LE(seen.size(), all.size());
     EXPECT_TRUE(std::equal(seen.begin(), seen.end(), all.begin()));
     EXPECT_LE(session.position(), static_cast<int64_t>(all.size()));

@@ -124,9 +124,11 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
   }
   backend.synchronize();
   cache.apply(std::move(pending));
+  std::vector<int32_t> ids;
   for (int64_t i = 0; i < n; i++) {
-    impl.tokens.push_back(static_cast<int32_t>(random() % impl.engine->config.vocab_size));
+    ids.push_back(static_cast<int32_t>(random() % impl.engine->config.vocab_size));
   }
+  impl.append_tokens(ids);
   impl.next.drop();
 }
 

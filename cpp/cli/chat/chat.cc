@@ -347,6 +347,7 @@ class ChatProgram {
                   sparsity_text(model_, session_.kv_config()));
     }
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    chat_ = chat_.fork(changed);
     session_ = std::move(changed);
     note(sparsity_text(model_, session_.kv_config()) +
          (tokens > 0 ? "; computed again: " + speed_text(tokens, seconds.count()) : ""));

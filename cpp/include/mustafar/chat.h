@@ -50,10 +50,13 @@ class ChatReply;
 // A call that throws before a reply has begun leaves the messages as they were; of a reply that
 // breaks off, what was said stays. The cache holds a beginning of the conversation's tokens at all
 // times, and what it holds is not computed again.
+//
+// A call uses the chat's session, and a reply in progress owns it: another call gets StateError.
+// messages, messages_json and cancel may be called at any time.
 class Chat {
  public:
-  // The session must outlive the chat. Throws TemplateError for a model without a template,
-  // TokenizerError for one without a tokenizer.
+  // The chat holds on to the session's contents, wherever the handle is moved. Throws TemplateError
+  // for a model without a template, TokenizerError for one without a tokenizer.
   explicit Chat(Session& session, ChatOptions options = {});
   ~Chat();
   Chat(Chat&&) noexcept;
@@ -74,9 +77,10 @@ class Chat {
   // Drops the last reply and starts another. Throws std::invalid_argument where there is none.
   ChatReply regenerate(const SamplingParams& params = {});
 
-  // The same conversation in a session's fork, which must outlive it; the two then go their ways.
+  // The same conversation in a session's fork; the two then go their ways.
   Chat fork(Session& forked) const;
-  // As Session::cancel. Safe from any thread.
+  // As Session::cancel: makes the call that runs, or the reply in progress, throw Cancelled soon,
+  // and is nothing to any other. Safe from any thread.
   void cancel();
 
   // Drops the last user message and all that follows; returns its text, or none.
@@ -86,7 +90,7 @@ class Chat {
   void set_messages(std::vector<ChatMessage> messages);
   // Sets or, with none, removes the system message; the conversation is computed anew.
   void set_system(std::optional<std::string> text);
-  const std::vector<ChatMessage>& messages() const;
+  std::vector<ChatMessage> messages() const;  // a copy
   std::string messages_json() const;
   void set_messages_json(std::string_view json);  // throws std::invalid_argument
 
@@ -102,18 +106,19 @@ class Chat {
   int64_t dropped_turns() const;                   // by context_shift, in all
   const std::vector<int32_t>& end_tokens() const;  // every id that ends a reply
   const ChatTemplate& chat_template() const;
-  Session& session() const;
+  Session& session() const;  // a handle of its own
 
   struct Impl;
 
  private:
   friend class ChatReply;
-  explicit Chat(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  explicit Chat(std::shared_ptr<Impl> impl);
+  Impl& impl() const;
+  std::shared_ptr<Impl> impl_;
 };
 
-// A reply in progress. The chat must outlive it and not be used until it is done or destroyed; a
-// reply destroyed before its end keeps what was said.
+// A reply in progress: as Generation. A reply that was destroyed before its end, or whose step
+// threw, leaves in the conversation what was said.
 class ChatReply {
  public:
   ~ChatReply();
@@ -122,13 +127,14 @@ class ChatReply {
 
   bool step(std::string& piece);  // as Generation::step
   void stop();                    // ends it; what was said stays
-  const GenerateResult& result() const;
+  GenerateResult result() const;
   int64_t cached_tokens() const;  // of the prompt, that were there already
 
  private:
   friend class Chat;
   struct Impl;
   explicit ChatReply(std::unique_ptr<Impl> impl);
+  void drop() noexcept;
   std::unique_ptr<Impl> impl_;
 };
 

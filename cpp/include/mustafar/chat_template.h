@@ -82,7 +82,7 @@ class ChatTemplate {
   std::string eos_token() const;
 
   struct Impl;
-  const Impl& impl() const { return *impl_; }
+  const Impl& impl() const;  // throws StateError where moved from
 
  private:
   explicit ChatTemplate(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}

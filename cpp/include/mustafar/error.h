@@ -52,14 +52,15 @@ class DeviceError : public Error {
   using Error::Error;
 };
 
-// A session or an engine used after close, a session by two threads at once, or a state file that
-// does not match.
+// A session used after close or while another call or a generation uses it, an engine used after
+// close, a handle that was moved from, or a state file that does not match.
 class StateError : public Error {
  public:
   using Error::Error;
 };
 
-// The caller asked for the work to stop; the session is as it was before the call.
+// The caller asked for the work to stop; the session is as it was before the call. Calls of several
+// steps, Session::start and those of Chat: as it was before the step.
 class Cancelled : public Error {
  public:
   using Error::Error;

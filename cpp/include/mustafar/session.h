@@ -28,8 +28,14 @@ struct PromptOptions {
   bool own_text = false;
 };
 
-// Used by one thread at a time: a second one gets StateError. Every call that throws leaves the
-// session as it was before.
+// One call at a time: a second one, from any thread or from a callback, gets StateError and
+// disturbs nothing. Between the steps of a generation the session is the generation's. What may be
+// called at any time: position, tokens, memory and what never changes, and cancel. Every call that
+// throws leaves the session as it was before.
+//
+// A handle: generations and chats hold on to the session's contents, wherever the handle is moved
+// and even once it is destroyed. All but destroying and assigning to a handle that was moved from
+// throws StateError, as it does for every class of the library that can be moved from.
 class Session {
  public:
   // max_tokens: context limit; none: the model's.
@@ -59,8 +65,8 @@ class Session {
   using PieceCallback = std::function<bool(std::string_view piece)>;
   GenerateResult generate(const Prompt& prompt, const SamplingParams& params = {},
                           const PieceCallback& on_piece = {}, const PromptOptions& options = {});
-  // The same, a step at a time. The session must outlive it and not be used until it is done or
-  // destroyed.
+  // The same, a step at a time. The session is the generation's until that has ended, was stopped
+  // or destroyed; then the tokens made are in the session.
   Generation start(const Prompt& prompt, const SamplingParams& params = {},
                    const PromptOptions& options = {});
 
@@ -72,13 +78,15 @@ class Session {
       std::span<const int32_t> token_ids,
       const std::function<void(int64_t position, std::span<const float> logits)>& visit) const;
 
-  int64_t position() const;  // tokens in the cache; may be asked from any thread
-  const std::vector<int32_t>& tokens() const;
-  std::vector<int32_t> copy_tokens() const;  // may be asked from any thread
+  // These may be asked at any time; while a call runs they tell how things stood after the last
+  // token.
+  int64_t position() const;             // tokens in the cache
+  std::vector<int32_t> tokens() const;  // those; a copy
+  MemoryUsage memory() const;
+
   int64_t max_tokens() const;
   const Model& model() const;
   const KVConfig& kv_config() const;
-  MemoryUsage memory() const;
 
   // Keeps the first `position` tokens. A compressed block that reaches beyond what would be
   // compressed at that length goes as a whole; those of its tokens that stay, at most window + 63,
@@ -86,7 +94,9 @@ class Session {
   void rewind(int64_t position);
   Session fork() const;  // shares compressed pages, copies the tail
   void reset();
-  void close();  // frees the cache; later calls throw StateError
+  // Frees the cache; later calls throw StateError. It does not wait: where a call runs it throws
+  // StateError (cancel that call first). A generation between two steps ends.
+  void close();
 
   // The whole session as a file, written aside and renamed. Throws Error naming path and reason.
   void save(const std::filesystem::path& file) const;
@@ -95,22 +105,28 @@ class Session {
   static Session load(const Model& model, const std::filesystem::path& file,
                       std::shared_ptr<const Profile> profile = nullptr);
 
-  // Makes the call that is running on another thread throw Cancelled soon. Safe from any thread.
+  // Makes the call that runs, or the generation that is under way, throw Cancelled soon; one that
+  // is about to end may end well. Where there is neither it does nothing: no later call hears of
+  // it. Safe from any thread.
   void cancel();
   // Asked between the parts of a long call on the calling thread; throwing from it stops the call.
+  // Both of these throw StateError while a call runs.
   void set_interrupt_check(std::function<void()> check);
   // Called while generate or start works on the prompt: tokens x layers done, in all.
   void set_prefill_progress(std::function<void(int64_t done, int64_t total)> progress);
 
+  // For the library itself.
   struct Impl;
-  Impl& impl() const { return *impl_; }
+  explicit Session(std::shared_ptr<Impl> impl);
+  Impl& impl() const { return *shared_impl(); }
+  const std::shared_ptr<Impl>& shared_impl() const;  // throws StateError where moved from
 
  private:
-  explicit Session(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;
 };
 
-// A generation in progress: each step() makes one token.
+// A generation in progress: each step() makes one token. A step that throws, Cancelled among
+// others, ends it; the tokens made before stay in the session.
 class Generation {
  public:
   ~Generation();
@@ -118,13 +134,17 @@ class Generation {
   Generation& operator=(Generation&&) noexcept;
 
   // False when it has ended. piece: text that became certain with this token, possibly empty.
+  // Throws StateError where a step runs on another thread, or the session was closed.
   bool step(std::string& piece);
-  // Ends it early, keeping the tokens made so far in the session. Text held back is dropped.
+  // Ends it early, keeping the tokens made so far in the session. Safe from any thread: a step that
+  // runs is the last.
   void stop();
-  const GenerateResult& result() const;
+  GenerateResult result() const;  // so far; may be asked from any thread
 
  private:
   friend class Session;
+  friend class ChatReply;
+  friend class Chat;
   struct Impl;
   explicit Generation(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;

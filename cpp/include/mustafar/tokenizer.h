@@ -83,6 +83,7 @@ class Tokenizer {
 
    private:
     struct State;
+    State& state() const;  // throws StateError where moved from
     std::unique_ptr<State> state_;
   };
 
@@ -90,6 +91,7 @@ class Tokenizer {
 
  private:
   explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  const Impl& impl() const;  // throws StateError where moved from
   std::shared_ptr<const Impl> impl_;
 };
 
