@@ -146,6 +146,8 @@ void add_serve(CLI::App& app, Run& /*run*/) {
   for (const ServerOption& option : kServerOptions) {
     command->add_option_function<std::string>(option.names, [](const std::string&) {}, option.help);
   }
+  command->add_flag_function(
+      "--version", [](int64_t) {}, "Print the version of the Python package and exit");
   command->callback([flags] {});  // lives as long as the command that points into it
 }
 

@@ -230,9 +230,11 @@ Weights load_table(const ModelConfig& c, Loader& load) {
       l.mlp_out_norm = load.vector(layer + "post_feedforward_layernorm.weight", c.hidden_size);
     } else {
       l.attention_norm = load.vector(layer + "input_layernorm.weight", c.hidden_size);
-      l.mlp_norm = load.vector(layer + "post_attention_layernorm.weight", c.hidden_size);
     }
     load_attention(c, layer + "self_attn.", load, l);
+    if (!traits.norm_after) {  // in the order of older fingerprints
+      l.mlp_norm = load.vector(layer + "post_attention_layernorm.weight", c.hidden_size);
+    }
     load_mlp(c, layer + "mlp.", load, l);
     w.layers.push_back(l);
   }

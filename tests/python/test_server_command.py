@@ -169,4 +169,4 @@ def test_shells_complete_the_options_that_there_are() -> None:
     listed = re.search(r"^    serve\) options='(.*)' ;;$", script, re.MULTILINE)
     assert listed is not None
     known = {name for action in parser()._actions for name in action.option_strings}
-    assert set(listed[1].split()) == known - {"--version"}
+    assert set(listed[1].split()) == known
