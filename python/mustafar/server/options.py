@@ -101,7 +101,7 @@ def _add_model(add: _Group) -> None:
         "-n",
         "--n-predict",
         default=Settings().reply_tokens,
-        help="tokens of a chat's reply where a request does not say; below 0: until the context is full",
+        help="tokens of a chat's reply where a request does not say; below 0: to the context's end",
     )
     add.text(
         "--chat-template", metavar="NAME", help="a template, its name or file, not the model's own"
