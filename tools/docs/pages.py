@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ PAGES = {
 LINK = re.compile(r"(?P<before>!?\[[^\]]*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 GROUPS = {
     "Models and sessions": ["Model", "Session", "Chat", "Stream", "ChatStream"],
+    "Many requests at once": ["Engine", "Request", "EngineStats"],
     "Settings": ["KVConfig", "SamplingParams", "kv_presets"],
     "Results": ["GenerateResult", "GenerateStats", "TokenLogprob", "MemoryUsage", "ModelMemory"],
     "Text": ["Tokenizer", "ChatTemplate"],
@@ -140,7 +142,8 @@ def _command_page() -> str:
 
     def help_of(*words: str) -> str:
         command = ["mustafar", *words, "--help"]
-        environment = {**os.environ, "COLUMNS": "100"}
+        # `serve` runs in a Python that has the packages of its extra: this one.
+        environment = {**os.environ, "COLUMNS": "100", "MUSTAFAR_PYTHON": sys.executable}
         return subprocess.run(
             command, capture_output=True, text=True, check=True, env=environment
         ).stdout.rstrip()
@@ -148,6 +151,6 @@ def _command_page() -> str:
     whole = help_of()
     page = f"# Command line\n\n```text\n{whole}\n```\n"
     listed = re.split(r"^subcommands:", whole, flags=re.IGNORECASE | re.MULTILINE)[-1]
-    for name in re.findall(r"^ {2}(\w+)(?= )", listed, re.MULTILINE):
+    for name in re.findall(r"^ {2}(?!mustafar)(\w+)(?= )", listed, re.MULTILINE):  # no examples
         page += f"\n## mustafar {name}\n\n```text\n{help_of(name)}\n```\n"
     return page
