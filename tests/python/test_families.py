@@ -11,6 +11,7 @@ import pytest
 import mustafar
 from mustafar import KVConfig, Model, Session
 
+torch = pytest.importorskip("torch")
 oracle = pytest.importorskip("support.oracle")
 families = pytest.importorskip("support.families")
 
@@ -157,7 +158,6 @@ def test_calibrated_and_coded(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", list(families.FAMILIES))
 def test_scores_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
     folder = families.save_family(tmp_path, family)
     ids = some_ids(180)
     logits = torch.from_numpy(oracle.logits(oracle.load(folder), ids))
@@ -170,7 +170,6 @@ def test_scores_are_those_of_transformers(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "granite", "smollm3", "olmo2"])
 def test_half_weights(family: str, tmp_path: Path) -> None:
     """Stored and computed in bf16, as these models are published."""
-    torch = pytest.importorskip("torch")
     folder = families.save_family(
         tmp_path, family, dtype=torch.bfloat16, initializer_range=0.04, tie_word_embeddings=False
     )

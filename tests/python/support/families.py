@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from .oracle import randomise_vectors
+
 LAYOUTS: dict[str, dict[str, int]] = {
     "gqa": {"heads": 4, "kv_heads": 2, "head_dim": 16},
     "mha": {"heads": 3, "kv_heads": 3, "head_dim": 32},
@@ -64,12 +66,7 @@ def save_family(
     given = {**own, **FAMILIES.get(family, {}), **fields}
     config = AutoConfig.for_model(family.split("-")[0], **given)
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.5)
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+    randomise_vectors(model)
     model.to(dtype).save_pretrained(folder)
     return folder
 

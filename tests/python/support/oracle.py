@@ -48,6 +48,16 @@ def greedy(model: Any, ids: list[int], n: int) -> list[int]:
     return made
 
 
+def randomise_vectors(model: torch.nn.Module) -> None:
+    """Biases and norm weights other than those that change nothing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.5)
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+
+
 def make_model(
     folder: Path,
     *,
@@ -88,12 +98,7 @@ def make_model(
         model: Any = Qwen2ForCausalLM(Qwen2Config(**shape))
     else:
         model = LlamaForCausalLM(LlamaConfig(**shape))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0, 0.5)
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+    randomise_vectors(model)
     model.to(dtype).save_pretrained(folder)
     # The classic spelling of RoPE, which every version of transformers reads.
     path = folder / "config.json"
