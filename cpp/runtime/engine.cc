@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/held.h"
 #include "mustafar/error.h"
 #include "runtime/scheduler.h"
 
@@ -90,45 +91,52 @@ struct Request::State {
 };
 
 void Request::cancel() {
-  state_->lock();  // refuses a forked child
-  *state_->cancelled = true;
+  const State& state = held(state_, "request");
+  state.lock();  // refuses a forked child
+  *state.cancelled = true;
 }
 
 bool Request::done() const {
-  const auto lock = state_->lock();
-  return state_->done;
+  const State& state = held(state_, "request");
+  const auto lock = state.lock();
+  return state.done;
 }
 
-int64_t Request::prompt_tokens() const { return state_->n_prompt; }
+int64_t Request::prompt_tokens() const { return held(state_, "request").n_prompt; }
 
 std::string Request::text_from(size_t offset, std::optional<double> seconds) const {
-  auto lock = state_->lock();
-  state_->wait(lock, seconds, [&] { return state_->done || state_->text.size() > offset; });
-  return state_->text.substr(std::min(offset, state_->text.size()));
+  const State& state = held(state_, "request");
+  auto lock = state.lock();
+  state.wait(lock, seconds, [&] { return state.done || state.text.size() > offset; });
+  return state.text.substr(std::min(offset, state.text.size()));
 }
 
 std::vector<MadeToken> Request::tokens_from(size_t index) const {
-  const auto lock = state_->lock();
-  const std::vector<MadeToken>& all = state_->tokens;
+  const State& state = held(state_, "request");
+  const auto lock = state.lock();
+  const std::vector<MadeToken>& all = state.tokens;
   return {all.begin() + static_cast<int64_t>(std::min(index, all.size())), all.end()};
 }
 
 bool Request::wait(std::optional<double> seconds) const {
-  auto lock = state_->lock();
-  return state_->wait(lock, seconds, [&] { return state_->done; });
+  const State& state = held(state_, "request");
+  auto lock = state.lock();
+  return state.wait(lock, seconds, [&] { return state.done; });
 }
 
 GenerateResult Request::result() const {
   wait();
-  const auto lock = state_->lock();
-  if (state_->error != nullptr) std::rethrow_exception(state_->error);
-  return state_->result;
+  const State& state = *state_;
+  const auto lock = state.lock();
+  if (state.error != nullptr) std::rethrow_exception(state.error);
+  return state.result;
 }
 
 void Request::set_on_change(std::function<void()> on_change) {
-  auto lock = state_->lock();
-  state_->on_change = std::move(on_change);
-  if (state_->done || !state_->text.empty()) state_->tell(std::move(lock));
+  State& state = held(state_, "request");
+  auto lock = state.lock();
+  state.on_change = std::move(on_change);
+  if (state.done || !state.text.empty()) state.tell(std::move(lock));
 }
 
 struct Engine::Impl {
@@ -255,7 +263,7 @@ Engine& Engine::operator=(Engine&& other) noexcept {
 
 Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
                        const RequestOptions& options) {
-  Impl& impl = *impl_;
+  Impl& impl = held(impl_, "engine");
   impl.check_process();
   if (options.timeout_seconds && !(*options.timeout_seconds > 0)) {
     throw std::invalid_argument("timeout is " + std::to_string(*options.timeout_seconds) +
@@ -297,20 +305,21 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
 }
 
 EngineStats Engine::stats() const {
-  impl_->check_process();
-  std::lock_guard lock(impl_->mutex);
-  EngineStats stats = impl_->stats;
-  stats.waiting += static_cast<int64_t>(impl_->arrived.size());
-  stats.kv_bytes = impl_->engine->budget->used();
+  const Impl& impl = held(impl_, "engine");
+  impl.check_process();
+  std::lock_guard lock(impl.mutex);
+  EngineStats stats = impl.stats;
+  stats.waiting += static_cast<int64_t>(impl.arrived.size());
+  stats.kv_bytes = impl.engine->budget->used();
   return stats;
 }
 
 void Engine::close() {
-  if (impl_->process != getpid()) return;
-  impl_->close();
+  Impl& impl = held(impl_, "engine");
+  if (impl.process == getpid()) impl.close();
 }
 
-const Model& Engine::model() const { return impl_->model; }
-const KVConfig& Engine::kv_config() const { return impl_->kv; }
+const Model& Engine::model() const { return held(impl_, "engine").model; }
+const KVConfig& Engine::kv_config() const { return held(impl_, "engine").kv; }
 
 }  // namespace mustafar

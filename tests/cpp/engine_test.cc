@@ -219,6 +219,27 @@ TEST(EngineTest, ClosedEnginesRefuseAndMovedOnesGoOn) {
 }
 
 // A long prompt's rows are computed between the decode steps of what runs already.
+TEST(EngineTest, HandlesThatWereMovedFromSaySo) {
+  Engine first(small_model());
+  Engine engine = std::move(first);
+  Request empty = engine.submit(ids_of(4), sampled(2, 1));
+  Request request = std::move(empty);
+  EXPECT_THROW(first.submit(ids_of(4)), StateError);
+  EXPECT_THROW(first.stats(), StateError);
+  EXPECT_THROW(first.close(), StateError);
+  EXPECT_THROW(first.model(), StateError);
+  EXPECT_THROW(first.kv_config(), StateError);
+  EXPECT_THROW(empty.cancel(), StateError);
+  EXPECT_THROW(empty.done(), StateError);
+  EXPECT_THROW(empty.prompt_tokens(), StateError);
+  EXPECT_THROW(empty.text_from(0), StateError);
+  EXPECT_THROW(empty.tokens_from(0), StateError);
+  EXPECT_THROW(empty.wait(), StateError);
+  EXPECT_THROW(empty.result(), StateError);
+  EXPECT_THROW(empty.set_on_change({}), StateError);
+  EXPECT_EQ(request.result().token_ids.size(), 2u);
+}
+
 TEST(EngineTest, StreamsGoOnWhileALongPromptIsComputed) {
   const Model model = small_model();
   Model::Impl& impl = *model.impl();
