@@ -44,7 +44,7 @@ def test_a_pinned_prefix_is_computed_once(story: Path, kv: KVConfig) -> None:
         stats = engine.stats()
         assert stats.prompt_tokens == sum(map(len, prompts)) - 7 * 200
         assert (stats.reused_tokens, stats.prefixes) == (7 * 200, 1)
-        assert 0 < stats.prefix_bytes == stats.kv_bytes
+        assert 0 < stats.prefix_bytes <= stats.kv_bytes
         assert engine.unpin(system) and not engine.unpin(system)
         whole = engine.submit(prompts[0], max_new_tokens=20, **GREEDY).result(60)
         assert whole.stats.cached_tokens == 0
@@ -91,7 +91,8 @@ def test_approximate_reuse_is_asked_for_by_name(model: mustafar.Model) -> None:
         session.generate(ids, max_new_tokens=9, **GREEDY)
         expected = session.generate(longer[209:], max_new_tokens=10, **GREEDY)
         assert second.token_ids == expected.token_ids
-    assert model.memory().kv_bytes == session.memory().allocated
+    session.close()
+    assert model.memory().kv_bytes == 0
 
 
 def test_what_is_wrong_is_named(model: mustafar.Model) -> None:
