@@ -32,6 +32,12 @@ std::shared_ptr<Job> make_job(const Model::Impl& engine, const Prompt& prompt,
   return job;
 }
 
+bool Job::has_prompt_of(const Job& other) const {
+  const auto same_end = [](const PromptCall& a, const PromptCall& b) { return a.end == b.end; };
+  return long_rope == other.long_rope && std::ranges::equal(calls, other.calls, same_end) &&
+         std::ranges::equal(prompt(), other.prompt());
+}
+
 void Job::end_call_at(int64_t n, bool pinned) {
   const auto at =
       std::lower_bound(calls.begin(), calls.end(), n,

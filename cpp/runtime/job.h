@@ -59,6 +59,8 @@ struct Job {
   std::optional<Clock::time_point> started, first_token;
 
   std::span<const int32_t> prompt() const { return {tokens.data(), static_cast<size_t>(n_prompt)}; }
+  // Whether both compute the same prompt in the same calls.
+  bool has_prompt_of(const Job& other) const;
   // Makes the first n tokens of the prompt end with a call; 0 < n <= n_prompt.
   void end_call_at(int64_t n, bool pinned);
   // How many of the calls a cache of so many tokens has behind it.

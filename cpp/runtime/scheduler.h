@@ -37,7 +37,7 @@ struct SchedulerOptions {
 // Prefixes: what a cache holds after a call that is not its prompt's last, or is pinned, is kept
 // for prompts that begin with the same calls; where reuse is approximate, also what sequences hold
 // that have ended or still run, for any prompt that shares a block with them. A job whose beginning
-// is being computed for another waits for it.
+// is being computed for another waits for it; one with the same prompt takes its result.
 //
 // Memory: a job is admitted where what it needs for its prompt and a block more, beside what those
 // that run will hold a block later, is free. Kept prefixes make room first. Where memory runs out
@@ -101,6 +101,9 @@ class Scheduler {
   // Into the group, where a round's tokens allow it, or the place of the long one; false: not now.
   bool take_call(const JobPtr& job, int64_t& rows, std::vector<JobPtr>& group);
   void begin(Job& job);
+  void note_begun(Job& job);
+  bool will_share_result(const Job& other, const Job& job) const;
+  std::vector<JobPtr> begin_same_prompts(const Job& job);
   PrefixTree::Common find_prefix(const Job& job);
   bool better_wait(const Job& job, int64_t usable, const std::vector<JobPtr>& group) const;
   int64_t will_leave(const Job& other, const Job& job) const;

@@ -66,13 +66,20 @@ int64_t Scheduler::will_leave(const Job& other, const Job& job) const {
   return longest;
 }
 
+// Whether a job can begin with the cache and the logits that `other` has after the same prompt.
+bool Scheduler::will_share_result(const Job& other, const Job& job) const {
+  return options_.prefix_cache != PrefixCache::kOff && job.has_prompt_of(other) &&
+         (engine_.backend->host_memory() || job.loop->top_needed() == other.loop->top_needed());
+}
+
 // Whether more of a job's prompt will be there to begin with than the `usable` tokens of now.
 bool Scheduler::better_wait(const Job& job, int64_t usable,
                             const std::vector<JobPtr>& group) const {
   if (options_.prefix_cache == PrefixCache::kOff) return false;
-  if (options_.prefix_cache == PrefixCache::kExact && job.calls.size() < 2) return false;
   const auto helps = [&](const JobPtr& other) {
     if (other->ended) return false;
+    if (will_share_result(*other, job)) return true;
+    if (options_.prefix_cache == PrefixCache::kExact && job.calls.size() < 2) return false;
     const int64_t gain = will_leave(*other, job) - usable;
     if (gain <= 0 || options_.prefix_cache == PrefixCache::kExact) return gain > 0;
     // There the whole prompt must be through: that may be more work than it saves.
@@ -90,6 +97,7 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
     return SequenceCache::held_bytes(*spec_, std::min(n + kAheadTokens, each.most_tokens));
   };
   const auto growth = [&](const Job& each) {
+    if (!each.cache) return int64_t{0};  // it has ended just now
     return std::max<int64_t>(0, later(each) - each.cache->memory().allocated);
   };
   // Of the largest of the calls that are left.
@@ -108,10 +116,12 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
   int64_t needed =
       later(job) - shared_pages * spec_->layout.page_bytes + fresh(job, known.usable) + dense_bytes;
   for (const auto* jobs : {&group, &std::as_const(begun_)}) {
-    for (const JobPtr& each : *jobs) needed += growth(*each) + fresh(*each, each->cache->length());
+    for (const JobPtr& each : *jobs) {
+      if (each->cache) needed += growth(*each) + fresh(*each, each->cache->length());
+    }
   }
   for (const JobPtr& each : active_) needed += growth(*each);
-  if (long_job_ != nullptr) {
+  if (long_job_ != nullptr && long_prefill_ != nullptr) {
     // What its call takes is held already.
     const int64_t length = long_job_->cache->length();
     const int64_t end = length + long_job_->next_rows(length);
@@ -150,12 +160,39 @@ void Scheduler::begin(Job& job) {
   } catch (const OutOfMemory&) {  // what a running sequence holds can't be copied
     job.cache.emplace(engine_.new_cache(spec_, job.most_tokens));
   }
+  note_begun(job);
+}
+
+void Scheduler::note_begun(Job& job) {
   counts_.reused_tokens += job.cache->length();
   if (!job.started) {
     job.started = Job::Clock::now();
     job.reused_tokens = job.cache->length();
   }
   job.paused = false;
+}
+
+// Those that wait with the prompt that a job's cache holds now: they are past it, too.
+std::vector<std::shared_ptr<Job>> Scheduler::begin_same_prompts(const Job& job) {
+  std::vector<JobPtr> begun;
+  for (size_t i = 0; i < waiting_.size() && !blocked_ && n_running() < options_.max_batch;) {
+    const JobPtr other = waiting_[i];
+    if (other->ended || other->loop->done() || !will_share_result(job, *other) ||
+        !fits(*other, {})) {
+      i++;
+      continue;
+    }
+    try {
+      other->cache.emplace(job.cache->fork());
+    } catch (const OutOfMemory&) {
+      break;  // it will be computed for them
+    }
+    note_begun(*other);
+    waiting_.erase(waiting_.begin() + static_cast<int64_t>(i));
+    active_.push_back(other);
+    begun.push_back(other);
+  }
+  return begun;
 }
 
 bool Scheduler::take_call(const JobPtr& job, int64_t& rows, std::vector<JobPtr>& group) {

@@ -114,8 +114,9 @@ void Scheduler::advance_long(double budget) {
 
 void Scheduler::finish_long() {
   const JobPtr jobs[] = {long_job_};
-  finish_calls(*long_prefill_, jobs);
-  long_prefill_.reset();
+  // Nobody is to count a call that is over.
+  const std::unique_ptr<Prefill> prefill = std::move(long_prefill_);
+  finish_calls(*prefill, jobs);
   long_job_.reset();
 }
 
@@ -157,10 +158,14 @@ void Scheduler::finish_calls(Prefill& prefill, std::span<const JobPtr> jobs) {
     counts_.prompt_tokens += rows[i];
     keep_call(job);
     if (!past_prompt) continue;
-    if (!job.first_token) job.first_token = Job::Clock::now();
-    if (job.cache->length() < static_cast<int64_t>(job.tokens.size())) continue;  // resumed
-    take_logits(job, &top[i],
-                {logits_.data() + static_cast<int64_t>(i) * vocab, static_cast<size_t>(vocab)});
+    std::vector<JobPtr> same = begin_same_prompts(job);
+    same.insert(same.begin(), jobs[i]);
+    for (const JobPtr& each : same) {
+      if (!each->first_token) each->first_token = Job::Clock::now();
+      if (each->cache->length() < static_cast<int64_t>(each->tokens.size())) continue;  // resumed
+      take_logits(*each, &top[i],
+                  {logits_.data() + static_cast<int64_t>(i) * vocab, static_cast<size_t>(vocab)});
+    }
   }
 }
 

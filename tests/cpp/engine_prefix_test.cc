@@ -312,6 +312,33 @@ TEST(PrefixCacheTest, ApproximateReuseOfOneThatRuns) {
   EXPECT_EQ(scheduler.counts().prompt_tokens, 5 * 310 - 4 * 300);
 }
 
+// Choices of one request, say.
+TEST(PrefixCacheTest, TheSamePromptIsComputedOnce) {
+  const Model model = small_model();
+  Model::Impl& impl = *model.impl();
+  for (const int32_t prefill_tokens : {16, 512}) {  // over several rounds, and in one
+    Scheduler scheduler(impl, half(), {.max_batch = 7, .prefill_tokens = prefill_tokens});
+    std::vector<std::shared_ptr<Job>> jobs;
+    std::vector<Asked> asked;
+    for (uint32_t i = 0; i < 7; i++) {
+      asked.push_back({ids_of(180), {}, sampled(30, i)});
+      if (i == 3) asked[i].prefixes = {100};  // other calls
+      if (i == 5) asked[i].ids = ids_of(180, 2);
+      jobs.push_back(make_job(impl, asked[i].ids, asked[i].params, false, false, "it"));
+      if (i == 3) jobs[i]->end_call_at(100, false);
+      jobs[i]->order = i;
+      jobs[i]->on_end = [](std::exception_ptr error) { EXPECT_EQ(error, nullptr); };
+      scheduler.add(jobs[i]);
+    }
+    while (!scheduler.idle()) scheduler.round();
+    for (size_t i = 0; i < jobs.size(); i++) {
+      expect_same(jobs[i]->loop->result, alone(model, half(), asked[i]));
+    }
+    EXPECT_EQ(scheduler.counts().prompt_tokens, 3 * 180);
+    EXPECT_EQ(scheduler.counts().reused_tokens, 4 * 180);
+  }
+}
+
 // Whoever computes a prefix for others may fail or go: the next one does it.
 TEST(PrefixCacheTest, APrefixWhoseFirstRequestEndsIsComputedByTheNext) {
   const Model model = small_model();
