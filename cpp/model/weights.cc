@@ -112,17 +112,14 @@ class Loader {
       owned_.push_back(backend_->allocate(bytes));
       unpack_codes(stored, rows.first, shape, backend_->host_pool(), owned_.back()->data());
       matrix = Matrix::of(shape, owned_.back()->data());
+      hash_.add(name);
+      hash_.add(stored.description());
+      sample_codes(matrix);
       report(bytes);
     } else {
       matrix = expanded(name, stored, rows, bytes, format);
     }
-    hash_.add(stored.description());
-    for (const StoredPart& part : stored.parts) {
-      hash_.add(part.name);
-      hash_.add(part.dtype);
-      sample_bytes(part.data, part.bytes);
-      source_.release(part.data, part.bytes);
-    }
+    for (const StoredPart& part : stored.parts) source_.release(part.data, part.bytes);
     return matrix;
   }
 
@@ -136,6 +133,7 @@ class Loader {
       owned_.push_back(backend_->allocate(bytes));
       expand(stored, rows.first, rows.count, pool, owned_.back()->data());
       matrix.data = owned_.back()->data();
+      sample(name, {matrix.data, matrix.dtype}, bytes);
       report(bytes);
       return matrix;
     }
@@ -144,6 +142,7 @@ class Loader {
     matrix.data = values.data();
     if (!format.as_stored) return quantise(name, matrix, bytes, format);
     bytes_ += bytes;
+    sample(name, {matrix.data, matrix.dtype}, bytes);
     matrix.data = to_device(values.data(), bytes);
     return matrix;
   }
@@ -161,9 +160,7 @@ class Loader {
     const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
-    sample_bytes(quantised.data, shape.scales_at());  // without the padding that follows
-    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
-    sample_bytes(quantised.offsets, shape.offset_bytes());
+    sample_codes(quantised);
     source_.release(stored.data, bytes);
     report(bytes);
     return quantised;
@@ -174,6 +171,14 @@ class Loader {
     hash_.add_int(static_cast<int64_t>(stored.dtype));
     hash_.add_int(bytes);
     sample_bytes(stored.data, bytes);
+  }
+
+  // Without the padding that follows the scales.
+  void sample_codes(const Matrix& quantised) {
+    const QuantisedShape shape = quantised.shape();
+    sample_bytes(quantised.data, shape.scales_at());
+    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
+    sample_bytes(quantised.offsets, shape.offset_bytes());
   }
 
   // Up to 16 pieces of 64 bytes, spread over the tensor: reads little of a large file.

@@ -510,6 +510,19 @@ def test_memory_fingerprints_and_states(tmp_path: Path) -> None:
     assert done == sorted(done) and seen[-1][0] == seen[-1][1]
 
 
+def test_the_config_makes_another_model_of_the_same_tensors(tmp_path: Path) -> None:
+    make(tmp_path, "gptq-zeros")
+    fingerprints = set()
+    for version in ("gptq", "gptq_v2"):
+        config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+        families.change_config(
+            tmp_path, quantization_config={**config, "checkpoint_format": version}
+        )
+        with mustafar.Model(tmp_path, device="cpu") as model:
+            fingerprints.add(model.fingerprint)
+    assert len(fingerprints) == 2
+
+
 def test_default_arithmetic(tmp_path: Path) -> None:
     """Activations rounded to integers beside codes, as beside weights rounded on loading."""
     for layout in ("ct-int4-zeros", "gptq-int8", "awq"):
