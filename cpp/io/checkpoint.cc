@@ -202,7 +202,16 @@ void Checkpoint::take_matrix(Sources& sources, const std::string& module, int64_
   ModuleTensors tensors(folder_.string(), module, find);
   std::unique_ptr<StoredMatrix> matrix =
       read_stored_matrix(quantisation_, {rows, cols}, model_dtype(), tensors);
-  if (matrix == nullptr) return take(sources, module + ".weight", {rows, cols});
+  if (matrix == nullptr) {
+    for (const char* suffix : {"weight_packed", "qweight"}) {
+      if (!tensors.has(suffix)) continue;
+      tensors.fail(tensors.take(suffix),
+                   quantisation_.method == Quantisation::Method::kNone
+                       ? "config.json has no \"quantization_config\" that says how it is quantised"
+                       : "is none of the method " + quantisation_.name());
+    }
+    return take(sources, module + ".weight", {rows, cols});
+  }
   for (const StoredPart& part : matrix->parts) {
     total_bytes_ += part.bytes;
     sources.erase(part.name);

@@ -445,10 +445,20 @@ def test_tensors_that_do_not_fit_are_named(
         mustafar.Model(tmp_path, device="cpu")
 
 
-def test_quantised_tensors_without_a_config_are_refused(tmp_path: Path) -> None:
-    make(tmp_path, "ct-int4", num_hidden_layers=1)
-    families.change_config(tmp_path, quantization_config=...)
-    with pytest.raises(mustafar.ModelError, match="up_proj.weight|down_proj.weight|proj.weight"):
+@pytest.mark.parametrize(
+    ("layout", "config", "message"),
+    [
+        ("ct-int4", ..., 'proj.weight_packed": config.json has no "quantization_config"'),
+        ("gptq", ..., 'proj.qweight": config.json has no "quantization_config"'),
+        ("fp8-block", ..., "proj.weight.* found F8_E4M3"),
+        ("awq", CT, 'proj.qweight": is none of the method compressed-tensors'),
+        ("ct-int4", {"quant_method": "awq"}, 'proj.weight_packed": is none of the method awq'),
+    ],
+)
+def test_tensors_need_their_config(layout: str, config: Any, message: str, tmp_path: Path) -> None:
+    make(tmp_path, layout, num_hidden_layers=1)
+    families.change_config(tmp_path, quantization_config=config)
+    with pytest.raises(mustafar.ModelError, match=message):
         mustafar.Model(tmp_path, device="cpu")
 
 
