@@ -58,7 +58,8 @@ class Checkpoint {
   DType model_dtype() const;
 
   // The matrix [vocab, hidden] that embeds tokens and the one that makes logits. Where they are
-  // tied, both are the one tensor that the folder has, under whichever name. Neither is quantised.
+  // tied, both are the one tensor that the folder has, under whichever name. Of folders where
+  // neither is quantised.
   const TensorView& embedding() const;
   const TensorView& lm_head() const;
 
