@@ -59,11 +59,11 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<Engine, DeleteWithoutGil> make(const Model& model, const py::dict& kv,
-                                               int32_t max_batch, int32_t max_waiting,
-                                               int32_t prefill_tokens,
-                                               const std::string& prefix_cache,
-                                               std::optional<int64_t> prefix_bytes) {
+std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const py::dict& kv,
+                                                      int32_t max_batch, int32_t max_waiting,
+                                                      int32_t prefill_tokens,
+                                                      const std::string& prefix_cache,
+                                                      std::optional<int64_t> prefix_bytes) {
   EngineOptions options;
   options.max_batch = max_batch;
   options.max_waiting = max_waiting;
@@ -168,7 +168,7 @@ void register_engine(py::module_& m) {
       });
 
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
-      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
+      .def(py::init(&make_engine), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
            py::arg("max_waiting"), py::arg("prefill_tokens"), py::arg("prefix_cache"),
            py::arg("prefix_bytes"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),

@@ -41,6 +41,8 @@ struct GemvArgs : ProductArgs {
   const void* weights = nullptr;  // [rows][cols]
   DType dtype = DType::kF32;      // of the weights: f32, f16 or bf16
   int64_t cols = 0;
+  // Of bf16 weights: x as Kernels::split_terms makes it, where that is not x itself.
+  const void* terms = nullptr;
 };
 
 // Activations of a product with a quantised matrix, rounded to integers in groups of kInnerStep
@@ -82,6 +84,8 @@ inline constexpr int32_t input_planes(DType codes) { return codes == DType::kInt
 struct QuantisedGemvArgs : ProductArgs {
   const Matrix* weights = nullptr;
   Int8Input input;
+  // Of 8-bit codes: input as Kernels::tile_int8_input makes it as well, or null.
+  const void* tiles = nullptr;
 
   void store(int64_t row, int32_t b, float sum) const {
     if (row >= row1) return;
@@ -173,12 +177,24 @@ struct Kernels {
   void (*to_f32)(const void* x, DType dtype, int64_t n, float* out) = nullptr;
   void (*from_f32)(const float* x, int64_t n, DType dtype, void* out) = nullptr;
   void (*gemv)(const GemvArgs& args) = nullptr;
+  // What gemv takes the activations of bf16 weights as, made once for all tasks of a product:
+  // terms_bytes(batch, cols) bytes, aligned to 64. Null, or 0 bytes, where it takes them as they
+  // are.
+  int64_t (*terms_bytes)(int32_t batch, int64_t cols) = nullptr;
+  void (*split_terms)(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                      void* terms) = nullptr;
   // Products with quantised matrices: of f32 activations, and of int8 ones.
   void (*gemv_quantised)(const QuantisedGemvArgs& args) = nullptr;
   void (*gemv_int8_input)(const QuantisedGemvArgs& args) = nullptr;
   // Row i of a block of n rows of activations, x [cols].
   void (*quantise_input)(const float* x, int64_t cols, int32_t i, int32_t n,
                          const Int8Input& block) = nullptr;
+  // What gemv_int8_input takes many rows of activations as, made of what quantise_input made of
+  // them: int8_tiles_bytes(batch, inner, planes) bytes, aligned to 64. Null, or 0 bytes, where it
+  // takes those alone.
+  int64_t (*int8_tiles_bytes)(int32_t batch, int64_t inner, int32_t planes) = nullptr;
+  void (*tile_int8_input)(const Int8Input& input, int32_t batch, int64_t inner,
+                          void* tiles) = nullptr;
   // One tile of rows of Backend::quantise: codes, f16 scales and minimums. scratch: [inner][16].
   bool (*quantise_tile)(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
                         uint8_t* codes, uint16_t* scales, uint16_t* minimums,
@@ -209,11 +225,22 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const GemmKernels& avx512bf16_gemm_kernels();
 const GemmKernels& amx_gemm_kernels();
-void gemv_bf16_avx512bf16(const GemvArgs& args);  // bf16 weights only
+// Of bf16 weights only.
+void gemv_bf16_avx512bf16(const GemvArgs& args);
+int64_t gemv_terms_bytes_avx512bf16(int32_t batch, int64_t cols);
+void gemv_split_terms_avx512bf16(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                                 void* terms);
+void gemv_bf16_amx(const GemvArgs& args);
+int64_t gemv_terms_bytes_amx(int32_t batch, int64_t cols);
+void gemv_split_terms_amx(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                          void* terms);
 const Kernels& neon_kernels();
 void gemv_int8_input_plain(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx2(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx512(const QuantisedGemvArgs& args);
+void gemv_int8_input_amx(const QuantisedGemvArgs& args);
+int64_t int8_tiles_bytes_amx(int32_t batch, int64_t inner, int32_t planes);
+void tile_int8_input_amx(const Int8Input& input, int32_t batch, int64_t inner, void* tiles);
 bool quantise_tile_plain(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
                          uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch);
 bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
