@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -30,8 +30,13 @@ class Started:
 
 
 @asynccontextmanager
-async def started(options: Sequence[str]) -> AsyncIterator[Started]:
-    """``mustafar serve`` with these options, on a free port; it ends with the block."""
+async def started(
+    options: Sequence[str], log: Callable[[str], None] = lambda line: None
+) -> AsyncIterator[Started]:
+    """``mustafar serve`` with these options, on a free port; it ends with the block.
+
+    log: takes the lines that it writes while it runs.
+    """
     words = ("--port", "0", *options)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "mustafar.server", *words), stderr=asyncio.subprocess.PIPE
@@ -39,7 +44,7 @@ async def started(options: Sequence[str]) -> AsyncIterator[Started]:
     reader: asyncio.Task[None] | None = None
     try:
         url = await _url_of(process)
-        reader = asyncio.create_task(_drain(process))
+        reader = asyncio.create_task(_drain(process, log))
         yield Started(url, process.pid, ("mustafar", "serve", *words))
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -64,9 +69,9 @@ async def _url_of(process: asyncio.subprocess.Process) -> str:
     raise StartError("mustafar serve did not start:\n" + "\n".join(last))
 
 
-async def _drain(process: asyncio.subprocess.Process) -> None:
-    """Its log goes nowhere: a pipe that is full would stop it."""
+async def _drain(process: asyncio.subprocess.Process, log: Callable[[str], None]) -> None:
+    """Reads its log, whatever becomes of it: a pipe that is full would stop it."""
     assert process.stderr is not None
     with contextlib.suppress(ValueError):  # a line that is too long
-        async for _ in process.stderr:
-            pass
+        async for line in process.stderr:
+            log(line.decode("utf-8", "replace").rstrip())

@@ -14,7 +14,7 @@ from ..completion import Tools, native_chat, set_messages
 from ..engine import Engine
 from ..engine import Request as Generation
 from ..openai_shape import Choice, Piece
-from ..types import GenerateResult, SamplingParams
+from ..types import GenerateResult, KVConfig, SamplingParams
 from .errors import ApiError, queue_full
 from .metrics import Metrics
 from .settings import Settings
@@ -28,8 +28,6 @@ class ChatPrompts:
 
     def __init__(self, engine: Engine, chat_template: str | None) -> None:
         self._model = engine.model._core
-        # Chats render for a session; this one stays empty.
-        self._session = _core.Session(self._model, engine.kv._native(), None)
         folder = engine.model.folder
         self._template = (
             _core.ChatTemplate.from_folder(folder)
@@ -39,7 +37,10 @@ class ChatPrompts:
         self.end_tokens = tuple(self._chat(None).end_tokens())
 
     def _chat(self, tools: Tools | None) -> _core.Chat:
-        return native_chat(self._model, self._session, tools=tools, chat_template=self._template)
+        # Chats render for a session, which one thread may use at a time: each has its own, which
+        # stays empty and costs nothing.
+        session = _core.Session(self._model, KVConfig()._native(), None)
+        return native_chat(self._model, session, tools=tools, chat_template=self._template)
 
     def ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools | None, continues: bool

@@ -1,0 +1,44 @@
+"""Many clients of one server, some of them rude: tools/soak_server.py at the length of a test."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("h11")
+
+from support.paths import ROOT, load_tool
+
+soak = load_tool(ROOT / "tools" / "soak_server.py")
+
+
+def test_replies_are_right_and_nothing_is_left() -> None:
+    args = soak.parser().parse_args(["--requests", "300", "--kinds", "60"])
+    args.serve = []
+    found = asyncio.run(soak.soak(args))
+    assert found["wrong"] == 0, (found["what_is_wrong"], found["log"])
+    assert sum(found["outcomes"].values()) == 300
+    assert found["replies_compared"] > 150
+    assert {"whole", "stream", "cancelled", "left", "refused by name"} <= found["outcomes"].keys()
+    assert found["most"]["running"] > 1
+
+
+def test_it_finds_what_is_wrong() -> None:
+    before = {"kv_bytes": 0, "failed": 0, "sockets": 3, "threads": 9, "resident_bytes": 10}
+    assert soak.leaks([before, before], 0) == []
+    for name in ("kv_bytes", "failed", "sockets", "resident_bytes"):
+        assert name in soak.leaks([before, {**before, name: 20}], 5)[0]
+    kind = soak.Kind(soak.TEXTS, {}, ("abc",), ("stop",))
+    for said, whole, right in (
+        ({0: ("abc", "stop")}, True, True),
+        ({0: ("abc", "length")}, True, False),
+        ({0: ("abd", "stop")}, True, False),
+        ({0: ("ab", None)}, False, True),
+        ({0: ("b", None)}, False, False),
+    ):
+        clients = soak.Clients(None, [kind], 0)
+        clients._compare(kind, said, whole)
+        assert (clients.found.wrong == []) == right
