@@ -32,6 +32,7 @@ constexpr ServerOption kServerOptions[] = {
     {"--max-body", "Bytes of a request's body at most"},
     {"--max-prompt", "Tokens of a prompt at most; 0: the context"},
     {"--max-choices", "Choices of a request at most"},
+    {"--max-grammar", "Bytes of a JSON schema or grammar that replies follow at most"},
     {"--max-streams", "Streamed replies at once at most"},
     {"--timeout", "Seconds that a request may take; 0: no limit"},
     {"--grace", "Seconds that running requests get when the server is told to stop"},
