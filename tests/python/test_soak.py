@@ -16,12 +16,12 @@ soak = load_tool(ROOT / "tools" / "soak_server.py")
 
 
 def test_replies_are_right_and_nothing_is_left() -> None:
-    args = soak.parser().parse_args(["--requests", "300", "--kinds", "60"])
+    args = soak.parser().parse_args(["--requests", "200", "--kinds", "40"])
     args.serve = []
     found = asyncio.run(soak.soak(args))
     assert found["wrong"] == 0, (found["what_is_wrong"], found["log"])
-    assert sum(found["outcomes"].values()) == 300
-    assert found["replies_compared"] > 150
+    assert sum(found["outcomes"].values()) == 200
+    assert found["replies_compared"] > 100
     assert {"whole", "stream", "cancelled", "left", "refused by name"} <= found["outcomes"].keys()
     assert found["most"]["running"] > 1
 
