@@ -61,6 +61,7 @@ def llama_cpp(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "flash_attn": True,
+        "interrupt_requests": False,  # or a new request ends the stream that runs
     }
     options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "llama_cpp.server", *options]
@@ -93,9 +94,14 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.llama_cpp:
             print(f"llama-cpp-python, {clients} clients", file=sys.stderr)
             with llama_cpp(args) as (url, pid):
-                # It knows no ignore_eos; the model must not end early there.
-                bias = json.dumps({"ignore_eos": None, "logit_bias": {args.eos: -100}})
-                where = ["--url", url, "--pid", str(pid), "--extra", bias]
+                # It knows no ignore_eos, and has a penalty that others have not.
+                extra = {
+                    "ignore_eos": None,
+                    "stream_options": None,
+                    "repeat_penalty": 1.0,
+                    "logit_bias": {args.eos: -100},
+                }
+                where = ["--url", url, "--pid", str(pid), "--extra", json.dumps(extra)]
                 where += ["--tokenizer", str(args.model)]
                 found = measure(args, clients, where, [])
             reports.append({"setting": "llama-cpp-python", "clients": clients, **found})

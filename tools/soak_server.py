@@ -36,7 +36,7 @@ from mustafar.bench_serve.watch import Watch, numbers_of, resident_bytes
 
 MAX_BODY = 64 << 10
 SERVER = (
-    *("--dtype", "f32", "-t", "1", "--kv", "mustafar", "--prefill-tokens", "64"),
+    *("--dtype", "f32", "-t", "1", "--kv", "mustafar", "--prefill-tokens", "128"),
     *("--max-batch", "24", "--max-waiting", "40", "--max-streams", "48"),
     *("--max-body", str(MAX_BODY), "--model-name", "soak"),
 )
@@ -168,7 +168,7 @@ class Clients:
     async def _send_until_taken(self, manner: str, kind: Kind, rng: random.Random) -> str:
         while (outcome := await self._send(manner, kind, rng)) == "refused":
             self.found.refused += 1
-            await asyncio.sleep(rng.uniform(0.02, 0.2))
+            await asyncio.sleep(rng.uniform(0.2, 1))
         return outcome
 
     async def _send(self, manner: str, kind: Kind, rng: random.Random) -> str:
@@ -390,7 +390,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--requests", type=int, default=10_000)
     result.add_argument("--clients", type=int, default=64)
     result.add_argument("--kinds", type=int, default=N_KINDS, help="different requests")
-    result.add_argument("--kv-budget", default="10M", help="for all caches together")
+    result.add_argument("--kv-budget", default="24M", help="for all caches together")
     result.add_argument("--slack", type=int, default=32 << 20, help="bytes that memory may grow by")
     result.add_argument("--seed", type=int, default=0)
     return result

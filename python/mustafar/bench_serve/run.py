@@ -27,9 +27,11 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
     async with _server(options) as (url, pid, command):
         sender, context = await _sender(options, url)
         lengths = _lengths(options, context)
-        prompts = await _prompts(options, sender, lengths)
-        for i in range(options.warmup):
-            record = await sender.send(prompts[i % len(prompts)], 0.0)
+        made = await _prompts(options, sender, lengths)
+        # Those of the warm-up are others: what a server keeps of them must not help the rest.
+        prompts, warmup = made[: options.requests], made[options.requests :]
+        for prompt in warmup:
+            record = await sender.send(prompt, 0.0)
             if record.outcome != "ok":
                 raise ValueError(f"a first request got no reply: {record.error}")
         async with Watch(sender.address, pid) as watch:
@@ -77,10 +79,11 @@ async def _sender(options: argparse.Namespace, url: str) -> tuple[Sender, int]:
 
 
 def _lengths(options: argparse.Namespace, context: int) -> list[traffic.Lengths]:
+    count = options.requests + options.warmup
     if options.lengths is not None:
-        return traffic.lengths_of_file(options.lengths, options.requests)
+        return traffic.lengths_of_file(options.lengths, count)
     prompt, output = _distributions(options)
-    return traffic.drawn_lengths(options.requests, prompt, output, context, options.seed)
+    return traffic.drawn_lengths(count, prompt, output, context, options.seed)
 
 
 def _distributions(options: argparse.Namespace) -> tuple[traffic.LogNormal, traffic.LogNormal]:
