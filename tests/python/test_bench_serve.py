@@ -229,6 +229,8 @@ def test_streams_of_other_servers() -> None:
         (b"", "failed", "closed|cut"),
         (HEAD + b"data: {\n\n", "failed", "JSON"),
         (HEAD + b"data: [1]\n\n", "failed", "JSON"),
+        (HEAD + event(choices=[3]), "failed", "none of a completion"),
+        (HEAD + event(usage={"tokens": 3}), "failed", "none of a completion"),
     ],
 )
 def test_what_goes_wrong_is_told_apart(data: bytes, outcome: str, error: str) -> None:

@@ -113,14 +113,10 @@ async def _read(answer: Answer, record: Record) -> None:
         if "error" in event:
             record.error = _said_of(event)
             return
-        for choice in event.get("choices", ()):
-            if _has_text(choice):
-                record.pieces.append(now)
-            complete = complete or choice.get("finish_reason") is not None
-        if usage := event.get("usage"):
-            record.prompt_tokens = usage["prompt_tokens"]
-            record.output_tokens = usage["completion_tokens"]
-            record.counted = True
+        try:
+            complete = _take(event, now, record) or complete
+        except (AttributeError, KeyError, TypeError):
+            raise HttpError(f"an event is none of a completion: {data[:200]!r}") from None
     if not complete:
         raise HttpError("the stream ended before the reply did")
     if not record.pieces:  # tokens that have no text
@@ -128,6 +124,20 @@ async def _read(answer: Answer, record: Record) -> None:
     if not record.counted:
         record.output_tokens = len(record.pieces)
     record.outcome = "ok"
+
+
+def _take(event: dict[str, Any], now: float, record: Record) -> bool:
+    """Takes an event down that came now; returns whether it ends the reply."""
+    ends = False
+    for choice in event.get("choices") or ():
+        if _has_text(choice):
+            record.pieces.append(now)
+        ends = ends or choice.get("finish_reason") is not None
+    if usage := event.get("usage"):
+        record.prompt_tokens = int(usage["prompt_tokens"])
+        record.output_tokens = int(usage["completion_tokens"])
+        record.counted = True
+    return ends
 
 
 def _object_of(data: bytes) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .. import _core
 from .http import Address, HttpError, ask_json
 from .traffic import TEXTS, Lengths
 
@@ -30,9 +31,7 @@ class FolderTokenizer:
     """A model folder's own."""
 
     def __init__(self, folder: Path) -> None:
-        from .. import Tokenizer as Native
-
-        self._native = Native(folder)
+        self._native = _core.Tokenizer(folder)
 
     async def encode(self, text: str) -> list[int]:
         """Ids, BOS and the like among them."""
