@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -58,6 +59,36 @@ class Address:
         return f"http{'s' if self.tls else ''}://{self.headers[0][1]}{self.root}"
 
 
+class _Incoming:
+    """What comes in on a connection.
+
+    Attributes:
+        came: When the last bytes were read, by time.perf_counter().
+    """
+
+    def __init__(self, wire: h11.Connection, reader: asyncio.StreamReader) -> None:
+        self.came = 0.0
+        self._wire = wire
+        self._reader = reader
+
+    async def next_event(self) -> h11.Event:
+        """The next part of an answer; raises HttpError where there is none."""
+        while True:
+            try:
+                event = self._wire.next_event()
+            except h11.RemoteProtocolError as error:
+                raise HttpError(f"the answer is cut or no HTTP: {error}") from None
+            if event is h11.NEED_DATA:
+                data = await self._reader.read(_READ_BYTES)
+                self.came = time.perf_counter()
+                self._wire.receive_data(data)
+            elif isinstance(event, h11.ConnectionClosed):
+                raise HttpError("the server closed the connection without an answer")
+            else:
+                assert isinstance(event, h11.Event)
+                return event
+
+
 class Answer:
     """An answer whose head has come.
 
@@ -65,15 +96,19 @@ class Answer:
         status: As HTTP has it.
     """
 
-    def __init__(self, status: int, wire: h11.Connection, reader: asyncio.StreamReader) -> None:
+    def __init__(self, status: int, incoming: _Incoming) -> None:
         self.status = status
-        self._wire = wire
-        self._reader = reader
+        self._incoming = incoming
+
+    @property
+    def came(self) -> float:
+        """When its last bytes were read, by time.perf_counter()."""
+        return self._incoming.came
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body, as it comes; raises HttpError where it is cut."""
         while True:
-            event = await _next_event(self._wire, self._reader)
+            event = await self._incoming.next_event()
             if isinstance(event, h11.Data):
                 yield bytes(event.data)
             elif isinstance(event, h11.EndOfMessage):
@@ -99,21 +134,6 @@ class Answer:
                     yield line[len(b"data:") :].strip()
 
 
-async def _next_event(wire: h11.Connection, reader: asyncio.StreamReader) -> h11.Event:
-    while True:
-        try:
-            event = wire.next_event()
-        except h11.RemoteProtocolError as error:
-            raise HttpError(f"the answer is cut or no HTTP: {error}") from None
-        if event is h11.NEED_DATA:
-            wire.receive_data(await reader.read(_READ_BYTES))
-        elif isinstance(event, h11.ConnectionClosed):
-            raise HttpError("the server closed the connection without an answer")
-        else:
-            assert isinstance(event, h11.Event)
-            return event
-
-
 @asynccontextmanager
 async def ask(
     address: Address, method: str, path: str, body: Mapping[str, Any] | None = None
@@ -134,9 +154,10 @@ async def ask(
         with suppress(ConnectionError):  # a server may answer before it has read all
             writer.write(b"".join(part for part in sent if part))
             await writer.drain()
-        while not isinstance(event := await _next_event(wire, reader), h11.Response):
+        incoming = _Incoming(wire, reader)
+        while not isinstance(event := await incoming.next_event(), h11.Response):
             pass  # 100 Continue and the like
-        yield Answer(event.status_code, wire, reader)
+        yield Answer(event.status_code, incoming)
     finally:
         writer.close()
 

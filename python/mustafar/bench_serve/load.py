@@ -105,7 +105,6 @@ async def _read(answer: Answer, record: Record) -> None:
         return
     complete = False
     async for data in answer.events():
-        now = time.perf_counter()
         if data == b"[DONE]":
             complete = True
             continue
@@ -114,24 +113,24 @@ async def _read(answer: Answer, record: Record) -> None:
             record.error = _said_of(event)
             return
         try:
-            complete = _take(event, now, record) or complete
+            complete = _take(event, answer.came, record) or complete
         except (AttributeError, KeyError, TypeError):
             raise HttpError(f"an event is none of a completion: {data[:200]!r}") from None
     if not complete:
         raise HttpError("the stream ended before the reply did")
     if not record.pieces:  # tokens that have no text
-        record.pieces.append(time.perf_counter())
+        record.pieces.append(answer.came)
     if not record.counted:
         record.output_tokens = len(record.pieces)
     record.outcome = "ok"
 
 
-def _take(event: dict[str, Any], now: float, record: Record) -> bool:
-    """Takes an event down that came now; returns whether it ends the reply."""
+def _take(event: dict[str, Any], came: float, record: Record) -> bool:
+    """Takes down what an event says; returns whether it ends the reply."""
     ends = False
     for choice in event.get("choices") or ():
         if _has_text(choice):
-            record.pieces.append(now)
+            record.pieces.append(came)
         ends = ends or choice.get("finish_reason") is not None
     if usage := event.get("usage"):
         record.prompt_tokens = int(usage["prompt_tokens"])
