@@ -80,18 +80,20 @@ class Found:
     refused: int = 0  # and sent again
 
 
-def make_kinds(model: mustafar.Model, kv: mustafar.KVConfig, count: int, seed: int) -> list[Kind]:
+def make_kinds(
+    model: mustafar.Model, kv: mustafar.KVConfig, args: argparse.Namespace
+) -> list[Kind]:
     """Requests at random; many prompts begin as others do."""
-    rng = random.Random(seed)
+    rng = random.Random(args.seed)
     common = [" ".join(rng.choices(WORDS, k=150)) for _ in range(4)]
     kinds = []
-    for _ in range(count):
+    for _ in range(args.kinds):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 120)))
         if rng.random() < 0.5:
             text = rng.choice(common)[: rng.randint(100, 400)] + text
         body: dict[str, Any] = {
             "model": "soak",
-            "max_tokens": rng.choice((1, 3, 8, 16, 40)),
+            "max_tokens": rng.choice((1, 3, 8, 16, args.most_tokens)),
             "temperature": rng.choice((0, 0.9)),
             "seed": rng.randint(0, 1000),
             "ignore_eos": True,
@@ -320,7 +322,7 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Runs it all; returns what was found."""
     kv = mustafar.KVConfig.preset("mustafar")
     with mustafar.Model(args.model, dtype="f32", threads=1) as model:
-        kinds = make_kinds(model, kv, args.kinds, args.seed)
+        kinds = make_kinds(model, kv, args)
     options = ["-m", str(args.model)] if args.model else []
     words = (*options, *SERVER, "--kv-budget", args.kv_budget, *args.serve)
     log: list[str] = []
@@ -390,6 +392,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--requests", type=int, default=10_000)
     result.add_argument("--clients", type=int, default=64)
     result.add_argument("--kinds", type=int, default=N_KINDS, help="different requests")
+    result.add_argument("--most-tokens", type=int, default=40, help="of a reply")
     result.add_argument("--kv-budget", default="24M", help="for all caches together")
     result.add_argument("--slack", type=int, default=32 << 20, help="bytes that memory may grow by")
     result.add_argument("--seed", type=int, default=0)
