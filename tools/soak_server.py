@@ -37,7 +37,7 @@ from mustafar.bench_serve.watch import Watch, numbers_of, resident_bytes
 MAX_BODY = 64 << 10
 SERVER = (
     *("--dtype", "f32", "-t", "1", "--kv", "mustafar", "--prefill-tokens", "128"),
-    *("--max-batch", "24", "--max-waiting", "40", "--max-streams", "48"),
+    *("--max-batch", "24", "--max-waiting", "30", "--max-streams", "48"),
     *("--max-body", str(MAX_BODY), "--model-name", "soak"),
 )
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"

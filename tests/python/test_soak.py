@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -11,16 +12,19 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("h11")
 
 from support.paths import ROOT, load_tool
+from support.tiny_model import write_tiny_model
 
 soak = load_tool(ROOT / "tools" / "soak_server.py")
 
 
-def test_replies_are_right_and_nothing_is_left() -> None:
-    args = soak.parser().parse_args(["--requests", "200", "--kinds", "40"])
+def test_replies_are_right_and_nothing_is_left(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", context=2048)
+    words = ["-m", str(model), "--requests", "300", "--kv-budget", "250K", "--most-tokens", "100"]
+    args = soak.parser().parse_args(words)
     args.serve = []
     found = asyncio.run(soak.soak(args))
     assert found["wrong"] == 0, (found["what_is_wrong"], found["log"])
-    assert sum(found["outcomes"].values()) == 200
+    assert sum(found["outcomes"].values()) == 300
     assert found["replies_compared"] > 100
     assert {"whole", "stream", "cancelled", "left", "refused by name"} <= found["outcomes"].keys()
     assert found["most"]["running"] > 1
