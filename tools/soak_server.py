@@ -7,8 +7,9 @@ requests from 64 clients: whole replies, streams, several choices, conversations
 that are cancelled in the midst of a stream, whose client goes before it gets an answer or before it
 has sent all of its request, whose body is too large, declared or not, or is wrong. Every reply is
 compared with what its request gets alone in this process; what a cancelled stream had said must be
-the beginning of that. Afterwards nothing may run, hold a cache, a file or a thread. Exits with 1
-where something is wrong. Prints JSON. What stands behind `--` are more options of the server.
+the beginning of that. Afterwards nothing may run, hold a cache or a connection, or have failed, and
+memory may not have grown by more than --slack. Exits with 1 where something is wrong. Prints JSON.
+What stands behind `--` are more options of the server.
 """
 
 from __future__ import annotations
