@@ -97,16 +97,6 @@ std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_b
   return p;
 }
 
-// Looks for Ctrl-C and tells progress (a callable or None), from native threads without the GIL.
-std::function<void(int64_t, int64_t)> reporter(const py::object& progress) {
-  return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
-    check();
-    if (progress.is_none()) return;
-    AcquireGil gil;
-    progress(done, total);
-  };
-}
-
 std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& texts,
                                            const std::string& kind, double balance,
                                            double scale_power, int64_t max_tokens,
@@ -120,7 +110,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   options.scale_power = scale_power;
   options.max_tokens = max_tokens;
   options.skip_tokens = skip_tokens;
-  options.progress = reporter(progress);
+  options.progress = progress_reporter(progress);
   options.budget = budget;
   ReleaseGil release;
   return std::make_shared<Profile>(calibrate(model, native, options));
@@ -190,7 +180,7 @@ py::tuple eigen_of(const py::array_t<double, py::array::c_style | py::array::for
 std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
                                          const py::object& progress, bool costs) {
   ProfileHooks hooks;
-  hooks.progress = reporter(progress);
+  hooks.progress = progress_reporter(progress);
   hooks.note = logger("info");
   hooks.warning = logger("warning");
   ReleaseGil release;
