@@ -143,6 +143,15 @@ fs::path make_folder_beside(const fs::path& output) {
 
 }  // namespace
 
+void refuse_quantised(const fs::path& folder) {
+  const fs::path path = folder / "config.json";
+  const JsonTree<> config = read_json_file(path, kConfigCap);
+  const auto found = config->find("quantization_config");
+  if (found != config->end() && !found->is_null()) {
+    throw ModelError(path.string() + ": the model is quantised already (\"quantization_config\")");
+  }
+}
+
 void pack_codes(const uint8_t* codes, int64_t stride, int64_t n, int32_t bits, uint32_t* words) {
   const int64_t per_word = 32 / bits;
   std::fill_n(words, words_for(n, bits), 0u);
@@ -216,16 +225,12 @@ void PackedFolder::plan(const std::vector<PlannedTensor>& tensors, int64_t shard
 // The source's config with one more field at its end, and nothing else changed.
 void PackedFolder::add_config(const std::vector<PlannedTensor>& tensors) {
   const fs::path path = source_ / "config.json";
-  const JsonTree<> config = read_json_file(path, kConfigCap);
-  const auto found = config->find("quantization_config");
-  if (found != config->end() && !found->is_null()) {
-    throw ModelError(path.string() + ": the model is quantised already (\"quantization_config\")");
-  }
+  refuse_quantised(source_);
   const MappedFile file = MappedFile::open(path);
   std::string text(reinterpret_cast<const char*>(file.data()), file.bytes());
   text.erase(text.rfind('}'));
   text.erase(text.find_last_not_of(" \t\r\n") + 1);
-  config_ = text + (config->empty() ? "" : ",") +
+  config_ = text + (text.ends_with('{') ? "" : ",") +
             "\n  \"quantization_config\": " + quantization_config(tensors) + "\n}\n";
 }
 

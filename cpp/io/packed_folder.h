@@ -37,8 +37,7 @@ class PackedFolder {
   // source: the folder of the model. output: is not there, or an empty folder; it appears whole in
   // finish(), until when everything is in a folder beside it, which goes away with the object.
   // Tensors go to files of at most shard_bytes, unless one alone is larger, in the order given.
-  // Throws Error naming path and reason, as the other calls do; ModelError where the source's
-  // config.json can't be read or says that it is quantised already.
+  // Throws Error naming path and reason, as the other calls do; ModelError as refuse_quantised().
   PackedFolder(std::filesystem::path source, std::filesystem::path output,
                const std::vector<PlannedTensor>& tensors, int64_t shard_bytes);
   ~PackedFolder();
@@ -68,6 +67,10 @@ class PackedFolder {
   std::vector<std::unique_ptr<SafetensorsWriter>> files_;
   int64_t total_bytes_ = 0;
 };
+
+// Throws ModelError where the folder's config.json can't be read, or says that its weights are
+// quantised.
+void refuse_quantised(const std::filesystem::path& folder);
 
 // Codes [n] of 4 or 8 bits as 32-bit words, the first in the lowest bits; stride: from one code to
 // the next. What the last word has room for beyond is zero.

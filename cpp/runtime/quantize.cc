@@ -72,9 +72,7 @@ class Quantizer {
  public:
   Quantizer(const std::filesystem::path& model, const std::filesystem::path& output,
             const QuantizeOptions& options)
-      : options_(options),
-        folder_(find_model_folder(model)),
-        checkpoint_(Checkpoint::open(folder_)) {
+      : options_(options), folder_(find_model_folder(model)), checkpoint_(open_stored(folder_)) {
     std::vector<const TensorView*> tensors;
     checkpoint_.for_each([&](const TensorView& tensor) { tensors.push_back(&tensor); });
     std::sort(tensors.begin(), tensors.end(),
@@ -148,6 +146,11 @@ class Quantizer {
   }
 
  private:
+  static Checkpoint open_stored(const std::filesystem::path& folder) {
+    refuse_quantised(folder);
+    return Checkpoint::open(folder);
+  }
+
   void write_as_stored(const PlannedTensor& planned) {
     const TensorView& tensor = *checkpoint_.find(planned.name);
     checkpoint_.prefault(tensor.data, tensor.bytes);

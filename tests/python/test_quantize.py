@@ -185,6 +185,106 @@ def test_transformers_reads_the_folder(
     assert np.array_equal(oracle.logits(read, ids), oracle.logits(dense, ids))
 
 
+def gptq(weights: Any, inputs: Any, scales: Any, zeros: Any, bits: int) -> NDArray[np.int64]:
+    """Codes [rows, cols] as GPTQ (arXiv:2210.17323, algorithm 1) chooses them.
+
+    inputs: [tokens, cols]. scales and zeros: of every group, given.
+    """
+    rows, cols = weights.shape
+    hessian = inputs.T.astype(np.float64) @ inputs
+    hessian += 0.01 * np.trace(hessian) / cols * np.eye(cols)
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    w = weights.astype(np.float64)
+    group = cols // scales.shape[1]
+    codes = np.empty((rows, cols), np.int64)
+    for i in range(cols):
+        scale, zero = scales[:, i // group], zeros[:, i // group]
+        codes[:, i] = np.clip(np.rint(w[:, i] / scale + zero), 0, 2**bits - 1)
+        off = (w[:, i] - scale * (codes[:, i] - zero)) / upper[i, i]
+        w[:, i:] -= off[:, None] * upper[i, i:]
+    return codes
+
+
+def inputs_of(model: Any, names: list[str], pieces: list[list[int]]) -> dict[str, Any]:
+    """What the modules read, [tokens of all pieces, inputs]."""
+    seen: dict[str, list[Any]] = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, given, name=name: seen[name].append(given[0][0].detach().numpy())
+        )
+        for name in names
+    ]
+    for piece in pieces:
+        oracle.logits(model, piece)
+    for hook in hooks:
+        hook.remove()
+    return {name: np.concatenate(rows) for name, rows in seen.items()}
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "granite", "olmo2"])
+def test_calibrated_codes_are_gptq_on_the_activations_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    source = families.save_family(tmp_path / "m", family, intermediate_size=160)
+    rng = np.random.default_rng(2)
+    pieces = [rng.integers(3, 320, n).tolist() for n in (190, 70)]
+    result = mustafar.quantize(source, tmp_path / "q", pieces, group=32, threads=1)
+    assert result.tokens == 260
+    model, made = oracle.load(source), tensors_of(tmp_path / "q")
+    parameters = dict(model.named_parameters())
+    fused = family == "phi3"
+    halves = [
+        [["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+        [["gate_up_proj"] if fused else ["gate_proj", "up_proj"], ["down_proj"]],
+    ]
+    n = 0
+    for layer in range(3):
+        for part, half in zip(("self_attn", "mlp"), halves, strict=True):
+            named = [[f"model.layers.{layer}.{part}.{name}" for name in names] for names in half]
+            inputs = inputs_of(model, [names[0] for names in named], pieces)
+            for names in named:
+                for name in names:
+                    n += 1
+                    codes, scales, zeros = parts_of(made, name + ".weight", 4)
+                    weights = parameters[name + ".weight"].detach().numpy()
+                    expected = gptq(weights, inputs[names[0]], scales, zeros, 4)
+                    # A weight on the edge between two codes may take the other one, and what
+                    # follows in its row with it.
+                    assert (expected == codes).mean() > 0.98, name
+            for name in (name for names in named for name in names):
+                rounded = weights_of(*parts_of(made, name + ".weight", 4)).astype(np.float32)
+                parameters[name + ".weight"].data = torch.from_numpy(rounded)
+    assert n == result.matrices
+
+
+def test_calibration_brings_logits_closer(tmp_path: Path) -> None:
+    sources = sorted((Path(mustafar.__file__).parent / "reference").glob("*.py"))
+    texts = [path.read_text() for path in sources[1:]]
+    mustafar.quantize(DEMO, tmp_path / "p")
+    result = mustafar.quantize(DEMO, tmp_path / "c", texts, max_tokens=4096, threads=1)
+    assert result.tokens == 4096
+    ids = mustafar.Tokenizer(DEMO).encode(sources[0].read_text())[:256]
+    dense = mustafar.KVConfig.preset("dense")
+    rows = {}
+    for name, folder in {
+        "stored": DEMO,
+        "rounded": dequantised(tmp_path / "p", tmp_path / "pd", 4),
+        "calibrated": dequantised(tmp_path / "c", tmp_path / "cd", 4),
+    }.items():
+        with mustafar.Model(folder, "cpu", "f32", 2) as model:
+            logits = mustafar.Session(model, kv=dense).score_logits(ids).astype(np.float64)
+        rows[name] = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    divergence = {
+        name: (np.exp(rows["stored"]) * (rows["stored"] - rows[name])).sum(1).mean()
+        for name in ("rounded", "calibrated")
+    }
+    assert divergence["calibrated"] < 0.6 * divergence["rounded"], divergence
+    # The same bytes whatever the number of threads.
+    mustafar.quantize(DEMO, tmp_path / "c2", texts, max_tokens=4096, threads=2)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("c", "c2"))
+    assert one == two
+
+
 def test_the_reference_implementation_unpacks_the_same(tmp_path: Path) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     mustafar.quantize(DEMO, tmp_path / "q", group=64)
