@@ -370,10 +370,21 @@ def test_what_can_not_be_quantised_is_refused(tmp_path: Path) -> None:
     safetensors.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(mustafar.ModelError, match=r"layers\.1\.mlp\.up_proj.*finite"):
         mustafar.quantize(source, tmp_path / "q")
+    with pytest.raises(ValueError, match="no token"):
+        mustafar.quantize(DEMO, tmp_path / "q", [[]])
+    with pytest.raises(ValueError, match="9999"):
+        mustafar.quantize(DEMO, tmp_path / "q", [[1, 9999]])
+    with pytest.raises(ValueError, match="max_tokens is -2"):
+        mustafar.quantize(DEMO, tmp_path / "q", ["text"], max_tokens=-2)
+    with pytest.raises(mustafar.TokenizerError):
+        mustafar.quantize(source, tmp_path / "q", ["text"])  # a folder without tokenizer
+    with pytest.raises(TypeError, match="list of texts"):
+        mustafar.quantize(DEMO, tmp_path / "q", "text")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "once", "small", "there"]
 
 
-def test_stopping_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("texts", [[], ["def f(x):\n    return x\n" * 20]])
+def test_stopping_leaves_nothing(texts: list[str], tmp_path: Path) -> None:
     seen = []
 
     def stop(done: int, total: int) -> None:
@@ -382,7 +393,7 @@ def test_stopping_leaves_nothing(tmp_path: Path) -> None:
             raise KeyError("enough")
 
     with pytest.raises(KeyError, match="enough"):
-        mustafar.quantize(DEMO, tmp_path / "q", progress=stop)
+        mustafar.quantize(DEMO, tmp_path / "q", texts, progress=stop)
     assert len(seen) > 2 and list(tmp_path.iterdir()) == []
 
 
