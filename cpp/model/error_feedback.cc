@@ -4,14 +4,14 @@
 //
 //   w[k] + sum over j < k of (w[j] - q[j]) U[j][k]
 //
-// (Chee et al. 2023, arXiv:2307.13304, theorem 6). A group's scale is fitted when the first of its
-// inputs is reached, to its weights as they would be with no error from there on: where
-// w[j] - q[j] is known before the group and 0 = w[j] - x[j] - ... inside it, x being the same sum.
+// (Chee et al. 2023, arXiv:2307.13304, theorem 6). Groups are of neighbouring inputs whatever the
+// order, so their scales are fitted beforehand, to the weights as they are.
 #include "model/error_feedback.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 
 #include "core/cholesky.h"
 #include "model/group_fit.h"
@@ -20,17 +20,25 @@
 namespace mustafar {
 
 InputMoments::InputMoments(int64_t n, const float* sums, double damping, ThreadPool& pool)
-    : n_(n), energy_(n), shares_(n * n) {
-  std::vector<double> a(n * n);
+    : n_(n), order_(n), energy_(n), shares_(n * n) {
   double trace = 0;
   for (int64_t i = 0; i < n; i++) trace += sums[i * n + i];
   if (!std::isfinite(trace)) throw Error("activations are not finite on this text");
   // Inputs that are always zero: their weights do not matter, and are rounded by themselves.
   const double added = trace > 0 ? damping * trace / static_cast<double>(n) : 1.0;
-  pool.parallel_for(n, [&](int64_t i, int) {
-    for (int64_t j = i; j < n; j++) a[i * n + j] = sums[i * n + j];
-    a[i * n + i] += added;
-    energy_[i] = static_cast<float>(a[i * n + i]);
+  for (int64_t i = 0; i < n; i++) energy_[i] = static_cast<float>(sums[i * n + i] + added);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](int64_t i, int64_t j) { return sums[i * n + i] > sums[j * n + j]; });
+
+  std::vector<double> a(n * n);
+  pool.parallel_for(n, [&](int64_t k, int) {
+    const int64_t i = order_[k];
+    for (int64_t l = k; l < n; l++) {
+      const int64_t j = order_[l];
+      a[k * n + l] = sums[std::min(i, j) * n + std::max(i, j)];
+    }
+    a[k * n + k] += added;
   });
   if (!upper_root(n, a, pool)) throw Error("activations are not finite on this text");
   pool.parallel_for(n, [&](int64_t k, int) {
@@ -43,72 +51,71 @@ InputMoments::InputMoments(int64_t n, const float* sums, double damping, ThreadP
 
 namespace {
 
-// Sixteen rows on their way through the inputs. All arrays are [inputs][kFitRows].
+// Sixteen rows on their way through the inputs.
 struct RowTile {
-  std::vector<float> weights, errors, group, codes;
+  std::vector<float> weights, codes;  // [inputs][kFitRows]
+  std::vector<float> errors;          // [inputs][kFitRows], in the order of rounding
+  std::vector<GroupScales> scales;    // [groups]
 
-  RowTile(int64_t cols, int64_t group_cols)
-      : weights(cols * kFitRows),
-        errors(cols * kFitRows),
-        group(group_cols * kFitRows),
-        codes(group_cols * kFitRows) {}
+  explicit RowTile(const GroupCodes& matrix)
+      : weights(matrix.cols * kFitRows),
+        codes(matrix.cols * kFitRows),
+        errors(matrix.cols * kFitRows),
+        scales(matrix.n_groups()) {}
 };
 
-// x [kFitRows] += sum over j in [first, end) of errors[j] * shares[j].
-void add_errors(const float* shares, const float* errors, int64_t first, int64_t end, float* x) {
-  float sum[kFitRows];
-  std::copy_n(x, kFitRows, sum);
-  for (int64_t j = first; j < end; j++) {
-    const float* e = errors + j * kFitRows;
-    for (int r = 0; r < kFitRows; r++) sum[r] += shares[j] * e[r];
+// False where a group has no scale.
+bool fit_groups(const GroupFormat& format, const float* importance, RowTile& tile) {
+  bool fine = true;
+  for (size_t g = 0; g < tile.scales.size(); g++) {
+    const int64_t col = static_cast<int64_t>(g) * format.group;
+    tile.scales[g] =
+        fit_group(format, tile.weights.data() + col * kFitRows, importance + col, format.group);
+    for (const float scale : tile.scales[g].scale) fine = fine && std::isfinite(scale);
   }
-  std::copy_n(sum, kFitRows, x);
+  return fine;
+}
+
+void round_inputs(const GroupFormat& format, const InputMoments& moments, RowTile& tile) {
+  const float top = static_cast<float>(format.top());
+  for (int64_t k = 0; k < moments.inputs(); k++) {
+    const int64_t input = moments.input(k);
+    const float* const w = tile.weights.data() + input * kFitRows;
+    float* const codes = tile.codes.data() + input * kFitRows;
+    const GroupScales& scales = tile.scales[input / format.group];
+    const float* const shares = moments.shares(k);
+    float sum[kFitRows];
+    std::copy_n(w, kFitRows, sum);
+    for (int64_t j = 0; j < k; j++) {
+      const float* const e = tile.errors.data() + j * kFitRows;
+      for (int r = 0; r < kFitRows; r++) sum[r] += shares[j] * e[r];
+    }
+    float* const errors = tile.errors.data() + k * kFitRows;
+    for (int r = 0; r < kFitRows; r++) {
+      codes[r] = nearest_code(sum[r], scales.scale[r], scales.zero[r], top);
+      errors[r] = w[r] - scales.scale[r] * (codes[r] - scales.zero[r]);
+    }
+  }
 }
 
 }  // namespace
 
 bool round_with_feedback(const Matrix& stored, const InputMoments& moments, ThreadPool& pool,
                          GroupCodes& out) {
-  const int64_t group = out.format.group;
-  const float top = static_cast<float>(out.format.top());
-  std::vector<RowTile> tiles(pool.size(), RowTile(out.cols, group));
+  std::vector<RowTile> tiles(pool.size(), RowTile(out));
   std::atomic<bool> fine = true;
-  pool.parallel_for((out.rows + kFitRows - 1) / kFitRows, [&](int64_t tile, int worker) {
-    RowTile& t = tiles[worker];
-    float* const errors = t.errors.data();
-    load_rows(stored, tile * kFitRows, t.weights.data());
-    for (int64_t col = 0; col < out.cols; col += group) {
-      float* const x = t.group.data();
-      const float* const w = t.weights.data() + col * kFitRows;
-      std::copy_n(w, group * kFitRows, x);
-      for (int64_t c = 0; c < group; c++) {
-        add_errors(moments.shares(col + c), errors, 0, col, x + c * kFitRows);
-      }
-      // The group's weights without errors of its own.
-      for (int64_t c = 0; c < group; c++) {
-        float* const moved = t.codes.data() + c * kFitRows;
-        float* const e = errors + (col + c) * kFitRows;
-        std::copy_n(x + c * kFitRows, kFitRows, moved);
-        add_errors(moments.shares(col + c), errors, col, col + c, moved);
-        for (int r = 0; r < kFitRows; r++) e[r] = w[c * kFitRows + r] - moved[r];
-      }
-      const GroupScales scales =
-          fit_group(out.format, t.codes.data(), moments.energy() + col, group);
-      for (int r = 0; r < kFitRows; r++) {
-        if (!std::isfinite(scales.scale[r])) fine = false;
-      }
-      if (!fine) return;
-      for (int64_t c = 0; c < group; c++) {
-        float* const from = x + c * kFitRows;
-        float* const e = errors + (col + c) * kFitRows;
-        add_errors(moments.shares(col + c), errors, col, col + c, from);
-        for (int r = 0; r < kFitRows; r++) {
-          const float code = nearest_code(from[r], scales.scale[r], scales.zero[r], top);
-          t.codes[c * kFitRows + r] = code;
-          e[r] = w[c * kFitRows + r] - scales.scale[r] * (code - scales.zero[r]);
-        }
-      }
-      store_group(scales, t.codes.data(), tile * kFitRows, col, group, out);
+  pool.parallel_for((out.rows + kFitRows - 1) / kFitRows, [&](int64_t i, int worker) {
+    RowTile& tile = tiles[worker];
+    load_rows(stored, i * kFitRows, tile.weights.data());
+    if (!fit_groups(out.format, moments.energy(), tile)) {
+      fine = false;
+      return;
+    }
+    round_inputs(out.format, moments, tile);
+    for (int64_t g = 0; g < out.n_groups(); g++) {
+      const int64_t col = g * out.format.group;
+      store_group(tile.scales[g], tile.codes.data() + col * kFitRows, i * kFitRows, col,
+                  out.format.group, out);
     }
   });
   return fine;

@@ -1,6 +1,7 @@
 // Rounding that makes up for itself: what a code loses is added to the inputs of its row that come
 // after it, as far as they can stand in for it on the activations of a text (GPTQ: Frantar et al.
-// 2022, arXiv:2210.17323).
+// 2022, arXiv:2210.17323). Inputs come by falling energy: those that count most are rounded while
+// all others can still make up for them.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +22,17 @@ class InputMoments {
   InputMoments(int64_t n, const float* sums, double damping, ThreadPool& pool);
 
   int64_t inputs() const { return n_; }
-  // [n] mean squares, up to one factor: how much an input counts.
+  // [n] by input: mean squares, up to one factor: how much an input counts.
   const float* energy() const { return energy_.data(); }
-  // How far input j < k makes up for input k: what is added to the weight of k for every unit that
-  // the weight of j has lost.
-  float share(int64_t j, int64_t k) const { return shares_[k * n_ + j]; }
-  // [k] those of all j < k.
+  // The input that is rounded as number k.
+  int64_t input(int64_t k) const { return order_[k]; }
+  // [k]: how far those before make up for number k. What is added to its weight for every unit that
+  // the weight of number j has lost.
   const float* shares(int64_t k) const { return shares_.data() + k * n_; }
 
  private:
   int64_t n_;
+  std::vector<int64_t> order_;
   std::vector<float> energy_;
   std::vector<float> shares_;  // [n][n], row k up to k
 };

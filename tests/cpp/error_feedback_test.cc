@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -100,34 +101,39 @@ Doubles cholesky(int64_t n, const Doubles& a) {
   return u;
 }
 
-// Algorithm 1 of the paper without its blocks: codes [rows][cols].
+// Algorithm 1 of the paper without its blocks, inputs by falling energy: codes [rows][cols].
 std::vector<int> gptq(const Problem& p, const GroupFormat& format, double damping) {
   const int64_t n = p.cols;
-  Doubles h(p.sums.begin(), p.sums.end());
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t i, int64_t j) { return p.sums[i * n + i] > p.sums[j * n + j]; });
   double mean = 0;
-  for (int64_t i = 0; i < n; i++) mean += h[i * n + i] / static_cast<double>(n);
+  for (int64_t i = 0; i < n; i++) mean += p.sums[i * n + i] / static_cast<double>(n);
+  Doubles h(n * n);
   std::vector<float> energy(n);
   for (int64_t i = 0; i < n; i++) {
+    for (int64_t j = 0; j < n; j++) h[i * n + j] = p.sums[order[i] * n + order[j]];
     h[i * n + i] += damping * mean;
-    energy[i] = static_cast<float>(h[i * n + i]);
+    energy[order[i]] = static_cast<float>(h[i * n + i]);
   }
   const Doubles u = cholesky(n, inverse(n, h));
   std::vector<int> codes(p.rows * n);
   for (int64_t r = 0; r < p.rows; r++) {
-    Doubles w(p.weights.begin() + r * n, p.weights.begin() + (r + 1) * n);
-    GroupScales scales{};
+    std::vector<GroupScales> scales;
+    for (int64_t i = 0; i < n; i += format.group) {
+      std::vector<float> x(format.group * kFitRows, 0.0f);
+      for (int64_t c = 0; c < format.group; c++) x[c * kFitRows] = p.weights[r * n + i + c];
+      scales.push_back(fit_group(format, x.data(), energy.data() + i, format.group));
+    }
+    Doubles w(n);
+    for (int64_t i = 0; i < n; i++) w[i] = p.weights[r * n + order[i]];
     for (int64_t i = 0; i < n; i++) {
-      if (i % format.group == 0) {
-        std::vector<float> x(format.group * kFitRows, 0.0f);
-        for (int64_t c = 0; c < format.group; c++) {
-          x[c * kFitRows] = static_cast<float>(w[i + c]);
-        }
-        scales = fit_group(format, x.data(), energy.data() + i, format.group);
-      }
-      const double level = std::nearbyint(w[i] / scales.scale[0] + scales.zero[0]);
+      const GroupScales& group = scales[order[i] / format.group];
+      const double level = std::nearbyint(w[i] / group.scale[0] + group.zero[0]);
       const double code = std::clamp(level, 0.0, double(format.top()));
-      codes[r * n + i] = static_cast<int>(code);
-      const double off = (w[i] - scales.scale[0] * (code - scales.zero[0])) / u[i * n + i];
+      codes[r * n + order[i]] = static_cast<int>(code);
+      const double off = (w[i] - group.scale[0] * (code - group.zero[0])) / u[i * n + i];
       for (int64_t j = i; j < n; j++) w[j] -= off * u[i * n + j];
     }
   }

@@ -188,19 +188,20 @@ def test_transformers_reads_the_folder(
 def gptq(weights: Any, inputs: Any, scales: Any, zeros: Any, bits: int) -> NDArray[np.int64]:
     """Codes [rows, cols] as GPTQ (arXiv:2210.17323, algorithm 1) chooses them.
 
-    inputs: [tokens, cols]. scales and zeros: of every group, given.
+    Inputs come by falling energy. inputs: [tokens, cols]. scales and zeros: of every group, given.
     """
     rows, cols = weights.shape
     hessian = inputs.T.astype(np.float64) @ inputs
-    hessian += 0.01 * np.trace(hessian) / cols * np.eye(cols)
+    order = np.argsort(-np.diag(hessian), kind="stable")
+    hessian = hessian[np.ix_(order, order)] + 0.01 * np.trace(hessian) / cols * np.eye(cols)
     upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    w = weights.astype(np.float64)
+    w = weights[:, order].astype(np.float64)
     group = cols // scales.shape[1]
     codes = np.empty((rows, cols), np.int64)
-    for i in range(cols):
-        scale, zero = scales[:, i // group], zeros[:, i // group]
-        codes[:, i] = np.clip(np.rint(w[:, i] / scale + zero), 0, 2**bits - 1)
-        off = (w[:, i] - scale * (codes[:, i] - zero)) / upper[i, i]
+    for i, column in enumerate(order):
+        scale, zero = scales[:, column // group], zeros[:, column // group]
+        codes[:, column] = np.clip(np.rint(w[:, i] / scale + zero), 0, 2**bits - 1)
+        off = (w[:, i] - scale * (codes[:, column] - zero)) / upper[i, i]
         w[:, i:] -= off[:, None] * upper[i, i:]
     return codes
 
