@@ -59,7 +59,7 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<Engine, DeleteWithoutGil> make(const Model& model, const py::dict& kv,
+std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const py::dict& kv,
                                                int32_t max_batch, int32_t max_waiting,
                                                int32_t prefill_tokens) {
   EngineOptions options;
@@ -147,7 +147,7 @@ void register_engine(py::module_& m) {
       });
 
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
-      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
+      .def(py::init(&make_engine), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
            py::arg("max_waiting"), py::arg("prefill_tokens"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
            py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"))

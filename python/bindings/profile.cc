@@ -65,7 +65,7 @@ py::object cost_array(const std::vector<float>& values) {
   return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_backward,
+std::shared_ptr<Profile> make_profile(const py::object& k_forward, const py::object& k_backward,
                               const py::object& v_forward, const py::object& v_backward,
                               const py::object& k_weight, const py::object& v_weight,
                               const std::string& kind, const std::string& fingerprint,
@@ -198,7 +198,7 @@ void register_profile(py::module_& m) {
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
         py::arg("progress"), py::arg("budget") = false);
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
-      .def(py::init(&make), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
+      .def(py::init(&make_profile), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
            py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"), py::arg("kind"),
            py::arg("model_fingerprint"), py::arg("text_hash"), py::arg("k_sigma") = py::none(),
            py::arg("v_sigma") = py::none(), py::arg("k_cost") = py::none(),
