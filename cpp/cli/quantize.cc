@@ -65,6 +65,7 @@ void add_quantize(CLI::App& app, Run& run) {
   command
       ->add_option("-n,--max-tokens", quantize_options.max_tokens,
                    "Tokens of text to use at most; -1: all")
+      ->check(CLI::Range(int64_t{-1}, int64_t{1} << 40))
       ->capture_default_str();
   command->add_option("--bits", quantize_options.bits, "Bits of a weight: 4 or 8")
       ->check(CLI::IsMember({4, 8}))

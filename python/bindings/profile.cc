@@ -66,12 +66,12 @@ py::object cost_array(const std::vector<float>& values) {
 }
 
 std::shared_ptr<Profile> make_profile(const py::object& k_forward, const py::object& k_backward,
-                              const py::object& v_forward, const py::object& v_backward,
-                              const py::object& k_weight, const py::object& v_weight,
-                              const std::string& kind, const std::string& fingerprint,
-                              const std::string& text_hash, const py::object& k_sigma,
-                              const py::object& v_sigma, const py::object& k_cost,
-                              const py::object& v_cost) {
+                                      const py::object& v_forward, const py::object& v_backward,
+                                      const py::object& k_weight, const py::object& v_weight,
+                                      const std::string& kind, const std::string& fingerprint,
+                                      const std::string& text_hash, const py::object& k_sigma,
+                                      const py::object& v_sigma, const py::object& k_cost,
+                                      const py::object& v_cost) {
   const FloatArray first = FloatArray::ensure(k_forward);
   if (!first || first.ndim() != 4) {
     PyErr_Clear();
@@ -198,11 +198,11 @@ void register_profile(py::module_& m) {
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
         py::arg("progress"), py::arg("budget") = false);
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
-      .def(py::init(&make_profile), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
-           py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"), py::arg("kind"),
-           py::arg("model_fingerprint"), py::arg("text_hash"), py::arg("k_sigma") = py::none(),
-           py::arg("v_sigma") = py::none(), py::arg("k_cost") = py::none(),
-           py::arg("v_cost") = py::none(),
+      .def(py::init(&make_profile), py::arg("k_forward"), py::arg("k_backward"),
+           py::arg("v_forward"), py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"),
+           py::arg("kind"), py::arg("model_fingerprint"), py::arg("text_hash"),
+           py::arg("k_sigma") = py::none(), py::arg("v_sigma") = py::none(),
+           py::arg("k_cost") = py::none(), py::arg("v_cost") = py::none(),
            "A KV transform from float32 matrices [n_layers, n_kv_heads, D, D]; ranking weights and "
            "root mean squares of transformed dims, [n_layers, n_kv_heads, D] or None; and what "
            "errors cost, [n_layers] or None.")
