@@ -17,6 +17,7 @@ void add_bench(CLI::App& app, Run& run);
 void add_perplexity(CLI::App& app, Run& run);
 void add_eval(CLI::App& app, Run& run);
 void add_calibrate(CLI::App& app, Run& run);
+void add_quantize(CLI::App& app, Run& run);
 void add_completion(CLI::App& app, Run& run);
 // Names and help alone: what is below reads the options.
 void add_serve(CLI::App& app, Run& run);

@@ -18,8 +18,8 @@ namespace mustafar::cli {
 namespace {
 
 constexpr void (*kCommands[])(CLI::App&, Run&) = {
-    add_generate, add_chat,      add_info,  add_bench,       add_perplexity,
-    add_eval,     add_calibrate, add_serve, add_bench_serve, add_completion};
+    add_generate,  add_chat,     add_info,  add_bench,       add_perplexity, add_eval,
+    add_calibrate, add_quantize, add_serve, add_bench_serve, add_completion};
 
 constexpr const char* kExamples =
     "Examples:\n"

@@ -33,6 +33,7 @@ GROUPS = {
     "Results": ["GenerateResult", "GenerateStats", "TokenLogprob", "MemoryUsage", "ModelMemory"],
     "Text": ["Tokenizer", "ChatTemplate"],
     "Calibration": ["Profile", "auto_profile", "calibrate"],
+    "Quantised folders": ["quantize", "QuantizeResult"],
     "Compressed blocks": ["CompressedBlocks", "compress", "decompress"],
     "Errors": [],  # every exception
 }
