@@ -221,6 +221,7 @@ py::dict to_dict(const GenerateResult& result) {
   for (const TokenLogprob& entry : result.logprobs) logprobs.append(to_tuple(entry));
   py::dict stats;
   stats["prompt_tokens"] = result.stats.prompt_tokens;
+  stats["cached_tokens"] = result.stats.cached_tokens;
   stats["generated_tokens"] = result.stats.generated_tokens;
   stats["prefill_seconds"] = result.stats.prefill_seconds;
   stats["decode_seconds"] = result.stats.decode_seconds;

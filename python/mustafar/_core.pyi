@@ -257,6 +257,8 @@ class Engine:
         max_batch: int,
         max_waiting: int,
         prefill_tokens: int,
+        prefix_cache: str,
+        prefix_bytes: int | None,
     ) -> None: ...
     def submit(
         self,
@@ -266,7 +268,10 @@ class Engine:
         timeout: float | None,
         parse_special: bool,
         own_text: bool,
+        prefixes: list[int],
     ) -> Request: ...
+    def pin(self, prefix: Any, parse_special: bool) -> int: ...
+    def unpin(self, prefix: Any, parse_special: bool) -> bool: ...
     def stats(self) -> dict[str, int]: ...
     def close(self) -> None: ...
 

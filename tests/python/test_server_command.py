@@ -154,6 +154,9 @@ def test_options_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keyed.api_keys == ("a", "b") and keyed.allowed_hosts == ()
     assert keyed.max_body_bytes == 3 << 19 and keyed.context == 128
     assert read("--kv-budget", "512MiB").kv_budget == 512 << 20
+    assert not usual.system_prefix and settings_of(read("--system-prefix")).system_prefix
+    assert read("--prefix-cache", "approximate").prefix_cache == "approximate"
+    assert read("--prefix-bytes", "64M").prefix_bytes == 64 << 20
     with pytest.raises(ValueError, match="max_choices"):
         Settings(max_choices=0)
     with pytest.raises(SystemExit):

@@ -210,6 +210,8 @@ def _engine_numbers(
         "mustafar_requests_paused": ("Requests that gave their cache up for now.", now.paused),
         "mustafar_kv_bytes": ("Bytes of all caches.", now.kv_bytes),
         "mustafar_kv_budget_bytes": ("The most bytes of caches; 0: no limit.", memory.kv_budget),
+        "mustafar_prefixes": ("States of caches kept for prompts to come.", now.prefixes),
+        "mustafar_prefix_bytes": ("Bytes of those, a part of all.", now.prefix_bytes),
         "mustafar_weights_bytes": ("Bytes of the model's tensors.", memory.weights_bytes),
     }
     counts = {
@@ -218,5 +220,6 @@ def _engine_numbers(
         "mustafar_requests_failed_total": ("Requests that ended with an error.", now.failed),
         "mustafar_generated_tokens_total": ("Tokens made.", now.generated_tokens),
         "mustafar_prompt_tokens_total": ("Tokens of prompts computed.", now.prompt_tokens),
+        "mustafar_reused_tokens_total": ("Tokens of prompts that were kept.", now.reused_tokens),
     }
     return dict(gauges), dict(counts)

@@ -136,6 +136,8 @@ def _serve(options: argparse.Namespace, kv: KVConfig, settings: Settings) -> int
             max_batch=options.max_batch,
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
+            prefix_cache=options.prefix_cache,
+            prefix_bytes=options.prefix_bytes or None,
         ) as engine,
     ):
         app = create_app(engine, settings)

@@ -58,7 +58,15 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
                 with client_errors(body):
                     generation = service.submit(ids, sampling, own_text=False)
                     choice = answer.choice(len(jobs), ids)
-                jobs.append(Job(generation, choice, by_pieces=False, with_tokens=request.logprobs))
+                jobs.append(
+                    Job(
+                        generation,
+                        choice,
+                        by_pieces=False,
+                        with_tokens=request.logprobs,
+                        first=index == 0,
+                    )
+                )
     except BaseException:
         service.release(jobs)
         raise

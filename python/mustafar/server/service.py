@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import json
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
@@ -22,6 +25,8 @@ from .metrics import Metrics
 from .settings import Settings
 
 _COMPILE_SECONDS = 10.0  # of a grammar, waiting for others included
+_SYSTEM_ROLES = ("system", "developer")
+_MOST_BEGINNINGS = 64  # of conversations, whose ids are remembered
 
 
 class ChatPrompts:
@@ -39,6 +44,8 @@ class ChatPrompts:
             else _core.ChatTemplate.from_argument(chat_template, folder)
         )
         self.end_tokens = tuple(self._chat(None).end_tokens())
+        self._beginnings: OrderedDict[str, list[int]] = OrderedDict()
+        self._beginnings_lock = threading.Lock()
 
     def _chat(self, tools: Tools | None) -> _core.Chat:
         # Chats render for a session, which one thread may use at a time: each has its own, which
@@ -54,6 +61,36 @@ class ChatPrompts:
         set_messages(chat, messages)
         return chat.prompt_tokens(continues)
 
+    def beginning(
+        self, ids: Sequence[int], messages: Sequence[Mapping[str, Any]], tools: Tools | None
+    ) -> int:
+        """How many of a conversation's ids come before the user's first words, whatever they are.
+
+        0 where it has neither a system message nor tools.
+        """
+        system = list(itertools.takewhile(lambda each: each["role"] in _SYSTEM_ROLES, messages))
+        if not system and not tools:
+            return 0
+        key = json.dumps([system, list(tools or ())])
+        with self._beginnings_lock:
+            known = self._beginnings.get(key)
+            if known is not None:
+                self._beginnings.move_to_end(key)
+        if known is None or list(ids[: len(known)]) != known:  # a template may say the time
+            try:
+                one, other = (
+                    self.ids([*system, {"role": "user", "content": word}], tools, False)
+                    for word in ("0", "x")
+                )
+            except _core.TemplateError:
+                return 0
+            known = one[: _n_common(one, other)]
+            with self._beginnings_lock:
+                self._beginnings[key] = known
+                if len(self._beginnings) > _MOST_BEGINNINGS:
+                    self._beginnings.popitem(last=False)
+        return len(known) if list(ids[: len(known)]) == known else 0
+
 
 @dataclass
 class Job:
@@ -63,6 +100,7 @@ class Job:
     choice: Choice
     by_pieces: bool = True  # whether the choice must see them one by one, stream or not
     with_tokens: bool = False  # pieces have ids and log-probabilities
+    first: bool = True  # of its prompt's choices
     result: GenerateResult | None = field(default=None, init=False)
 
 
@@ -155,7 +193,12 @@ class Service:
                 raise self.count_refused(ApiError(503, message, "timeout", param)) from None
 
     def submit(
-        self, prompt: Sequence[int], sampling: SamplingParams, *, own_text: bool
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        own_text: bool,
+        prefixes: Sequence[int] = (),
     ) -> Generation:
         """Gives the engine a prompt. Raises ApiError where the queue is full, else as it does."""
         if self.stopping:
@@ -166,6 +209,7 @@ class Service:
                 sampling,
                 timeout=self.settings.timeout or None,
                 own_text=own_text,
+                prefixes=prefixes,
             )
         except _core.QueueFull as error:
             raise self.count_refused(queue_full(self.settings.retry_after)) from error
@@ -251,6 +295,11 @@ class Service:
             yield
         except _core.OutOfMemory as error:
             raise ApiError(400, str(error), "kv_budget_exceeded") from error
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _stopping() -> ApiError:

@@ -17,6 +17,8 @@ class Settings:
             listens on loopback without keys, this keeps web pages from reaching it by a name of
             theirs that they let point there.
         chat_template: A template, or its name or file, in place of the model's.
+        system_prefix: What a conversation says before the user's first message, tools included, is
+            a prefix of its own: computed once for all that begin with the same.
         context: Tokens of prompt and reply at most; 0: the model's context.
         reply_tokens: Tokens of a chat's reply at most where a request does not say; -1: until the
             context is full.
@@ -33,6 +35,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     chat_template: str | None = None
+    system_prefix: bool = False
     context: int = 0
     reply_tokens: int = -1
     max_body_bytes: int = 4 << 20
