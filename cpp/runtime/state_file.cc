@@ -375,7 +375,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
     }
-    auto session = std::make_shared<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+    auto session = Impl::make(model, kv, static_cast<int32_t>(max_tokens));
     const CacheSpec& spec = *session->spec;
     if (kv.budgeted()) check_rows(header.at("row_bytes"), spec.layout, where);
     const int64_t n = header.at("n_tokens").get<int64_t>();
