@@ -312,6 +312,10 @@ int run(int argc, char** argv) {
     bench.add_gemv(dtype, 2048, 8192, 1);
   }
   for (int32_t batch : {2, 4, 8, 16}) bench.add_gemv(DType::kBF16, 8192, 2048, batch);
+  for (int32_t batch : {1, 4, 16}) {  // of a small model
+    bench.add_gemv(DType::kBF16, 1536, 576, batch);
+    bench.add_gemv(DType::kBF16, 576, 1536, batch);
+  }
   for (DType dtype : {DType::kInt8, DType::kInt4}) {
     for (int32_t group : {32, 128}) {
       bench.add_quantised_gemv(dtype, group, 8192, 2048, 1, true);

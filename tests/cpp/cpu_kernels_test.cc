@@ -44,6 +44,19 @@ std::string test_name(const testing::TestParamInfo<Isa>& info) { return isa_name
 class CpuKernels : public testing::TestWithParam<Isa> {
  protected:
   const Kernels kernels_ = select_kernels(GetParam());
+
+  // The kernel's product of one task.
+  void gemv(GemvArgs args) const {
+    HostBuffer terms;
+    if (args.dtype == DType::kBF16 && kernels_.split_terms != nullptr) {
+      terms.ensure(kernels_.terms_bytes(args.batch, args.cols));
+      args.terms = terms.data();
+      if (args.terms != nullptr) {
+        kernels_.split_terms(args.x, args.x_stride, args.batch, args.cols, terms.data());
+      }
+    }
+    kernels_.gemv(args);
+  }
 };
 
 INSTANTIATE_TEST_SUITE_P(Isa, CpuKernels, testing::ValuesIn(available_isas()), test_name);
@@ -280,7 +293,7 @@ TEST_P(CpuKernels, GemvSumsAndDoesNotDependOnTheBatch) {
           args.batch = 1;
           args.bias = p.bias.data();
           args.y = one.data();
-          kernels_.gemv(args);
+          gemv(args);
           ASSERT_EQ(std::memcmp(one.data(), y.data() + b * rows, rows * sizeof(float)), 0)
               << "batch " << batch << " row " << b;
         }
@@ -307,10 +320,10 @@ TEST_P(CpuKernels, GemvTakesUnalignedWeights) {
     args.batch = 1;
     args.weights = w.data();
     args.y = aligned;
-    kernels_.gemv(args);
+    gemv(args);
     args.weights = bytes.data() + element;
     args.y = shifted;
-    kernels_.gemv(args);
+    gemv(args);
     EXPECT_EQ(std::memcmp(aligned, shifted, sizeof(aligned)), 0);
   }
 }

@@ -7,9 +7,11 @@ namespace mustafar {
 namespace {
 
 #if defined(__x86_64__)
-void gemv_avx512bf16(const GemvArgs& args) {
+// gemv of AVX-512, but for bf16 weights.
+template <void (*kBF16)(const GemvArgs&)>
+void gemv_with_bf16(const GemvArgs& args) {
   static const auto other = avx512_kernels().gemv;
-  args.dtype == DType::kBF16 ? gemv_bf16_avx512bf16(args) : other(args);
+  args.dtype == DType::kBF16 ? kBF16(args) : other(args);
 }
 #endif
 
@@ -34,9 +36,16 @@ Kernels select_kernels(Isa isa) {
       kernels.quantise_tile = quantise_tile_avx512;
       if (isa == Isa::kAvx512Bf16) {
         kernels.bf16 = avx512bf16_gemm_kernels();
-        kernels.gemv = gemv_avx512bf16;
+        kernels.gemv = gemv_with_bf16<gemv_bf16_avx512bf16>;
+        kernels.terms_bytes = gemv_terms_bytes_avx512bf16;
+        kernels.split_terms = gemv_split_terms_avx512bf16;
       }
-      if (isa == Isa::kAmx) kernels.bf16 = amx_gemm_kernels();
+      if (isa == Isa::kAmx) {
+        kernels.bf16 = amx_gemm_kernels();
+        kernels.gemv = gemv_with_bf16<gemv_bf16_amx>;
+        kernels.terms_bytes = gemv_terms_bytes_amx;
+        kernels.split_terms = gemv_split_terms_amx;
+      }
       return kernels;
     }
 #elif defined(__aarch64__)

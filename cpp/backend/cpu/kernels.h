@@ -41,6 +41,8 @@ struct GemvArgs : ProductArgs {
   const void* weights = nullptr;  // [rows][cols]
   DType dtype = DType::kF32;      // of the weights: f32, f16 or bf16
   int64_t cols = 0;
+  // Of bf16 weights: x as Kernels::split_terms makes it, where that is not x itself.
+  const void* terms = nullptr;
 };
 
 // Activations of a product with a quantised matrix, rounded to integers in groups of kInnerStep
@@ -173,6 +175,12 @@ struct Kernels {
   void (*to_f32)(const void* x, DType dtype, int64_t n, float* out) = nullptr;
   void (*from_f32)(const float* x, int64_t n, DType dtype, void* out) = nullptr;
   void (*gemv)(const GemvArgs& args) = nullptr;
+  // What gemv takes the activations of bf16 weights as, made once for all tasks of a product:
+  // terms_bytes(batch, cols) bytes, aligned to 64. Null, or 0 bytes, where it takes them as they
+  // are.
+  int64_t (*terms_bytes)(int32_t batch, int64_t cols) = nullptr;
+  void (*split_terms)(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                      void* terms) = nullptr;
   // Products with quantised matrices: of f32 activations, and of int8 ones.
   void (*gemv_quantised)(const QuantisedGemvArgs& args) = nullptr;
   void (*gemv_int8_input)(const QuantisedGemvArgs& args) = nullptr;
@@ -209,7 +217,15 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const GemmKernels& avx512bf16_gemm_kernels();
 const GemmKernels& amx_gemm_kernels();
-void gemv_bf16_avx512bf16(const GemvArgs& args);  // bf16 weights only
+// Of bf16 weights only.
+void gemv_bf16_avx512bf16(const GemvArgs& args);
+int64_t gemv_terms_bytes_avx512bf16(int32_t batch, int64_t cols);
+void gemv_split_terms_avx512bf16(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                                 void* terms);
+void gemv_bf16_amx(const GemvArgs& args);
+int64_t gemv_terms_bytes_amx(int32_t batch, int64_t cols);
+void gemv_split_terms_amx(const float* x, int64_t x_stride, int32_t batch, int64_t cols,
+                          void* terms);
 const Kernels& neon_kernels();
 void gemv_int8_input_plain(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx2(const QuantisedGemvArgs& args);

@@ -21,6 +21,7 @@ struct CpuWorkspace final : Workspace {
   HostBuffer branch;  // [rows][hidden]: what is normed before it is added to x
   // Int8Input of one plane and of two: [2][rows][groups], then codes [rows][inner][planes].
   HostBuffer int8_input[2];
+  HostBuffer terms;                 // a product's activations as Kernels::split_terms makes them
   HostBuffer rope;                  // [2 (cos, sin)][rows][rope dims / 2]
   HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
@@ -36,7 +37,7 @@ struct CpuWorkspace final : Workspace {
   int64_t bytes() const override {
     size_t sum = 0;
     for (const HostBuffer* buffer : {&normed, &keys, &values, &gated, &packed, &branch,
-                                     &int8_input[0], &int8_input[1], &rope, &attention}) {
+                                     &int8_input[0], &int8_input[1], &terms, &rope, &attention}) {
       sum += buffer->bytes();
     }
     for (const HostBuffer& buffer : workers) sum += buffer.bytes();

@@ -24,29 +24,29 @@ void split(int32_t layer, int64_t rows, int64_t step, std::vector<Task>& tasks) 
   }
 }
 
-// Rows per GEMV task: whole blocks of four, or tiles of a quantised matrix; several tasks per
+// Rows per GEMV task: whole tiles, those of a quantised matrix or of registers; several tasks per
 // thread so that a slow one is evened out.
 int64_t gemv_task_rows(const Matrix& w, int threads) {
   const int64_t row_bytes = std::max<int64_t>(1, dtype_bytes(w.dtype, w.cols));
   const int64_t rows = std::min(kGemvTaskBytes / row_bytes, w.rows / (4 * threads));
-  const int64_t block = w.quantised() ? kTileRows : 4;
-  return std::max(block, rows / block * block);
+  return std::max<int64_t>(kTileRows, rows / kTileRows * kTileRows);
 }
 
-// Activations rounded to integers as each type of quantised matrix takes them, for those that
-// are multiplied with: with one plane and with two.
-struct RoundedInputs {
+// Activations as the types of matrices take them that they are multiplied with: rounded to integers
+// of one plane or of two, or split into terms.
+struct Inputs {
   Int8Input of_planes[2];
+  const void* terms = nullptr;
 
   const Int8Input& of(const Matrix& w) const { return of_planes[input_planes(w.dtype) - 1]; }
 };
 
-// Rounds x for a matrix, unless that has been done for another one; in the workspace.
+// Rounds x for a quantised matrix, unless that has been done for another one; in the workspace.
 void round_rows(ThreadPool& pool, const Kernels& kernels, const Matrix& w, const float* x,
-                int64_t x_stride, int32_t batch, CpuWorkspace& workspace, RoundedInputs& inputs) {
+                int64_t x_stride, int32_t batch, CpuWorkspace& workspace, Inputs& inputs) {
   const int32_t planes = input_planes(w.dtype);
   Int8Input& input = inputs.of_planes[planes - 1];
-  if (!w.quantised() || input.codes != nullptr) return;
+  if (input.codes != nullptr) return;
   const int64_t cols = w.cols, inner = w.shape().inner();
   const int64_t groups = batch * (inner / kInnerStep);
   HostBuffer& buffer = workspace.int8_input[planes - 1];
@@ -62,10 +62,27 @@ void round_rows(ThreadPool& pool, const Kernels& kernels, const Matrix& w, const
   pool.parallel_rows(batch, cols, row);
 }
 
-// inputs: the activations of `product` rounded to integers, or none.
+// Makes of x what a matrix is multiplied with, unless that has been done for another one.
+void prepare(ThreadPool& pool, const Kernels& kernels, const Matrix& w, const float* x,
+             int64_t x_stride, int32_t batch, bool int8_input, CpuWorkspace& workspace,
+             Inputs& inputs) {
+  if (w.quantised()) {
+    if (int8_input) round_rows(pool, kernels, w, x, x_stride, batch, workspace, inputs);
+  } else if (w.dtype == DType::kBF16 && kernels.split_terms != nullptr && inputs.terms == nullptr) {
+    const int64_t bytes = kernels.terms_bytes(batch, w.cols);
+    if (bytes == 0) return;
+    uint8_t* terms = grow<uint8_t>(workspace.terms, bytes);
+    kernels.split_terms(x, x_stride, batch, w.cols, terms);
+    inputs.terms = terms;
+  }
+}
+
+// inputs: what prepare made of the activations of `product`.
 void multiply_rows(const Kernels& kernels, const Matrix& w, const ProductArgs& product,
-                   const RoundedInputs& inputs) {
-  if (!w.quantised()) return kernels.gemv(GemvArgs{product, w.data, w.dtype, w.cols});
+                   const Inputs& inputs) {
+  if (!w.quantised()) {
+    return kernels.gemv(GemvArgs{product, w.data, w.dtype, w.cols, inputs.terms});
+  }
   const QuantisedGemvArgs args{product, &w, inputs.of(w)};
   args.input.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
 }
@@ -222,11 +239,11 @@ void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const Lin
                    const float* x, int64_t x_stride, int32_t batch, bool int8_input,
                    CpuWorkspace& workspace) {
   std::vector<Task> tasks;
-  RoundedInputs inputs;
+  Inputs inputs;
   for (size_t i = 0; i < layers.size(); i++) {
     const Matrix& w = *layers[i].weights;
     split(static_cast<int32_t>(i), w.rows, gemv_task_rows(w, pool.size()), tasks);
-    if (int8_input) round_rows(pool, kernels, w, x, x_stride, batch, workspace, inputs);
+    prepare(pool, kernels, w, x, x_stride, batch, int8_input, workspace, inputs);
   }
   pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
     const Task& task = tasks[i];
@@ -244,11 +261,9 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
   const int64_t n = layer.gate.rows, cols = layer.gate.cols;
   const int64_t step =
       std::max(gemv_task_rows(layer.gate, pool.size()), gemv_task_rows(layer.up, pool.size()));
-  RoundedInputs inputs;
-  if (int8_input) {
-    for (const Matrix* w : {&layer.gate, &layer.up}) {
-      round_rows(pool, kernels, *w, x, cols, batch, workspace, inputs);
-    }
+  Inputs inputs;
+  for (const Matrix* w : {&layer.gate, &layer.up}) {
+    prepare(pool, kernels, *w, x, cols, batch, int8_input, workspace, inputs);
   }
   workspace.workers.resize(pool.size());
   for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, batch * step);

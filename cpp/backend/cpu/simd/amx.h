@@ -10,7 +10,8 @@ namespace mustafar {
 namespace {
 
 constexpr int32_t kAmxWords = 16;           // of a row
-constexpr int32_t kAmxTileBytes = 16 * 64;  // rows of 64 bytes
+constexpr int32_t kAmxRowBytes = 64;
+constexpr int32_t kAmxTileBytes = 16 * kAmxRowBytes;
 
 // What the processor reads: all eight tiles are whole.
 struct alignas(64) AmxConfig {
