@@ -6,6 +6,7 @@ others. What it makes of a tokenizer, and of the grammars used last, is kept wit
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +28,15 @@ _WHITESPACE = r" |\n {0,32}"
 _lock = threading.Lock()  # of what is kept; held for a look alone
 _compiling = threading.Lock()  # may be held for seconds
 _compilers: WeakKeyDictionary[_core.Model, _Compiler] = WeakKeyDictionary()
+
+
+def _renew_lock() -> None:
+    """In a forked child, where another thread of the parent may have held it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[], Constraint]:
