@@ -1,12 +1,12 @@
 #include "core/thread_pool.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <chrono>
+#include <memory>
 #include <utility>
 
 #include "core/available_cores.h"
+#include "core/fork.h"
 
 namespace mustafar {
 namespace {
@@ -17,16 +17,6 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 
 // Iterations of one region at most; longer loops are run as several.
 constexpr int64_t kRegionIterations = int64_t{1} << 30;
-
-// How often this process came out of a fork(): a child has none of its parent's threads.
-std::atomic<int> forks{0};
-
-int forks_so_far() {
-  static const int kRegistered =
-      pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
-  (void)kRegistered;
-  return forks.load(std::memory_order_relaxed);
-}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -56,8 +46,10 @@ ThreadPool::ThreadPool(int threads) : forks_(forks_so_far()) {
 }
 
 ThreadPool::~ThreadPool() {
-  if (workers_are_elsewhere()) {  // nothing to wait for
-    for (std::thread& worker : workers_) worker.detach();
+  if (workers_are_elsewhere()) {
+    // Nothing to wait for, and nothing to detach either: a thread of this process may have got what
+    // was a worker's place, and with it the handle's value.
+    for (std::thread& worker : workers_) std::construct_at(&worker);
     return;
   }
   stop_.store(true);
@@ -66,9 +58,7 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-bool ThreadPool::workers_are_elsewhere() const {
-  return forks_ != forks.load(std::memory_order_relaxed);
-}
+bool ThreadPool::workers_are_elsewhere() const { return forks_ != forks_so_far(); }
 
 void ThreadPool::drain(int worker) {
   uint32_t left = unclaimed_.load(std::memory_order_acquire);
@@ -97,11 +87,13 @@ void ThreadPool::finish(uint32_t iterations) {
 
 void ThreadPool::run(int64_t n, Function function, void* context) {
   if (n <= 0) return;
-  std::lock_guard region(region_mutex_);
-  if (workers_.empty() || n == 1 || workers_are_elsewhere()) {
+  const auto run_alone = [&] {
     for (int64_t i = 0; i < n; i++) function(context, i, 0);
-    return;
-  }
+  };
+  // A region that ran at the fork holds its mutex for ever.
+  if (workers_are_elsewhere()) return run_alone();
+  std::lock_guard region(region_mutex_);
+  if (workers_.empty() || n == 1) return run_alone();
   for (int64_t first = 0; first < n; first += kRegionIterations) {
     run_region(first, static_cast<uint32_t>(std::min(kRegionIterations, n - first)), function,
                context);

@@ -53,7 +53,8 @@ class ThreadPool {
   void work(int worker);
   void drain(int worker);
   void finish(uint32_t iterations);
-  // In a child process after fork(): regions then run on the calling thread alone.
+  // In a child process after fork(): regions then run on the calling thread alone, those of several
+  // callers beside each other.
   bool workers_are_elsewhere() const;
 
   const int forks_;  // of this process, when the workers were started

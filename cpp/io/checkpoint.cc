@@ -378,6 +378,10 @@ void Checkpoint::release(const void* data, int64_t bytes) const {
   }
 }
 
+void Checkpoint::check_read() const {
+  for (const SafetensorsFile& file : files_) file.file.check_read();
+}
+
 void Checkpoint::verify() const {
   for (const SafetensorsFile& file : files_) file.file.verify();
 }

@@ -77,6 +77,8 @@ class Checkpoint {
   void release(const void* data, int64_t bytes) const;
   // Throws ModelError if a file's size changed since it was opened.
   void verify() const;
+  // Throws ModelError where tensors that were read may not have been the files'.
+  void check_read() const;
 
  private:
   struct Source {

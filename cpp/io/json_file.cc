@@ -20,7 +20,9 @@ JsonTree<> read_json_file(const std::filesystem::path& path, size_t max_bytes) {
   JsonTree<> value;
   try {
     value = parse_json_text(text);
+    file.check_read();
   } catch (const nlohmann::json::exception& error) {
+    file.check_read();
     throw ModelError(path.string() + ": not valid JSON: " + describe(error));
   }
   if (!value->is_object()) {

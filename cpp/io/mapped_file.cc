@@ -36,6 +36,11 @@ void require_regular(const std::filesystem::path& path, mode_t mode) {
   if (!S_ISREG(mode)) fail(path, std::string("expected a regular file, found ") + kind_of(mode));
 }
 
+std::string changed_size(size_t before, int64_t now) {
+  return "changed size while it is in use: expected " + std::to_string(before) +
+         " bytes, the file has " + std::to_string(now);
+}
+
 }  // namespace
 
 MappedFile MappedFile::open(const std::filesystem::path& path) {
@@ -68,11 +73,13 @@ MappedFile MappedFile::open(const std::filesystem::path& path) {
            "cannot be mapped (" + std::to_string(file.bytes_) + " bytes): " + std::strerror(error));
     }
     file.data_ = static_cast<const uint8_t*>(mapped);
+    file.guard_ = MappingGuard(mapped, file.bytes_);
   }
   return file;
 }
 
 MappedFile::~MappedFile() {
+  guard_ = {};  // before the addresses become another's
   if (data_ != nullptr) ::munmap(const_cast<uint8_t*>(data_), bytes_);
   if (fd_ >= 0) ::close(fd_);
 }
@@ -81,26 +88,39 @@ MappedFile::MappedFile(MappedFile&& other) noexcept
     : path_(std::move(other.path_)),
       data_(std::exchange(other.data_, nullptr)),
       bytes_(std::exchange(other.bytes_, 0)),
-      fd_(std::exchange(other.fd_, -1)) {}
+      fd_(std::exchange(other.fd_, -1)),
+      guard_(std::move(other.guard_)) {}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(path_, other.path_);
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
   std::swap(fd_, other.fd_);
+  std::swap(guard_, other.guard_);
   return *this;
 }
 
-void MappedFile::verify() const {
-  if (fd_ < 0) return;
+int64_t MappedFile::size_now() const {
+  if (fd_ < 0) return static_cast<int64_t>(bytes_);
   struct stat status{};
   if (::fstat(fd_, &status) != 0) {
     fail(path_, std::string("cannot be examined: ") + std::strerror(errno));
   }
-  if (static_cast<size_t>(status.st_size) != bytes_) {
-    fail(path_, "changed size while it is in use: expected " + std::to_string(bytes_) +
-                    " bytes, the file has " + std::to_string(status.st_size));
+  return status.st_size;
+}
+
+void MappedFile::check_read() const {
+  const int64_t now = size_now();
+  if (now < static_cast<int64_t>(bytes_)) fail(path_, changed_size(bytes_, now));
+  if (guard_.lost()) {
+    fail(path_, "lost bytes while it is in use: it was cut short for a time, or can't be read");
   }
+}
+
+void MappedFile::verify() const {
+  check_read();
+  const int64_t now = size_now();
+  if (now != static_cast<int64_t>(bytes_)) fail(path_, changed_size(bytes_, now));
 }
 
 void MappedFile::will_need() const {

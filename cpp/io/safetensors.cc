@@ -349,6 +349,7 @@ SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
     entry.begin += 8 + header_bytes;
     entry.end += 8 + header_bytes;
   }
+  file.check_read();
   return result;
 }
 

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <list>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/fork.h"
 
 namespace mustafar {
 
@@ -29,7 +29,7 @@ class KVBudget {
   void check_locked(int64_t bytes) const;
 
   const int64_t limit_;  // 0: none
-  mutable std::mutex mutex_;
+  mutable ForkSafeMutex mutex_;
   int64_t used_ = 0;
   int64_t peak_ = 0;
 };
@@ -98,7 +98,7 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   std::shared_ptr<KVBudget> budget_;
   const int64_t page_bytes_;
   const int64_t small_slab_bytes_;
-  mutable std::mutex mutex_;
+  mutable ForkSafeMutex mutex_;
   std::list<std::unique_ptr<PageRef::Slab>> slabs_;
   int64_t held_bytes_ = 0;
   int64_t free_pages_ = 0;

@@ -63,6 +63,7 @@ void Llama::run_decode(std::span<SequenceCache* const> caches, std::span<const i
     backend_.logits(weights_, batch, row_list, x, rows, buffers.workspace());
   });
   fetch();
+  check_weights();
 
   std::vector<CommitStep> commits;
   for (int32_t i = 0; i < n; i++) {
@@ -167,6 +168,7 @@ bool Prefill::step_rows() {
   llama_.run_layer(layer_, batch, x_ + next_row_ * config.hidden_size, buffers_, observer_);
   next_row_ += rows;
   if (next_row_ == n_rows_) {
+    llama_.check_weights();
     commit_layer();
     layer_++;
     next_row_ = 0;
@@ -188,6 +190,7 @@ void Prefill::compute_logits(int64_t first, int64_t n, float* out) {
   const Batch batch{{}, static_cast<int32_t>(n), /*decode=*/false};
   llama_.backend_.logits(llama_.weights_, batch, rows, x_ + first * llama_.config_.hidden_size, out,
                          buffers_.workspace());
+  llama_.check_weights();
 }
 
 void Prefill::logits(int64_t first, int64_t n, float* out) {
@@ -211,6 +214,7 @@ void Prefill::last_logits(float* out) {
   for (size_t i = 0; i < parts_.size(); i++) rows.push_back(static_cast<int32_t>(last_row(i)));
   const Batch batch{{}, static_cast<int32_t>(n_rows_), /*decode=*/false};
   llama_.backend_.logits(llama_.weights_, batch, rows, x_, out, buffers_.workspace());
+  llama_.check_weights();
 }
 
 TopLogits Prefill::top_logits(int64_t row, int32_t top_k) {

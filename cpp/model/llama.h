@@ -10,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "kv/sequence_cache.h"
+#include "model/weights.h"
 #include "mustafar/model_config.h"
 
 namespace mustafar {
@@ -36,8 +37,11 @@ class ForwardBuffers {
 // Work on a model's graph shared by all its sessions; has no state of its own.
 class Llama {
  public:
-  Llama(const ModelConfig& config, const Weights& weights, Backend& backend)
-      : config_(config), weights_(weights), backend_(backend) {}
+  // source: of matrices that are read where they lie, or null. What was computed from bytes that it
+  // has lost meanwhile is refused: every call here and of Prefill throws as its check_read().
+  Llama(const ModelConfig& config, const Weights& weights, Backend& backend,
+        std::shared_ptr<const TensorSource> source = nullptr)
+      : config_(config), weights_(weights), backend_(backend), source_(std::move(source)) {}
 
   // One decode step of several sequences: appends tokens[i] to caches[i] and writes the logits
   // after it to logits (host, [caches.size()][vocab]). All or none: throws with every cache
@@ -60,10 +64,14 @@ class Llama {
                   float* rows, const std::function<void()>& fetch, ForwardBuffers& buffers) const;
   void run_layer(int32_t layer, const Batch& batch, float* x, ForwardBuffers& buffers,
                  const Observer& observer = {}) const;
+  void check_weights() const {
+    if (source_ != nullptr) source_->check_read();
+  }
 
   const ModelConfig& config_;
   const Weights& weights_;
   Backend& backend_;
+  const std::shared_ptr<const TensorSource> source_;
 };
 
 // A sequence's part in a forward call.

@@ -40,6 +40,9 @@ class TensorSource {
   // Makes sure that bytes of a tensor can be read, as those of a file that shrank can't be. Throws
   // ModelError.
   virtual void prepare(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
+  // Throws ModelError where what was read of tensors may not have been theirs: a file has lost
+  // bytes meanwhile.
+  virtual void check_read() const {}
   // Bytes of a tensor that will hardly be read again need not stay in memory.
   virtual void release(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
   // Reads everything, where it isn't in memory yet. progress: bytes done, bytes in all.

@@ -57,6 +57,14 @@ void Chat::Impl::swap_messages(std::vector<ChatMessage>& changed) noexcept {
   std::swap(messages, changed);
 }
 
+std::shared_ptr<Chat::Impl> Chat::Impl::make(Session session, ChatTemplate chat_template,
+                                             ChatOptions options) {
+  return {new Impl(std::move(session), std::move(chat_template), std::move(options)),
+          [](Impl* impl) {
+            if (!impl->session.impl().ownership.lost()) delete impl;
+          }};
+}
+
 void Chat::Impl::change_messages(std::vector<ChatMessage> changed) {
   swap_messages(changed);
   try {
@@ -210,8 +218,7 @@ Chat::Chat(Session& session, ChatOptions options) {
   const Tokenizer& tokenizer = model.tokenizer();
   ChatTemplate chat_template =
       options.chat_template ? *options.chat_template : ChatTemplate::from_folder(model.folder());
-  impl_ = std::make_shared<Impl>(Session(session.shared_impl()), std::move(chat_template),
-                                 std::move(options));
+  impl_ = Impl::make(Session(session.shared_impl()), std::move(chat_template), std::move(options));
   if (!impl_->options.date) impl_->options.date = now();
   std::vector<int32_t>& ends = impl_->end_tokens;
   ends = model.config().eos_token_ids;
@@ -273,8 +280,7 @@ ChatReply Chat::regenerate(const SamplingParams& params) {
 
 Chat Chat::fork(Session& forked) const {
   const Impl::Use use(impl());
-  auto copy =
-      std::make_shared<Impl>(Session(forked.shared_impl()), impl_->chat_template, impl_->options);
+  auto copy = Impl::make(Session(forked.shared_impl()), impl_->chat_template, impl_->options);
   copy->messages = impl_->messages;
   copy->end_tokens = impl_->end_tokens;
   copy->cached = impl_->cached;
@@ -354,6 +360,10 @@ ChatReply& ChatReply::operator=(ChatReply&& other) noexcept {
 void ChatReply::drop() noexcept {
   if (!impl_) return;
   try {
+    if (impl_->generation->session->ownership.lost()) {
+      static_cast<void>(impl_.release());  // another thread was changing it
+      return;
+    }
     impl_->generation->stop();
   } catch (...) {  // a destructor has no one to tell
   }

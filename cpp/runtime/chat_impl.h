@@ -4,10 +4,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
+#include "core/fork.h"
 #include "mustafar/chat.h"
 #include "runtime/chat_anchors.h"
 #include "runtime/chat_messages.h"
@@ -22,13 +22,16 @@ struct Chat::Impl {
   ChatOptions options;
   std::vector<ChatMessage> messages;
   // Held where messages change, and by those on other threads who look at them meanwhile.
-  mutable std::mutex messages_mutex;
+  mutable ForkSafeMutex messages_mutex;
   std::vector<int32_t> end_tokens;
   ChatAnchors cached;
   std::atomic<int64_t> dropped_turns{0};
 
   Impl(Session s, ChatTemplate t, ChatOptions o)
       : session(std::move(s)), chat_template(std::move(t)), options(std::move(o)) {}
+  // One that is not destroyed where its session is lost.
+  static std::shared_ptr<Impl> make(Session session, ChatTemplate chat_template,
+                                    ChatOptions options);
 
   // A call of the session's.
   struct Use : Session::Impl::Use {

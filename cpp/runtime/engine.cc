@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/fork.h"
 #include "core/held.h"
 #include "mustafar/error.h"
 #include "runtime/scheduler.h"
@@ -282,7 +283,6 @@ Engine::~Engine() {
   if (impl_ == nullptr) return;
   if (impl_->process != getpid()) {
     // Its thread, and who held its locks, are elsewhere: nothing of it can be ended here.
-    impl_->thread.detach();
     static_cast<void>(impl_.release());
     return;
   }
@@ -322,7 +322,7 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
   impl.scheduler.check_memory(*job);
   job->priority = options.priority;
   if (options.timeout_seconds) job->deadline = later(*options.timeout_seconds);
-  auto state = std::make_shared<Request::State>();
+  const std::shared_ptr<Request::State> state(new Request::State, DeleteInOwnProcess());
   state->n_prompt = job->n_prompt;
   state->cancelled = job->cancelled;
   job->on_text = [state, loop = job->loop.get()](std::string_view text) {
@@ -353,7 +353,7 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
     impl.arrived.push_back(job);
   }
   impl.work.notify_one();
-  return Request(std::move(state));
+  return Request(state);
 }
 
 int64_t Engine::pin(const Prompt& prefix, bool parse_special) {

@@ -1,4 +1,5 @@
 #include <chrono>
+#include <mutex>
 #include <stdexcept>
 #include <utility>
 
@@ -147,9 +148,16 @@ GenerateResult Generation::Impl::result() const {
 }
 
 Generation::Generation(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Generation::~Generation() = default;
+Generation::~Generation() {
+  // What another thread was changing when this process was forked is left as it is.
+  if (impl_ != nullptr && impl_->session->ownership.lost()) static_cast<void>(impl_.release());
+}
 Generation::Generation(Generation&&) noexcept = default;
-Generation& Generation::operator=(Generation&&) noexcept = default;
+Generation& Generation::operator=(Generation&& other) noexcept {
+  const Generation old(std::move(*this));
+  impl_ = std::move(other.impl_);
+  return *this;
+}
 
 bool Generation::step(std::string& piece) { return held(impl_, "generation").step(piece); }
 void Generation::stop() { held(impl_, "generation").stop(); }

@@ -4,9 +4,9 @@
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "core/fork.h"
 #include "mustafar/session.h"
 #include "runtime/session_impl.h"
 #include "runtime/token_loop.h"
@@ -43,7 +43,9 @@ struct Generation::Impl {
   void end();
 
   TokenLoop loop_;
-  mutable std::mutex result_mutex_;  // held where loop_'s result changes and by those who look
+  // Held where loop_'s result changes, which calls constraints, and by those who look.
+  mutable LongMutex result_mutex_{
+      "the generation was in use by another thread's call when this process was forked"};
   std::atomic<bool> ended_{false}, stop_wanted_{false};
 };
 

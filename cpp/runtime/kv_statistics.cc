@@ -119,6 +119,7 @@ class Gatherer {
       const StoredTensor o = engine_.source->tensor(
           "model.layers." + std::to_string(layer) + ".self_attn.o_proj.weight",
           {config_.hidden_size, width});
+      engine_.source->prepare(o.data, dtype_bytes(o.dtype, config_.hidden_size * width));
       pool_.parallel_for(config_.n_kv_heads, [&](int64_t head, int worker) {
         for (int64_t h = head * group_; h < (head + 1) * group_; h++) {
           const auto slice = [&](int64_t i, float* row) {
@@ -129,6 +130,7 @@ class Gatherer {
           sums_[worker].add(config_.hidden_size, slice, at(out_.outputs, layer, head));
         }
       });
+      engine_.source->check_read();
       between();
     }
   }

@@ -40,6 +40,7 @@ class CheckpointTensors : public TensorSource {
   void prepare(const void* data, int64_t bytes) const override {
     checkpoint_.prefault(data, bytes);
   }
+  void check_read() const override { checkpoint_.check_read(); }
   void release(const void* data, int64_t bytes) const override { checkpoint_.release(data, bytes); }
   void read_all(const std::function<void(int64_t, int64_t)>& progress) const override {
     checkpoint_.load_all(progress);
@@ -139,8 +140,12 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
     impl->source->read_all(options.progress);
   }
   impl->weights = load_weights(config, *impl->source, *impl->backend, format, options.progress);
+  impl->source->check_read();
   impl->budget = std::make_shared<KVBudget>(options.kv_budget);
-  impl->llama = std::make_unique<Llama>(impl->config, impl->weights.table, *impl->backend);
+  // What is copied or quantised is not read from its file again.
+  const bool in_place = impl->backend->host_memory() && format.as_stored;
+  impl->llama = std::make_unique<Llama>(impl->config, impl->weights.table, *impl->backend,
+                                        in_place ? impl->source : nullptr);
   impl->fingerprint = fingerprint_of(config, impl->weights.fingerprint);
   return Model(std::move(impl));
 }

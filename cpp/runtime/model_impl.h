@@ -5,13 +5,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "backend/backend.h"
+#include "core/fork.h"
 #include "kv/block_pool.h"
 #include "kv/sequence_cache.h"
 #include "model/llama.h"
@@ -59,13 +59,15 @@ struct Model::Impl {
   }
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec, int64_t max_tokens);
 
-  std::mutex auto_profile_mutex;
+  LongMutex auto_profile_mutex{
+      "the model's automatic KV profile was being made by another thread when this process was "
+      "forked: pass a profile, or load the model here"};
   std::shared_ptr<const Profile> auto_profile;  // of profile="auto", once asked for
 
   std::atomic<int64_t> workspace_bytes{0};  // of all sessions, as they count it
 
  private:
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   std::vector<std::pair<int64_t, std::weak_ptr<BlockPool>>> pools_;
   struct KnownTransform {
     std::weak_ptr<const Profile> profile;

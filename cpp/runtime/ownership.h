@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <mutex>
 
+#include "core/fork.h"
+
 namespace mustafar {
 
 // A session serves one call at a time. Between the calls that make a generation's tokens it belongs
@@ -15,6 +17,7 @@ class Ownership {
   enum class Entry : uint8_t {
     kEntered,
     kRunning,   // another call runs
+    kLost,      // another thread's call ran when this process was forked
     kOwned,     // it belongs to a generation
     kNotYours,  // it belongs to this generation no more
     kClosed,
@@ -40,10 +43,16 @@ class Ownership {
   // Whether it was called since, once.
   bool take_cancel() noexcept { return cancelled_.load() && cancelled_.exchange(false); }
   bool closed() const noexcept;
+  // Whether a call that ran when this process was forked runs still. Where that is another thread's
+  // it does so for ever, and what it was changing must be left alone.
+  bool lost() const noexcept;
 
  private:
-  mutable std::mutex mutex_;
+  Entry occupied() const noexcept;  // by the call that runs
+
+  mutable ForkSafeMutex mutex_;
   bool running_ = false, closed_ = false;
+  int forks_ = 0;  // when the call that runs began
   const void* owner_ = nullptr;
   std::atomic<bool> cancelled_{false};
 };

@@ -28,7 +28,13 @@ std::map<std::string, std::string> metadata_of(const MappedFile& file) {
   uint64_t length = 0;
   std::memcpy(&length, file.data(), 8);
   const char* text = reinterpret_cast<const char*>(file.data()) + 8;
-  const JsonTree<> tree = parse_json_tree({text, length});
+  JsonTree<> tree;
+  try {
+    tree = parse_json_tree({text, length});
+  } catch (const nlohmann::json::exception&) {  // the header has changed since it was read before
+    file.check_read();
+    throw ModelError(file.path().string() + ": changed while it was read");
+  }
   const nlohmann::json& header = *tree;
   std::map<std::string, std::string> out;
   if (header.contains("__metadata__") && header["__metadata__"].is_object()) {
@@ -145,6 +151,7 @@ std::shared_ptr<const Profile> Profile::load(const std::filesystem::path& path) 
       }
     }
   }
+  file.file.check_read();
   return profile;
 }
 

@@ -13,7 +13,7 @@
 namespace mustafar {
 
 Session::Session(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens)
-    : impl_(std::make_shared<Impl>(model, kv, max_tokens)) {}
+    : impl_(Impl::make(model, kv, max_tokens)) {}
 Session::Session(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;

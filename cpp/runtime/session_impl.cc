@@ -31,6 +31,13 @@ Session::Impl::~Impl() {
   count_workspace();
 }
 
+std::shared_ptr<Session::Impl> Session::Impl::make(const Model& model, const KVConfig& kv,
+                                                   std::optional<int32_t> max_tokens) {
+  return {new Impl(model, kv, max_tokens), [](Impl* impl) {
+            if (!impl->ownership.lost()) delete impl;
+          }};
+}
+
 void Session::Impl::count_workspace() {
   const int64_t now = buffers != nullptr ? buffers->bytes() : 0;
   engine->workspace_bytes += now - counted_workspace;
@@ -170,8 +177,17 @@ void Session::Impl::ensure_logits() {
   next.fetch(*engine->backend, vocab_size());
   if (next.whole() || tokens.empty()) return;
   const int32_t last = tokens.back();
-  rewind(static_cast<int64_t>(tokens.size()) - 1);
-  append_decode(last);
+  SequenceCache before = cache->fork();
+  try {
+    rewind(static_cast<int64_t>(tokens.size()) - 1);
+    append_decode(last);
+  } catch (...) {
+    std::lock_guard lock(tokens_mutex);
+    cache = std::move(before);
+    // The call may have failed before it cut the token off; there is room for it.
+    if (static_cast<int64_t>(tokens.size()) < cache->length()) tokens.push_back(last);
+    throw;
+  }
 }
 
 void Session::Impl::rewind(int64_t position) {
@@ -215,7 +231,7 @@ void Session::Impl::rewind(int64_t position) {
 }
 
 std::shared_ptr<Session::Impl> Session::Impl::fork() const {
-  auto other = std::make_shared<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+  auto other = make(model, kv, static_cast<int32_t>(max_tokens));
   other->cache = cache->fork();
   other->tokens = tokens;
   other->next = next.copy_to_host(*engine->backend, vocab_size());

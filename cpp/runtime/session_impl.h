@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "core/fork.h"
 #include "kv/sequence_cache.h"
 #include "model/llama.h"
 #include "mustafar/session.h"
@@ -32,7 +33,7 @@ struct Session::Impl {
   std::vector<int32_t> tokens;
   MemoryUsage usage;  // of the cache, as it was when the tokens last changed
   // Held where tokens and usage change, and by those on other threads who look at them meanwhile.
-  mutable std::mutex tokens_mutex;
+  mutable ForkSafeMutex tokens_mutex;
   NextLogits next;  // a row that it says is on the device is in `buffers`
 
   Ownership ownership;
@@ -42,6 +43,9 @@ struct Session::Impl {
   Impl(const Model& model, const KVConfig& kv, std::optional<int32_t> max_tokens);
   ~Impl();
   Impl(const Impl&) = delete;
+  // One that is not destroyed where it is lost (Ownership).
+  static std::shared_ptr<Impl> make(const Model& model, const KVConfig& kv,
+                                    std::optional<int32_t> max_tokens);
 
   // A call: the session is in use while it lives. Throws StateError where the session is in use,
   // belongs to a generation that is not `owner`, or is closed.

@@ -230,6 +230,7 @@ StateFile read_checked(const std::filesystem::path& path) {
     Hash64 hash;
     hash.add_words(state.file.data() + at, padded(bytes));
     if (hash.hex() != entry.at("hash").get<std::string>()) {
+      state.file.check_read();
       fail("is damaged: checksum of section " + name + " at offset " + std::to_string(at) +
            " differs");
     }
@@ -245,6 +246,8 @@ StateFile read_checked(const std::filesystem::path& path) {
 StateFile read(const std::filesystem::path& path) {
   try {
     return read_checked(path);
+  } catch (const ModelError& error) {  // the file was cut short meanwhile
+    throw StateError(error.what());
   } catch (const nlohmann::json::exception& error) {
     throw StateError(path.string() + ": header: " + error.what());
   }
@@ -375,7 +378,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
     }
-    auto session = std::make_shared<Impl>(model, kv, static_cast<int32_t>(max_tokens));
+    auto session = Impl::make(model, kv, static_cast<int32_t>(max_tokens));
     const CacheSpec& spec = *session->spec;
     if (kv.budgeted()) check_rows(header.at("row_bytes"), spec.layout, where);
     const int64_t n = header.at("n_tokens").get<int64_t>();
@@ -413,7 +416,10 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     }
     session->cache->restore(std::move(pages), n, dense, queries);
     session->publish_usage();
+    state.file.check_read();
     return Session(std::move(session));
+  } catch (const ModelError& error) {  // the file was cut short meanwhile
+    throw StateError(error.what());
   } catch (const nlohmann::json::exception& error) {
     throw StateError(where + "header: " + error.what());
   } catch (const std::invalid_argument& error) {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <utility>
 
+#include "core/fork.h"
 #include "core/held.h"
 #include "mustafar/error.h"
 #include "text/added_token_files.h"
@@ -176,7 +177,7 @@ struct Tokenizer::Impl {
   std::filesystem::path folder;  // of tokenizer.json
   std::optional<int32_t> bos_id;
   std::vector<int32_t> eos_ids;
-  mutable std::mutex chat_template_mutex;
+  mutable ForkSafeMutex chat_template_mutex;
   mutable std::optional<ChatTemplate> chat_template;  // the folder's, once asked for
 };
 
@@ -232,9 +233,15 @@ std::vector<int32_t> Tokenizer::apply_chat_template(
 }
 
 ChatTemplate Tokenizer::chat_template() const {
-  const std::lock_guard lock(impl().chat_template_mutex);
-  if (!impl().chat_template) impl().chat_template = ChatTemplate::from_folder(impl().folder);
-  return *impl().chat_template;
+  const Impl& shared = impl();
+  {
+    const std::lock_guard lock(shared.chat_template_mutex);
+    if (shared.chat_template) return *shared.chat_template;
+  }
+  const ChatTemplate read = ChatTemplate::from_folder(shared.folder);
+  const std::lock_guard lock(shared.chat_template_mutex);
+  if (!shared.chat_template) shared.chat_template = read;
+  return *shared.chat_template;
 }
 
 ChatTemplate Tokenizer::chat_template(const std::string& name_or_file) const {

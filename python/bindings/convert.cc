@@ -111,6 +111,15 @@ std::function<void()> interrupt_check() {
   };
 }
 
+std::function<void(int64_t, int64_t)> progress_reporter(const py::object& progress) {
+  return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
+    check();
+    if (progress.is_none()) return;
+    AcquireGil gil;
+    progress(done, total);
+  };
+}
+
 KVConfig kv_fields_from(const py::dict& fields) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {

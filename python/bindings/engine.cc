@@ -7,6 +7,7 @@
 #include <set>
 
 #include "bindings.h"
+#include "core/fork.h"
 #include "gil.h"
 
 namespace py = pybind11;
@@ -15,10 +16,12 @@ namespace mustafar {
 namespace {
 
 // Keys of requests that have changed, for one thread in Python to wait on: so asyncio is told
-// without the engine's thread ever waiting for the GIL.
+// without the engine's thread ever waiting for the GIL. A forked child, which has neither thread,
+// finds it closed.
 class Changes {
  public:
   void add(int64_t key) {
+    if (is_elsewhere()) return;
     {
       std::lock_guard lock(mutex_);
       keys_.insert(key);
@@ -27,6 +30,7 @@ class Changes {
   }
 
   void close() {
+    if (is_elsewhere()) return;
     {
       std::lock_guard lock(mutex_);
       closed_ = true;
@@ -36,6 +40,7 @@ class Changes {
 
   // Some keys, each once; empty once closed. The caller has released the GIL.
   std::vector<int64_t> wait() {
+    if (is_elsewhere()) return {};
     std::unique_lock lock(mutex_);
     changed_.wait(lock, [&] { return closed_ || !keys_.empty(); });
     if (closed_) return {};
@@ -45,6 +50,10 @@ class Changes {
   }
 
  private:
+  // The mutex may be locked for ever then.
+  bool is_elsewhere() const { return forks_ != forks_so_far(); }
+
+  const int forks_ = forks_so_far();
   std::mutex mutex_;
   std::condition_variable changed_;
   std::set<int64_t> keys_;
@@ -149,7 +158,7 @@ py::dict stats_dict(const Engine& engine) {
 
 void register_engine(py::module_& m) {
   py::class_<Changes, std::shared_ptr<Changes>>(m, "Changes")
-      .def(py::init<>())
+      .def(py::init([] { return std::shared_ptr<Changes>(new Changes, DeleteInOwnProcess()); }))
       .def("wait", &Changes::wait, py::call_guard<ReleaseGil>())
       .def("close", &Changes::close);
 

@@ -71,7 +71,10 @@ AcquireGil::AcquireGil() {
 }
 
 void register_gil() {
-  pthread_atfork(nullptr, nullptr, [] { inside = returning = 0; });
+  pthread_atfork(nullptr, nullptr, [] {  // the child has this thread alone
+    inside = released;
+    returning = 0;
+  });
   py::module_::import("atexit").attr("register")(py::cpp_function(&prepare_to_end));
 }
 

@@ -320,6 +320,18 @@ def calibrate(
     progress: Callable[[int, int], None] | None,
     budget: bool = False,
 ) -> Profile: ...
+def quantize(
+    model: str | PathLike[str],
+    output: str | PathLike[str],
+    texts: Sequence[str | ArrayLike],
+    max_tokens: int,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    threads: int,
+    shard_bytes: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[int, int, int, int]: ...
 def resolve_profile(
     name: str, model: Model, progress: Callable[[int, int], None] | None, costs: bool = False
 ) -> Profile | None: ...

@@ -380,6 +380,7 @@ class _Changes:
 
     def of(self, request: Request) -> _Changed:
         """An event that is set, on the running loop, whenever the request changes."""
+        request._core.done()  # refuses a forked child, where the lock may be held for ever
         with self._lock:
             if self._thread is None:
                 # It holds no reference to this object, which may go first.

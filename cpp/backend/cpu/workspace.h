@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <new>
 #include <string>
 #include <vector>
@@ -26,6 +27,10 @@ struct CpuWorkspace final : Workspace {
   HostBuffer rope;                  // [2 (cos, sin)][rows][rope dims / 2]
   HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
+
+  // Where it is set, sees the n_rows rows of inputs [matrix.cols] of every product of a prompt with
+  // a layer's matrices, by the first of those that read the same.
+  std::function<void(const Matrix& matrix, const float* x, int64_t n_rows)> observe_input;
 
   // What rope holds.
   struct RopeRow {

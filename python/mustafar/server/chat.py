@@ -34,6 +34,8 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
         prompts = await run_in_threadpool(lambda: service.prompts)
         ids = await run_in_threadpool(prompts.ids, messages, tools, request.continues)
     service.check_prompt(ids, "messages")
+    with client_errors(body):
+        await service.compile(request.sampling, body)
     prefixes = []
     if service.settings.system_prefix:
         with client_errors(body):

@@ -43,6 +43,8 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
             ids = await run_in_threadpool(_ids, service, prompt)
         service.check_prompt(ids, "prompt")
         all_ids.append(ids)
+    with client_errors(body):
+        await service.compile(request.sampling, body)
 
     top = request.top_logprobs if request.logprobs else None
     answer = TextAnswer(name, service.tokenizer, top)

@@ -186,6 +186,13 @@ def _add_limits(add: _Group) -> None:
     add.number(
         "--max-choices", default=usual.max_choices, help="of a request, its prompts together"
     )
+    add.number(
+        "--max-grammar",
+        default=usual.max_grammar_bytes,
+        kind=_size,
+        metavar="BYTES",
+        help="of a JSON schema, regular expression or grammar that replies follow",
+    )
     add.number("--max-streams", default=usual.max_streams, help="streamed replies at once")
     add.number(
         "--timeout",
@@ -248,6 +255,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         max_body_bytes=options.max_body,
         max_prompt_tokens=options.max_prompt,
         max_choices=options.max_choices,
+        max_grammar_bytes=options.max_grammar,
         max_streams=options.max_streams,
         timeout=options.timeout,
     )

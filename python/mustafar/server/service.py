@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import _core
+from .. import _core, grammar
 from ..completion import Tools, native_chat, set_messages
 from ..engine import Engine
 from ..engine import Request as Generation
 from ..openai_shape import Choice, Piece
-from ..types import GenerateResult, SamplingParams
+from ..types import GenerateResult, KVConfig, SamplingParams
 from .errors import ApiError, queue_full
 from .metrics import Metrics
 from .settings import Settings
 
+_COMPILE_SECONDS = 10.0  # of a grammar, waiting for others included
 _SYSTEM_ROLES = ("system", "developer")
 _MOST_BEGINNINGS = 64  # of conversations, whose ids are remembered
 
@@ -34,8 +37,6 @@ class ChatPrompts:
 
     def __init__(self, engine: Engine, chat_template: str | None) -> None:
         self._model = engine.model._core
-        # Chats render for a session; this one stays empty.
-        self._session = _core.Session(self._model, engine.kv._native(), None)
         folder = engine.model.folder
         self._template = (
             _core.ChatTemplate.from_folder(folder)
@@ -47,7 +48,10 @@ class ChatPrompts:
         self._beginnings_lock = threading.Lock()
 
     def _chat(self, tools: Tools | None) -> _core.Chat:
-        return native_chat(self._model, self._session, tools=tools, chat_template=self._template)
+        # Chats render for a session, which one thread may use at a time: each has its own, which
+        # stays empty and costs nothing.
+        session = _core.Session(self._model, KVConfig()._native(), None)
+        return native_chat(self._model, session, tools=tools, chat_template=self._template)
 
     def ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools | None, continues: bool
@@ -117,6 +121,7 @@ class Service:
         self._active: set[Generation] = set()
         self._prompts: ChatPrompts | None = None
         self._prompts_lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "mustafar-grammar")
 
     @property
     def prompts(self) -> ChatPrompts:
@@ -162,6 +167,30 @@ class Service:
         room = max(self.context - len(prompt), 0)
         wanted = sampling.max_new_tokens if asked else (room if default < 0 else default)
         return replace(sampling, max_new_tokens=min(wanted, room))
+
+    async def compile(self, sampling: SamplingParams, body: Mapping[str, Any]) -> None:
+        """Compiles the grammar that replies follow, if any, so that :meth:`submit` has it at hand.
+
+        It happens on a thread: others are answered meanwhile. Raises ApiError for a grammar that is
+        too large or takes too long, else as constraint_factory does.
+        """
+        for name in grammar.NAMES:
+            text = getattr(sampling, name)
+            if text is None:
+                continue
+            param = name if name in body else "response_format"
+            size, most = len(text.encode()), self.settings.max_grammar_bytes
+            if size > most:
+                message = f"{param} has {size} bytes, and at most {most} are allowed"
+                raise ApiError(400, message, "invalid_value", param)
+            work = asyncio.get_running_loop().run_in_executor(
+                self._compiler, grammar.constraint_factory, self.engine.model._core, name, text
+            )
+            try:
+                await asyncio.wait_for(work, _COMPILE_SECONDS)
+            except asyncio.TimeoutError:
+                message = f"{param} was not compiled within {_COMPILE_SECONDS:g} seconds"
+                raise self.count_refused(ApiError(503, message, "timeout", param)) from None
 
     def submit(
         self,
