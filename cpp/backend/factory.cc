@@ -58,8 +58,8 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
   }
   if (options.device == "cuda" && options.quantised) {
     throw DeviceError(
-        "device \"cuda\" has no quantised weights yet: weights must be auto there, or the device "
-        "cpu");
+        "device \"cuda\" has no quantised weights yet: use the device cpu, or weights auto with a "
+        "folder that is not quantised");
   }
   if (options.device == "cuda") return make_gpu_backend(config, options);
   if (options.device != "auto" && options.device != "cpu") {

@@ -17,12 +17,16 @@ void add_bench(CLI::App& app, Run& run);
 void add_perplexity(CLI::App& app, Run& run);
 void add_eval(CLI::App& app, Run& run);
 void add_calibrate(CLI::App& app, Run& run);
+void add_quantize(CLI::App& app, Run& run);
 void add_completion(CLI::App& app, Run& run);
-void add_serve(CLI::App& app, Run& run);  // names and help alone: serve() reads no options
+// Names and help alone: what is below reads the options.
+void add_serve(CLI::App& app, Run& run);
+void add_bench_serve(CLI::App& app, Run& run);
 
-// Becomes the server of the Python package, with the arguments behind "serve". Returns only by
+// Become a part of the Python package, with the arguments behind the command. Return only by
 // throwing Error.
 int serve(int argc, char** argv);
+int bench_serve(int argc, char** argv);
 
 inline constexpr int kExitOk = 0;
 inline constexpr int kExitError = 1;        // what failed is on stderr

@@ -14,6 +14,7 @@
 #include "cli/report.h"
 #include "cli/terminal.h"
 #include "io/checkpoint.h"
+#include "model/stored_weights.h"
 #include "mustafar/error.h"
 #include "runtime/model_impl.h"
 #include "runtime/row_budget.h"
@@ -82,30 +83,51 @@ Json tokenizer_json(const Model& model) {
           {"special_tokens", special}};
 }
 
+// What the folder's tensors are and how many.
+struct Tensors {
+  std::map<std::string, int64_t> bytes;  // by type
+  int64_t count = 0;
+  int64_t parameters = 0;
+  Json quantised = nullptr;  // method, and numbers of matrices by what becomes of them
+  Json list = Json::array();
+
+  explicit Tensors(const Checkpoint& checkpoint) {
+    checkpoint.for_each([&](const TensorView& tensor) {
+      bytes[dtype_name(tensor.dtype)] += tensor.bytes;
+      parameters += tensor.bytes / dtype_bytes(tensor.dtype, 1);
+      add(std::string(tensor.name), dtype_name(tensor.dtype), tensor.shape, tensor.bytes);
+    });
+    checkpoint.for_each_quantised([&](const std::string&, const StoredMatrix& matrix) {
+      const std::string type = matrix.is_float ? "fp8" : "int" + std::to_string(matrix.bits);
+      parameters += matrix.rows * matrix.cols;
+      for (const StoredPart& part : matrix.parts) {
+        bytes[type] += part.bytes;
+        add(part.name, std::string(part.dtype), part.shape, part.bytes);
+      }
+      quantised["method"] = checkpoint.quantisation().name();
+      Json& n = quantised["matrices"][describe_kept(matrix)];
+      n = n.is_null() ? 1 : n.get<int64_t>() + 1;
+    });
+  }
+
+ private:
+  void add(const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape,
+           int64_t n_bytes) {
+    count++;
+    list.push_back({{"name", name}, {"dtype", dtype}, {"shape", shape}, {"bytes", n_bytes}});
+  }
+};
+
 Json collect(const Options& options) {
   const Model model = options.model.load();
-  const Checkpoint checkpoint = Checkpoint::open(model.folder());
-  std::map<std::string, int64_t> by_dtype;
-  int64_t n_tensors = 0;
-  int64_t parameters = 0;
-  Json tensors = Json::array();
-  checkpoint.for_each([&](const TensorView& tensor) {
-    n_tensors++;
-    by_dtype[dtype_name(tensor.dtype)] += tensor.bytes;
-    parameters += tensor.bytes / dtype_bytes(tensor.dtype, 1);
-    if (options.tensors) {
-      tensors.push_back({{"name", std::string(tensor.name)},
-                         {"dtype", dtype_name(tensor.dtype)},
-                         {"shape", tensor.shape},
-                         {"bytes", tensor.bytes}});
-    }
-  });
+  Tensors tensors(Checkpoint::open(model.folder()));
   const ModelMemory memory = model.memory();
   Json json = {{"model", model.folder().string()},
                {"config", to_json(model.config())},
-               {"parameters", parameters},
-               {"n_tensors", n_tensors},
-               {"tensor_bytes", by_dtype},
+               {"parameters", tensors.parameters},
+               {"n_tensors", tensors.count},
+               {"tensor_bytes", tensors.bytes},
+               {"quantised", std::move(tensors.quantised)},
                {"device", model.device()},
                {"device_description", model.device_description()},
                {"dtype", model.dtype()},
@@ -120,7 +142,7 @@ Json collect(const Options& options) {
   for (const Setting& setting : settings_of(options.cache.resolve(model))) {
     json["kv_cache"].push_back(cache_json(model, setting));
   }
-  if (options.tensors) json["tensors"] = std::move(tensors);
+  if (options.tensors) json["tensors"] = std::move(tensors.list);
   return json;
 }
 
@@ -152,6 +174,13 @@ void print_model(const Json& json) {
     stored += (stored.empty() ? "" : ", ") + dtype + " " + format_bytes(bytes.get<double>());
   }
   print_line("weights", number(json, "n_tensors") + " tensors, " + stored);
+  if (const Json& quantised = json.at("quantised"); !quantised.is_null()) {
+    std::string matrices;
+    for (const auto& [kept, n] : quantised.at("matrices").items()) {
+      matrices += (matrices.empty() ? "" : "; ") + n.dump() + " x " + kept;
+    }
+    print_line("quantised", quantised.at("method").get<std::string>() + ", " + matrices);
+  }
   const std::string weights = json.at("weights").get<std::string>();
   if (weights != "auto") {
     const double bytes = json.at("memory").at("weights_bytes").get<double>();

@@ -17,9 +17,9 @@
 namespace mustafar::cli {
 namespace {
 
-constexpr void (*kCommands[])(CLI::App&, Run&) = {add_generate,  add_chat,       add_info,
-                                                  add_bench,     add_perplexity, add_eval,
-                                                  add_calibrate, add_serve,      add_completion};
+constexpr void (*kCommands[])(CLI::App&, Run&) = {
+    add_generate,  add_chat,     add_info,  add_bench,       add_perplexity, add_eval,
+    add_calibrate, add_quantize, add_serve, add_bench_serve, add_completion};
 
 constexpr const char* kExamples =
     "Examples:\n"
@@ -58,7 +58,9 @@ int run_command(int argc, char** argv) {
   }
 
   try {
-    if (argc > 1 && argv[1] == std::string("serve")) return serve(argc - 2, argv + 2);
+    const std::string name = argc > 1 ? argv[1] : "";
+    if (name == "serve") return serve(argc - 2, argv + 2);
+    if (name == "bench-serve") return bench_serve(argc - 2, argv + 2);
   } catch (const Error& error) {
     return fail(error.what(), kExitError);
   }

@@ -8,12 +8,15 @@
 
 #include "io/json_file.h"
 #include "io/model_config.h"
+#include "io/quantised/readers.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
 namespace {
 
 constexpr size_t kIndexCap = 64 << 20;  // bytes
+constexpr const char* kEmbeddingModule = "model.embed_tokens";
+constexpr const char* kLmHeadModule = "lm_head";
 constexpr const char* kEmbedding = "model.embed_tokens.weight";
 constexpr const char* kLmHead = "lm_head.weight";
 
@@ -30,6 +33,12 @@ bool ends_with(std::string_view text, std::string_view end) {
 bool is_harmless(std::string_view name) {
   return ends_with(name, ".rotary_emb.inv_freq") || ends_with(name, ".rotary_emb.cos_cached") ||
          ends_with(name, ".rotary_emb.sin_cached");
+}
+
+// Of quantised modules: how activations would be rounded, which they are not here.
+bool is_of_activations(std::string_view name) {
+  return ends_with(name, ".input_scale") || ends_with(name, ".input_zero_point") ||
+         ends_with(name, ".activation_scale");
 }
 
 template <typename Shape>
@@ -77,6 +86,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
   Checkpoint checkpoint;
   checkpoint.folder_ = folder;
   checkpoint.config_ = read_model_config(folder);
+  checkpoint.quantisation_ = read_quantisation(folder);
   checkpoint.open_files();
   checkpoint.take_all(checkpoint.index_tensors());
   return checkpoint;
@@ -175,6 +185,40 @@ void Checkpoint::take(Sources& sources, const std::string& name, std::vector<int
   sources.erase(found);
 }
 
+void Checkpoint::take_matrix(Sources& sources, const std::string& module, int64_t rows,
+                             int64_t cols) {
+  const auto find = [&](const std::string& name, StoredPart& part) {
+    const auto found = sources.find(name);
+    if (found == sources.end()) return false;
+    const auto& [file, entry] = found->second;
+    part = {name,
+            entry->dtype,
+            {entry->shape.begin(), entry->shape.end()},
+            file->file.data() + entry->begin,
+            static_cast<int64_t>(entry->end - entry->begin),
+            &file->file};
+    return true;
+  };
+  ModuleTensors tensors(folder_.string(), module, find);
+  std::unique_ptr<StoredMatrix> matrix =
+      read_stored_matrix(quantisation_, {rows, cols}, model_dtype(), tensors);
+  if (matrix == nullptr) {
+    for (const char* suffix : {"weight_packed", "qweight"}) {
+      if (!tensors.has(suffix)) continue;
+      tensors.fail(tensors.take(suffix),
+                   quantisation_.method == Quantisation::Method::kNone
+                       ? "config.json has no \"quantization_config\" that says how it is quantised"
+                       : "is none of the method " + quantisation_.name());
+    }
+    return take(sources, module + ".weight", {rows, cols});
+  }
+  for (const StoredPart& part : matrix->parts) {
+    total_bytes_ += part.bytes;
+    sources.erase(part.name);
+  }
+  quantised_.emplace(module + ".weight", std::move(matrix));
+}
+
 void Checkpoint::take_all(Sources sources) {
   const int64_t hidden = config_.hidden_size, intermediate = config_.intermediate_size;
   const int64_t vocab = config_.vocab_size;
@@ -182,16 +226,20 @@ void Checkpoint::take_all(Sources sources) {
   const int64_t q_rows = int64_t{config_.n_heads} * config_.head_dim;
   const int64_t kv_rows = int64_t{config_.n_kv_heads} * config_.head_dim;
 
-  const bool has_embedding = sources.count(kEmbedding) > 0, has_head = sources.count(kLmHead) > 0;
+  const auto has_matrix = [&](const std::string& module) {
+    return sources.count(module + ".weight") > 0 || sources.count(module + ".weight_packed") > 0 ||
+           sources.count(module + ".qweight") > 0;
+  };
+  const bool has_embedding = has_matrix(kEmbeddingModule), has_head = has_matrix(kLmHeadModule);
   config_.tie_word_embeddings = !(has_embedding && has_head);
-  if (has_embedding || !has_head) take(sources, kEmbedding, {vocab, hidden});
-  if (has_head) take(sources, kLmHead, {vocab, hidden});
+  if (has_embedding || !has_head) take_matrix(sources, kEmbeddingModule, vocab, hidden);
+  if (has_head) take_matrix(sources, kLmHeadModule, vocab, hidden);
   take(sources, "model.norm.weight", {hidden});
 
   for (int32_t i = 0; i < config_.n_layers; i++) {
     const std::string layer = "model.layers." + std::to_string(i) + ".";
     const auto linear = [&](const char* name, int64_t rows, int64_t cols, bool bias) {
-      take(sources, layer + name + ".weight", {rows, cols});
+      take_matrix(sources, layer + name, rows, cols);
       if (bias) take(sources, layer + name + ".bias", {rows});
     };
     const char* other = traits.norm_after ? "post_feedforward_layernorm" : "input_layernorm";
@@ -216,14 +264,44 @@ void Checkpoint::take_all(Sources sources) {
     }
   }
 
-  // What is left would change the result if it belonged to the model: it must be known not to.
+  check_rest(sources);
+}
+
+// What is left would change the result if it belonged to the model: it must be known not to.
+void Checkpoint::check_rest(const Sources& sources) const {
   for (const auto& [name, source] : sources) {
-    if (!is_harmless(name)) {
-      throw ModelError(source.file->file.path().string() + ": tensor " +
-                       nlohmann::json(name).dump() +
-                       " is not part of the model that config.json describes");
+    if (is_harmless(name)) continue;
+    const std::string module = name.substr(0, name.rfind('.'));
+    if (find_quantised(module + ".weight") != nullptr) {
+      if (is_of_activations(name)) continue;
+      // AutoGPTQ wrote a bias of zeros for matrices that have none.
+      if (ends_with(name, ".bias") && is_zero(source)) continue;
     }
+    throw ModelError(source.file->file.path().string() + ": tensor " + nlohmann::json(name).dump() +
+                     " is not part of the model that config.json describes");
   }
+}
+
+bool Checkpoint::is_zero(const Source& source) {
+  const auto& [file, entry] = source;
+  file->file.prefault(entry->begin, entry->end);
+  return std::all_of(file->file.data() + entry->begin, file->file.data() + entry->end,
+                     [](uint8_t byte) { return byte == 0; });
+}
+
+const StoredMatrix* Checkpoint::find_quantised(std::string_view name) const {
+  const auto found = quantised_.find(name);
+  return found == quantised_.end() ? nullptr : found->second.get();
+}
+
+DType Checkpoint::model_dtype() const {
+  if (config_.torch_dtype == "float32") return DType::kF32;
+  return config_.torch_dtype == "float16" ? DType::kF16 : DType::kBF16;
+}
+
+void Checkpoint::for_each_quantised(
+    const std::function<void(const std::string&, const StoredMatrix&)>& visit) const {
+  for (const auto& [name, matrix] : quantised_) visit(name, *matrix);
 }
 
 const TensorView* Checkpoint::find(std::string_view name) const {

@@ -13,6 +13,7 @@
 
 #include "io/config_fields.h"
 #include "io/json_file.h"
+#include "io/quantised/quantisation.h"
 #include "io/rope_config.h"
 #include "mustafar/error.h"
 
@@ -191,12 +192,7 @@ FamilyTraits read_traits(const Fields& fields, const ModelConfig& config) {
 }
 
 void refuse_unsupported(const Fields& fields) {
-  if (const json* quantization = fields.object("quantization_config")) {
-    const auto method = quantization->find("quant_method");
-    fields.fail("quantization_config",
-                "quantised weights are not supported, found method " +
-                    (method == quantization->end() ? "unknown" : describe(*method)));
-  }
+  read_quantisation(fields);  // what of it is not read is refused by name
   const std::string activation = fields.string_or("hidden_act", "silu");
   if (activation != "silu" && activation != "swish") {
     fields.fail("hidden_act", "expected \"silu\", found " + describe(json(activation)));

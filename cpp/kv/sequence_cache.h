@@ -83,6 +83,7 @@ class SequenceCache {
   const CacheSpec& spec() const { return *spec_; }
   int64_t length() const { return length_; }
   int64_t compressed() const { return int64_t{kBlockTokens} * static_cast<int64_t>(pages_.size()); }
+  bool long_rope() const { return long_rope_; }
 
   // A cache of the same contents: pages shared, dense buffer copied.
   SequenceCache fork() const;
@@ -109,11 +110,15 @@ class SequenceCache {
   // Bytes that one of n tokens holds between calls, about.
   static int64_t held_bytes(const CacheSpec& spec, int64_t n);
   MemoryUsage memory() const;
+  // What it holds beside its pages, which forks share.
+  int64_t own_bytes() const {
+    return dense_.memory.bytes() + query_magnitude_.bytes() + page_table_.bytes();
+  }
 
+  const std::vector<PageRef>& pages() const { return pages_; }
   // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens
   // as in a DenseBuffer of capacity most_dense_tokens, zeros where there is none; and the query
   // magnitudes, query_bytes of them. Host memory.
-  const std::vector<PageRef>& pages() const { return pages_; }
   std::vector<uint8_t> download_dense() const;
   std::vector<uint8_t> download_query_magnitude() const;
   // Makes an empty cache one of `length` tokens: pages already filled, dense tokens and query

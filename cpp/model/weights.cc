@@ -4,7 +4,9 @@
 #include <cmath>
 #include <utility>
 
+#include "core/buffer.h"
 #include "core/hash.h"
+#include "model/stored_weights.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
@@ -72,6 +74,9 @@ class Loader {
  private:
   Matrix matrix(const std::string& name, const Rows& rows, int64_t cols,
                 const WeightFormat& format) {
+    if (const StoredMatrix* packed = source_.quantised(name)) {
+      return unpack(name, *packed, rows, format);
+    }
     StoredTensor stored = source_.tensor(name, {rows.in_all, cols});
     stored.data =
         static_cast<const uint8_t*>(stored.data) + dtype_bytes(stored.dtype, rows.first * cols);
@@ -85,6 +90,60 @@ class Loader {
     bytes_ += bytes;
     if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes);
     sample(name, stored, bytes);
+    if (backend_->host_memory()) report(bytes);
+    return matrix;
+  }
+
+  // A quantised matrix of the source.
+  Matrix unpack(const std::string& name, const StoredMatrix& stored, const Rows& rows,
+                const WeightFormat& format) {
+    const bool codes = keeps_codes(stored);
+    const QuantisedShape shape = code_shape(stored, rows.count);
+    const int64_t bytes =
+        codes ? shape.bytes() : dtype_bytes(stored.expanded, rows.count * stored.cols);
+    if (backend_ == nullptr) {
+      bytes_ += bytes;
+      return {};
+    }
+    for (const StoredPart& part : stored.parts) source_.prepare(part.data, part.bytes);
+    Matrix matrix;
+    if (codes) {
+      bytes_ += bytes;
+      owned_.push_back(backend_->allocate(bytes));
+      unpack_codes(stored, rows.first, shape, backend_->host_pool(), owned_.back()->data());
+      matrix = Matrix::of(shape, owned_.back()->data());
+      hash_.add(name);
+      hash_.add(stored.description());
+      sample_codes(matrix);
+      report(bytes);
+    } else {
+      matrix = expanded(name, stored, rows, bytes, format);
+    }
+    for (const StoredPart& part : stored.parts) source_.release(part.data, part.bytes);
+    return matrix;
+  }
+
+  // One whose codes can't be used, as values of `bytes` bytes.
+  Matrix expanded(const std::string& name, const StoredMatrix& stored, const Rows& rows,
+                  int64_t bytes, const WeightFormat& format) {
+    ThreadPool* const pool = backend_->host_pool();
+    Matrix matrix{nullptr, stored.expanded, rows.count, stored.cols};
+    if (backend_->host_memory() && format.as_stored) {
+      bytes_ += bytes;
+      owned_.push_back(backend_->allocate(bytes));
+      expand(stored, rows.first, rows.count, pool, owned_.back()->data());
+      matrix.data = owned_.back()->data();
+      sample(name, {matrix.data, matrix.dtype}, bytes);
+      report(bytes);
+      return matrix;
+    }
+    HostBuffer values(static_cast<size_t>(bytes));
+    expand(stored, rows.first, rows.count, pool, values.data());
+    matrix.data = values.data();
+    if (!format.as_stored) return quantise(name, matrix, bytes, format);
+    bytes_ += bytes;
+    sample(name, {matrix.data, matrix.dtype}, bytes);
+    matrix.data = to_device(values.data(), bytes);
     return matrix;
   }
 
@@ -101,9 +160,7 @@ class Loader {
     const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
-    sample_bytes(quantised.data, shape.scales_at());  // without the padding that follows
-    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
-    sample_bytes(quantised.offsets, shape.offset_bytes());
+    sample_codes(quantised);
     source_.release(stored.data, bytes);
     report(bytes);
     return quantised;
@@ -114,6 +171,14 @@ class Loader {
     hash_.add_int(static_cast<int64_t>(stored.dtype));
     hash_.add_int(bytes);
     sample_bytes(stored.data, bytes);
+  }
+
+  // Without the padding that follows the scales.
+  void sample_codes(const Matrix& quantised) {
+    const QuantisedShape shape = quantised.shape();
+    sample_bytes(quantised.data, shape.scales_at());
+    sample_bytes(quantised.scales, dtype_bytes(shape.scale_dtype, shape.n_scales()));
+    sample_bytes(quantised.offsets, shape.offset_bytes());
   }
 
   // Up to 16 pieces of 64 bytes, spread over the tensor: reads little of a large file.
@@ -142,8 +207,7 @@ class Loader {
 
   void report(int64_t bytes) {
     done_ += bytes;
-    const bool stay = backend_->host_memory() && format_.as_stored;
-    if (progress_ && !stay) progress_(done_, total_);
+    if (progress_ && total_ > 0) progress_(done_, total_);
   }
 
   const TensorSource& source_;
@@ -246,8 +310,9 @@ Weights load_table(const ModelConfig& c, Loader& load) {
 LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Backend& backend,
                            const WeightFormat& format,
                            const std::function<void(int64_t, int64_t)>& progress) {
+  const bool unpacks = source.any_quantised([](const StoredMatrix&) { return true; });
   int64_t total = 0;
-  if (!backend.host_memory() || !format.as_stored) {
+  if (!backend.host_memory() || !format.as_stored || unpacks) {
     Loader count(source);
     load_table(c, count);
     total = count.bytes();

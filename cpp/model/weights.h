@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "io/quantised/stored_matrix.h"
 #include "model/weight_format.h"
 #include "mustafar/model_config.h"
 
@@ -26,6 +27,16 @@ class TensorSource {
   virtual ~TensorSource() = default;
   virtual bool has(const std::string& name) const = 0;
   virtual StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const = 0;
+  // The quantised matrix that stands in the place of the tensor of this name, or null.
+  virtual const StoredMatrix* quantised(const std::string& name) const {
+    (void)name;
+    return nullptr;
+  }
+  // Whether there is a quantised matrix of which that is true.
+  virtual bool any_quantised(const std::function<bool(const StoredMatrix&)>& test) const {
+    (void)test;
+    return false;
+  }
   // Makes sure that bytes of a tensor can be read, as those of a file that shrank can't be. Throws
   // ModelError.
   virtual void prepare(const void* data, int64_t bytes) const { (void)data, (void)bytes; }
@@ -41,7 +52,8 @@ class TensorSource {
 };
 
 // The table plus what it owns. Matrices stay where they are when the backend reads host memory,
-// unless they are quantised; vectors (norms, biases) become f32 copies.
+// unless they are quantised, on loading or in the source (model/stored_weights.h); vectors (norms,
+// biases) become f32 copies.
 struct LoadedWeights {
   Weights table;
   int64_t bytes = 0;        // of matrices and vectors
@@ -51,7 +63,7 @@ struct LoadedWeights {
 
 // format: what the backend's matrices are to be; other than as stored only where it has
 // quantised_weights(). One matrix at a time is read from the source and let go. progress: bytes of
-// the source done and in all, while weights are copied to a device or quantised. Throws
+// the source done and in all, while weights are copied to a device, quantised or unpacked. Throws
 // OutOfMemory, before anything is copied, where they are larger than what the device has free, and
 // ModelError naming a matrix whose values can't be quantised.
 LoadedWeights load_weights(const ModelConfig& config, const TensorSource& source, Backend& backend,

@@ -187,8 +187,7 @@ std::shared_ptr<const CacheSpec> Model::Impl::cache_spec(const KVConfig& kv, con
 
 SequenceCache Model::Impl::new_cache(std::shared_ptr<const CacheSpec> spec, int64_t max_tokens) {
   std::shared_ptr<BlockPool> pages = pool(spec->layout.page_bytes);  // before spec moves
-  const bool long_rope = config.has_long_rope() && max_tokens > config.rope_original_context;
-  return SequenceCache(*backend, std::move(pages), budget, std::move(spec), long_rope);
+  return SequenceCache(*backend, std::move(pages), budget, std::move(spec), long_rope(max_tokens));
 }
 
 }  // namespace mustafar

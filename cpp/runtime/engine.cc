@@ -31,6 +31,27 @@ Clock::time_point later(double seconds) {
 
 }  // namespace
 
+const char* name_of(PrefixCache mode) {
+  switch (mode) {
+    case PrefixCache::kOff:
+      return "off";
+    case PrefixCache::kExact:
+      return "exact";
+    case PrefixCache::kApproximate:
+      return "approximate";
+  }
+  return "";
+}
+
+PrefixCache parse_prefix_cache(const std::string& name) {
+  for (const PrefixCache mode :
+       {PrefixCache::kOff, PrefixCache::kExact, PrefixCache::kApproximate}) {
+    if (name == name_of(mode)) return mode;
+  }
+  throw std::invalid_argument("prefix_cache is \"" + name +
+                              "\", must be \"exact\", \"approximate\" or \"off\"");
+}
+
 // What a handle and the engine's thread share.
 struct Request::State {
   const pid_t process = getpid();
@@ -151,6 +172,8 @@ struct Engine::Impl {
   mutable std::mutex mutex;
   std::condition_variable work;
   std::vector<std::shared_ptr<Job>> arrived;  // not yet in the scheduler
+  std::vector<std::vector<int32_t>> pinned;
+  std::vector<std::vector<int32_t>> unpinned;  // not yet told to the scheduler
   uint64_t n_submitted = 0;
   bool closing = false;
   EngineStats stats;  // as of the last part of a round
@@ -167,6 +190,8 @@ struct Engine::Impl {
         scheduler(*engine, kv,
                   {.max_batch = options.max_batch,
                    .prefill_tokens = options.prefill_tokens,
+                   .prefix_cache = options.prefix_cache,
+                   .prefix_bytes = options.prefix_bytes,
                    .between = [this] {
                      std::lock_guard lock(mutex);
                      update_stats();
@@ -195,7 +220,11 @@ struct Engine::Impl {
       {
         std::unique_lock lock(mutex);
         update_stats();  // before it may sleep
-        work.wait(lock, [&] { return closing || !arrived.empty() || !scheduler.idle(); });
+        work.wait(lock, [&] {
+          return closing || !arrived.empty() || !unpinned.empty() || !scheduler.idle();
+        });
+        for (const std::vector<int32_t>& ids : unpinned) scheduler.unpin(ids);
+        unpinned.clear();
         for (std::shared_ptr<Job>& job : arrived) scheduler.add(std::move(job));
         arrived.clear();
         update_stats();
@@ -208,6 +237,7 @@ struct Engine::Impl {
       }
     }
     scheduler.end_all(FinishReason::kCancelled);
+    scheduler.drop_prefixes();
     std::lock_guard lock(mutex);
     update_stats();
   }
@@ -222,6 +252,16 @@ struct Engine::Impl {
     stats.failed = counts.failed;
     stats.generated_tokens = counts.generated_tokens;
     stats.prompt_tokens = counts.prompt_tokens;
+    stats.reused_tokens = counts.reused_tokens;
+    stats.prefixes = scheduler.prefixes().size();
+    stats.prefix_bytes = scheduler.prefixes().bytes();
+  }
+
+  // Ids of a prefix, checked.
+  std::vector<int32_t> prefix_ids(const Prompt& prefix, bool parse_special) const {
+    SamplingParams params;
+    params.max_new_tokens = 0;
+    return make_job(*engine, prefix, params, parse_special, false, "the prefix")->tokens;
   }
 
   void close() {
@@ -271,6 +311,14 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
   }
   const std::shared_ptr<Job> job =
       make_job(*impl.engine, prompt, params, options.parse_special, options.own_text, "the prompt");
+  for (const int64_t n : options.prefixes) {
+    if (n < 1 || n > job->n_prompt) {
+      throw std::invalid_argument("a prefix has " + std::to_string(n) +
+                                  " tokens, must have at least 1 and at most the prompt's " +
+                                  std::to_string(job->n_prompt));
+    }
+    job->end_call_at(n, /*pinned=*/false);
+  }
   impl.scheduler.check_memory(*job);
   job->priority = options.priority;
   if (options.timeout_seconds) job->deadline = later(*options.timeout_seconds);
@@ -297,11 +345,41 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
                       " requests wait already, as many as max_waiting = " +
                       std::to_string(impl.options.max_waiting) + " allows: try again later");
     }
+    for (const std::vector<int32_t>& ids : impl.pinned) {
+      const auto n = static_cast<int64_t>(ids.size());
+      if (common_length(ids, job->prompt()) == n) job->end_call_at(n, /*pinned=*/true);
+    }
     job->order = impl.n_submitted++;
     impl.arrived.push_back(job);
   }
   impl.work.notify_one();
   return Request(state);
+}
+
+int64_t Engine::pin(const Prompt& prefix, bool parse_special) {
+  Impl& impl = held(impl_, "engine");
+  impl.check_process();
+  std::vector<int32_t> ids = impl.prefix_ids(prefix, parse_special);
+  const auto n = static_cast<int64_t>(ids.size());
+  std::lock_guard lock(impl.mutex);
+  if (impl.closing) throw StateError("the engine is closed");
+  if (std::find(impl.pinned.begin(), impl.pinned.end(), ids) == impl.pinned.end()) {
+    impl.pinned.push_back(std::move(ids));
+  }
+  return n;
+}
+
+bool Engine::unpin(const Prompt& prefix, bool parse_special) {
+  Impl& impl = held(impl_, "engine");
+  impl.check_process();
+  std::vector<int32_t> ids = impl.prefix_ids(prefix, parse_special);
+  {
+    std::lock_guard lock(impl.mutex);
+    if (std::erase(impl.pinned, ids) == 0) return false;
+    impl.unpinned.push_back(std::move(ids));
+  }
+  impl.work.notify_one();
+  return true;
 }
 
 EngineStats Engine::stats() const {

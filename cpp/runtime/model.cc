@@ -5,6 +5,7 @@
 
 #include "core/hash.h"
 #include "io/checkpoint.h"
+#include "model/stored_weights.h"
 #include "mustafar/error.h"
 #include "mustafar/hub.h"
 #include "runtime/model_impl.h"
@@ -16,7 +17,18 @@ class CheckpointTensors : public TensorSource {
  public:
   explicit CheckpointTensors(Checkpoint checkpoint) : checkpoint_(std::move(checkpoint)) {}
 
-  bool has(const std::string& name) const override { return checkpoint_.find(name) != nullptr; }
+  bool has(const std::string& name) const override {
+    return checkpoint_.find(name) != nullptr || quantised(name) != nullptr;
+  }
+  const StoredMatrix* quantised(const std::string& name) const override {
+    return checkpoint_.find_quantised(name);
+  }
+  bool any_quantised(const std::function<bool(const StoredMatrix&)>& test) const override {
+    bool any = false;
+    checkpoint_.for_each_quantised(
+        [&](const std::string&, const StoredMatrix& matrix) { any = any || test(matrix); });
+    return any;
+  }
 
   StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
     const TensorView* view = checkpoint_.find(name);
@@ -46,6 +58,28 @@ DType parse_dtype(const std::string& name, DType stored) {
   if (name == "f16") return DType::kF16;
   if (name == "bf16") return DType::kBF16;
   throw std::invalid_argument("dtype is \"" + name + "\", must be auto, f32, f16 or bf16");
+}
+
+// The type of the embedding as stored, or of the head where that is both.
+DType stored_dtype(const ModelConfig& config, const TensorSource& source) {
+  const char* first =
+      source.has("model.embed_tokens.weight") ? "model.embed_tokens.weight" : "lm_head.weight";
+  if (const StoredMatrix* matrix = source.quantised(first)) return matrix->expanded;
+  return source.tensor(first, {config.vocab_size, config.hidden_size}).dtype;
+}
+
+// Rounding codes anew would lose quality for nothing; the rest of a quantised folder is values.
+void check_format(const WeightFormat& format, const TensorSource& source) {
+  if (format.as_stored) return;
+  std::string found;
+  source.any_quantised([&](const StoredMatrix& matrix) {
+    if (keeps_codes(matrix)) found = matrix.description();
+    return !found.empty();
+  });
+  if (found.empty()) return;
+  throw std::invalid_argument("weights is \"" + format.name() +
+                              "\", must be auto: the folder's weights are quantised already (" +
+                              found + ")");
 }
 
 std::string fingerprint_of(const ModelConfig& c, const std::string& weights) {
@@ -94,16 +128,15 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   impl->folder = folder;
   impl->config = config;
   impl->source = std::move(source);
-  const char* first = impl->source->has("model.embed_tokens.weight") ? "model.embed_tokens.weight"
-                                                                     : "lm_head.weight";
-  const DType stored = impl->source->tensor(first, {config.vocab_size, config.hidden_size}).dtype;
-  impl->dtype = parse_dtype(options.dtype, stored);
-  impl->backend =
-      make_backend(config, {options.device, impl->dtype, options.threads, !format.as_stored});
+  check_format(format, *impl->source);
+  impl->dtype = parse_dtype(options.dtype, stored_dtype(config, *impl->source));
+  const bool quantised = !format.as_stored || impl->source->any_quantised(keeps_codes);
+  impl->backend = make_backend(config, {options.device, impl->dtype, options.threads, quantised});
   impl->weight_format = format;
-  // A device's copy is the reading, and so is quantising; else the CPU's weights stay where they
-  // are.
-  if (impl->backend->host_memory() && format.as_stored && options.progress) {
+  // A device's copy is the reading, and so are quantising and unpacking; else the CPU's weights
+  // stay where they are.
+  const bool unpacks = impl->source->any_quantised([](const StoredMatrix&) { return true; });
+  if (impl->backend->host_memory() && format.as_stored && !unpacks && options.progress) {
     impl->source->read_all(options.progress);
   }
   impl->weights = load_weights(config, *impl->source, *impl->backend, format, options.progress);

@@ -53,7 +53,10 @@ struct Model::Impl {
   // std::invalid_argument where the profile has no sigmas, DeviceError where the device has no
   // kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv, const StoreLayout& layout);
-  // For a sequence of at most max_tokens: longrope chooses its frequencies by that.
+  // Of a sequence of at most max_tokens: longrope chooses its frequencies by that.
+  bool long_rope(int64_t max_tokens) const {
+    return config.has_long_rope() && max_tokens > config.rope_original_context;
+  }
   SequenceCache new_cache(std::shared_ptr<const CacheSpec> spec, int64_t max_tokens);
 
   LongMutex auto_profile_mutex{

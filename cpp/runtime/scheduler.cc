@@ -7,13 +7,12 @@
 
 #include "mustafar/error.h"
 #include "runtime/next_logits.h"
-#include "runtime/prompt_ids.h"
 
 namespace mustafar {
 namespace {
 
-// Tokens that a sequence is expected to grow by before others make room.
-constexpr int64_t kAheadTokens = kBlockTokens;
+// What prefixes may take where neither they nor the cache as a whole have a limit.
+constexpr int64_t kUsualPrefixBytes = int64_t{1} << 30;
 // The least part of a round's tokens that a long prompt gets beside short ones.
 constexpr double kLongShare = 0.25;
 
@@ -21,47 +20,13 @@ double seconds_between(Job::Clock::time_point from, Job::Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
-// The one admitted first.
-bool before(const Job& a, const Job& b) {
-  return a.priority != b.priority ? a.priority > b.priority : a.order < b.order;
-}
-
-// Multiply-adds of a prompt's row in one layer's attention to one token, as a part of those in the
-// layer's matrices.
-double attention_share(const ModelConfig& c) {
-  const double width = static_cast<double>(c.n_heads) * c.head_dim;
-  const double kv_width = static_cast<double>(c.n_kv_heads) * c.head_dim;
-  const double matrices = c.hidden_size * (2 * width + 2 * kv_width + 3.0 * c.intermediate_size);
-  return 2 * width / matrices;
+int64_t prefix_limit(const SchedulerOptions& options, const KVBudget& budget) {
+  if (options.prefix_cache == PrefixCache::kOff) return 0;
+  if (options.prefix_bytes) return *options.prefix_bytes;
+  return budget.limit() > 0 ? budget.limit() : kUsualPrefixBytes;
 }
 
 }  // namespace
-
-// What SchedulerOptions::between threw, on its way out past those who handle a job's own errors.
-struct Scheduler::Interrupt {
-  std::exception_ptr error;
-};
-
-std::shared_ptr<Job> make_job(const Model::Impl& engine, const Prompt& prompt,
-                              const SamplingParams& params, bool parse_special, bool own_text,
-                              const std::string& name) {
-  const Tokenizer* tokenizer = engine.tokenizer ? &*engine.tokenizer : nullptr;
-  auto job = std::make_shared<Job>();
-  job->tokens = prompt_ids(prompt, tokenizer, 0, parse_special);
-  job->n_prompt = static_cast<int64_t>(job->tokens.size());
-  const int64_t context = engine.config.max_position_embeddings;
-  if (job->n_prompt == 0) throw std::invalid_argument(name + " is empty");
-  if (job->n_prompt > context) {
-    throw ContextOverflow(name + " has " + std::to_string(job->n_prompt) +
-                          " tokens, more than the model's context of " + std::to_string(context) +
-                          engine.config.why_context_ends());
-  }
-  check_token_ids(job->tokens, engine.config.vocab_size, name + ": ");
-  job->loop = std::make_unique<TokenLoop>(params, engine.config, tokenizer);
-  if (!own_text) job->loop->start_after(job->tokens);
-  job->most_tokens = std::min<int64_t>(job->n_prompt + params.max_new_tokens, context);
-  return job;
-}
 
 Scheduler::Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions options)
     : engine_(engine),
@@ -69,7 +34,8 @@ Scheduler::Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions o
       spec_(engine.cache_spec(kv)),
       pool_(engine.pool(spec_->layout.page_bytes)),
       step_buffers_(*engine.backend),
-      long_buffers_(*engine.backend) {
+      long_buffers_(*engine.backend),
+      prefixes_(prefix_limit(options_, *engine.budget)) {
   if (options_.max_batch < 1) {
     throw std::invalid_argument("max_batch is " + std::to_string(options_.max_batch) +
                                 ", must be at least 1");
@@ -77,6 +43,10 @@ Scheduler::Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions o
   if (options_.prefill_tokens < 1) {
     throw std::invalid_argument("prefill_tokens is " + std::to_string(options_.prefill_tokens) +
                                 ", must be at least 1");
+  }
+  if (options_.prefix_bytes && *options_.prefix_bytes < 0) {
+    throw std::invalid_argument("prefix_bytes is " + std::to_string(*options_.prefix_bytes) +
+                                ", must be at least 0");
   }
 }
 
@@ -103,12 +73,17 @@ void Scheduler::add(std::shared_ptr<Job> job) {
 }
 
 // Right at any time on the scheduler's thread, in callbacks of jobs too: those that have ended may
-// still be in the lists, and a long prompt's job is in two for a moment.
+// still be in the lists, and a long call's job is in two for a moment.
 int64_t Scheduler::n_running() const {
-  const auto runs = [](const JobPtr& job) { return !job->ended; };
-  const bool beside = long_job_ != nullptr && (active_.empty() || active_.back() != long_job_);
-  return n_admitted_ + std::count_if(active_.begin(), active_.end(), runs) +
-         (beside && runs(long_job_) ? 1 : 0);
+  int64_t n = n_admitted_;
+  bool long_is_in_list = false;
+  for (const auto* jobs : {&active_, &begun_}) {
+    for (const JobPtr& job : *jobs) {
+      if (!job->ended) n++;
+      long_is_in_list = long_is_in_list || job == long_job_;
+    }
+  }
+  return n + (long_job_ != nullptr && !long_is_in_list && !long_job_->ended ? 1 : 0);
 }
 
 int64_t Scheduler::n_paused() const {
@@ -127,7 +102,9 @@ void Scheduler::round() {
     sweep();
     const std::vector<JobPtr> group = admit();
     double rows = 0;
-    for (const JobPtr& job : group) rows += static_cast<double>(job->n_prompt);
+    for (const JobPtr& job : group) {
+      rows += static_cast<double>(job->next_rows(job->cache->length()));
+    }
     n_admitted_ = static_cast<int64_t>(group.size());
     if (!group.empty()) {
       pause_point();
@@ -168,6 +145,7 @@ bool Scheduler::sweep(Job& job) {
 
 void Scheduler::for_each_job(const std::function<void(Job&)>& visit) {
   for (const JobPtr& job : active_) visit(*job);
+  for (const JobPtr& job : begun_) visit(*job);
   if (long_job_ != nullptr) visit(*long_job_);
   for (const JobPtr& job : waiting_) visit(*job);
   drop_ended();
@@ -193,195 +171,8 @@ void Scheduler::drop_ended() {
   if (long_job_ != nullptr && long_job_->ended) long_job_.reset();
   const auto ended = [](const JobPtr& job) { return job->ended; };
   std::erase_if(active_, ended);
+  std::erase_if(begun_, ended);
   std::erase_if(waiting_, ended);
-}
-
-void Scheduler::check_memory(const Job& job) const {
-  const int64_t limit = engine_.budget->limit();
-  const int64_t least = SequenceCache::held_bytes(*spec_, job.n_prompt);
-  if (limit == 0 || least <= limit) return;
-  throw OutOfMemory("a prompt of " + std::to_string(job.n_prompt) + " tokens needs " +
-                    std::to_string(least) + " bytes of KV cache, more than kv_budget = " +
-                    std::to_string(limit) + ": raise kv_budget, raise sparsity or shorten it");
-}
-
-// group: jobs admitted in this round, without caches yet.
-bool Scheduler::fits(const Job& job, const std::vector<JobPtr>& group) const {
-  if (runs_alone() && group.empty()) return true;  // more room than now there will not be
-  const auto later = [&](const Job& each) {
-    const int64_t n = static_cast<int64_t>(each.tokens.size());
-    return SequenceCache::held_bytes(*spec_, std::min(n + kAheadTokens, each.most_tokens));
-  };
-  const auto with_prompt = [&](const Job& each) {
-    return later(each) + spec_->fresh_bytes(each.n_prompt);
-  };
-  int64_t free_bytes = std::min(engine_.budget->available(), engine_.backend->available_bytes());
-  free_bytes += pool_->free_pages() * spec_->layout.page_bytes;
-  // A second dense buffer exists while a block leaves the first.
-  int64_t needed = with_prompt(job) + spec_->dense_bytes(spec_->most_dense_tokens);
-  for (const JobPtr& each : group) needed += with_prompt(*each);
-  for (const JobPtr& each : active_) {
-    needed += std::max<int64_t>(0, later(*each) - each->cache->memory().allocated);
-  }
-  if (long_job_ != nullptr) {  // its pages are held already
-    needed += 2 * spec_->dense_bytes(spec_->most_dense_tokens);
-  }
-  return needed <= free_bytes;
-}
-
-// Those whose prompts fit a round together, and perhaps a longer one.
-std::vector<std::shared_ptr<Job>> Scheduler::admit() {
-  std::vector<JobPtr> group;
-  if (runs_alone()) blocked_ = false;
-  int64_t rows = 0;
-  for (size_t i = 0; i < waiting_.size() && !blocked_;) {
-    const JobPtr job = waiting_[i];
-    if (job->loop->done()) {  // nothing to generate
-      retire(*job);
-      waiting_.erase(waiting_.begin() + static_cast<int64_t>(i));
-      continue;
-    }
-    const bool is_long = job->n_prompt > options_.prefill_tokens;
-    if (is_long && long_job_ != nullptr) {  // shorter ones behind it need not wait as well
-      i++;
-      continue;
-    }
-    if (n_running() + static_cast<int64_t>(group.size()) >= options_.max_batch) break;
-    if (!is_long && rows + job->n_prompt > options_.prefill_tokens) break;
-    if (!fits(*job, group)) {
-      blocked_ = true;
-      break;
-    }
-    waiting_.erase(waiting_.begin() + static_cast<int64_t>(i));
-    if (!job->started) job->started = Job::Clock::now();
-    job->paused = false;
-    if (is_long) {
-      start_long(job);
-    } else {
-      rows += job->n_prompt;
-      group.push_back(job);
-    }
-  }
-  return group;
-}
-
-// One forward call for all prompts of the group; where it fails, for each half.
-void Scheduler::run_group(std::span<const JobPtr> group) {
-  try {
-    std::vector<PrefillPart> parts;
-    for (const JobPtr& job : group) {
-      job->cache.emplace(engine_.new_cache(spec_, job->most_tokens));
-      parts.push_back({&*job->cache, {job->tokens.begin(), job->tokens.begin() + job->n_prompt}});
-    }
-    Prefill prefill(*engine_.llama, std::move(parts), *step_buffers_);
-    while (prefill.step_rows()) pause_point();
-    first_tokens(prefill, group);
-    return;
-  } catch (const Interrupt&) {
-    throw;
-  } catch (const OutOfMemory&) {
-    for (const JobPtr& job : group) job->cache.reset();
-    if (group.size() == 1) {
-      n_admitted_--;
-      if (runs_alone()) {
-        fail(*group[0], std::current_exception());
-      } else {
-        pause(group[0]);
-      }
-      return;
-    }
-  } catch (...) {
-    for (const JobPtr& job : group) job->cache.reset();
-    if (group.size() == 1) {
-      n_admitted_--;
-      return fail(*group[0], std::current_exception());
-    }
-  }
-  run_group(group.first(group.size() / 2));
-  run_group(group.subspan(group.size() / 2));
-}
-
-void Scheduler::start_long(JobPtr job) {
-  job->cache.emplace(engine_.new_cache(spec_, job->most_tokens));
-  try {
-    long_prefill_ = std::make_unique<Prefill>(
-        *engine_.llama, *job->cache,
-        std::vector<int32_t>(job->tokens.begin(), job->tokens.begin() + job->n_prompt),
-        *long_buffers_);
-    long_job_ = std::move(job);
-  } catch (const OutOfMemory&) {
-    job->cache.reset();
-    if (runs_alone()) {
-      fail(*job, std::current_exception());
-    } else {
-      pause(std::move(job));
-    }
-  } catch (...) {
-    fail(*job, std::current_exception());
-  }
-}
-
-// budget: rows x layers, a row's attention counted as what it costs beside the matrices.
-void Scheduler::advance_long(double budget) {
-  const double share = attention_share(engine_.config);
-  try {
-    for (double cost = 0; cost < budget;) {
-      const auto rows = static_cast<double>(long_prefill_->next_rows());
-      cost += rows * (1 + share * (static_cast<double>(long_prefill_->next_row()) + rows / 2));
-      const bool more = long_prefill_->step_rows();
-      pause_point();
-      if (sweep(*long_job_)) return;
-      if (!more) return finish_long();
-    }
-  } catch (const Interrupt&) {
-    throw;
-  } catch (const OutOfMemory&) {
-    const JobPtr job = std::exchange(long_job_, nullptr);
-    long_prefill_.reset();
-    if (active_.empty()) return fail(*job, std::current_exception());
-    pause(job);
-  } catch (...) {
-    fail(*long_job_, std::current_exception());
-  }
-}
-
-void Scheduler::finish_long() {
-  const JobPtr jobs[] = {long_job_};
-  first_tokens(*long_prefill_, jobs);
-  long_prefill_.reset();
-  long_job_.reset();
-}
-
-// Takes a prefill that has run into the caches, and makes every job's next token.
-void Scheduler::first_tokens(Prefill& prefill, std::span<const JobPtr> jobs) {
-  const size_t n = jobs.size();
-  const int64_t vocab = engine_.config.vocab_size;
-  logits_.resize(n * vocab);
-  std::vector<TopLogits> top(n);
-  if (engine_.backend->host_memory()) {
-    prefill.last_logits(logits_.data());
-  } else {
-    for (size_t i = 0; i < n; i++) {
-      const int32_t needed = jobs[i]->loop->top_needed();
-      if (NextLogits::top_suffices(*engine_.backend, needed)) {
-        top[i] = prefill.top_logits(prefill.last_row(i), needed);
-      }
-      if (!top[i].regular) {
-        prefill.logits(prefill.last_row(i), 1, logits_.data() + static_cast<int64_t>(i) * vocab);
-      }
-    }
-  }
-  prefill.finish();
-  for (size_t i = 0; i < n; i++) {
-    Job& job = *jobs[i];
-    active_.push_back(jobs[i]);
-    if (jobs[i] != long_job_) n_admitted_--;
-    counts_.prompt_tokens += job.n_prompt;
-    if (!job.first_token) job.first_token = Job::Clock::now();
-    if (job.cache->length() < static_cast<int64_t>(job.tokens.size())) continue;  // resumed
-    take_logits(job, &top[i],
-                {logits_.data() + static_cast<int64_t>(i) * vocab, static_cast<size_t>(vocab)});
-  }
 }
 
 // Chooses the next token of a job whose cache holds all others. row: all logits, where top is not
@@ -410,7 +201,7 @@ void Scheduler::take_logits(Job& job, const TopLogits* top, std::span<const floa
 void Scheduler::decode_step() {
   while (!active_.empty()) {
     try {
-      return decode(active_);
+      return with_room([this] { decode(active_); });
     } catch (const OutOfMemory&) {
       if (!pause_youngest()) return fail(*active_[0], std::current_exception());
     } catch (...) {
@@ -422,7 +213,7 @@ void Scheduler::decode_step() {
   for (const JobPtr& job : jobs) {
     if (!job->cache || job->ended) continue;  // paused meanwhile
     try {
-      decode({&job, 1});
+      with_room([&] { decode({&job, 1}); });
     } catch (const OutOfMemory&) {
       if (!pause_youngest()) fail(*job, std::current_exception());
     } catch (...) {
@@ -464,29 +255,6 @@ void Scheduler::decode(std::span<const JobPtr> jobs) {
   }
 }
 
-bool Scheduler::pause_youngest() {
-  if (n_running() < 2) return false;
-  const auto youngest =
-      std::max_element(active_.begin(), active_.end(),
-                       [](const JobPtr& a, const JobPtr& b) { return before(*a, *b); });
-  if (long_job_ != nullptr && before(**youngest, *long_job_)) {
-    long_prefill_.reset();
-    pause(std::exchange(long_job_, nullptr));
-    return true;
-  }
-  const JobPtr job = *youngest;
-  active_.erase(youngest);
-  pause(job);
-  return true;
-}
-
-void Scheduler::pause(JobPtr job) {
-  job->cache.reset();
-  job->paused = true;
-  blocked_ = true;
-  add(std::move(job));
-}
-
 void Scheduler::emit(Job& job, std::string_view text) {
   if (job.on_text) job.on_text(text);
 }
@@ -494,6 +262,7 @@ void Scheduler::emit(Job& job, std::string_view text) {
 void Scheduler::retire(Job& job) {
   GenerateResult& result = job.loop->result;
   result.stats.prompt_tokens = job.n_prompt;
+  result.stats.cached_tokens = job.reused_tokens;
   result.stats.generated_tokens = job.loop->made_tokens();
   if (job.first_token) {
     result.stats.prefill_seconds = seconds_between(*job.started, *job.first_token);
@@ -510,9 +279,10 @@ void Scheduler::fail(Job& job, std::exception_ptr error) {
   end(job, std::move(error));
 }
 
-// What it held is free before anybody is told.
+// What it held is free, or kept for others, before anybody is told.
 void Scheduler::end(Job& job, std::exception_ptr error) {
   if (&job == long_job_.get()) long_prefill_.reset();
+  if (error == nullptr) keep_sequence(job);
   job.cache.reset();
   job.ended = true;
   blocked_ = false;

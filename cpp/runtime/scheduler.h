@@ -1,8 +1,6 @@
 // Continuous batching: requests join and leave a running batch between decode steps.
 #pragma once
 
-#include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -15,69 +13,44 @@
 
 #include "kv/sequence_cache.h"
 #include "model/llama.h"
-#include "mustafar/model.h"
+#include "mustafar/engine.h"
+#include "mustafar/error.h"
+#include "runtime/job.h"
 #include "runtime/model_impl.h"
-#include "runtime/token_loop.h"
+#include "runtime/prefix_tree.h"
 
 namespace mustafar {
-
-// One sequence to continue. What is not said to be for other threads belongs to the thread that
-// runs the scheduler.
-struct Job {
-  using Clock = std::chrono::steady_clock;
-
-  std::vector<int32_t> tokens;  // the prompt, then what was made
-  int64_t n_prompt = 0;
-  int64_t most_tokens = 0;  // that it may come to
-  std::unique_ptr<TokenLoop> loop;
-  int32_t priority = 0;  // higher ones are admitted first
-  uint64_t order = 0;    // of its arrival
-  std::optional<Clock::time_point> deadline;
-  // Set by any thread.
-  std::shared_ptr<std::atomic<bool>> cancelled = std::make_shared<std::atomic<bool>>(false);
-
-  // A token was made, or the last text: text that became certain, or none. What was made so far is
-  // in the loop's result.
-  std::function<void(std::string_view text)> on_text;
-  // The end, called once: the result is in loop, or error says why there is none.
-  std::function<void(std::exception_ptr error)> on_end;
-
-  // The scheduler's. A cache holds fewer than all tokens: the newest is not in it until the next
-  // decode step, and those of a resumed sequence come back step by step.
-  std::optional<SequenceCache> cache;
-  bool paused = false;
-  bool ended = false;
-  std::optional<Clock::time_point> started, first_token;
-};
-
-// A job for a prompt, checked. name: what messages begin with, such as "prompt 3". Throws
-// std::invalid_argument, ContextOverflow, TokenizerError.
-std::shared_ptr<Job> make_job(const Model::Impl& engine, const Prompt& prompt,
-                              const SamplingParams& params, bool parse_special, bool own_text,
-                              const std::string& name);
 
 struct SchedulerOptions {
   int32_t max_batch = 64;        // sequences that hold a cache
   int32_t prefill_tokens = 512;  // of prompts computed between two decode steps, about
+  PrefixCache prefix_cache = PrefixCache::kExact;
+  std::optional<int64_t> prefix_bytes = {};  // see EngineOptions
   // Called between the parts of a round; what it throws ends the round and comes out of it.
   std::function<void()> between = {};
 };
 
-// Rounds of: prompts that fit the round's tokens, all in one forward call; a part of one longer
-// prompt, by the rows of a layer; one decode step of all sequences that have begun. What a sequence
-// gets does not depend on the others.
+// Rounds of: calls of prompts that fit the round's tokens, all in one forward call; a part of one
+// longer call, by the rows of a layer; one decode step of all sequences that are past their prompt.
+// What a sequence gets does not depend on the others.
+//
+// Prefixes: what a cache holds after a call that is not its prompt's last, or is pinned, is kept
+// for prompts that begin with the same calls; where reuse is approximate, also what sequences hold
+// that have ended or still run, for any prompt that shares a block with them. A job whose beginning
+// is being computed for another waits for it; one with the same prompt takes its result.
 //
 // Memory: a job is admitted where what it needs for its prompt and a block more, beside what those
-// that run will hold a block later, is free. Where memory runs out in spite of that, the youngest
-// job is paused: its cache is dropped, and made again by the same calls when another job has ended,
-// so that its result stays what it would have been. A job that runs alone and has no room fails
-// with OutOfMemory.
+// that run will hold a block later, is free. Kept prefixes make room first. Where memory runs out
+// in spite of that, the youngest job is paused: its cache is dropped, and made again by the same
+// calls when another job has ended, so that its result stays what it would have been. A job that
+// runs alone and has no room fails with OutOfMemory.
 class Scheduler {
  public:
   struct Counts {
     int64_t finished = 0, cancelled = 0, failed = 0;
     int64_t prompt_tokens = 0;     // computed, those of resumed jobs again
     int64_t generated_tokens = 0;  // chosen
+    int64_t reused_tokens = 0;     // of prompts, that a kept prefix held
   };
 
   Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions options);
@@ -87,7 +60,7 @@ class Scheduler {
   // Throws OutOfMemory where the budget could not hold the prompt if it were empty.
   void check_memory(const Job& job) const;  // any thread
   void add(std::shared_ptr<Job> job);
-  bool idle() const { return waiting_.empty() && active_.empty() && long_job_ == nullptr; }
+  bool idle() const { return waiting_.empty() && runs_alone(); }
   void round();
   void end_all(FinishReason reason);
   void fail_all(const std::exception_ptr& error);
@@ -97,25 +70,23 @@ class Scheduler {
   int64_t n_waiting() const;  // that have not begun
   int64_t n_paused() const;
 
+  const PrefixTree& prefixes() const { return prefixes_; }
+  void unpin(std::span<const int32_t> tokens) { prefixes_.unpin(tokens); }
+  void drop_prefixes() { prefixes_.clear(); }
+
  private:
   using JobPtr = std::shared_ptr<Job>;
-  struct Interrupt;
+  // What SchedulerOptions::between threw, on its way out past those who handle a job's own errors.
+  struct Interrupt {
+    std::exception_ptr error;
+  };
 
+  // scheduler.cc
   void pause_point();
   void sweep();
   bool sweep(Job& job);  // whether it has ended
-  std::vector<JobPtr> admit();
-  bool fits(const Job& job, const std::vector<JobPtr>& group) const;
-  void run_group(std::span<const JobPtr> group);
-  void start_long(JobPtr job);
-  void advance_long(double budget);
-  void finish_long();
   void decode_step();
   void decode(std::span<const JobPtr> jobs);
-  // Makes room by pausing the youngest; false where only one job is left.
-  bool pause_youngest();
-  void pause(JobPtr job);
-  void first_tokens(Prefill& prefill, std::span<const JobPtr> jobs);
   void take_logits(Job& job, const TopLogits* top, std::span<const float> row);
   void emit(Job& job, std::string_view text);
   void retire(Job& job);
@@ -124,7 +95,48 @@ class Scheduler {
   void for_each_job(const std::function<void(Job&)>& visit);  // then drops those that have ended
   void drop_ended();
   void count_workspace();
-  bool runs_alone() const { return active_.empty() && long_job_ == nullptr; }
+
+  // scheduler_admission.cc
+  std::vector<JobPtr> admit();
+  // Into the group, where a round's tokens allow it, or the place of the long one; false: not now.
+  bool take_call(const JobPtr& job, int64_t& rows, std::vector<JobPtr>& group);
+  void begin(Job& job);
+  void note_begun(Job& job);
+  bool will_share_result(const Job& other, const Job& job) const;
+  std::vector<JobPtr> begin_same_prompts(const Job& job);
+  PrefixTree::Common find_prefix(const Job& job);
+  bool better_wait(const Job& job, int64_t usable, const std::vector<JobPtr>& group) const;
+  int64_t will_leave(const Job& other, const Job& job) const;
+  int64_t needed_bytes(const Job& job, const std::vector<JobPtr>& group);
+  bool fits(const Job& job, const std::vector<JobPtr>& group);
+  // Makes room by pausing the youngest; false where only one job is left.
+  bool pause_youngest();
+  void pause(JobPtr job);
+  // Repeats a call that fails for want of memory, and then has changed nothing, as long as prefixes
+  // can make room. pinned_too: pinned ones as well.
+  template <typename Call>
+  auto with_room(const Call& call, bool pinned_too = true) {
+    for (;;) {
+      try {
+        return call();
+      } catch (const OutOfMemory&) {
+        if (!prefixes_.drop_oldest(pinned_too)) throw;
+      }
+    }
+  }
+
+  // scheduler_prompts.cc
+  void run_group(std::span<const JobPtr> group);
+  void start_long(const JobPtr& job, bool alone);
+  void advance_long(double budget);
+  void finish_long();
+  void finish_calls(Prefill& prefill, std::span<const JobPtr> jobs);
+  bool kept_after(const Job& job, size_t call) const;
+  void keep_call(const Job& job);
+  void keep_sequence(Job& job);
+
+  // Whether no job has a cache, but for those of the round's group.
+  bool runs_alone() const { return active_.empty() && begun_.empty() && long_job_ == nullptr; }
 
   Model::Impl& engine_;
   const SchedulerOptions options_;
@@ -134,9 +146,11 @@ class Scheduler {
   std::optional<ForwardBuffers> long_buffers_;
   int64_t counted_workspace_ = 0;
 
-  std::deque<JobPtr> waiting_;  // by priority, then arrival
+  PrefixTree prefixes_;
+  std::deque<JobPtr> waiting_;  // by priority, then arrival, as begun_
+  std::vector<JobPtr> begun_;   // between two calls of their prompts
   std::vector<JobPtr> active_;  // past their prompt
-  JobPtr long_job_;             // whose prompt takes several rounds
+  JobPtr long_job_;             // whose prompt's call takes several rounds
   std::unique_ptr<Prefill> long_prefill_;
   int64_t n_admitted_ = 0;  // whose prompts are computed in this round
   bool blocked_ = false;    // nothing is admitted until a job has ended

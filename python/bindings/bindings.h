@@ -31,6 +31,7 @@ void register_engine(pybind11::module_& m);
 void register_chat(pybind11::module_& m);
 void register_format(pybind11::module_& m);
 void register_weights(pybind11::module_& m);
+void register_quantize(pybind11::module_& m);
 
 // A conversation as ChatTemplate.render takes it, rendered without the GIL. continue_final_message:
 // a bool, or the field of the last message.
@@ -49,6 +50,10 @@ pybind11::array_t<int32_t> to_array(std::span<const int32_t> values);
 // A check for Ctrl-C that native loops may call often, without the GIL: it looks at most every 20
 // ms and throws what the Python signal handler raised.
 std::function<void()> interrupt_check();
+
+// The same for work that tells how far it is, and hands that to progress (a callable or None, which
+// must outlive it).
+std::function<void(int64_t, int64_t)> progress_reporter(const pybind11::object& progress);
 
 // Profile::resolve without the GIL: Ctrl-C ends it, progress (a callable or None) is told of
 // tokens, and notes go to logging's "mustafar".

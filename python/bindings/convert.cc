@@ -111,6 +111,15 @@ std::function<void()> interrupt_check() {
   };
 }
 
+std::function<void(int64_t, int64_t)> progress_reporter(const py::object& progress) {
+  return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
+    check();
+    if (progress.is_none()) return;
+    AcquireGil gil;
+    progress(done, total);
+  };
+}
+
 KVConfig kv_fields_from(const py::dict& fields) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
@@ -212,6 +221,7 @@ py::dict to_dict(const GenerateResult& result) {
   for (const TokenLogprob& entry : result.logprobs) logprobs.append(to_tuple(entry));
   py::dict stats;
   stats["prompt_tokens"] = result.stats.prompt_tokens;
+  stats["cached_tokens"] = result.stats.cached_tokens;
   stats["generated_tokens"] = result.stats.generated_tokens;
   stats["prefill_seconds"] = result.stats.prefill_seconds;
   stats["decode_seconds"] = result.stats.decode_seconds;

@@ -68,20 +68,25 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<Engine, DeleteWithoutGil> make(const Model& model, const py::dict& kv,
-                                               int32_t max_batch, int32_t max_waiting,
-                                               int32_t prefill_tokens) {
+std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const py::dict& kv,
+                                                      int32_t max_batch, int32_t max_waiting,
+                                                      int32_t prefill_tokens,
+                                                      const std::string& prefix_cache,
+                                                      std::optional<int64_t> prefix_bytes) {
   EngineOptions options;
   options.max_batch = max_batch;
   options.max_waiting = max_waiting;
   options.prefill_tokens = prefill_tokens;
+  options.prefix_cache = parse_prefix_cache(prefix_cache);
+  options.prefix_bytes = prefix_bytes;
   const KVConfig config = kv_config_from(kv, model);
   ReleaseGil release;
   return std::unique_ptr<Engine, DeleteWithoutGil>(new Engine(model, config, options));
 }
 
 Request submit(Engine& engine, const py::object& prompt, const py::dict& params, int32_t priority,
-               std::optional<double> timeout, bool parse_special, bool own_text) {
+               std::optional<double> timeout, bool parse_special, bool own_text,
+               std::vector<int64_t> prefixes) {
   const Prompt native = prompt_from(prompt);
   const SamplingParams sampling = sampling_params_from(params);
   RequestOptions options;
@@ -89,8 +94,21 @@ Request submit(Engine& engine, const py::object& prompt, const py::dict& params,
   options.timeout_seconds = timeout;
   options.parse_special = parse_special;
   options.own_text = own_text;
+  options.prefixes = std::move(prefixes);
   ReleaseGil release;
   return engine.submit(native, sampling, options);
+}
+
+int64_t pin(Engine& engine, const py::object& prefix, bool parse_special) {
+  const Prompt native = prompt_from(prefix);
+  ReleaseGil release;
+  return engine.pin(native, parse_special);
+}
+
+bool unpin(Engine& engine, const py::object& prefix, bool parse_special) {
+  const Prompt native = prompt_from(prefix);
+  ReleaseGil release;
+  return engine.unpin(native, parse_special);
 }
 
 py::dict result(const Request& request) {
@@ -130,6 +148,9 @@ py::dict stats_dict(const Engine& engine) {
   d["failed"] = stats.failed;
   d["generated_tokens"] = stats.generated_tokens;
   d["prompt_tokens"] = stats.prompt_tokens;
+  d["reused_tokens"] = stats.reused_tokens;
+  d["prefixes"] = stats.prefixes;
+  d["prefix_bytes"] = stats.prefix_bytes;
   return d;
 }
 
@@ -156,10 +177,13 @@ void register_engine(py::module_& m) {
       });
 
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
-      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
-           py::arg("max_waiting"), py::arg("prefill_tokens"))
+      .def(py::init(&make_engine), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
+           py::arg("max_waiting"), py::arg("prefill_tokens"), py::arg("prefix_cache"),
+           py::arg("prefix_bytes"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
-           py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"))
+           py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"), py::arg("prefixes"))
+      .def("pin", &pin, py::arg("prefix"), py::arg("parse_special"))
+      .def("unpin", &unpin, py::arg("prefix"), py::arg("parse_special"))
       .def("stats", &stats_dict)
       .def("close", &Engine::close, py::call_guard<ReleaseGil>());
 }

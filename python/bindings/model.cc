@@ -91,7 +91,7 @@ py::dict sampling_dict(const Model& model) {
   return d;
 }
 
-py::dict memory_dict(const Model& model) {
+py::dict weights_memory(const Model& model) {
   const ModelMemory memory = model.memory();
   py::dict d;
   d["weights_bytes"] = memory.weights_bytes;
@@ -118,7 +118,7 @@ void register_model(py::module_& m) {
       .def("weights", &Model::weights)
       .def("device_description", &Model::device_description)
       .def("fingerprint", &Model::fingerprint)
-      .def("memory", &memory_dict)
+      .def("memory", &weights_memory)
       .def("generate", &generate)
       .def("close", &Model::close, py::call_guard<ReleaseGil>());
 }

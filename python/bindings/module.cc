@@ -20,4 +20,5 @@ PYBIND11_MODULE(_core, m) {
   mustafar::register_chat(m);
   mustafar::register_format(m);
   mustafar::register_weights(m);
+  mustafar::register_quantize(m);
 }

@@ -65,13 +65,13 @@ py::object cost_array(const std::vector<float>& values) {
   return py::array_t<float>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_backward,
-                              const py::object& v_forward, const py::object& v_backward,
-                              const py::object& k_weight, const py::object& v_weight,
-                              const std::string& kind, const std::string& fingerprint,
-                              const std::string& text_hash, const py::object& k_sigma,
-                              const py::object& v_sigma, const py::object& k_cost,
-                              const py::object& v_cost) {
+std::shared_ptr<Profile> make_profile(const py::object& k_forward, const py::object& k_backward,
+                                      const py::object& v_forward, const py::object& v_backward,
+                                      const py::object& k_weight, const py::object& v_weight,
+                                      const std::string& kind, const std::string& fingerprint,
+                                      const std::string& text_hash, const py::object& k_sigma,
+                                      const py::object& v_sigma, const py::object& k_cost,
+                                      const py::object& v_cost) {
   const FloatArray first = FloatArray::ensure(k_forward);
   if (!first || first.ndim() != 4) {
     PyErr_Clear();
@@ -97,16 +97,6 @@ std::shared_ptr<Profile> make(const py::object& k_forward, const py::object& k_b
   return p;
 }
 
-// Looks for Ctrl-C and tells progress (a callable or None), from native threads without the GIL.
-std::function<void(int64_t, int64_t)> reporter(const py::object& progress) {
-  return [check = interrupt_check(), &progress](int64_t done, int64_t total) {
-    check();
-    if (progress.is_none()) return;
-    AcquireGil gil;
-    progress(done, total);
-  };
-}
-
 std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& texts,
                                            const std::string& kind, double balance,
                                            double scale_power, int64_t max_tokens,
@@ -120,7 +110,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   options.scale_power = scale_power;
   options.max_tokens = max_tokens;
   options.skip_tokens = skip_tokens;
-  options.progress = reporter(progress);
+  options.progress = progress_reporter(progress);
   options.budget = budget;
   ReleaseGil release;
   return std::make_shared<Profile>(calibrate(model, native, options));
@@ -190,7 +180,7 @@ py::tuple eigen_of(const py::array_t<double, py::array::c_style | py::array::for
 std::shared_ptr<Profile> resolve_profile(const std::string& name, const Model& model,
                                          const py::object& progress, bool costs) {
   ProfileHooks hooks;
-  hooks.progress = reporter(progress);
+  hooks.progress = progress_reporter(progress);
   hooks.note = logger("info");
   hooks.warning = logger("warning");
   ReleaseGil release;
@@ -208,11 +198,11 @@ void register_profile(py::module_& m) {
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
         py::arg("progress"), py::arg("budget") = false);
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
-      .def(py::init(&make), py::arg("k_forward"), py::arg("k_backward"), py::arg("v_forward"),
-           py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"), py::arg("kind"),
-           py::arg("model_fingerprint"), py::arg("text_hash"), py::arg("k_sigma") = py::none(),
-           py::arg("v_sigma") = py::none(), py::arg("k_cost") = py::none(),
-           py::arg("v_cost") = py::none(),
+      .def(py::init(&make_profile), py::arg("k_forward"), py::arg("k_backward"),
+           py::arg("v_forward"), py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"),
+           py::arg("kind"), py::arg("model_fingerprint"), py::arg("text_hash"),
+           py::arg("k_sigma") = py::none(), py::arg("v_sigma") = py::none(),
+           py::arg("k_cost") = py::none(), py::arg("v_cost") = py::none(),
            "A KV transform from float32 matrices [n_layers, n_kv_heads, D, D]; ranking weights and "
            "root mean squares of transformed dims, [n_layers, n_kv_heads, D] or None; and what "
            "errors cost, [n_layers] or None.")

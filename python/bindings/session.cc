@@ -14,7 +14,7 @@ namespace py = pybind11;
 namespace mustafar {
 namespace {
 
-py::dict memory_dict(const Session& session) {
+py::dict cache_memory(const Session& session) {
   const MemoryUsage usage = session.memory();
   py::dict d;
   d["dense_equivalent"] = usage.dense_equivalent;
@@ -33,7 +33,7 @@ py::dict memory_dict(const Session& session) {
   return d;
 }
 
-std::unique_ptr<Session> make(const Model& model, const py::dict& kv,
+std::unique_ptr<Session> make_session(const Model& model, const py::dict& kv,
                               std::optional<int32_t> max_tokens) {
   auto session = std::make_unique<Session>(model, kv_config_from(kv, model), max_tokens);
   session->set_interrupt_check(interrupt_check());
@@ -87,7 +87,7 @@ void register_session(py::module_& m) {
     return options;
   });
   py::class_<Session>(m, "Session")
-      .def(py::init(&make), py::arg("model"), py::arg("kv"), py::arg("max_tokens"))
+      .def(py::init(&make_session), py::arg("model"), py::arg("kv"), py::arg("max_tokens"))
       .def("prefill",
            [](Session& session, const py::object& ids) {
              const std::vector<int32_t> tokens = token_ids_from(ids);
@@ -164,7 +164,7 @@ void register_session(py::module_& m) {
       .def("position", &Session::position)
       .def("tokens", &Session::tokens)
       .def("max_tokens", &Session::max_tokens)
-      .def("memory", &memory_dict)
+      .def("memory", &cache_memory)
       .def("rewind", &Session::rewind, py::call_guard<ReleaseGil>())
       .def("fork",
            [](const Session& session) {

@@ -5,6 +5,8 @@
 
 #include "backend/cpu/kernels.h"
 #include "bindings.h"
+#include "io/checkpoint.h"
+#include "model/stored_weights.h"
 #include "model/weight_format.h"
 
 namespace py = pybind11;
@@ -44,6 +46,35 @@ py::tuple quantise_weights(const Floats& weights, const std::string& name) {
   return py::make_tuple(codes, halves.attr("view")("float16"), firsts.attr("view")("float16"));
 }
 
+// A matrix of a quantised folder as it is kept, and how that is: "" for one that is not quantised.
+py::tuple folder_matrix(const std::string& folder, const std::string& name) {
+  const Checkpoint checkpoint = Checkpoint::open(folder);
+  const StoredMatrix* stored = checkpoint.find_quantised(name);
+  if (stored == nullptr) return py::make_tuple(py::none(), "");
+  const int64_t rows = stored->rows, cols = stored->cols;
+  py::array_t<float> values({rows, cols});
+  if (!keeps_codes(*stored)) {
+    std::vector<uint8_t> memory(dtype_bytes(stored->expanded, rows * cols));
+    expand(*stored, 0, rows, nullptr, memory.data());
+    for (int64_t i = 0; i < rows * cols; i++) {
+      values.mutable_data()[i] = load_float(memory.data(), stored->expanded, i);
+    }
+    return py::make_tuple(values, describe_kept(*stored));
+  }
+  const QuantisedShape shape = code_shape(*stored, rows);
+  std::vector<uint8_t> memory(shape.bytes());
+  ThreadPool pool(2);
+  unpack_codes(*stored, 0, shape, &pool, memory.data());
+  const Matrix matrix = Matrix::of(shape, memory.data());
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t c = 0; c < cols; c++) {
+      values.mutable_at(r, c) =
+          matrix.weight(code_at(shape, memory.data(), r, c), scale_at(shape, r, c));
+    }
+  }
+  return py::make_tuple(values, describe_kept(*stored));
+}
+
 }  // namespace
 
 void register_weights(py::module_& m) {
@@ -51,6 +82,10 @@ void register_weights(py::module_& m) {
         "Codes [rows, cols] uint8, scales and minimums [rows, groups] float16 of a matrix as "
         "loading\n"
         "it with these weights rounds it.");
+  m.def(
+      "folder_matrix", &folder_matrix, py::arg("folder"), py::arg("name"),
+      "The weights [rows, cols] float32 of a quantised folder's matrix as they are kept, and what\n"
+      "is kept; None and \"\" where the matrix is not quantised.");
 }
 
 }  // namespace mustafar

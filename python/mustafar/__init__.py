@@ -32,6 +32,7 @@ from .calibration import auto_profile, calibrate
 from .chat import Chat
 from .engine import Engine, EngineStats, Request
 from .model import Model, ModelMemory
+from .quantization import QuantizeResult, quantize
 from .session import Session
 from .stream import ChatStream, Stream
 from .types import (
@@ -64,6 +65,7 @@ __all__ = [
     "ModelMemory",
     "OutOfMemory",
     "Profile",
+    "QuantizeResult",
     "QueueFull",
     "Request",
     "SamplingParams",
@@ -80,4 +82,5 @@ __all__ = [
     "compress",
     "decompress",
     "kv_presets",
+    "quantize",
 ]

@@ -10,14 +10,16 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from . import _core, checks
 from .model import Model, Prompt
 from .stream import Closing
 from .types import GenerateResult, KVConfig, SamplingParams, TokenLogprob
+
+PrefixCache = Literal["exact", "approximate", "off"]
 
 # How long a wait may keep Ctrl-C waiting, seconds.
 _SIGNAL_PERIOD = 0.1
@@ -37,6 +39,9 @@ class EngineStats:
         failed: Requests that ended with an error.
         generated_tokens: Tokens made.
         prompt_tokens: Tokens of prompts computed; those of a resumed request count again.
+        reused_tokens: Tokens of prompts that were kept from others and not computed.
+        prefixes: States of caches that are kept now.
+        prefix_bytes: What those hold, a part of kv_bytes.
     """
 
     running: int
@@ -48,6 +53,9 @@ class EngineStats:
     failed: int
     generated_tokens: int
     prompt_tokens: int
+    reused_tokens: int
+    prefixes: int
+    prefix_bytes: int
 
 
 class Step(NamedTuple):
@@ -185,6 +193,12 @@ class Engine(Closing):
     and where it runs out the youngest is paused: its cache is dropped, and made again later by the
     same calls. Sessions of the model may be used at the same time.
 
+    A prompt is computed in one call. Where a request names ``prefixes``, or begins with a pinned
+    one, each is a call of its own, as ``Session.prefill`` of it would be: its tokens see each other
+    dense, and what follows sees them as the cache keeps them. After such a call the cache is kept
+    for requests that begin with the same calls, so that they are computed once, and every result
+    is the same bit for bit whether they were or not.
+
     Args:
         model: The model; it stays in memory until the engine is closed.
         kv: How caches are kept.
@@ -192,6 +206,14 @@ class Engine(Closing):
         max_waiting: Requests that may wait to begin; one more is refused with :class:`QueueFull`.
         prefill_tokens: Tokens of prompts that are computed between two decode steps, about:
             streams that run wait no longer than for these, and a longer prompt advances by them.
+        prefix_cache: ``"exact"``: prefixes are kept as said above. ``"approximate"``: also the
+            caches of all requests that end well, and a prompt begins with what it shares with any
+            of them, or one that runs, down to blocks of 64 tokens: what follows sees that as the
+            cache keeps it, so that a result depends on what came before. ``"off"``: nothing is
+            kept.
+        prefix_bytes: What is kept may take so many bytes. It counts in ``kv_budget`` and makes
+            room for requests, the least recently used first. None: up to ``kv_budget``, or 1 GiB
+            where the model has none.
 
     Raises:
         ValueError: An argument out of range.
@@ -205,6 +227,8 @@ class Engine(Closing):
         max_batch: int = 64,
         max_waiting: int = 1024,
         prefill_tokens: int = 512,
+        prefix_cache: PrefixCache = "exact",
+        prefix_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._kv = kv or KVConfig()
@@ -214,6 +238,8 @@ class Engine(Closing):
             checks.integer("max_batch", max_batch),
             checks.integer("max_waiting", max_waiting),
             checks.integer("prefill_tokens", prefill_tokens),
+            prefix_cache,
+            None if prefix_bytes is None else checks.integer("prefix_bytes", prefix_bytes),
         )
         self._changes = _Changes()
         self._process = os.getpid()
@@ -238,6 +264,7 @@ class Engine(Closing):
         timeout: float | None = None,
         parse_special: bool = False,
         own_text: bool = False,
+        prefixes: Sequence[int] = (),
         **sampling: Any,
     ) -> Request:
         """Gives the engine a prompt to continue, and returns at once.
@@ -252,6 +279,8 @@ class Engine(Closing):
                 are text like any other.
             own_text: The text made is one of its own, as a chat's reply is, and does not continue
                 the prompt's (which matters to the space before a first word).
+            prefixes: Numbers of tokens of the prompt's beginning after which a call ends: the
+                system prompt's, say, which other requests begin with too.
 
         Raises:
             QueueFull: ``max_waiting`` requests wait already.
@@ -267,6 +296,7 @@ class Engine(Closing):
             None if timeout is None else checks.number("timeout", timeout),
             checks.flag("parse_special", parse_special),
             checks.flag("own_text", own_text),
+            [checks.integer("prefixes", n) for n in prefixes],
         )
         return Request(native, self._changes)
 
@@ -297,6 +327,31 @@ class Engine(Closing):
             return await request
         finally:
             request.cancel()
+
+    def pin(self, prefix: Prompt, *, parse_special: bool = False) -> int:
+        """Makes tokens a prefix of every later request that begins with them, and more.
+
+        They are computed with the first such request, and are the last to go where room is needed;
+        then they are computed again.
+
+        Args:
+            prefix: Text (BOS is added) or ids. A text ends well where tokens do, at a special token
+                or a line's end: what follows must not change its last token.
+            parse_special: As in :meth:`submit`.
+
+        Returns:
+            How many tokens they are.
+
+        Raises:
+            ValueError: Nothing, or a bad id.
+            ContextOverflow: More than the context.
+            StateError: The engine is closed.
+        """
+        return self._core.pin(prefix, checks.flag("parse_special", parse_special))
+
+    def unpin(self, prefix: Prompt, *, parse_special: bool = False) -> bool:
+        """Takes :meth:`pin` back; False where the prefix is not pinned."""
+        return self._core.unpin(prefix, checks.flag("parse_special", parse_special))
 
     def stats(self) -> EngineStats:
         """What it is doing; raises StateError in a forked child."""

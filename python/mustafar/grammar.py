@@ -25,21 +25,25 @@ _KEPT_GRAMMARS = 16  # of a model
 # valid, but small models would go on with it for ever.
 _WHITESPACE = r" |\n {0,32}"
 
-_lock = threading.Lock()
+_lock = threading.Lock()  # of what is kept; held for a look alone
+_compiling = threading.Lock()  # may be held for seconds
 _compilers: WeakKeyDictionary[_core.Model, _Compiler] = WeakKeyDictionary()
 
 
-def _renew_lock() -> None:
-    """In a forked child, where another thread of the parent may have held it."""
-    global _lock
+def _renew_locks() -> None:
+    """In a forked child, where another thread of the parent may have held them."""
+    global _compiling, _lock
+    _compiling = threading.Lock()
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[], Constraint]:
     """What makes a constraint for every output.
+
+    A grammar that was used lately is at hand at once, even while others are compiled.
 
     Args:
         model: The model whose tokens are to be chosen.
@@ -57,12 +61,33 @@ def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[],
         raise ImportError(
             f"{name} needs llguidance: pip install 'mustafar[grammar]'", name="llguidance"
         ) from error
+    first = _kept(model, name, text)
+    if first is None:
+        with _compiling:
+            first = _kept(model, name, text)
+            if first is None:
+                first = _compile(model, name, text)
+    matcher = first
+    return lambda: Constraint(name, matcher.deep_copy())
+
+
+def _kept(model: _core.Model, name: str, text: str) -> LLMatcher | None:
     with _lock:
         compiler = _compilers.get(model)
-        if compiler is None:
-            compiler = _compilers[model] = _Compiler(model)
-        first = compiler.compile(name, text)
-    return lambda: Constraint(name, first.deep_copy())
+        return None if compiler is None else compiler.kept(name, text)
+
+
+def _compile(model: _core.Model, name: str, text: str) -> LLMatcher:
+    with _lock:
+        compiler = _compilers.get(model)
+    if compiler is None:
+        compiler = _Compiler(model)
+        with _lock:
+            _compilers[model] = compiler
+    matcher = compiler.make(name, text)
+    with _lock:
+        compiler.keep(name, text, matcher)
+    return matcher
 
 
 class Constraint:
@@ -140,17 +165,21 @@ class _Compiler:
         self._tokenizer: LLTokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(model)))
         self._matchers: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
-    def compile(self, name: str, text: str) -> LLMatcher:
-        """A matcher that has seen nothing, to be copied."""
-        key = (name, text)
-        if key not in self._matchers:
-            self._matchers[key] = self._make(name, text)
-            if len(self._matchers) > _KEPT_GRAMMARS:
-                self._matchers.popitem(last=False)
-        self._matchers.move_to_end(key)
-        return self._matchers[key]
+    def kept(self, name: str, text: str) -> LLMatcher | None:
+        """A matcher that has seen nothing, to be copied, of a grammar that was used lately."""
+        matcher = self._matchers.get((name, text))
+        if matcher is not None:
+            self._matchers.move_to_end((name, text))
+        return matcher
 
-    def _make(self, name: str, text: str) -> LLMatcher:
+    def keep(self, name: str, text: str, matcher: LLMatcher) -> None:
+        """Keeps a matcher, in place of the one that was not used for longest."""
+        self._matchers[name, text] = matcher
+        if len(self._matchers) > _KEPT_GRAMMARS:
+            self._matchers.popitem(last=False)
+
+    def make(self, name: str, text: str) -> LLMatcher:
+        """Compiles; raises ValueError for what is not understood."""
         from llguidance import LLMatcher, LLParserLimits
 
         if name == "json_schema":

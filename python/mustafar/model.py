@@ -58,6 +58,8 @@ class Model(Closing):
             ``"int8:row"``: fewer bytes, more error (docs/results/quality.md). CPU only:
             ``device="auto"`` takes the CPU then. Decode rounds activations in groups of 32, too,
             unless ``dtype`` is ``"f32"``: to int8 beside int4 weights, else to 15 bits.
+            A folder that is quantised already (compressed-tensors, AutoAWQ, GPTQ, fp8) is read as
+            it is with ``"auto"``; with another type what it has of integers is a ValueError.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
             quota allow.
         kv_budget: Bytes that the caches of all sessions together may take; None: no limit.

@@ -301,9 +301,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class GenerateStats:
-    """Counts and seconds of one generation."""
+    """Counts and seconds of one generation.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: Of those, how many an :class:`Engine` had kept and did not compute.
+        generated_tokens: Tokens made.
+        prefill_seconds: Until the prompt was computed.
+        decode_seconds: From then to the end.
+    """
 
     prompt_tokens: int
+    cached_tokens: int
     generated_tokens: int
     prefill_seconds: float
     decode_seconds: float

@@ -412,9 +412,13 @@ const BadConfig kBadConfigs[] = {
      "\"model_type\": is missing"},
     {"Activation", R"({"hidden_act":"gelu"})",
      "\"hidden_act\": expected \"silu\", found the string \"gelu\""},
-    {"Quantised", R"({"quantization_config":{"quant_method":"gptq"}})",
-     "\"quantization_config\": quantised weights are not supported, found method the string "
-     "\"gptq\""},
+    {"Quantised", R"({"quantization_config":{"quant_method":"aqlm"}})",
+     "\"quantization_config.quant_method\": expected compressed-tensors, gptq, awq or fp8, found "
+     "the string \"aqlm\""},
+    {"QuantisedBits", R"({"quantization_config":{"quant_method":"gptq","bits":2}})",
+     "\"quantization_config.bits\": expected 4 or 8, found 2"},
+    {"QuantisedNoObject", R"({"quantization_config":[4]})",
+     "\"quantization_config\": expected an object, found the list [4]"},
     {"MistralKvHeads", R"({"model_type":"mistral","architectures":["MistralForCausalLM"],
                            "num_key_value_heads":"REMOVE"})",
      "\"num_key_value_heads\": is missing"},

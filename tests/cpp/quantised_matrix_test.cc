@@ -180,6 +180,16 @@ struct Int8Rows {
     }
   }
   Int8Input input() { return {codes.data(), scales.data(), sums.data(), planes}; }
+
+  // What kernels take many rows as; empty where they don't.
+  HostBuffer tiles(const Kernels& kernels, int32_t batch, int64_t inner) {
+    HostBuffer tiles;
+    if (kernels.tile_int8_input == nullptr) return tiles;
+    const int64_t bytes = kernels.int8_tiles_bytes(batch, inner, planes);
+    tiles.ensure(bytes);
+    if (bytes > 0) kernels.tile_int8_input(input(), batch, inner, tiles.data());
+    return tiles;
+  }
 };
 
 TEST_P(QuantisedMatrix, ActivationsAreRoundedInGroups) {
@@ -219,7 +229,7 @@ TEST_P(QuantisedMatrix, Int8ActivationsGiveTheBitsOfThePlainPath) {
   for (const QuantisedShape& shape : shapes()) {
     const Problem p(shape);
     const std::vector<float> bias = normal(shape.rows, 2);
-    for (const int32_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 18}) {
+    for (const int32_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 18, 31}) {
       const std::vector<float> x = normal(batch * shape.cols, 5);
       Int8Rows rows(kernels_, x, batch, shape);
       std::vector<float> y(batch * shape.rows, 0.5f), plain = y;
@@ -232,6 +242,8 @@ TEST_P(QuantisedMatrix, Int8ActivationsGiveTheBitsOfThePlainPath) {
       args.y_stride = shape.rows;
       args.add = true;
       args.y = y.data();
+      const HostBuffer tiles = rows.tiles(kernels_, batch, shape.inner());
+      args.tiles = tiles.data();
       kernels_.gemv_int8_input(args);
       args.y = plain.data();
       gemv_int8_input_plain(args);

@@ -93,6 +93,72 @@ TEST(UploadedWeights, TheDeviceHoldsWhatTheSourceHas) {
   EXPECT_EQ(loaded.table.lm_head.data, table.data) << "tied weights go up once";
 }
 
+// fp8 numbers [rows][cols] with one scale, 0.5.
+class Float8Matrix final : public StoredMatrix {
+ public:
+  Float8Matrix(int64_t n_rows, int64_t n_cols) {
+    rows = n_rows;
+    cols = n_cols;
+    bits = 8;
+    is_float = true;
+    scales.data = reinterpret_cast<const uint8_t*>(&scale_);
+    scales.dtype = DType::kF32;
+  }
+  static uint8_t code(int64_t r, int64_t c) { return static_cast<uint8_t>((r * 31 + c * 7) % 120); }
+  void read_codes(int64_t row, int64_t n, int64_t stride, uint8_t* out) const override {
+    for (int64_t r = 0; r < n; r++) {
+      for (int64_t c = 0; c < cols; c++) out[r * stride + c] = code(row + r, c);
+    }
+  }
+  int32_t zero(int64_t, int64_t) const override { return 0; }
+
+ private:
+  const float scale_ = 0.5f;
+};
+
+// Random tensors, but for one matrix that is quantised.
+class PartlyQuantised final : public TensorSource {
+ public:
+  explicit PartlyQuantised(const ModelConfig& config)
+      : dense_(random_tensors(config, DType::kBF16, 3)),
+        matrix_(config.intermediate_size, config.hidden_size) {}
+  bool has(const std::string& name) const override { return dense_->has(name); }
+  StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
+    EXPECT_EQ(quantised(name), nullptr);
+    return dense_->tensor(name, shape);
+  }
+  const StoredMatrix* quantised(const std::string& name) const override {
+    return name == "model.layers.1.mlp.up_proj.weight" ? &matrix_ : nullptr;
+  }
+  bool any_quantised(const std::function<bool(const StoredMatrix&)>& test) const override {
+    return test(matrix_);
+  }
+
+ private:
+  const std::unique_ptr<TensorSource> dense_;
+  const Float8Matrix matrix_;
+};
+
+TEST(UploadedWeights, QuantisedOnesAreExpandedFirst) {
+  const ModelConfig config = config_of(97);
+  const PartlyQuantised source(config);
+  StoreBackend backend;
+  int64_t done = 0, total = 0;
+  const LoadedWeights loaded = load_weights(
+      config, source, backend, {}, [&](int64_t at, int64_t all) { done = at, total = all; });
+  EXPECT_EQ(loaded.bytes, backend.uploaded);
+  EXPECT_EQ(done, loaded.bytes);
+  EXPECT_EQ(total, loaded.bytes);
+  const Matrix& up = loaded.table.layers[1].up;
+  ASSERT_EQ(up.dtype, DType::kBF16);
+  for (int64_t r = 0; r < up.rows; r++) {
+    for (int64_t c = 0; c < up.cols; c++) {
+      const float expected = 0.5f * e4m3_to_f32(Float8Matrix::code(r, c));
+      ASSERT_EQ(load_float(up.data, up.dtype, r * up.cols + c), expected) << r << ", " << c;
+    }
+  }
+}
+
 TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
   const ModelConfig config = config_of(97);
   const auto source = random_tensors(config, DType::kBF16, 3);

@@ -29,6 +29,7 @@ FACES = {
     "profile.h": "runtime",
     "session.h": "runtime",
     "calibration.h": "runtime",
+    "quantize.h": "runtime",
     "engine.h": "runtime",
     "chat.h": "runtime",
 }

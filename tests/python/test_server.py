@@ -195,6 +195,18 @@ def test_many_at_once_get_what_each_gets_alone(url: str, model: mustafar.Model) 
     assert asyncio.run(ask_all()) == [result.text for result in alone]
 
 
+def test_conversations_at_once(url: str) -> None:
+    talk = [{"role": "user", "content": "Words, and more of them. " * 30}]
+
+    async def ask_all() -> list[int]:
+        async with httpx2.AsyncClient(timeout=60) as client:
+            body = {"messages": talk}
+            asked = [client.post(url + "/tokenize", json=body) for _ in range(64)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert asyncio.run(ask_all()) == [200] * 64
+
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}
 

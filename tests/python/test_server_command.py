@@ -105,11 +105,20 @@ def test_what_is_wrong_is_said_at_once(tmp_path: Path) -> None:
 
 
 def test_the_extra_is_named_where_it_is_missing() -> None:
-    without = "import sys, runpy; sys.modules['starlette'] = None; "
+    without = "import sys, runpy; sys.modules |= {'starlette': None, 'uvicorn': None}; "
     code = without + "runpy.run_module('mustafar.server', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    def told(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    result = told()
     assert result.returncode == 1
     assert "pip install 'mustafar[server]'" in result.stderr and "Traceback" not in result.stderr
+    for words in (["--help"], ["--version"]):  # need nothing
+        result = told(*words)
+        assert result.returncode == 0 and result.stderr == ""
+    assert "--kv-budget" in told("-h").stdout
 
 
 def read(*arguments: str) -> Any:
@@ -145,6 +154,9 @@ def test_options_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keyed.api_keys == ("a", "b") and keyed.allowed_hosts == ()
     assert keyed.max_body_bytes == 3 << 19 and keyed.context == 128
     assert read("--kv-budget", "512MiB").kv_budget == 512 << 20
+    assert not usual.system_prefix and settings_of(read("--system-prefix")).system_prefix
+    assert read("--prefix-cache", "approximate").prefix_cache == "approximate"
+    assert read("--prefix-bytes", "64M").prefix_bytes == 64 << 20
     with pytest.raises(ValueError, match="max_choices"):
         Settings(max_choices=0)
     with pytest.raises(SystemExit):

@@ -33,6 +33,7 @@ GROUPS = {
     "Results": ["GenerateResult", "GenerateStats", "TokenLogprob", "MemoryUsage", "ModelMemory"],
     "Text": ["Tokenizer", "ChatTemplate"],
     "Calibration": ["Profile", "auto_profile", "calibrate"],
+    "Quantised folders": ["quantize", "QuantizeResult"],
     "Compressed blocks": ["CompressedBlocks", "compress", "decompress"],
     "Errors": [],  # every exception
 }
@@ -142,7 +143,7 @@ def _command_page() -> str:
 
     def help_of(*words: str) -> str:
         command = ["mustafar", *words, "--help"]
-        # `serve` runs in a Python that has the packages of its extra: this one.
+        # Two of them run in a Python that has the packages of their extra: this one.
         environment = {**os.environ, "COLUMNS": "100", "MUSTAFAR_PYTHON": sys.executable}
         return subprocess.run(
             command, capture_output=True, text=True, check=True, env=environment
@@ -151,6 +152,6 @@ def _command_page() -> str:
     whole = help_of()
     page = f"# Command line\n\n```text\n{whole}\n```\n"
     listed = re.split(r"^subcommands:", whole, flags=re.IGNORECASE | re.MULTILINE)[-1]
-    for name in re.findall(r"^ {2}(?!mustafar)(\w+)(?= )", listed, re.MULTILINE):  # no examples
+    for name in re.findall(r"^ {2}(?!mustafar)([\w-]+)(?= )", listed, re.MULTILINE):  # no examples
         page += f"\n## mustafar {name}\n\n```text\n{help_of(name)}\n```\n"
     return page

@@ -273,6 +273,7 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
   if (batch.decode) {
     decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows, int8_input_, ws);
   } else {
+    if (ws.observe_input) ws.observe_input(w.q, normed, n);
     prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
   }
 
@@ -365,6 +366,7 @@ void CpuBackend::project_output(const Weights& weights, int32_t layer, const Bat
   if (batch.decode) {
     decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows, int8_input_, ws);
   } else {
+    if (ws.observe_input) ws.observe_input(w.o, attention, n);
     prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, n, w.o.cols, ws), ws);
   }
   if (!adds) add_normed(out, w.attention_out_norm, n, hidden, x);
@@ -388,7 +390,9 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
       decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, int8_input_, ws);
       decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows, int8_input_, ws);
     } else {
+      if (ws.observe_input) ws.observe_input(w.gate, normed, rows);
       prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, rows, hidden, ws), gated, ws);
+      if (ws.observe_input) ws.observe_input(w.down, gated, rows);
       prefill_linear(pool_, kernels_, gemm_, down, pack(gated, rows, inner, ws), ws);
     }
     if (!adds) add_normed(out, w.mlp_out_norm, rows, hidden, some);

@@ -45,6 +45,9 @@ Kernels select_kernels(Isa isa) {
         kernels.gemv = gemv_with_bf16<gemv_bf16_amx>;
         kernels.terms_bytes = gemv_terms_bytes_amx;
         kernels.split_terms = gemv_split_terms_amx;
+        kernels.gemv_int8_input = gemv_int8_input_amx;
+        kernels.int8_tiles_bytes = int8_tiles_bytes_amx;
+        kernels.tile_int8_input = tile_int8_input_amx;
       }
       return kernels;
     }

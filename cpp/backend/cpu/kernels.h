@@ -84,6 +84,8 @@ inline constexpr int32_t input_planes(DType codes) { return codes == DType::kInt
 struct QuantisedGemvArgs : ProductArgs {
   const Matrix* weights = nullptr;
   Int8Input input;
+  // Of 8-bit codes: input as Kernels::tile_int8_input makes it as well, or null.
+  const void* tiles = nullptr;
 
   void store(int64_t row, int32_t b, float sum) const {
     if (row >= row1) return;
@@ -187,6 +189,12 @@ struct Kernels {
   // Row i of a block of n rows of activations, x [cols].
   void (*quantise_input)(const float* x, int64_t cols, int32_t i, int32_t n,
                          const Int8Input& block) = nullptr;
+  // What gemv_int8_input takes many rows of activations as, made of what quantise_input made of
+  // them: int8_tiles_bytes(batch, inner, planes) bytes, aligned to 64. Null, or 0 bytes, where it
+  // takes those alone.
+  int64_t (*int8_tiles_bytes)(int32_t batch, int64_t inner, int32_t planes) = nullptr;
+  void (*tile_int8_input)(const Int8Input& input, int32_t batch, int64_t inner,
+                          void* tiles) = nullptr;
   // One tile of rows of Backend::quantise: codes, f16 scales and minimums. scratch: [inner][16].
   bool (*quantise_tile)(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
                         uint8_t* codes, uint16_t* scales, uint16_t* minimums,
@@ -230,6 +238,9 @@ const Kernels& neon_kernels();
 void gemv_int8_input_plain(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx2(const QuantisedGemvArgs& args);
 void gemv_int8_input_avx512(const QuantisedGemvArgs& args);
+void gemv_int8_input_amx(const QuantisedGemvArgs& args);
+int64_t int8_tiles_bytes_amx(int32_t batch, int64_t inner, int32_t planes);
+void tile_int8_input_amx(const Int8Input& input, int32_t batch, int64_t inner, void* tiles);
 bool quantise_tile_plain(const Matrix& stored, const QuantisedShape& shape, int64_t tile,
                          uint8_t* codes, uint16_t* scales, uint16_t* minimums, float* scratch);
 bool quantise_tile_avx2(const Matrix& stored, const QuantisedShape& shape, int64_t tile,

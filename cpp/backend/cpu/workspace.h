@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <new>
 #include <string>
 #include <vector>
@@ -21,10 +22,15 @@ struct CpuWorkspace final : Workspace {
   HostBuffer branch;  // [rows][hidden]: what is normed before it is added to x
   // Int8Input of one plane and of two: [2][rows][groups], then codes [rows][inner][planes].
   HostBuffer int8_input[2];
+  HostBuffer int8_tiles;            // those of two as Kernels::tile_int8_input makes them as well
   HostBuffer terms;                 // a product's activations as Kernels::split_terms makes them
   HostBuffer rope;                  // [2 (cos, sin)][rows][rope dims / 2]
   HostBuffer attention;             // decode attention's partial results
   std::vector<HostBuffer> workers;  // [threads]
+
+  // Where it is set, sees the n_rows rows of inputs [matrix.cols] of every product of a prompt with
+  // a layer's matrices, by the first of those that read the same.
+  std::function<void(const Matrix& matrix, const float* x, int64_t n_rows)> observe_input;
 
   // What rope holds.
   struct RopeRow {
@@ -36,8 +42,9 @@ struct CpuWorkspace final : Workspace {
 
   int64_t bytes() const override {
     size_t sum = 0;
-    for (const HostBuffer* buffer : {&normed, &keys, &values, &gated, &packed, &branch,
-                                     &int8_input[0], &int8_input[1], &terms, &rope, &attention}) {
+    for (const HostBuffer* buffer :
+         {&normed, &keys, &values, &gated, &packed, &branch, &int8_input[0], &int8_input[1],
+          &int8_tiles, &terms, &rope, &attention}) {
       sum += buffer->bytes();
     }
     for (const HostBuffer& buffer : workers) sum += buffer.bytes();

@@ -15,19 +15,42 @@
 
 namespace mustafar {
 
+// Which beginnings of prompts an engine computes once. A prompt is computed in one call; where a
+// request names prefixes, or begins with pinned ones, each is a call of its own: it is attended to
+// dense by its own tokens, and as the cache keeps it by what follows.
+enum class PrefixCache : uint8_t {
+  kOff,    // none
+  kExact,  // those after which a call ends: no bit of a result depends on what came before
+  // Of any request that has run or runs, what it shares with the prompt, down to whole blocks: what
+  // follows attends to it as the cache keeps it, so that results depend on what came before.
+  kApproximate,
+};
+
 struct EngineOptions {
   int32_t max_batch = 64;      // requests that hold a cache and decode together
   int32_t max_waiting = 1024;  // requests that may wait to begin; one more is refused
   // Tokens of prompts that are computed between two decode steps, about: what the streams that run
   // wait for at most, and what a long prompt advances by meanwhile.
   int32_t prefill_tokens = 512;
+  PrefixCache prefix_cache = PrefixCache::kExact;
+  // Bytes of caches kept for prompts that begin alike, at most; they count in kv_budget and make
+  // room for requests. None: up to kv_budget, or 1 GiB where there is none.
+  std::optional<int64_t> prefix_bytes = {};
 };
+
+// As Python and the server spell it; parse throws std::invalid_argument.
+const char* name_of(PrefixCache mode);
+PrefixCache parse_prefix_cache(const std::string& name);
 
 struct RequestOptions {
   int32_t priority = 0;  // higher ones begin first, equal ones in the order they came
   std::optional<double> timeout_seconds = {};  // from submit to the end, waiting included
   bool parse_special = false;  // special tokens spelled in a text become those tokens
   bool own_text = false;       // the text made does not continue the prompt's, as a chat's reply
+  // Tokens, each more than 0 and no more than the prompt's, after which a call of the prompt ends:
+  // prefixes that other prompts have in common with it. The result is the one of a session with
+  // the same calls of prefill, whether they are computed or kept.
+  std::vector<int64_t> prefixes = {};
 };
 
 struct EngineStats {
@@ -40,6 +63,9 @@ struct EngineStats {
   int64_t failed = 0;
   int64_t generated_tokens = 0;
   int64_t prompt_tokens = 0;  // computed; those of a resumed request count again
+  int64_t reused_tokens = 0;  // of prompts, kept from others and not computed
+  int64_t prefixes = 0;       // states of caches that are kept now
+  int64_t prefix_bytes = 0;   // what they hold, a part of kv_bytes
 };
 
 // A token that a request made, and where its text ends.
@@ -83,8 +109,8 @@ class Request {
 };
 
 // Runs requests on a thread of its own, beside any number of sessions of the model. Every request
-// gets what it would get alone, whatever else runs. A forked child has no such thread: there,
-// requests and engine throw StateError.
+// gets what it would get alone, whatever else runs or ran before (but see PrefixCache). A forked
+// child has no such thread: there, requests and engine throw StateError.
 class Engine {
  public:
   // Throws std::invalid_argument for options out of range, or as Session for the configuration.
@@ -97,6 +123,13 @@ class Engine {
   // std::invalid_argument, ContextOverflow, OutOfMemory for a prompt that no room can be made for.
   Request submit(const Prompt& prompt, const SamplingParams& params = {},
                  const RequestOptions& options = {});
+  // Makes these tokens a prefix of every request that begins with them and more; returns how many
+  // they are. They are computed with the first such request, and go last where others need room.
+  // Requests that were submitted before stay as they are. Throws std::invalid_argument,
+  // ContextOverflow, TokenizerError, StateError.
+  int64_t pin(const Prompt& prefix, bool parse_special = false);
+  // Takes that back; false where they are not pinned.
+  bool unpin(const Prompt& prefix, bool parse_special = false);
   EngineStats stats() const;
   // Ends all requests, as if each had been cancelled, and the thread.
   void close();

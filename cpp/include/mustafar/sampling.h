@@ -91,7 +91,8 @@ struct TokenLogprob {
 };
 
 struct GenerateStats {
-  int64_t prompt_tokens = 0;  // prefilled by this call
+  int64_t prompt_tokens = 0;  // of this call
+  int64_t cached_tokens = 0;  // of those, that an engine had kept and did not compute
   int64_t generated_tokens = 0;
   double prefill_seconds = 0;
   double decode_seconds = 0;

@@ -69,7 +69,12 @@ class Reply:
 
     def _usage(self) -> dict[str, Any]:
         made = sum(len(job.result.token_ids) for job in self._jobs if job.result is not None)
-        return usage(self._prompt_tokens, made)
+        cached = sum(
+            job.result.stats.cached_tokens
+            for job in self._jobs
+            if job.result is not None and job.first
+        )
+        return usage(self._prompt_tokens, made, cached)
 
     def _end(self) -> None:
         self._service.release(self._jobs)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..engine import Engine
 from ..types import KVConfig
-from . import chat, completions, errors, metrics, tokens
+from . import chat, completions, errors, metrics, openapi, tokens
 from .answers import Reply
 from .errors import ApiError
 from .guard import Guard
@@ -111,6 +111,7 @@ class _Routes:
             *page,
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
+            Route("/openapi.json", self._openapi, methods=["GET"]),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -134,6 +135,9 @@ class _Routes:
     async def _metrics(self, request: Request) -> Response:
         text = self._service.metrics.text(*_engine_numbers(self._service.engine))
         return Response(text, media_type=metrics.CONTENT_TYPE)
+
+    async def _openapi(self, request: Request) -> Response:
+        return JSONResponse(openapi.description(self._service.settings))
 
     async def _models(self, request: Request) -> Response:
         data = [self._model_object(name) for name in self._service.names]
@@ -206,6 +210,8 @@ def _engine_numbers(
         "mustafar_requests_paused": ("Requests that gave their cache up for now.", now.paused),
         "mustafar_kv_bytes": ("Bytes of all caches.", now.kv_bytes),
         "mustafar_kv_budget_bytes": ("The most bytes of caches; 0: no limit.", memory.kv_budget),
+        "mustafar_prefixes": ("States of caches kept for prompts to come.", now.prefixes),
+        "mustafar_prefix_bytes": ("Bytes of those, a part of all.", now.prefix_bytes),
         "mustafar_weights_bytes": ("Bytes of the model's tensors.", memory.weights_bytes),
     }
     counts = {
@@ -214,5 +220,6 @@ def _engine_numbers(
         "mustafar_requests_failed_total": ("Requests that ended with an error.", now.failed),
         "mustafar_generated_tokens_total": ("Tokens made.", now.generated_tokens),
         "mustafar_prompt_tokens_total": ("Tokens of prompts computed.", now.prompt_tokens),
+        "mustafar_reused_tokens_total": ("Tokens of prompts that were kept.", now.reused_tokens),
     }
     return dict(gauges), dict(counts)

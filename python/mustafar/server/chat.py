@@ -34,6 +34,13 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
         prompts = await run_in_threadpool(lambda: service.prompts)
         ids = await run_in_threadpool(prompts.ids, messages, tools, request.continues)
     service.check_prompt(ids, "messages")
+    with client_errors(body):
+        await service.compile(request.sampling, body)
+    prefixes = []
+    if service.settings.system_prefix:
+        with client_errors(body):
+            n = await run_in_threadpool(prompts.beginning, ids, messages, tools)
+        prefixes = [n] if n else []
 
     top = request.top_logprobs if request.logprobs else None
     read = tools if request.reads_calls else []
@@ -48,13 +55,16 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
                 service.settings.reply_tokens,
             )
             with client_errors(body):
-                generation = service.submit(ids, sampling, own_text=not request.continues)
+                generation = service.submit(
+                    ids, sampling, own_text=not request.continues, prefixes=prefixes
+                )
             jobs.append(
                 Job(
                     generation,
                     answer.choice(index),
                     by_pieces=bool(read),
                     with_tokens=bool(answer.marks) or request.logprobs,
+                    first=index == 0,
                 )
             )
     except BaseException:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..engine import Engine
 from ..model import Model
 from ..types import KVConfig
 from .app import App, create_app
-from .options import in_url, is_loopback, kv_of, parser, settings_of
+from .options import in_url, is_loopback, kv_of, settings_of
 from .settings import Settings
 
 _EXIT_ERROR, _EXIT_USAGE, _EXIT_INTERRUPT = 1, 2, 130
@@ -70,9 +70,8 @@ class Server(uvicorn.Server):
             timer.cancel()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    options = parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Serves as the options say, until it is told to stop; returns the exit status."""
     try:
         kv = kv_of(options)
         settings = settings_of(options)
@@ -137,6 +136,8 @@ def _serve(options: argparse.Namespace, kv: KVConfig, settings: Settings) -> int
             max_batch=options.max_batch,
             max_waiting=options.max_waiting,
             prefill_tokens=options.prefill_tokens,
+            prefix_cache=options.prefix_cache,
+            prefix_bytes=options.prefix_bytes or None,
         ) as engine,
     ):
         app = create_app(engine, settings)

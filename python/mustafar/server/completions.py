@@ -43,6 +43,8 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
             ids = await run_in_threadpool(_ids, service, prompt)
         service.check_prompt(ids, "prompt")
         all_ids.append(ids)
+    with client_errors(body):
+        await service.compile(request.sampling, body)
 
     top = request.top_logprobs if request.logprobs else None
     answer = TextAnswer(name, service.tokenizer, top)
@@ -56,7 +58,15 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
                 with client_errors(body):
                     generation = service.submit(ids, sampling, own_text=False)
                     choice = answer.choice(len(jobs), ids)
-                jobs.append(Job(generation, choice, by_pieces=False, with_tokens=request.logprobs))
+                jobs.append(
+                    Job(
+                        generation,
+                        choice,
+                        by_pieces=False,
+                        with_tokens=request.logprobs,
+                        first=index == 0,
+                    )
+                )
     except BaseException:
         service.release(jobs)
         raise

@@ -99,6 +99,8 @@ def _of_field(error: Exception, code: str, body: Mapping[str, Any]) -> ApiError:
         return ApiError(400, f"unknown field {name!r}", "unknown_parameter", name)
     named = re.match(r"\w+", message)  # messages begin with what is wrong
     param = named[0] if named and named[0] in body else None
+    if named and named[0] == "json_schema" and "response_format" in body:
+        param = "response_format"
     if param in ("response_format", "tool_choice") and code == "invalid_value":
         code = "unsupported_value"
     return ApiError(400, message, code, param)

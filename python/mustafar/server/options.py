@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--version", action="version", version=__version__)
     _add_model(_Group(result, "Model"))
     _add_cache(_Group(result, "KV cache"))
+    _add_prefixes(_Group(result, "Prefixes"))
     _add_server(_Group(result, "Server"))
     _add_limits(_Group(result, "Limits"))
     return result
@@ -49,6 +50,10 @@ class _Group:
         self._group.add_argument(
             name, action="append", default=[], metavar=metavar, help=_plain(help)
         )
+
+    def flag(self, name: str, help: str) -> None:
+        """An option without a value."""
+        self._group.add_argument(name, action="store_true", help=_plain(help))
 
     def number(
         self, *names: str, default: float, help: str, kind: Any = int, metavar: str = "N"
@@ -128,6 +133,27 @@ def _add_cache(add: _Group) -> None:
     )
 
 
+def _add_prefixes(add: _Group) -> None:
+    add.text(
+        "--prefix-cache",
+        default="exact",
+        choices=("exact", "approximate", "off"),
+        help="which beginnings of prompts are computed once: those that are calls of their own; "
+        "any that was seen, at the cost of results that depend on what came before; none",
+    )
+    add.flag(
+        "--system-prefix",
+        help="what a conversation says before the user's first message is a call of its own",
+    )
+    add.number(
+        "--prefix-bytes",
+        default=0,
+        kind=_size,
+        metavar="BYTES",
+        help="that are kept for prompts to come; 0: up to --kv-budget, or 1G without one",
+    )
+
+
 def _add_server(add: _Group) -> None:
     add.text("--host", default="127.0.0.1", help="address to listen at")
     add.number("--port", default=8000, help="port to listen at; 0: one that is free")
@@ -159,6 +185,13 @@ def _add_limits(add: _Group) -> None:
     add.number("--max-prompt", default=0, help="tokens of a prompt; 0: the context")
     add.number(
         "--max-choices", default=usual.max_choices, help="of a request, its prompts together"
+    )
+    add.number(
+        "--max-grammar",
+        default=usual.max_grammar_bytes,
+        kind=_size,
+        metavar="BYTES",
+        help="of a JSON schema, regular expression or grammar that replies follow",
     )
     add.number("--max-streams", default=usual.max_streams, help="streamed replies at once")
     add.number(
@@ -216,11 +249,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
         api_keys=tuple(keys),
         allowed_hosts=hosts,
         chat_template=options.chat_template,
+        system_prefix=options.system_prefix,
         context=options.ctx_size,
         reply_tokens=options.n_predict,
         max_body_bytes=options.max_body,
         max_prompt_tokens=options.max_prompt,
         max_choices=options.max_choices,
+        max_grammar_bytes=options.max_grammar,
         max_streams=options.max_streams,
         timeout=options.timeout,
     )

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import json
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import _core
+from .. import _core, grammar
 from ..completion import Tools, native_chat, set_messages
 from ..engine import Engine
 from ..engine import Request as Generation
 from ..openai_shape import Choice, Piece
-from ..types import GenerateResult, SamplingParams
+from ..types import GenerateResult, KVConfig, SamplingParams
 from .errors import ApiError, queue_full
 from .metrics import Metrics
 from .settings import Settings
+
+_COMPILE_SECONDS = 10.0  # of a grammar, waiting for others included
+_SYSTEM_ROLES = ("system", "developer")
+_MOST_BEGINNINGS = 64  # of conversations, whose ids are remembered
 
 
 class ChatPrompts:
@@ -28,8 +37,6 @@ class ChatPrompts:
 
     def __init__(self, engine: Engine, chat_template: str | None) -> None:
         self._model = engine.model._core
-        # Chats render for a session; this one stays empty.
-        self._session = _core.Session(self._model, engine.kv._native(), None)
         folder = engine.model.folder
         self._template = (
             _core.ChatTemplate.from_folder(folder)
@@ -37,9 +44,14 @@ class ChatPrompts:
             else _core.ChatTemplate.from_argument(chat_template, folder)
         )
         self.end_tokens = tuple(self._chat(None).end_tokens())
+        self._beginnings: OrderedDict[str, list[int]] = OrderedDict()
+        self._beginnings_lock = threading.Lock()
 
     def _chat(self, tools: Tools | None) -> _core.Chat:
-        return native_chat(self._model, self._session, tools=tools, chat_template=self._template)
+        # Chats render for a session, which one thread may use at a time: each has its own, which
+        # stays empty and costs nothing.
+        session = _core.Session(self._model, KVConfig()._native(), None)
+        return native_chat(self._model, session, tools=tools, chat_template=self._template)
 
     def ids(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools | None, continues: bool
@@ -48,6 +60,36 @@ class ChatPrompts:
         chat = self._chat(tools)
         set_messages(chat, messages)
         return chat.prompt_tokens(continues)
+
+    def beginning(
+        self, ids: Sequence[int], messages: Sequence[Mapping[str, Any]], tools: Tools | None
+    ) -> int:
+        """How many of a conversation's ids come before the user's first words, whatever they are.
+
+        0 where it has neither a system message nor tools.
+        """
+        system = list(itertools.takewhile(lambda each: each["role"] in _SYSTEM_ROLES, messages))
+        if not system and not tools:
+            return 0
+        key = json.dumps([system, list(tools or ())])
+        with self._beginnings_lock:
+            known = self._beginnings.get(key)
+            if known is not None:
+                self._beginnings.move_to_end(key)
+        if known is None or list(ids[: len(known)]) != known:  # a template may say the time
+            try:
+                one, other = (
+                    self.ids([*system, {"role": "user", "content": word}], tools, False)
+                    for word in ("0", "x")
+                )
+            except _core.TemplateError:
+                return 0
+            known = one[: _n_common(one, other)]
+            with self._beginnings_lock:
+                self._beginnings[key] = known
+                if len(self._beginnings) > _MOST_BEGINNINGS:
+                    self._beginnings.popitem(last=False)
+        return len(known) if list(ids[: len(known)]) == known else 0
 
 
 @dataclass
@@ -58,6 +100,7 @@ class Job:
     choice: Choice
     by_pieces: bool = True  # whether the choice must see them one by one, stream or not
     with_tokens: bool = False  # pieces have ids and log-probabilities
+    first: bool = True  # of its prompt's choices
     result: GenerateResult | None = field(default=None, init=False)
 
 
@@ -78,6 +121,7 @@ class Service:
         self._active: set[Generation] = set()
         self._prompts: ChatPrompts | None = None
         self._prompts_lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "mustafar-grammar")
 
     @property
     def prompts(self) -> ChatPrompts:
@@ -124,8 +168,37 @@ class Service:
         wanted = sampling.max_new_tokens if asked else (room if default < 0 else default)
         return replace(sampling, max_new_tokens=min(wanted, room))
 
+    async def compile(self, sampling: SamplingParams, body: Mapping[str, Any]) -> None:
+        """Compiles the grammar that replies follow, if any, so that :meth:`submit` has it at hand.
+
+        It happens on a thread: others are answered meanwhile. Raises ApiError for a grammar that is
+        too large or takes too long, else as constraint_factory does.
+        """
+        for name in grammar.NAMES:
+            text = getattr(sampling, name)
+            if text is None:
+                continue
+            param = name if name in body else "response_format"
+            size, most = len(text.encode()), self.settings.max_grammar_bytes
+            if size > most:
+                message = f"{param} has {size} bytes, and at most {most} are allowed"
+                raise ApiError(400, message, "invalid_value", param)
+            work = asyncio.get_running_loop().run_in_executor(
+                self._compiler, grammar.constraint_factory, self.engine.model._core, name, text
+            )
+            try:
+                await asyncio.wait_for(work, _COMPILE_SECONDS)
+            except asyncio.TimeoutError:
+                message = f"{param} was not compiled within {_COMPILE_SECONDS:g} seconds"
+                raise self.count_refused(ApiError(503, message, "timeout", param)) from None
+
     def submit(
-        self, prompt: Sequence[int], sampling: SamplingParams, *, own_text: bool
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        own_text: bool,
+        prefixes: Sequence[int] = (),
     ) -> Generation:
         """Gives the engine a prompt. Raises ApiError where the queue is full, else as it does."""
         if self.stopping:
@@ -136,6 +209,7 @@ class Service:
                 sampling,
                 timeout=self.settings.timeout or None,
                 own_text=own_text,
+                prefixes=prefixes,
             )
         except _core.QueueFull as error:
             raise self.count_refused(queue_full(self.settings.retry_after)) from error
@@ -221,6 +295,11 @@ class Service:
             yield
         except _core.OutOfMemory as error:
             raise ApiError(400, str(error), "kv_budget_exceeded") from error
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _stopping() -> ApiError:

@@ -36,6 +36,7 @@ int64_t gemv_task_rows(const Matrix& w, int threads) {
 // of one plane or of two, or split into terms.
 struct Inputs {
   Int8Input of_planes[2];
+  const void* tiles = nullptr;  // of the integers, for 8-bit codes
   const void* terms = nullptr;
 
   const Int8Input& of(const Matrix& w) const { return of_planes[input_planes(w.dtype) - 1]; }
@@ -60,6 +61,12 @@ void round_rows(ThreadPool& pool, const Kernels& kernels, const Matrix& w, const
                            std::min(input.rows(), batch - first), input.block(first, inner));
   };
   pool.parallel_rows(batch, cols, row);
+  if (kernels.tile_int8_input == nullptr) return;
+  const int64_t bytes = kernels.int8_tiles_bytes(batch, inner, planes);
+  if (bytes == 0) return;
+  uint8_t* tiles = grow<uint8_t>(workspace.int8_tiles, bytes);
+  kernels.tile_int8_input(input, batch, inner, tiles);
+  inputs.tiles = tiles;
 }
 
 // Makes of x what a matrix is multiplied with, unless that has been done for another one.
@@ -83,7 +90,7 @@ void multiply_rows(const Kernels& kernels, const Matrix& w, const ProductArgs& p
   if (!w.quantised()) {
     return kernels.gemv(GemvArgs{product, w.data, w.dtype, w.cols, inputs.terms});
   }
-  const QuantisedGemvArgs args{product, &w, inputs.of(w)};
+  const QuantisedGemvArgs args{product, &w, inputs.of(w), inputs.tiles};
   args.input.codes != nullptr ? kernels.gemv_int8_input(args) : kernels.gemv_quantised(args);
 }
 

@@ -9,7 +9,7 @@
 namespace mustafar {
 namespace {
 
-constexpr int32_t kAmxWords = 16;           // of a row
+constexpr int32_t kAmxWords = 16;  // of a row
 constexpr int32_t kAmxRowBytes = 64;
 constexpr int32_t kAmxTileBytes = 16 * kAmxRowBytes;
 
@@ -58,6 +58,11 @@ inline void amx_dot_bf16() {
 template <int kSums, int kRows, int kColumns>
 inline void amx_dot_int8() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kColumns));
+}
+// Rows of signed bytes, columns of unsigned ones.
+template <int kSums, int kRows, int kColumns>
+inline void amx_dot_codes() {
+  asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSums), "i"(kRows), "i"(kColumns));
 }
 
 }  // namespace

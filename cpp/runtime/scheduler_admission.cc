@@ -1,0 +1,281 @@
+// Who may hold a cache, what it begins with, and who gives it up.
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "mustafar/error.h"
+#include "runtime/scheduler.h"
+
+namespace mustafar {
+namespace {
+
+// Tokens that a sequence is expected to grow by before others make room.
+constexpr int64_t kAheadTokens = kBlockTokens;
+
+}  // namespace
+
+void Scheduler::check_memory(const Job& job) const {
+  const int64_t limit = engine_.budget->limit();
+  const int64_t least = SequenceCache::held_bytes(*spec_, job.n_prompt);
+  if (limit == 0 || least <= limit) return;
+  throw OutOfMemory("a prompt of " + std::to_string(job.n_prompt) + " tokens needs " +
+                    std::to_string(least) + " bytes of KV cache, more than kv_budget = " +
+                    std::to_string(limit) + ": raise kv_budget, raise sparsity or shorten it");
+}
+
+// What is kept of a job's prompt: as much as its cache may begin with.
+PrefixTree::Common Scheduler::find_prefix(const Job& job) {
+  if (options_.prefix_cache == PrefixCache::kExact) {
+    const SequenceCache* const same = prefixes_.find(job.prompt(), job.calls, job.long_rope);
+    if (same == nullptr) return {};
+    return {.cache = same, .n_tokens = same->length(), .usable = same->length()};
+  }
+  if (options_.prefix_cache == PrefixCache::kOff) return {};
+  // The last token is computed, for its logits.
+  const auto wanted = job.prompt().first(job.n_prompt - 1);
+  PrefixTree::Common best = prefixes_.find_common(wanted, job.long_rope);
+  for (const auto* jobs : {&active_, &begun_}) {
+    for (const JobPtr& other : *jobs) {
+      if (!other->cache || other->cache->long_rope() != job.long_rope) continue;
+      const std::span<const int32_t> held(other->tokens.data(), other->cache->length());
+      const int64_t n = common_length(wanted, held);
+      const int64_t usable = usable_tokens(*other->cache, n);
+      if (usable > best.usable) best = {.cache = &*other->cache, .n_tokens = n, .usable = usable};
+    }
+  }
+  // Less than a block is no gain.
+  return spec_->compressed(best.n_tokens) > 0 ? best : PrefixTree::Common{};
+}
+
+// Tokens of a job's prompt that it can begin with once `other`, whose prompt is being computed, has
+// gone further; 0 where that leaves nothing for it.
+int64_t Scheduler::will_leave(const Job& other, const Job& job) const {
+  if (other.long_rope != job.long_rope) return 0;
+  const auto prompt = job.prompt().first(job.n_prompt - 1);
+  const int64_t common = common_length(prompt, other.prompt());
+  if (options_.prefix_cache == PrefixCache::kApproximate) {
+    const int64_t stored = spec_->compressed(common);
+    return stored > 0 ? stored + spec_->config.sink_tokens : 0;
+  }
+  int64_t longest = 0;
+  for (size_t i = 0; i + 1 < job.calls.size() && i < other.calls.size(); i++) {
+    const int64_t end = job.calls[i].end;
+    if (other.calls[i].end != end || end > common) break;
+    if (end > other.cache->length() && kept_after(other, i)) longest = end;
+  }
+  return longest;
+}
+
+// Whether a job can begin with the cache and the logits that `other` has after the same prompt.
+bool Scheduler::will_share_result(const Job& other, const Job& job) const {
+  return options_.prefix_cache != PrefixCache::kOff && job.has_prompt_of(other) &&
+         (engine_.backend->host_memory() || job.loop->top_needed() == other.loop->top_needed());
+}
+
+// Whether more of a job's prompt will be there to begin with than the `usable` tokens of now.
+bool Scheduler::better_wait(const Job& job, int64_t usable,
+                            const std::vector<JobPtr>& group) const {
+  if (options_.prefix_cache == PrefixCache::kOff) return false;
+  const auto helps = [&](const JobPtr& other) {
+    if (other->ended) return false;
+    if (will_share_result(*other, job)) return true;
+    if (options_.prefix_cache == PrefixCache::kExact && job.calls.size() < 2) return false;
+    const int64_t gain = will_leave(*other, job) - usable;
+    if (gain <= 0 || options_.prefix_cache == PrefixCache::kExact) return gain > 0;
+    // There the whole prompt must be through: that may be more work than it saves.
+    return other->n_prompt - other->cache->length() <= 2 * gain;
+  };
+  return std::any_of(group.begin(), group.end(), helps) ||
+         std::any_of(begun_.begin(), begun_.end(), helps) ||
+         (long_job_ != nullptr && helps(long_job_));
+}
+
+// Beside what is held: by a job that has no cache yet, those of its group, and those that run.
+int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group) {
+  const auto later = [&](const Job& each) {
+    const int64_t n = static_cast<int64_t>(each.tokens.size());
+    return SequenceCache::held_bytes(*spec_, std::min(n + kAheadTokens, each.most_tokens));
+  };
+  const auto growth = [&](const Job& each) {
+    if (!each.cache) return int64_t{0};  // it has ended just now
+    return std::max<int64_t>(0, later(each) - each.cache->memory().allocated);
+  };
+  // Of the largest of the calls that are left.
+  const auto fresh = [&](const Job& each, int64_t length) {
+    int64_t most_rows = 0;
+    for (size_t i = each.calls_done(length); i < each.calls.size(); i++) {
+      most_rows = std::max(most_rows, each.calls[i].end - length);
+      length = each.calls[i].end;
+    }
+    return spec_->fresh_bytes(most_rows);
+  };
+  const int64_t dense_bytes = spec_->dense_bytes(spec_->most_dense_tokens);
+  const PrefixTree::Common known = find_prefix(job);
+  const int64_t shared_pages = spec_->compressed(known.n_tokens) / kBlockTokens;
+  // A second dense buffer exists while a block leaves the first.
+  int64_t needed =
+      later(job) - shared_pages * spec_->layout.page_bytes + fresh(job, known.usable) + dense_bytes;
+  for (const auto* jobs : {&group, &std::as_const(begun_)}) {
+    for (const JobPtr& each : *jobs) {
+      if (each->cache) needed += growth(*each) + fresh(*each, each->cache->length());
+    }
+  }
+  for (const JobPtr& each : active_) needed += growth(*each);
+  if (long_job_ != nullptr && long_prefill_ != nullptr) {
+    // What its call takes is held already.
+    const int64_t length = long_job_->cache->length();
+    const int64_t end = length + long_job_->next_rows(length);
+    needed += 2 * dense_bytes;
+    if (end < long_job_->n_prompt) {
+      needed += later(*long_job_) - SequenceCache::held_bytes(*spec_, end) + fresh(*long_job_, end);
+    }
+  }
+  return needed;
+}
+
+bool Scheduler::fits(const Job& job, const std::vector<JobPtr>& group) {
+  for (;;) {
+    int64_t free_bytes = std::min(engine_.budget->available(), engine_.backend->available_bytes());
+    free_bytes += pool_->free_pages() * spec_->layout.page_bytes;
+    const int64_t missing = needed_bytes(job, group) - free_bytes;
+    if (missing <= 0) return true;
+    // Prefixes make room where they have enough. To a job that is alone more will not come.
+    if (missing > prefixes_.bytes() || !prefixes_.drop_oldest()) {
+      return runs_alone() && group.empty();
+    }
+  }
+}
+
+// Gives a job a cache, with as much of its prompt as is kept.
+void Scheduler::begin(Job& job) {
+  try {
+    with_room([&] {
+      const PrefixTree::Common known = find_prefix(job);
+      if (known.cache == nullptr) {
+        job.cache.emplace(engine_.new_cache(spec_, job.most_tokens));
+      } else {
+        job.cache.emplace(fork_beginning(*known.cache, known.n_tokens));
+      }
+    });
+  } catch (const OutOfMemory&) {  // what a running sequence holds can't be copied
+    job.cache.emplace(engine_.new_cache(spec_, job.most_tokens));
+  }
+  note_begun(job);
+}
+
+void Scheduler::note_begun(Job& job) {
+  counts_.reused_tokens += job.cache->length();
+  if (!job.started) {
+    job.started = Job::Clock::now();
+    job.reused_tokens = job.cache->length();
+  }
+  job.paused = false;
+}
+
+// Those that wait with the prompt that a job's cache holds now: they are past it, too.
+std::vector<std::shared_ptr<Job>> Scheduler::begin_same_prompts(const Job& job) {
+  std::vector<JobPtr> begun;
+  for (size_t i = 0; i < waiting_.size() && !blocked_ && n_running() < options_.max_batch;) {
+    const JobPtr other = waiting_[i];
+    if (other->ended || other->loop->done() || !will_share_result(job, *other) ||
+        !fits(*other, {})) {
+      i++;
+      continue;
+    }
+    try {
+      other->cache.emplace(job.cache->fork());
+    } catch (const OutOfMemory&) {
+      break;  // it will be computed for them
+    }
+    note_begun(*other);
+    waiting_.erase(waiting_.begin() + static_cast<int64_t>(i));
+    active_.push_back(other);
+    begun.push_back(other);
+  }
+  return begun;
+}
+
+bool Scheduler::take_call(const JobPtr& job, int64_t& rows, std::vector<JobPtr>& group) {
+  const int64_t n = job->next_rows(job->cache->length());
+  if (n > options_.prefill_tokens) {
+    if (long_job_ != nullptr) return false;
+    start_long(job, group.empty());
+    return true;
+  }
+  if (rows + n > options_.prefill_tokens) return false;
+  rows += n;
+  group.push_back(job);
+  return true;
+}
+
+// Those whose next calls fit a round together, and perhaps a longer one.
+std::vector<std::shared_ptr<Job>> Scheduler::admit() {
+  std::vector<JobPtr> group;
+  if (runs_alone()) blocked_ = false;
+  int64_t rows = 0;
+  for (const JobPtr& job : std::exchange(begun_, {})) {
+    if (!take_call(job, rows, group)) begun_.push_back(job);
+  }
+  int64_t n_better_wait = 0;
+  for (size_t i = 0; i < waiting_.size() && !blocked_;) {
+    const JobPtr job = waiting_[i];
+    const auto drop = [&] { waiting_.erase(waiting_.begin() + static_cast<int64_t>(i)); };
+    if (job->loop->done()) {  // nothing to generate
+      retire(*job);
+      drop();
+      continue;
+    }
+    if (n_running() + static_cast<int64_t>(group.size()) >= options_.max_batch) break;
+    const int64_t usable = find_prefix(*job).usable;
+    if (better_wait(*job, usable, group)) {
+      if (++n_better_wait >= options_.max_batch) break;
+      i++;
+      continue;
+    }
+    const int64_t n = job->next_rows(usable);
+    const bool is_long = n > options_.prefill_tokens;
+    if (is_long && long_job_ != nullptr) {  // shorter ones behind it need not wait as well
+      i++;
+      continue;
+    }
+    if (!is_long && rows + n > options_.prefill_tokens) break;
+    if (!fits(*job, group)) {
+      blocked_ = true;
+      break;
+    }
+    drop();
+    begin(*job);
+    // Less may be left to begin with than there was.
+    if (!take_call(job, rows, group)) begun_.push_back(job);
+  }
+  return group;
+}
+
+bool Scheduler::pause_youngest() {
+  if (n_running() < 2) return false;
+  JobPtr youngest;
+  const auto consider = [&](const JobPtr& job) {
+    if (job->ended) return;
+    if (youngest == nullptr || before(*youngest, *job)) youngest = job;
+  };
+  for (const JobPtr& job : active_) consider(job);
+  for (const JobPtr& job : begun_) consider(job);
+  if (long_job_ != nullptr) consider(long_job_);
+  if (youngest == long_job_) {
+    long_prefill_.reset();
+    long_job_.reset();
+  }
+  std::erase(active_, youngest);
+  std::erase(begun_, youngest);
+  pause(std::move(youngest));
+  return true;
+}
+
+void Scheduler::pause(JobPtr job) {
+  job->cache.reset();
+  job->paused = true;
+  blocked_ = true;
+  add(std::move(job));
+}
+
+}  // namespace mustafar
