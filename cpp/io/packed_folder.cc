@@ -119,6 +119,7 @@ void copy_one(const fs::path& from, const fs::path& to) {
   const MappedFile file = MappedFile::open(from);
   AtomicFile copy(to);
   copy.write(file.data(), file.bytes());
+  file.check_read();
   copy.commit();
 }
 
@@ -228,6 +229,7 @@ void PackedFolder::add_config(const std::vector<PlannedTensor>& tensors) {
   refuse_quantised(source_);
   const MappedFile file = MappedFile::open(path);
   std::string text(reinterpret_cast<const char*>(file.data()), file.bytes());
+  file.check_read();
   text.erase(text.rfind('}'));
   text.erase(text.find_last_not_of(" \t\r\n") + 1);
   config_ = text + (text.ends_with('{') ? "" : ",") +

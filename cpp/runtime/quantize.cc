@@ -171,6 +171,7 @@ class Quantizer {
   }
 
   QuantizeResult finish() {
+    checkpoint_.check_read();
     packed_->finish();
     result_.bytes = packed_->total_bytes();
     return result_;

@@ -30,13 +30,14 @@ _compiling = threading.Lock()  # may be held for seconds
 _compilers: WeakKeyDictionary[_core.Model, _Compiler] = WeakKeyDictionary()
 
 
-def _renew_lock() -> None:
-    """In a forked child, where another thread of the parent may have held it."""
-    global _lock
+def _renew_locks() -> None:
+    """In a forked child, where another thread of the parent may have held them."""
+    global _compiling, _lock
+    _compiling = threading.Lock()
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_renew_locks)
 
 
 def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[], Constraint]:

@@ -112,8 +112,8 @@ TEST(ProcessForkThreadTest, ForkWaitsForShortSections) {
       }
     });
   }
-  for (int i = 0; i < 30; i++) {
-    ASSERT_TRUE(in_child([&]() -> std::string {
+  for (int i = 0; i < 30 && !HasFailure(); i++) {
+    EXPECT_TRUE(in_child([&]() -> std::string {
       {
         const std::lock_guard lock(outer);
         const std::lock_guard nested(inner);
@@ -250,8 +250,8 @@ TEST_F(ModelForkThreadTest, AtAnyMomentOfOtherThreads) {
       session.fork();
     }
   });
-  for (int i = 0; i < 12; i++) {
-    ASSERT_TRUE(in_child([&]() -> std::string {
+  for (int i = 0; i < 12 && !HasFailure(); i++) {
+    EXPECT_TRUE(in_child([&]() -> std::string {
       std::string failure = use(idle, expected);
       if (!failure.empty()) return failure;
       try {
@@ -344,8 +344,8 @@ TEST_F(ModelForkThreadTest, AnEngineThatWorksIsRefusedInTheChild) {
   auto request = std::make_unique<Request>(engine->submit("Hello", greedy(4000)));
   std::thread waiting([&] { request->wait(); });
   std::thread reading([&] { request->text_from(1 << 20, 30); });
-  for (int i = 0; i < 5; i++) {
-    ASSERT_TRUE(in_child([&]() -> std::string {
+  for (int i = 0; i < 5 && !HasFailure(); i++) {
+    EXPECT_TRUE(in_child([&]() -> std::string {
       const std::vector<std::function<void()>> calls = {[&] { engine->submit("a", greedy(1)); },
                                                         [&] { engine->stats(); },
                                                         [&] { request->wait(); },

@@ -189,7 +189,7 @@ def test_a_child_while_a_grammar_is_compiled(model: mustafar.Model) -> None:
     held, free = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with grammar._lock:
+        with grammar._compiling, grammar._lock:
             held.set()
             free.wait()
 
