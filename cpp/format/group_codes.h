@@ -16,7 +16,7 @@ namespace mustafar {
 // What the matrices of a folder are to be.
 struct GroupFormat {
   int32_t bits = 4;    // of a code: 4 or 8
-  int32_t group = 64;  // inputs that share a scale
+  int32_t group = 32;  // inputs that share a scale
   bool symmetric = false;
   DType scale_dtype = DType::kBF16;  // f16 or bf16
 

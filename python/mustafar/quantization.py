@@ -38,7 +38,7 @@ def quantize(
     texts: Sequence[Prompt] = (),
     *,
     bits: Literal[4, 8] = 4,
-    group: Literal[32, 64, 128] = 64,
+    group: Literal[32, 64, 128] = 32,
     symmetric: bool = False,
     threads: int = 0,
     shard_bytes: int = 5_000_000_000,

@@ -261,8 +261,8 @@ def test_calibrated_codes_are_gptq_on_the_activations_of_transformers(
 def test_calibration_brings_logits_closer(tmp_path: Path) -> None:
     sources = sorted((Path(mustafar.__file__).parent / "reference").glob("*.py"))
     texts = [path.read_text() for path in sources[1:]]
-    mustafar.quantize(DEMO, tmp_path / "p")
-    result = mustafar.quantize(DEMO, tmp_path / "c", texts, max_tokens=4096, threads=1)
+    mustafar.quantize(DEMO, tmp_path / "p", group=64)
+    result = mustafar.quantize(DEMO, tmp_path / "c", texts, group=64, max_tokens=4096, threads=1)
     assert result.tokens == 4096
     ids = mustafar.Tokenizer(DEMO).encode(sources[0].read_text())[:256]
     dense = mustafar.KVConfig.preset("dense")
@@ -281,7 +281,7 @@ def test_calibration_brings_logits_closer(tmp_path: Path) -> None:
     }
     assert divergence["calibrated"] < 0.6 * divergence["rounded"], divergence
     # The same bytes whatever the number of threads.
-    mustafar.quantize(DEMO, tmp_path / "c2", texts, max_tokens=4096, threads=2)
+    mustafar.quantize(DEMO, tmp_path / "c2", texts, group=64, max_tokens=4096, threads=2)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("c", "c2"))
     assert one == two
 

@@ -15,7 +15,7 @@ struct QuantizeOptions {
   int32_t bits = 4;  // of a weight: 4 or 8
   // Inputs that share a scale: 32, 64 or 128. A matrix whose inputs are no multiple of it takes the
   // next smaller one; one whose inputs are no multiple of 32 stays as it is.
-  int32_t group = 64;
+  int32_t group = 32;
   bool symmetric = false;      // no zero points: fewer bytes, larger errors
   int64_t max_tokens = 16384;  // of the texts, at most; -1: all
   int32_t threads = 0;         // 0: MUSTAFAR_THREADS, or as many as cores and CPU quota allow
