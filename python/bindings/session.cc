@@ -34,7 +34,7 @@ py::dict cache_memory(const Session& session) {
 }
 
 std::unique_ptr<Session> make_session(const Model& model, const py::dict& kv,
-                              std::optional<int32_t> max_tokens) {
+                                      std::optional<int32_t> max_tokens) {
   auto session = std::make_unique<Session>(model, kv_config_from(kv, model), max_tokens);
   session->set_interrupt_check(interrupt_check());
   return session;

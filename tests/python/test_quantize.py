@@ -271,6 +271,7 @@ def test_calibration_brings_logits_closer(tmp_path: Path) -> None:
         "stored": DEMO,
         "rounded": dequantised(tmp_path / "p", tmp_path / "pd", 4),
         "calibrated": dequantised(tmp_path / "c", tmp_path / "cd", 4),
+        "as it is": tmp_path / "c",
     }.items():
         with mustafar.Model(folder, "cpu", "f32", 2) as model:
             logits = mustafar.Session(model, kv=dense).score_logits(ids).astype(np.float64)
@@ -280,6 +281,7 @@ def test_calibration_brings_logits_closer(tmp_path: Path) -> None:
         for name in ("rounded", "calibrated")
     }
     assert divergence["calibrated"] < 0.6 * divergence["rounded"], divergence
+    np.testing.assert_allclose(rows["as it is"], rows["calibrated"], rtol=0, atol=1e-4)
     # The same bytes whatever the number of threads.
     mustafar.quantize(DEMO, tmp_path / "c2", texts, group=64, max_tokens=4096, threads=2)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("c", "c2"))
