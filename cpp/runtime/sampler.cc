@@ -125,6 +125,15 @@ bool penalises(const SamplingParams& params) {
          *params.frequency_penalty != 0.0;
 }
 
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+// Penalties may lie beyond f32, or take a logit there: that is the largest number, no infinity.
+double in_f32(double penalty) { return std::clamp<double>(penalty, -kLargest, kLargest); }
+
+void set_finite(float& logit, float changed) {
+  if (std::isfinite(logit)) logit = static_cast<float>(in_f32(changed));
+}
+
 }  // namespace
 
 Sampler::Sampler(int64_t vocab_size, const SamplingParams& params, std::span<const int32_t> end_ids)
@@ -244,14 +253,17 @@ void Sampler::penalise(std::span<const int32_t> history, int64_t n_generated) {
                           ? history.size()
                           : std::min<size_t>(history.size(), *params_.penalty_window);
   if (*params_.repetition_penalty != 1.0) {
-    const float penalty = static_cast<float>(*params_.repetition_penalty);
+    const double least = std::numeric_limits<float>::min();
+    const float penalty = static_cast<float>(std::max(least, in_f32(*params_.repetition_penalty)));
     for_each_distinct(history.last(seen), [&](float& logit, int32_t) {
-      logit = logit > 0 ? logit / penalty : logit * penalty;
+      set_finite(logit, logit > 0 ? logit / penalty : logit * penalty);
     });
   }
   if (*params_.presence_penalty != 0.0 || *params_.frequency_penalty != 0.0) {
     for_each_distinct(history.last(n_generated), [&](float& logit, int32_t count) {
-      logit -= static_cast<float>(*params_.presence_penalty + *params_.frequency_penalty * count);
+      const double penalty =
+          in_f32(*params_.presence_penalty) + in_f32(*params_.frequency_penalty) * count;
+      set_finite(logit, logit - static_cast<float>(in_f32(penalty)));
     });
   }
 }

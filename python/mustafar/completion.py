@@ -179,7 +179,8 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates for text expect them.
 
     Content in parts becomes one text, the parts' texts joined by newlines; the role "developer" is
-    "system" to models that came before it. Raises ValueError for a part that is no text.
+    "system" to models that came before it. Raises ValueError for a part that is no text, TypeError
+    for what is no message.
     """
     plain = []
     for i, message in enumerate(messages):
@@ -188,11 +189,13 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         changed = dict(message)
         if changed.get("role") == "developer":
             changed["role"] = "system"
-        if isinstance(changed.get("content"), (list, tuple)):
+        content = changed.get("content")
+        if isinstance(content, (list, tuple)):
             changed["content"] = "\n".join(
-                _part_text(part, f"messages[{i}].content[{j}]")
-                for j, part in enumerate(changed["content"])
+                _part_text(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)
             )
+        elif content is not None and not isinstance(content, str):
+            raise TypeError(f"messages[{i}].content must be a text or its parts, not {content!r}")
         plain.append(changed)
     return plain
 

@@ -295,6 +295,25 @@ TEST(SamplerTest, PenaltiesByHand) {
   EXPECT_EQ(Sampler(2, params, {}).sample(Floats{4, 0.75f}, Ids{0}, 1).token_id, 0);
 }
 
+TEST(SamplerTest, PenaltiesBeyondF32LeaveFiniteLogits) {
+  const Floats logits = {3.0f, 0.0f, -2.0f, -kInf, 1.0f};
+  const Ids seen = {0, 1, 2, 3};
+  const double tiny = std::numeric_limits<double>::denorm_min();
+  const auto chosen = [&](double repetition, double presence, double frequency) {
+    SamplingParams params = plain();
+    params.temperature = 0;
+    params.repetition_penalty = repetition;
+    params.presence_penalty = presence;
+    params.frequency_penalty = frequency;
+    return Sampler(5, params, {}).sample(logits, seen, 4).token_id;
+  };
+  EXPECT_EQ(chosen(tiny, 0, 0), 0);
+  EXPECT_EQ(chosen(1e300, 0, 0), 4);  // the only one that was not seen
+  EXPECT_EQ(chosen(1, 1e300, 0), 4);
+  EXPECT_EQ(chosen(1, -1e300, 0), 0);  // the first of those that are as large
+  EXPECT_EQ(chosen(1, 1.5e308, -1.5e308), 0);
+}
+
 TEST(SamplerTest, PenaltiesChangeTheDistribution) {
   const Floats logits = {1.0f, 0.5f, 0.0f, -0.5f};
   SamplingParams params = plain();

@@ -84,6 +84,10 @@ def test_it_knows_every_route(url: str) -> None:
         ("/detokenize", {"tokens": [5, 6]}),
         (CHAT, {"messages": MESSAGES, "wibble": 1}),
         (CHAT, {"messages": []}),
+        (CHAT, {"messages": [{"role": "user", "content": False}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": 3}]}),
+        ("/tokenize", {"messages": MESSAGES, "prompt": 3}),
+        ("/tokenize", {"messages": []}),
         (CHAT, {"messages": MESSAGES, "top_p": 2}),
         (TEXT, {"prompt": "a", "n": 5}),
         (TEXT, {"prompt": "a", "echo": True}),
@@ -133,7 +137,7 @@ def test_requests_made_from_it(url: str, right: bool) -> None:
         operations += [("/v1/models", "GET"), ("/v1/models/{name}", "GET")]
     for path, method in operations:
         settings = hypothesis.settings(
-            max_examples=15,
+            max_examples=25,
             deadline=None,
             database=None,
             derandomize=True,

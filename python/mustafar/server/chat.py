@@ -13,7 +13,7 @@ from ..openai_shape import ChatAnswer
 from ..types import SamplingParams
 from .answers import Reply
 from .errors import ApiError, client_errors
-from .fields import check_fields, length_is_given
+from .fields import check_fields, length_is_given, list_field
 from .service import Job, Service
 
 
@@ -24,7 +24,7 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
     with client_errors(body):
         fields = {k: v for k, v in body.items() if k not in ("messages", "tools", "stream")}
         request = completion.Request.of(None, fields)
-        messages = completion.plain_messages(_list_field(body, "messages"))
+        messages = completion.plain_messages(list_field(body, "messages"))
         tools = _tools(body) if request.use_tools else []
     if request.n > service.settings.max_choices:
         raise ApiError(
@@ -83,21 +83,9 @@ def _with_ends(sampling: SamplingParams, ends: tuple[int, ...]) -> SamplingParam
 def _tools(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not body.get("tools"):
         return []
-    tools = _list_field(body, "tools")
+    tools = list_field(body, "tools")
     for i, tool in enumerate(tools):
         function = tool.get("function", tool)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise TypeError(f"tools[{i}].function must be an object with a name, not {function!r}")
     return tools
-
-
-def _list_field(body: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    value = body.get(name)
-    if value is None:
-        raise ValueError(f"{name} is missing")
-    if not isinstance(value, list) or not value:
-        raise TypeError(f"{name} must be a list that is not empty, not {value!r}")
-    for i, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise TypeError(f"{name}[{i}] must be an object, not {item!r}")
-    return value

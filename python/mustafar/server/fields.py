@@ -29,3 +29,16 @@ def check_fields(body: Mapping[str, Any]) -> None:
         value = body.get(name)
         if isinstance(value, (list, dict)) and len(value) > most:
             raise ApiError(400, f"{name} must have at most {most} elements", "invalid_value", name)
+
+
+def list_field(body: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """A list of objects, not empty. Raises ValueError, TypeError."""
+    value = body.get(name)
+    if value is None:
+        raise ValueError(f"{name} is missing")
+    if not isinstance(value, list) or not value:
+        raise TypeError(f"{name} must be a list that is not empty, not {value!r}")
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            raise TypeError(f"{name}[{i}] must be an object, not {item!r}")
+    return value

@@ -9,6 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .. import checks, completion
 from .errors import ApiError, client_errors
+from .fields import list_field
 from .service import Service
 
 
@@ -21,18 +22,17 @@ async def tokenize(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode(service: Service, body: Mapping[str, Any]) -> list[int]:
-    if body.get("messages") is not None:
-        messages = body["messages"]
-        if not isinstance(messages, list):
-            raise TypeError(f"messages must be a list, not {messages!r}")
-        tools = body.get("tools") or None
-        return service.prompts.ids(completion.plain_messages(messages), tools, False)
-    prompt = body.get("prompt")
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be a text, not {prompt!r}")
+    prompt, messages = body.get("prompt"), body.get("messages")
     special = checks.flag("add_special_tokens", body.get("add_special_tokens", True))
     parse = checks.flag("parse_special", body.get("parse_special", False))
-    return service.tokenizer.encode(prompt, special, parse)
+    if not isinstance(prompt, str if messages is None else (str, type(None))):
+        raise TypeError(f"prompt must be a text, not {prompt!r}")
+    if messages is None:
+        return service.tokenizer.encode(str(prompt), special, parse)
+    tools = body.get("tools") or None
+    return service.prompts.ids(
+        completion.plain_messages(list_field(body, "messages")), tools, False
+    )
 
 
 async def detokenize(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
