@@ -68,5 +68,6 @@ SamplingParams sampling_params_from(const pybind11::dict& fields);
 pybind11::tuple to_tuple(const TokenLogprob& entry);
 pybind11::dict to_dict(const GenerateResult& result);
 Prompt prompt_from(const pybind11::handle& prompt);
+std::vector<Prompt> prompts_from(const pybind11::list& prompts);
 
 }  // namespace mustafar

@@ -239,4 +239,10 @@ Prompt prompt_from(const py::handle& prompt) {
   return token_ids_from(prompt);
 }
 
+std::vector<Prompt> prompts_from(const py::list& prompts) {
+  std::vector<Prompt> native;
+  for (const py::handle prompt : prompts) native.push_back(prompt_from(prompt));
+  return native;
+}
+
 }  // namespace mustafar

@@ -55,8 +55,7 @@ Model load(const std::filesystem::path& path, const std::string& device, const s
 // params: one for each prompt.
 py::list generate(const Model& model, const py::list& prompts, const py::list& params,
                   const py::dict& kv, int32_t max_batch, bool parse_special) {
-  std::vector<Prompt> native;
-  for (const py::handle prompt : prompts) native.push_back(prompt_from(prompt));
+  const std::vector<Prompt> native = prompts_from(prompts);
   std::vector<SamplingParams> sampling;
   for (const py::handle each : params) {
     sampling.push_back(sampling_params_from(py::reinterpret_borrow<py::dict>(each)));

@@ -102,8 +102,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
                                            double scale_power, int64_t max_tokens,
                                            int32_t skip_tokens, const py::object& progress,
                                            bool budget) {
-  std::vector<Prompt> native;
-  for (const py::handle text : texts) native.push_back(prompt_from(text));
+  const std::vector<Prompt> native = prompts_from(texts);
   CalibrationOptions options;
   options.kind = kind;
   options.balance = balance;

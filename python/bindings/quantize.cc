@@ -16,8 +16,7 @@ py::tuple quantize_folder(const std::filesystem::path& model, const std::filesys
                           const py::list& texts, int64_t max_tokens, int32_t bits, int32_t group,
                           bool symmetric, int32_t threads, int64_t shard_bytes,
                           const py::object& progress) {
-  std::vector<Prompt> native;
-  for (const py::handle text : texts) native.push_back(prompt_from(text));
+  const std::vector<Prompt> native = prompts_from(texts);
   QuantizeOptions options;
   options.max_tokens = max_tokens;
   options.bits = bits;

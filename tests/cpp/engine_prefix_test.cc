@@ -14,10 +14,12 @@
 #include "mustafar/session.h"
 #include "runtime/scheduler.h"
 #include "support/random_model.h"
+#include "support/sampling.h"
 
 namespace mustafar {
 namespace {
 
+using testing::half;
 using testing::ids_of;
 using Ids = std::vector<int32_t>;
 
@@ -25,19 +27,8 @@ Model small_model(DType dtype = DType::kF32, int64_t kv_budget = 0) {
   return testing::random_model(testing::small_config(), "cpu", 2, dtype, kv_budget);
 }
 
-KVConfig half() {
-  KVConfig kv;
-  kv.sparsity = 0.5;
-  kv.value_dtype = ValueType::kAuto;
-  return kv;
-}
-
 SamplingParams sampled(int32_t n, uint64_t seed) {
-  SamplingParams params;
-  params.max_new_tokens = n;
-  params.temperature = 0.9;
-  params.seed = seed;
-  params.ignore_eos = true;
+  SamplingParams params = testing::sampled(n, seed);
   params.logprobs = 2;
   return params;
 }

@@ -15,30 +15,17 @@
 #include "mustafar/session.h"
 #include "runtime/scheduler.h"
 #include "support/random_model.h"
+#include "support/sampling.h"
 
 namespace mustafar {
 namespace {
 
+using testing::half;
 using testing::ids_of;
+using testing::sampled;
 
 Model small_model(int64_t kv_budget = 0) {
   return testing::random_model(testing::small_config(), "cpu", 2, DType::kF32, kv_budget);
-}
-
-KVConfig half() {
-  KVConfig kv;
-  kv.sparsity = 0.5;
-  kv.value_dtype = ValueType::kAuto;
-  return kv;
-}
-
-SamplingParams sampled(int32_t n, uint64_t seed) {
-  SamplingParams params;
-  params.max_new_tokens = n;
-  params.temperature = 0.9;
-  params.seed = seed;
-  params.ignore_eos = true;
-  return params;
 }
 
 GenerateResult alone(const Model& model, const std::vector<int32_t>& ids,

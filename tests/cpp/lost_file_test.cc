@@ -23,6 +23,7 @@
 #include "mustafar/error.h"
 #include "mustafar/session.h"
 #include "support/child_process.h"
+#include "support/sampling.h"
 #include "support/tiny_model.h"
 
 namespace mustafar {
@@ -315,14 +316,6 @@ class LostWeightsTest : public ::testing::Test {
   fs::path file() const { return folder_.path() / "model.safetensors"; }
   void cut() const { fs::resize_file(file(), 100); }
 
-  static SamplingParams greedy(int32_t n) {
-    SamplingParams params;
-    params.temperature = 0;
-    params.max_new_tokens = n;
-    params.ignore_eos = true;
-    return params;
-  }
-
   testing::TemporaryFolder folder_, whole_;
 };
 
@@ -337,14 +330,14 @@ TEST_F(LostWeightsTest, BetweenTwoStepsTheSessionStaysAsItWas) {
   const std::vector<std::function<void()>> calls = {
       [&] { session.decode(5); },
       [&] { session.prefill(std::vector<int32_t>{1, 2, 3}); },
-      [&] { session.generate("on", greedy(5)); },
+      [&] { session.generate("on", testing::greedy(5)); },
       [&] { session.score(std::vector<int32_t>{1, 2, 3}); },
       [&] {
         Session* const both[] = {&session, &other};
         Session::decode_batch(both, std::vector<int32_t>{1, 2});
       },
       [&] { session.rewind(100); },
-      [&] { model.generate(std::vector<Prompt>{"a", "b"}, greedy(2)); }};
+      [&] { model.generate(std::vector<Prompt>{"a", "b"}, testing::greedy(2)); }};
   for (const auto& call : calls) {
     EXPECT_MODEL_ERROR(call(), file().string() + ": changed size while it is in use");
     EXPECT_EQ(session.tokens(), tokens);
@@ -392,7 +385,7 @@ TEST_F(LostWeightsTest, WhileAThreadGenerates) {
     while (made < 20) std::this_thread::yield();
     cut();
   });
-  Generation generation = session.start("Hello", greedy(100000));
+  Generation generation = session.start("Hello", testing::greedy(100000));
   const int64_t prompt = session.position();
   std::string piece;
   const auto run = [&] {
@@ -408,12 +401,13 @@ TEST_F(LostWeightsTest, WhileAThreadGenerates) {
 TEST_F(LostWeightsTest, EveryRequestOfAnEngineFails) {
   const Model model = load();
   Engine engine(model, KVConfig(), EngineOptions());
-  Request first = engine.submit("Hello", greedy(4000)), second = engine.submit("a", greedy(4000));
+  Request first = engine.submit("Hello", testing::greedy(4000)),
+          second = engine.submit("a", testing::greedy(4000));
   first.text_from(0);
   cut();
   EXPECT_MODEL_ERROR(first.result(), "changed size while it is in use");
   EXPECT_MODEL_ERROR(second.result(), "changed size while it is in use");
-  Request third = engine.submit("a", greedy(4));
+  Request third = engine.submit("a", testing::greedy(4));
   EXPECT_MODEL_ERROR(third.result(), "changed size while it is in use");
   EXPECT_EQ(engine.stats().failed, 3);
 }
@@ -427,9 +421,9 @@ TEST_F(LostWeightsTest, WhileItIsLoaded) {
 
 TEST_F(LostWeightsTest, QuantisedOnLoadingItNeedsTheFileNoMore) {
   Session session(load("int8:row")), expected(load("int8:row"));
-  const std::string text = expected.generate("Hello", greedy(50)).text;
+  const std::string text = expected.generate("Hello", testing::greedy(50)).text;
   cut();
-  EXPECT_EQ(session.generate("Hello", greedy(50)).text, text);
+  EXPECT_EQ(session.generate("Hello", testing::greedy(50)).text, text);
 }
 
 TEST_F(LostWeightsTest, StateAndJsonFilesThatChangeWhileTheyAreRead) {

@@ -19,6 +19,7 @@
 #include "mustafar/error.h"
 #include "mustafar/session.h"
 #include "support/child_process.h"
+#include "support/sampling.h"
 #include "support/tiny_model.h"
 
 namespace mustafar {
@@ -195,24 +196,18 @@ class ModelForkThreadTest : public ::testing::Test {
     model_.emplace(Model::load(folder_.path(), options));
   }
 
-  static SamplingParams greedy(int32_t n) {
-    SamplingParams params;
-    params.temperature = 0;
-    params.max_new_tokens = n;
-    params.ignore_eos = true;
-    return params;
-  }
-
   // What a child does with the model and a session that no call used at the fork.
   std::string use(Session& idle, const std::vector<float>& expected) {
     const std::span<const float> row = idle.decode(5);
     if (std::vector<float>(row.begin(), row.end()) != expected) return "other logits";
     idle.rewind(3);
     Session fresh(*model_);
-    if (fresh.generate("Hello there", greedy(90)).token_ids.size() != 90) return "too few tokens";
-    if (model_->generate(std::vector<Prompt>{"a", "b"}, greedy(3)).size() != 2) return "no batch";
+    if (fresh.generate("Hello there", testing::greedy(90)).token_ids.size() != 90)
+      return "too few tokens";
+    if (model_->generate(std::vector<Prompt>{"a", "b"}, testing::greedy(3)).size() != 2)
+      return "no batch";
     Chat chat(fresh);
-    if (chat.send("Who?", greedy(4)).token_ids.empty()) return "no reply";
+    if (chat.send("Who?", testing::greedy(4)).token_ids.empty()) return "no reply";
     const auto state = folder_.path() / ("state-" + std::to_string(::getpid()));
     fresh.save(state);
     Session loaded = Session::load(*model_, state);
@@ -239,7 +234,7 @@ TEST_F(ModelForkThreadTest, AtAnyMomentOfOtherThreads) {
   std::vector<std::thread> working;
   working.emplace_back([&] {
     while (!stop) {
-      busy->generate("Hello", greedy(70));
+      busy->generate("Hello", testing::greedy(70));
       busy->reset();
     }
   });
@@ -275,7 +270,7 @@ TEST_F(ModelForkThreadTest, AtAnyMomentOfOtherThreads) {
 TEST_F(ModelForkThreadTest, ASessionInACallIsRefusedInTheChild) {
   auto busy = std::make_unique<Session>(*model_);
   auto chat = std::make_unique<Chat>(*busy);
-  auto reply = std::make_unique<ChatReply>(chat->start("Hello", greedy(200)));
+  auto reply = std::make_unique<ChatReply>(chat->start("Hello", testing::greedy(200)));
   Held inside;
   std::atomic<bool> first{true};
   busy->set_interrupt_check([&] {
@@ -306,7 +301,7 @@ TEST_F(ModelForkThreadTest, ASessionInACallIsRefusedInTheChild) {
     chat.reset();
     busy.reset();
     Session fresh(*model_);
-    return fresh.generate("a", greedy(5)).token_ids.size() == 5 ? "" : "too few tokens";
+    return fresh.generate("a", testing::greedy(5)).token_ids.size() == 5 ? "" : "too few tokens";
   }));
   inside.let_go();
   caller.join();
@@ -316,10 +311,10 @@ TEST_F(ModelForkThreadTest, ASessionInACallIsRefusedInTheChild) {
 
 TEST_F(ModelForkThreadTest, ACallThatForksGoesOnInBothProcesses) {
   Session alone(*model_), session(*model_);
-  const std::string expected = alone.generate("Hello", greedy(80)).text;
+  const std::string expected = alone.generate("Hello", testing::greedy(80)).text;
   bool forked = false, is_child = false;
   const auto generate = [&] {
-    return session.generate("Hello", greedy(80), [&](std::string_view) {
+    return session.generate("Hello", testing::greedy(80), [&](std::string_view) {
       if (forked) return true;
       forked = true;
       // The child comes out of this call too.
@@ -341,17 +336,18 @@ TEST_F(ModelForkThreadTest, ACallThatForksGoesOnInBothProcesses) {
 
 TEST_F(ModelForkThreadTest, AnEngineThatWorksIsRefusedInTheChild) {
   auto engine = std::make_unique<Engine>(*model_, KVConfig(), EngineOptions());
-  auto request = std::make_unique<Request>(engine->submit("Hello", greedy(4000)));
+  auto request = std::make_unique<Request>(engine->submit("Hello", testing::greedy(4000)));
   std::thread waiting([&] { request->wait(); });
   std::thread reading([&] { request->text_from(1 << 20, 30); });
   for (int i = 0; i < 5 && !HasFailure(); i++) {
     EXPECT_TRUE(in_child([&]() -> std::string {
-      const std::vector<std::function<void()>> calls = {[&] { engine->submit("a", greedy(1)); },
-                                                        [&] { engine->stats(); },
-                                                        [&] { request->wait(); },
-                                                        [&] { request->cancel(); },
-                                                        [&] { request->result(); },
-                                                        [&] { request->text_from(0, 0); }};
+      const std::vector<std::function<void()>> calls = {
+          [&] { engine->submit("a", testing::greedy(1)); },
+          [&] { engine->stats(); },
+          [&] { request->wait(); },
+          [&] { request->cancel(); },
+          [&] { request->result(); },
+          [&] { request->text_from(0, 0); }};
       for (const auto& call : calls) {
         const std::string text = refusal_of(call);
         if (!says(text, "forked from")) return text;
@@ -361,7 +357,8 @@ TEST_F(ModelForkThreadTest, AnEngineThatWorksIsRefusedInTheChild) {
       engine.reset();
       if (!kChildMayStartThreads) return "";
       Engine own(*model_, KVConfig(), EngineOptions());
-      return own.submit("a", greedy(5)).result().token_ids.size() == 5 ? "" : "too few tokens";
+      return own.submit("a", testing::greedy(5)).result().token_ids.size() == 5 ? ""
+                                                                                : "too few tokens";
     })) << i;
   }
   request->cancel();
@@ -371,7 +368,7 @@ TEST_F(ModelForkThreadTest, AnEngineThatWorksIsRefusedInTheChild) {
 
 TEST_F(ModelForkThreadTest, ARequestThatHasEndedMayBeDroppedBesideItsWaiters) {
   Engine engine(*model_, KVConfig(), EngineOptions());
-  auto request = std::make_unique<Request>(engine.submit("Hello", greedy(2)));
+  auto request = std::make_unique<Request>(engine.submit("Hello", testing::greedy(2)));
   request->wait();
   Held inside;
   std::thread told([&] {  // inside the request's own lock and its waiters' list

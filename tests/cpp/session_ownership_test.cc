@@ -14,6 +14,7 @@
 #include "mustafar/chat.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
+#include "support/sampling.h"
 #include "support/tiny_model.h"
 
 namespace mustafar {
@@ -26,14 +27,6 @@ class SessionOwnershipTest : public ::testing::Test {
     ModelOptions options;
     options.threads = 1;
     model_.emplace(Model::load(folder_.path(), options));
-  }
-
-  static SamplingParams greedy(int32_t n) {
-    SamplingParams params;
-    params.temperature = 0;
-    params.max_new_tokens = n;
-    params.ignore_eos = true;
-    return params;
   }
 
   testing::TemporaryFolder folder_;
@@ -52,15 +45,15 @@ std::string refusal_of(Call&& call) {
 
 TEST_F(SessionOwnershipTest, ACallBetweenTwoStepsIsRefusedAndDisturbsNothing) {
   Session session(*model_), alone(*model_);
-  const GenerateResult expected = alone.generate("Hello", greedy(12));
-  Generation generation = session.start("Hello", greedy(12));
+  const GenerateResult expected = alone.generate("Hello", testing::greedy(12));
+  Generation generation = session.start("Hello", testing::greedy(12));
   const int64_t prompt = session.position();
   std::string piece, text;
   const std::vector<std::function<void()>> calls = {
       [&] { session.decode(5); },
       [&] { session.prefill(std::vector<int32_t>{5}); },
-      [&] { session.generate("x", greedy(1)); },
-      [&] { session.start("x", greedy(1)); },
+      [&] { session.generate("x", testing::greedy(1)); },
+      [&] { session.start("x", testing::greedy(1)); },
       [&] { session.rewind(0); },
       [&] { session.reset(); },
       [&] { session.logits(); },
@@ -68,7 +61,7 @@ TEST_F(SessionOwnershipTest, ACallBetweenTwoStepsIsRefusedAndDisturbsNothing) {
       [&] { session.score(std::vector<int32_t>{1, 2}); },
       [&] { session.save(folder_.path() / "state"); },
       [&] { Session::decode_batch(std::vector<Session*>{&session}, std::vector<int32_t>{1}); },
-      [&] { Chat(session).send("x", greedy(1)); },
+      [&] { Chat(session).send("x", testing::greedy(1)); },
   };
   for (int64_t made = 0; generation.step(piece); made++) {
     text += piece;
@@ -90,21 +83,21 @@ TEST_F(SessionOwnershipTest, AGenerationThatIsDroppedStoppedOrThrowsGivesTheSess
   Session session(*model_);
   std::string piece;
   {
-    Generation dropped = session.start("Hello", greedy(9));
+    Generation dropped = session.start("Hello", testing::greedy(9));
     dropped.step(piece);
   }
   session.decode(5);
-  Generation stopped = session.start("Hello", greedy(9));
+  Generation stopped = session.start("Hello", testing::greedy(9));
   stopped.step(piece);
   stopped.stop();
   EXPECT_EQ(stopped.result().finish_reason, FinishReason::kCancelled);
   EXPECT_EQ(stopped.result().token_ids.size(), 1u);
   session.decode(5);
 
-  Generation first = session.start("Hello", greedy(9));
+  Generation first = session.start("Hello", testing::greedy(9));
   first.step(piece);
   first.stop();
-  first = session.start("more", greedy(9));  // assigned over: the old one is gone
+  first = session.start("more", testing::greedy(9));  // assigned over: the old one is gone
   first.step(piece);
   const int64_t position = session.position();
   session.set_interrupt_check([] { throw std::runtime_error("enough"); });
@@ -118,7 +111,7 @@ TEST_F(SessionOwnershipTest, AGenerationThatIsDroppedStoppedOrThrowsGivesTheSess
 
 TEST_F(SessionOwnershipTest, NoTokensAskedForIsNoGeneration) {
   Session session(*model_);
-  Generation generation = session.start("Hello", greedy(0));
+  Generation generation = session.start("Hello", testing::greedy(0));
   session.decode(5);
   std::string piece;
   EXPECT_FALSE(generation.step(piece));
@@ -127,7 +120,7 @@ TEST_F(SessionOwnershipTest, NoTokensAskedForIsNoGeneration) {
 TEST_F(SessionOwnershipTest, CallbacksCannotCallTheSession) {
   Session session(*model_), alone(*model_);
   int calls = 0;
-  const auto result = session.generate("Hello", greedy(6), [&](std::string_view) {
+  const auto result = session.generate("Hello", testing::greedy(6), [&](std::string_view) {
     calls++;
     EXPECT_NE(refusal_of([&] { session.decode(5); }), "");
     EXPECT_NE(refusal_of([&] { session.close(); }), "");
@@ -135,7 +128,7 @@ TEST_F(SessionOwnershipTest, CallbacksCannotCallTheSession) {
     return true;
   });
   EXPECT_GT(calls, 0);
-  EXPECT_EQ(result.token_ids, alone.generate("Hello", greedy(6)).token_ids);
+  EXPECT_EQ(result.token_ids, alone.generate("Hello", testing::greedy(6)).token_ids);
 }
 
 TEST_F(SessionOwnershipTest, CancelBelongsToTheCallThatRuns) {
@@ -144,7 +137,7 @@ TEST_F(SessionOwnershipTest, CancelBelongsToTheCallThatRuns) {
   const std::vector<std::function<void()>> calls = {
       [&] { session.prefill(ids); },
       [&] { session.decode(5); },
-      [&] { session.generate("Hello", greedy(3)); },
+      [&] { session.generate("Hello", testing::greedy(3)); },
       [&] { session.score(ids); },
       [&] { session.rewind(2); },
       [&] { session.logits(); },
@@ -163,14 +156,14 @@ TEST_F(SessionOwnershipTest, CancelBelongsToTheCallThatRuns) {
 
   // generate is one call: the session is as before it. A generation's steps are calls of their own.
   int pieces = 0;
-  EXPECT_THROW(session.generate("Hello", greedy(9),
+  EXPECT_THROW(session.generate("Hello", testing::greedy(9),
                                 [&](std::string_view) {
                                   if (++pieces == 2) session.cancel();
                                   return true;
                                 }),
                Cancelled);
   EXPECT_EQ(session.tokens(), before);
-  Generation generation = session.start("Hello", greedy(9));
+  Generation generation = session.start("Hello", testing::greedy(9));
   std::string piece;
   generation.step(piece);
   const std::vector<int32_t> held = session.tokens();
@@ -180,7 +173,7 @@ TEST_F(SessionOwnershipTest, CancelBelongsToTheCallThatRuns) {
   EXPECT_EQ(generation.result().finish_reason, FinishReason::kCancelled);
   EXPECT_NO_THROW(session.decode(5));
 
-  Generation other = session.start("Hello", greedy(9));
+  Generation other = session.start("Hello", testing::greedy(9));
   session.cancel();
   other.stop();  // takes the cancel with it
   EXPECT_NO_THROW(session.decode(5));
@@ -190,19 +183,19 @@ TEST_F(SessionOwnershipTest, ACancelledReplyKeepsWhatWasSaid) {
   Session session(*model_);
   Chat chat(session);
   chat.cancel();
-  EXPECT_NO_THROW(chat.send("One", greedy(3)));
+  EXPECT_NO_THROW(chat.send("One", testing::greedy(3)));
   std::string piece, said;
-  ChatReply reply = chat.start("Two", greedy(9));
+  ChatReply reply = chat.start("Two", testing::greedy(9));
   reply.step(piece);
   chat.cancel();
   EXPECT_THROW(reply.step(piece), Cancelled);
   EXPECT_EQ(chat.messages().size(), 4u);
   EXPECT_EQ(chat.messages()[3].content(), reply.result().text);
-  EXPECT_NO_THROW(chat.send("Three", greedy(3)));
+  EXPECT_NO_THROW(chat.send("Three", testing::greedy(3)));
   // Before a reply has begun: the messages are as they were.
   const std::string before = chat.messages_json();
   session.set_prefill_progress([&](int64_t, int64_t) { chat.cancel(); });
-  EXPECT_THROW(chat.send("Four", greedy(3)), Cancelled);
+  EXPECT_THROW(chat.send("Four", testing::greedy(3)), Cancelled);
   session.set_prefill_progress({});
   EXPECT_EQ(chat.messages_json(), before);
 }
@@ -211,10 +204,10 @@ TEST_F(SessionOwnershipTest, AReplyOwnsItsChat) {
   Session session(*model_);
   Chat chat(session, {.system = "Be brief"});
   std::string piece;
-  ChatReply reply = chat.start("One", greedy(9));
+  ChatReply reply = chat.start("One", testing::greedy(9));
   reply.step(piece);
   const std::string before = chat.messages_json();
-  EXPECT_NE(refusal_of([&] { chat.start("Two", greedy(1)); }), "");
+  EXPECT_NE(refusal_of([&] { chat.start("Two", testing::greedy(1)); }), "");
   EXPECT_NE(refusal_of([&] { chat.undo(); }), "");
   EXPECT_NE(refusal_of([&] { chat.clear(); }), "");
   EXPECT_NE(refusal_of([&] { chat.add(ChatMessage("user", "x")); }), "");
@@ -234,7 +227,7 @@ TEST_F(SessionOwnershipTest, CloseRefusesACallAndEndsAGeneration) {
                   [&](int64_t, int64_t) { why = refusal_of([&] { session.close(); }); });
   EXPECT_NE(why.find("in use by another call"), std::string::npos);
   EXPECT_EQ(session.position(), 3);
-  Generation generation = session.start("Hello", greedy(9));
+  Generation generation = session.start("Hello", testing::greedy(9));
   std::string piece;
   generation.step(piece);
   session.close();
@@ -249,7 +242,7 @@ TEST_F(SessionOwnershipTest, CloseRefusesACallAndEndsAGeneration) {
 
   Session other(*model_);
   Chat chat(other);
-  ChatReply reply = chat.start("One", greedy(9));
+  ChatReply reply = chat.start("One", testing::greedy(9));
   reply.step(piece);
   const std::string said = reply.result().text;
   other.close();
@@ -267,7 +260,7 @@ TEST_F(SessionOwnershipTest, ChatsFollowASessionThatIsMoved) {
   std::vector<Conversation> all;
   for (int i = 0; i < 5; i++) {
     all.emplace_back(*model_);
-    for (Conversation& each : all) each.chat.send("One", greedy(2));
+    for (Conversation& each : all) each.chat.send("One", testing::greedy(2));
   }
   for (Conversation& each : all) {
     EXPECT_EQ(each.chat.session().position(), each.session.position());
@@ -279,8 +272,8 @@ TEST_F(SessionOwnershipTest, ChatsFollowASessionThatIsMoved) {
   // Those that outlive what they were made of keep it.
   std::optional<Session> session(*model_);
   std::optional<Chat> chat(*session);
-  ChatReply reply = chat->start("One", greedy(4));
-  Generation generation = Session(*model_).start("Hello", greedy(4));
+  ChatReply reply = chat->start("One", testing::greedy(4));
+  Generation generation = Session(*model_).start("Hello", testing::greedy(4));
   session.reset();
   Chat moved = std::move(*chat);
   chat.reset();
@@ -296,10 +289,10 @@ TEST_F(SessionOwnershipTest, ChatsFollowASessionThatIsMoved) {
 TEST_F(SessionOwnershipTest, WhatWasMovedFromSaysSo) {
   Session session(*model_), other(*model_);
   const std::vector<int32_t> ids = {1, 2};
-  Generation generation = other.start("Hello", greedy(2));
+  Generation generation = other.start("Hello", testing::greedy(2));
   const Generation generation_now = std::move(generation);
   Chat chat(session);
-  ChatReply reply = chat.start("One", greedy(2));
+  ChatReply reply = chat.start("One", testing::greedy(2));
   const ChatReply reply_now = std::move(reply);
   const Chat chat_now = std::move(chat);
   const Session session_now = std::move(session);
@@ -416,12 +409,12 @@ TEST_F(SessionOwnershipTest, WhatWasMovedFromSaysSo) {
 // One thread generates, others call, cancel, look and close beside it, all the time.
 TEST_F(SessionOwnershipTest, ThreadsBesideAGeneration) {
   Session session(*model_), alone(*model_);
-  const GenerateResult expected = alone.generate("Hello", greedy(40));
+  const GenerateResult expected = alone.generate("Hello", testing::greedy(40));
   const std::vector<int32_t> all = alone.tokens();
   std::atomic<bool> done{false};
   std::atomic<int> refused{0}, looked{0};
   std::vector<std::thread> threads;
-  Generation generation = session.start("Hello", greedy(40));
+  Generation generation = session.start("Hello", testing::greedy(40));
   for (int i = 0; i < 2; i++) {
     threads.emplace_back([&] {
       while (!done) refused += !refusal_of([&] { session.decode(5); }).empty();
@@ -469,7 +462,7 @@ TEST_F(SessionOwnershipTest, ThreadsThatCancelAndStopEndOnlyWhatRuns) {
   for (int i = 0; i < 30; i++) {
     const int64_t before = session.position();
     try {
-      session.generate("Hi", greedy(3),
+      session.generate("Hi", testing::greedy(3),
                        i % 3 == 0 ? Session::PieceCallback(await_cancel) : nullptr);
       session.rewind(0);
     } catch (const Cancelled&) {
@@ -481,11 +474,11 @@ TEST_F(SessionOwnershipTest, ThreadsThatCancelAndStopEndOnlyWhatRuns) {
   }
   done = true;
   canceller.join();
-  EXPECT_NO_THROW(session.generate("Hi", greedy(3)));
+  EXPECT_NO_THROW(session.generate("Hi", testing::greedy(3)));
   EXPECT_GE(ended, 10);
 
   for (int i = 0; i < 20; i++) {
-    Generation generation = session.start("", greedy(30));
+    Generation generation = session.start("", testing::greedy(30));
     std::atomic<bool> begun{false};
     std::thread stopper([&] {
       while (!begun) std::this_thread::yield();

@@ -22,20 +22,11 @@ import mustafar
 from mustafar import grammar
 from mustafar.server import Settings, service
 from support.paths import DEMO
+from support.schemas import PERSON
 from support.server import serving, wait_for
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Who are you?"}]
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
 
 
 def json_format(schema: dict[str, Any]) -> dict[str, Any]:

@@ -13,22 +13,13 @@ import pytest
 import mustafar
 from mustafar import Chat, ChatTemplate, SamplingParams, Session
 from support.paths import DEMO, MODELS, ROOT, model_folder
+from support.schemas import PERSON
 
 jsonschema = pytest.importorskip("jsonschema")
 pytest.importorskip("llguidance")
 
 TEMPLATE = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
 MESSAGES = [{"role": "user", "content": "Hi"}]
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 12},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
-    },
-    "required": ["name", "age", "tags"],
-    "additionalProperties": False,
-}
 HOT: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 TEXT = "def f(x):\n\treturn  'Ω≈ç 😀', 12 # Once upon a time"
 SUM = """

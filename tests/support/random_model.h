@@ -48,6 +48,14 @@ inline Model random_model(const ModelConfig& config, const std::string& device, 
   return make_model(config, random_tensors(config, dtype, /*seed=*/7), options);
 }
 
+// Half of every key and value is pruned; values of the model's type.
+inline KVConfig half() {
+  KVConfig kv;
+  kv.sparsity = 0.5;
+  kv.value_dtype = ValueType::kAuto;
+  return kv;
+}
+
 // Ids below kSmallVocab; the same for the same seed.
 inline std::vector<int32_t> ids_of(int64_t n, uint32_t seed = 1) {
   std::mt19937 random(seed);

@@ -12,6 +12,7 @@
 #include "backend/cpu/simd/avx512.h"
 #include "backend/cpu/simd/amx.h"
 #include "backend/cpu/linear/bf16_terms.h"
+#include "backend/cpu/linear/product_avx512.h"
 // clang-format on
 
 #include <algorithm>
@@ -140,10 +141,9 @@ void multiply(const Block& block, int32_t tiles, float* sums) {
   }
 }
 
-// What a block's sums are for: n activation rows from batch0 on, outputs [row, row + n_rows).
+// What a block's sums are for: n activation rows from batch0 on, sixteen outputs from row on.
 struct Results {
   int64_t row = 0;
-  int64_t n_rows = 0;
   int32_t batch0 = 0;
   int32_t n = 0;
 };
@@ -167,16 +167,10 @@ void store(const GemvArgs& args, const float* sums, const Results& results) {
     }
   }
   Simd::transpose(by_row);
-  const __mmask16 mask = first_mask(results.n_rows);
   for (int32_t b = 0; b < n; b++) {
     Simd::F sum = by_row[b];
     if (one_tile) sum = Simd::add(Simd::add(by_row[2 * n + b], by_row[n + b]), sum);
-    if (args.bias != nullptr) {
-      sum = Simd::add(sum, _mm512_maskz_loadu_ps(mask, args.bias + results.row));
-    }
-    float* y = args.y + (results.batch0 + b) * args.y_stride + (results.row - args.row0);
-    if (args.add) sum = Simd::add(_mm512_maskz_loadu_ps(mask, y), sum);
-    _mm512_mask_storeu_ps(y, mask, sum);
+    store_lanes(args, results.row, results.batch0 + b, sum);
   }
 }
 
@@ -230,7 +224,7 @@ void gemv_bf16_amx(const GemvArgs& args) {
                sums[turn]);
       turn = 1 - turn;
       store(args, sums[turn], made);
-      made = {row, n_rows, b, n};
+      made = {row, b, n};
       terms += chunk_bytes(n, args.cols);
     }
     weights += kBlockRows * args.cols;

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "backend/cpu/kernels.h"
-#include "backend/cpu/linear/quantised_scales_avx512.h"
+#include "backend/cpu/linear/product_avx512.h"
 
 namespace mustafar {
 namespace {
@@ -89,29 +89,12 @@ void tile(const QuantisedGemvArgs& args, int64_t row, int32_t batch0) {
     const __m512 offsets = load_offsets<kOffset>(w, at);
 #pragma GCC unroll 8
     for (int b = 0; b < kBatch; b++) {
-      const __m512 input_sum = _mm512_set1_ps(input_sums[b]);
-      if constexpr (kOffset == Offset::kMinimums) {
-        sums[b] = _mm512_fmadd_ps(parts[b], scales, sums[b]);
-        sums[b] = _mm512_fmadd_ps(offsets, input_sum, sums[b]);
-      } else {
-        const __m512 part = _mm512_fnmadd_ps(offsets, input_sum, parts[b]);
-        sums[b] = _mm512_fmadd_ps(part, scales, sums[b]);
-      }
+      sums[b] = add_group<kOffset>(parts[b], scales, offsets, input_sums[b], sums[b]);
     }
   }
 
-  const int64_t left = args.row1 - row;
-  const __mmask16 mask = static_cast<__mmask16>(left >= 16 ? 0xffff : (1u << left) - 1);
 #pragma GCC unroll 8
-  for (int b = 0; b < kBatch; b++) {
-    __m512 sum = sums[b];
-    if (args.bias != nullptr) {
-      sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, args.bias + row));
-    }
-    float* y = args.y + (batch0 + b) * args.y_stride + (row - args.row0);
-    if (args.add) sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y), sum);
-    _mm512_mask_storeu_ps(y, mask, sum);
-  }
+  for (int b = 0; b < kBatch; b++) store_lanes(args, row, batch0 + b, sums[b]);
 }
 
 template <bool k4Bits, Offset kOffset, int kBatch>
