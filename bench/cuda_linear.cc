@@ -1,6 +1,7 @@
-// Linear layers on the GPU at the shapes of Llama 3 8B: GEMV at 1 to 8 rows against the bytes of
-// the weights, and the products of many rows against each other. Prints JSON lines; each result is
-// first held against GEMV in f32 arithmetic. The exit status is 1 if one was wrong.
+// Linear layers on the GPU at the shapes of Llama 3 8B: GEMV at 1 to 16 rows against the bytes of
+// the weights, of bf16 and of codes, and the products of many rows against each other. Prints JSON
+// lines; each result is first held against GEMV in f32 arithmetic, and that against sums in f64.
+// The exit status is 1 if one was wrong.
 //
 //   mustafar_cuda_linear_bench [seconds per measurement]
 //
@@ -61,14 +62,90 @@ class Bench {
     }
   }
 
+  // The same of codes: f16 scales, and minimums where offset says so.
+  void prepare_codes(const Layer& layer, DType dtype, int32_t group, Offset offset) {
+    shapes_.clear();
+    int64_t bytes = 0;
+    for (const int64_t r : layer.rows) {
+      shapes_.push_back({dtype, DType::kF16, offset, group, r, layer.cols});
+      bytes += (shapes_.back().bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+    }
+    copy_bytes_ = bytes;
+    copies_ = std::max<int64_t>(2, kColdBytes / bytes + 1);
+    codes_.resize(bytes);
+    std::mt19937 random(7);
+    const int64_t fresh = std::min<int64_t>(bytes, 5 << 20);
+    for (int64_t i = 0; i < fresh; i++) codes_[i] = static_cast<uint8_t>(random());
+    for (int64_t i = fresh; i < bytes; i++) codes_[i] = codes_[i - fresh];
+    int64_t at = 0;
+    for (const QuantisedShape& shape : shapes_) {
+      for (int64_t i = 0; i < shape.n_scales(); i++) {
+        const float scale = 0.001f * (1.0f + static_cast<float>(random() % 64) / 64.0f);
+        store_float(&codes_[at + shape.scales_at()], DType::kF16, i, scale);
+        if (offset == Offset::kMinimums) {
+          store_float(&codes_[at + shape.offsets_at()], DType::kF16, i, -8.0f * scale);
+        }
+      }
+      at += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+    }
+    uint8_t* const device = weights_.ensure<uint8_t>(bytes * copies_);
+    copy_to_device(device, codes_.data(), bytes, stream_);
+    for (int64_t c = 1; c < copies_; c++) {
+      copy_on_device(device + c * bytes, device, bytes, stream_);
+    }
+  }
+
+  bool run_codes(const Layer& layer, int32_t n) {
+    int64_t rows = 0;
+    for (const int64_t r : layer.rows) rows += r;
+    const std::vector<float> x = make_input(layer, n);
+    float* const y = y_.ensure<float>(n * rows);
+    const auto args_of = [&](int64_t copy, bool add) {
+      LinearArgs args;
+      args.cols = layer.cols;
+      args.x = static_cast<const float*>(x_.data());
+      args.n = n;
+      const uint8_t* memory = static_cast<const uint8_t*>(weights_.data()) + copy * copy_bytes_;
+      float* out = y;
+      for (const QuantisedShape& shape : shapes_) {
+        const Matrix m = Matrix::of(shape, memory);
+        args.parts[args.n_parts++] = {m.data,        m.dtype,  m.rows,   nullptr,
+                                      out,           m.rows,   add,      m.group,
+                                      m.scale_dtype, m.offset, m.scales, m.offsets};
+        memory += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+        out += n * m.rows;
+      }
+      return args;
+    };
+    fill_bytes(y, 0xff, n * rows * 4, stream_);
+    gemv(args_of(0, false), stream_);
+    std::vector<float> out(n * rows);
+    copy_to_host(out.data(), y, n * rows * 4, stream_);
+    synchronize(stream_);
+    const bool right = codes_agree_with_host(out, x, n);
+    const Graph graph = record_graph(stream_, [&] {
+      for (int64_t c = 0; c < copies_; c++) gemv(args_of(c, layer.add), stream_);
+    });
+    const double seconds = seconds_of(stream_, graph, budget_) / static_cast<double>(copies_);
+    destroy_graph(graph);
+    const QuantisedShape& shape = shapes_[0];
+    const double bytes = static_cast<double>(copy_bytes_);
+    std::printf(
+        "{\"kernel\": \"gemv %s:%d%s\", \"layer\": \"%s\", \"rows\": %d, \"us\": %.3f, "
+        "\"bandwidth\": %.4g, \"of_copy\": %.3f, \"tflops\": %.1f, \"right\": %s}\n",
+        dtype_name(shape.dtype), shape.group, shape.offset == Offset::kMinimums ? " minimums" : "",
+        layer.name, n, seconds * 1e6, bytes / seconds, bytes / seconds / bandwidth_,
+        2.0 * static_cast<double>(rows * layer.cols) * n / seconds * 1e-12,
+        right ? "true" : "false");
+    std::fflush(stdout);
+    return right;
+  }
+
   bool run(const Layer& layer, int32_t n) {
     const int64_t rows = copy_values_ / layer.cols;
     uint16_t* const weights = static_cast<uint16_t*>(weights_.data());
-    std::mt19937 random(static_cast<uint32_t>(n));
-    std::vector<float> x(n * layer.cols);
-    for (float& value : x) value = table_[random() & 0xffff];
-    float* const device_x = x_.ensure<float>(n * layer.cols);
-    copy_to_device(device_x, x.data(), static_cast<int64_t>(x.size()) * 4, stream_);
+    const std::vector<float> x = make_input(layer, n);
+    const float* const device_x = static_cast<const float*>(x_.data());
     float* const y = y_.ensure<float>(n * rows);
     void* const packed = packed_.ensure<uint16_t>(n * layer.cols);
     void* const scratch = scratch_.ensure<uint8_t>(kScratchBytes);
@@ -170,13 +247,51 @@ class Bench {
     return true;
   }
 
+  // The same of matrices of codes.
+  bool codes_agree_with_host(const std::vector<float>& out, const std::vector<float>& x,
+                             int32_t n) const {
+    const uint8_t* memory = codes_.data();
+    const float* y = out.data();
+    for (const QuantisedShape& shape : shapes_) {
+      const Matrix m = Matrix::of(shape, memory);
+      for (const int64_t row : {int64_t{0}, int64_t{5}, shape.rows / 2, shape.rows - 1}) {
+        for (const int32_t b : {0, n - 1}) {
+          double sum = 0, power = 0;
+          for (int64_t i = 0; i < shape.cols; i++) {
+            const float weight = m.weight(code_at(shape, memory, row, i), scale_at(shape, row, i));
+            const double product = double{weight} * x[b * shape.cols + i];
+            sum += product;
+            power += product * product;
+          }
+          if (!(std::fabs(y[b * shape.rows + row] - sum) <= 2e-5 * std::sqrt(power))) return false;
+        }
+      }
+      memory += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+      y += n * shape.rows;
+    }
+    return true;
+  }
+
+  // x of n rows, on the device too.
+  std::vector<float> make_input(const Layer& layer, int32_t n) {
+    std::mt19937 random(static_cast<uint32_t>(n));
+    std::vector<float> x(n * layer.cols);
+    for (float& value : x) value = table_[random() & 0xffff];
+    copy_to_device(x_.ensure<float>(n * layer.cols), x.data(), static_cast<int64_t>(x.size()) * 4,
+                   stream_);
+    synchronize(stream_);
+    return x;
+  }
+
   double budget_;
   Stream stream_;
   double bandwidth_;
   std::unique_ptr<CublasLt> product_;
   std::vector<float> table_;
   std::vector<uint16_t> host_;
-  int64_t copy_values_ = 0, copies_ = 0;
+  std::vector<QuantisedShape> shapes_;  // of the layer's matrices of codes
+  std::vector<uint8_t> codes_;
+  int64_t copy_values_ = 0, copy_bytes_ = 0, copies_ = 0;
   DeviceBuffer weights_, x_, y_, packed_, scratch_;
 };
 
@@ -201,6 +316,17 @@ int main(int argc, char** argv) {
       for (const int32_t n : {1, 2, 4, 8, 16, 64, 512, 2048}) {
         if (n > 64 && layer.rows[0] > 100000) continue;  // logits of a whole prompt are never asked
         good = bench.run(layer, n) && good;
+      }
+      struct Codes {
+        DType dtype;
+        int32_t group;
+        Offset offset;
+      };
+      for (const auto& [dtype, group, offset] :
+           {Codes{DType::kInt4, 32, Offset::kMinimums}, Codes{DType::kInt4, 128, Offset::kNone},
+            Codes{DType::kInt8, 32, Offset::kMinimums}}) {
+        bench.prepare_codes(layer, dtype, group, offset);
+        for (const int32_t n : {1, 2, 8, 16}) good = bench.run_codes(layer, n) && good;
       }
     }
     destroy_stream(stream);

@@ -16,8 +16,12 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 // Decode batches up to here go through GEMV, which reads the weights once, also where cuBLASLt is
 // found: on an H100 cuBLASLt is level with GEMV at 8 rows and ahead of it at 16.
 constexpr int32_t kGemvBatch = 8;
-constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
-constexpr size_t kMaxRecordedSteps = 32;              // graphs that are kept; the oldest goes first
+// Codes are read at a quarter or half of the bytes, and expanding them costs several times those:
+// passes of GEMV are faster up to more rows.
+constexpr int32_t kQuantisedGemvBatch = 64;
+constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of a matrix of codes, at a time
+constexpr int64_t kProductBytes = int64_t{32} << 20;   // cuBLASLt's scratch
+constexpr size_t kMaxRecordedSteps = 32;  // graphs that are kept; the oldest goes first
 
 class CudaMemory final : public DeviceMemory {
  public:
@@ -63,7 +67,8 @@ void for_layouts(std::span<const Item> items, LayoutOf&& layout_of, Body&& body)
 
 // y = W x + bias for n rows of x, or y += that.
 LinearPart part_of(const Matrix& w, const float* bias, float* y, bool add = false) {
-  return {w.data, w.dtype, w.rows, bias, y, w.rows, add};
+  return {w.data, w.dtype, w.rows,        bias,     y,        w.rows,
+          add,    w.group, w.scale_dtype, w.offset, w.scales, w.offsets};
 }
 
 LinearArgs product_of(std::initializer_list<LinearPart> parts, int64_t cols, const float* x,
@@ -74,6 +79,13 @@ LinearArgs product_of(std::initializer_list<LinearPart> parts, int64_t cols, con
   args.x = x;
   args.n = n;
   return args;
+}
+
+LinearArgs part_alone(const LinearArgs& args, const LinearPart& part) {
+  LinearArgs one = args;
+  one.parts[0] = part;
+  one.n_parts = 1;
+  return one;
 }
 
 }  // namespace
@@ -137,45 +149,84 @@ const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspac
   return workspace.sequences.send(views, stream_);
 }
 
+bool CudaBackend::by_gemv(const LinearArgs& args, bool decode) const {
+  if (dtype_ == DType::kF32) return true;
+  if (args.parts[0].quantised()) return args.n <= kQuantisedGemvBatch || args.cols % 8 != 0;
+  if (!gemm_takes(args)) return true;
+  return args.n <= (!decode ? 1 : cublaslt_ != nullptr ? kGemvBatch : kGemvRows);
+}
+
 void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace) {
   if (whole.n == 0) return;
-  const bool products =
-      dtype_ != DType::kF32 && gemm_takes(whole) &&
-      (decode ? whole.n > (cublaslt_ != nullptr ? kGemvBatch : kGemvRows) : whole.n > 1);
-  if (!products) {
+  const auto like_first = [&](const LinearPart& part) { return part.like(whole.parts[0]); };
+  const bool alike = std::all_of(whole.parts, whole.parts + whole.n_parts, like_first);
+  if (alike && by_gemv(whole, decode)) {
     gemv(whole, stream_);
     return;
   }
   LinearArgs args = whole;
   if (args.norm != nullptr) {
     args.x = normalise(args.x, args.norm, nullptr, args.n, args.cols, workspace);
+    args.norm = nullptr;
   }
-  multiply(args, workspace);
-  if (args.gated) {
+  args.gated = false;
+  if (alike) {
+    multiply(args, workspace);
+  } else {
+    for (int i = 0; i < args.n_parts; i++) {
+      const LinearArgs one = part_alone(args, args.parts[i]);
+      if (by_gemv(one, decode)) {
+        gemv(one, stream_);
+      } else {
+        multiply(one, workspace);
+      }
+    }
+  }
+  if (whole.gated) {
     silu_multiply(args.parts[0].y, args.parts[1].y, args.n * args.parts[0].rows, stream_);
   }
 }
 
 void CudaBackend::multiply(const LinearArgs& args, CudaWorkspace& workspace) {
+  const bool quantised = args.parts[0].quantised();
   void* packed = workspace.packed.ensure<uint16_t>(args.n * args.cols);
-  if (cublaslt_ == nullptr) {
+  if (cublaslt_ == nullptr && !quantised) {
     gemm(args, packed, stream_);
     return;
   }
-  void* scratch = workspace.product.ensure<uint8_t>(kProductBytes);
-  round_to(args.parts[0].dtype, args.x, args.n * args.cols, packed, stream_);
+  round_to(quantised ? dtype_ : args.parts[0].dtype, args.x, args.n * args.cols, packed, stream_);
   for (int i = 0; i < args.n_parts; i++) {
-    const LinearPart& part = args.parts[i];
-    if (cublaslt_->multiply(part, packed, args.n, args.cols, scratch, kProductBytes, stream_)) {
-      if (part.bias != nullptr) {
-        add_bias(part.bias, part.rows, args.n, part.y, part.y_stride, stream_);
-      }
-      continue;
+    if (quantised) {
+      multiply_codes(args, args.parts[i], packed, workspace);
+    } else {
+      multiply_values(args, args.parts[i], packed, workspace);
     }
-    LinearArgs one = args;
-    one.parts[0] = part;
-    one.n_parts = 1;
-    gemm(one, packed, stream_);
+  }
+}
+
+void CudaBackend::multiply_codes(const LinearArgs& args, const LinearPart& part, void* packed,
+                                 CudaWorkspace& workspace) {
+  const int64_t tiles = std::max(kExpandedBytes / (2 * args.cols * kTileRows), int64_t{1});
+  const int64_t most = std::min(tiles * kTileRows, part.rows);
+  void* values = workspace.expanded.ensure<uint16_t>(most * args.cols);
+  for (int64_t first = 0; first < part.rows; first += most) {
+    const int64_t rows = std::min(most, part.rows - first);
+    expand_codes(part, args.cols, first, rows, dtype_, values, stream_);
+    const float* bias = part.bias != nullptr ? part.bias + first : nullptr;
+    multiply_values(args,
+                    {values, dtype_, rows, bias, part.y + first, part.y_stride, part.accumulate},
+                    packed, workspace);
+  }
+}
+
+void CudaBackend::multiply_values(const LinearArgs& args, const LinearPart& part, void* packed,
+                                  CudaWorkspace& workspace) {
+  if (cublaslt_ == nullptr || !cublaslt_->multiply(part, packed, args.n, args.cols,
+                                                   workspace.product.ensure<uint8_t>(kProductBytes),
+                                                   kProductBytes, stream_)) {
+    gemm(part_alone(args, part), packed, stream_);
+  } else if (part.bias != nullptr) {
+    add_bias(part.bias, part.rows, args.n, part.y, part.y_stride, stream_);
   }
 }
 
@@ -189,8 +240,14 @@ const float* CudaBackend::normalise(const float* x, const float* weight, const i
 void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
   const Lock lock(mutex_);
   unchecked_.erase(std::this_thread::get_id());  // of a call that was dropped
-  cuda::embed(weights.embedding.data, weights.embedding.dtype, send_tokens(token_ids),
-              static_cast<int32_t>(token_ids.size()), weights.embedding.cols, out, stream_);
+  const Matrix& table = weights.embedding;
+  const int32_t* ids = send_tokens(token_ids);
+  const int32_t n = static_cast<int32_t>(token_ids.size());
+  if (table.quantised()) {
+    embed_codes(part_of(table, nullptr, nullptr), ids, n, table.cols, out, stream_);
+  } else {
+    cuda::embed(table.data, table.dtype, ids, n, table.cols, out, stream_);
+  }
 }
 
 void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,

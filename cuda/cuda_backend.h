@@ -84,11 +84,18 @@ class CudaBackend final : public Backend {
     Graph graph = nullptr;
   };
 
-  // Few rows go through gemv; for more, what gemv does in one kernel is done in steps around
-  // multiply.
+  // Few rows go through gemv; for more, and for matrices that are not alike, what gemv does in one
+  // kernel is done in steps around multiply.
   void linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace);
+  bool by_gemv(const LinearArgs& args, bool decode) const;
   // The products alone, by tensor cores: only the matrices, biases and x of args count.
   void multiply(const LinearArgs& args, CudaWorkspace& workspace);
+  // The same of one matrix; packed: x in the product's type. Codes are expanded some rows at a
+  // time, few enough to stay in a GPU's L2.
+  void multiply_codes(const LinearArgs& args, const LinearPart& part, void* packed,
+                      CudaWorkspace& workspace);
+  void multiply_values(const LinearArgs& args, const LinearPart& part, void* packed,
+                       CudaWorkspace& workspace);
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
                          int64_t hidden, CudaWorkspace& workspace);

@@ -386,6 +386,21 @@ __device__ __forceinline__ uint32_t multiply_add_f16x2(uint32_t a, uint32_t b, u
 #endif
 }
 
+// Two bf16 in a word: a * b + c in each half, rounded once.
+__device__ __forceinline__ uint32_t multiply_add_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(MUSTAFAR_SIMT)
+  const auto half = [](uint32_t word, int i) {
+    return bf16_float(static_cast<uint16_t>(word >> (16 * i)));
+  };
+  return pack2<DType::kBF16>(std::fma(half(a, 0), half(b, 0), half(c, 0)),
+                             std::fma(half(a, 1), half(b, 1), half(c, 1)));
+#else
+  uint32_t word;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+  return word;
+#endif
+}
+
 // Lowers *at to value where that is smaller.
 __device__ __forceinline__ void atomic_minimum(int32_t* at, int32_t value) {
 #if defined(MUSTAFAR_SIMT)

@@ -170,11 +170,19 @@ void run(const LinearArgs& args, Stream stream) {
 void gemv(const LinearArgs& args, Stream stream) {
   static_assert(kBatchX * kRows <= kWarps * kWarpSize);
   const DType dtype = args.parts[0].dtype;
+  for (int i = 1; i < args.n_parts; i++) {
+    if (!args.parts[i].like(args.parts[0])) {
+      throw Error("gemv: the matrices of one launch are not alike");
+    }
+  }
+  if (args.parts[0].quantised()) {
+    gemv_quantised(args, stream);
+    return;
+  }
   bool vector = reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
                 reinterpret_cast<uintptr_t>(args.norm) % 16 == 0;
   for (int i = 0; i < args.n_parts; i++) {
     const LinearPart& part = args.parts[i];
-    if (part.dtype != dtype) throw Error("gemv: the matrices of one launch differ in type");
     vector = vector && args.cols * (dtype == DType::kF32 ? 4 : 2) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(part.weights) % 16 == 0;
   }

@@ -85,7 +85,9 @@ __device__ __forceinline__ float norm_scale(const LinearArgs& args, float square
   return 1.0f / sqrtf(squares / static_cast<float>(args.cols) + args.eps);
 }
 
-// y = W x on the tensor cores (gemv_tensor.cu): f16 or bf16 matrices of rows of whole 16 bytes.
+// y = W x on the tensor cores: f16 or bf16 matrices of rows of whole 16 bytes (gemv_tensor.cu), or
+// matrices of one type of codes and offsets (gemv_quantised.cu).
 void gemv_tensor(const LinearArgs& args, Stream stream);
+void gemv_quantised(const LinearArgs& args, Stream stream);
 
 }  // namespace mustafar::cuda

@@ -1,4 +1,5 @@
-// y = W x (+ bias) on the device: GEMV for few rows, tensor-core GEMM for many.
+// y = W x (+ bias) on the device: GEMV for few rows, tensor-core GEMM for many. Matrices of codes
+// are multiplied as they are for few rows, and expanded to values for many.
 #pragma once
 
 #include <cstdint>
@@ -14,13 +15,26 @@ constexpr int32_t kGemvRows = 16;  // batch rows that GEMV takes at once
 
 // One matrix of a launch.
 struct LinearPart {
-  const void* weights = nullptr;  // [rows][cols]
-  DType dtype = DType::kF32;      // f32, f16 or bf16
+  const void* weights = nullptr;  // [rows][cols], or codes
+  DType dtype = DType::kF32;      // f32, f16 or bf16; int8 or int4: as Matrix has them
   int64_t rows = 0;
   const float* bias = nullptr;  // [rows] or null
   float* y = nullptr;           // [n][y_stride]
   int64_t y_stride = 0;
   bool accumulate = false;  // y += instead of y =
+
+  // Of codes alone (format/quantised_matrix.h).
+  int32_t group = 0;
+  DType scale_dtype = DType::kF16;
+  Offset offset = Offset::kNone;
+  const void* scales = nullptr;
+  const void* offsets = nullptr;
+
+  bool quantised() const { return !is_float(dtype); }
+  // Whether one kernel multiplies by both.
+  bool like(const LinearPart& other) const {
+    return dtype == other.dtype && (!quantised() || offset == other.offset);
+  }
 };
 
 struct LinearArgs {
@@ -39,13 +53,22 @@ struct LinearArgs {
 
 // f32 arithmetic, or what comes within 2^-17 of each product (gemv_tensor.cu); a row's result does
 // not depend on what the other rows of the batch hold, but a row alone may take another kernel than
-// one of several. The parts have one type.
+// one of several. The parts are alike.
 void gemv(const LinearArgs& args, Stream stream);
 
 // Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for
 // it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).
 bool gemm_takes(const LinearArgs& args);
 void gemm(const LinearArgs& args, void* packed, Stream stream);
+
+// out [rows][cols] = rows [first, first + rows) of a matrix of codes as values of dtype. first: a
+// multiple of kTileRows.
+void expand_codes(const LinearPart& part, int64_t cols, int64_t first, int64_t rows, DType dtype,
+                  void* out, Stream stream);
+
+// out [n][hidden] = rows token_ids [n] (device) of a table of codes.
+void embed_codes(const LinearPart& table, const int32_t* token_ids, int32_t n, int64_t hidden,
+                 float* out, Stream stream);
 
 // packed [count] = x in f16 or bf16.
 void round_to(DType dtype, const float* x, int64_t count, void* packed, Stream stream);

@@ -70,6 +70,7 @@ class CudaWorkspace final : public Workspace {
   DeviceBuffer normed, keys, values, gate, up;  // f32 activations
   DeviceBuffer packed;                          // activations in the weights' type
   DeviceBuffer partials;                        // of attention
+  DeviceBuffer expanded;                        // a part of a matrix of codes as values
   DeviceBuffer product;                         // cuBLASLt's
   DeviceBuffer top_scratch, top;                // of top_logits
   MirroredArray<SequenceView> sequences;
@@ -79,9 +80,9 @@ class CudaWorkspace final : public Workspace {
   std::shared_ptr<PinnedFlag> bad_row_host = std::make_shared<PinnedFlag>();
 
  private:
-  std::array<const DeviceBuffer*, 8> buffers() const {
+  std::array<const DeviceBuffer*, 9> buffers() const {
     return std::to_array<const DeviceBuffer*>(
-        {&normed, &keys, &values, &gate, &up, &packed, &partials, &product});
+        {&normed, &keys, &values, &gate, &up, &packed, &partials, &expanded, &product});
   }
 };
 

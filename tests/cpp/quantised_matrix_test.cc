@@ -14,9 +14,12 @@
 
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/linear/linear.h"
+#include "support/code_matrix.h"
 
 namespace mustafar {
 namespace {
+
+using testing::CodeMatrix;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -27,54 +30,6 @@ std::vector<float> normal(int64_t n, uint32_t seed) {
   for (float& v : x) v = distribution(random);
   return x;
 }
-
-// A matrix of random codes, all bytes of its memory set, and its weights as f32.
-struct Problem {
-  QuantisedShape shape;
-  std::vector<uint8_t> memory;
-  Matrix matrix;
-  std::vector<float> weights;  // [rows][cols]
-
-  explicit Problem(const QuantisedShape& s) : shape(s), memory(s.bytes()) {
-    std::mt19937 random(17);
-    for (uint8_t& byte : memory) byte = static_cast<uint8_t>(random());
-    uint8_t* const scales = memory.data() + shape.scales_at();
-    uint8_t* const offsets = memory.data() + shape.offsets_at();
-    for (int64_t i = 0; i < shape.n_scales(); i++) {
-      const float size = 0.001f + 0.0001f * static_cast<float>(random() % 100);
-      store_float(scales, shape.scale_dtype, i, random() % 2 == 0 ? size : -size);
-      if (shape.offset == Offset::kMinimums) {
-        store_float(offsets, shape.scale_dtype, i,
-                    0.01f * static_cast<float>(static_cast<int32_t>(random() % 100) - 50));
-      }
-    }
-    matrix = Matrix::of(shape, memory.data());
-    for (int64_t r = 0; r < shape.rows; r++) {
-      for (int64_t c = 0; c < shape.cols; c++) {
-        const int64_t at = scale_at(shape, r, c);
-        const float scale = load_float(scales, shape.scale_dtype, at);
-        const int32_t code = code_at(shape, memory.data(), r, c);
-        if (shape.offset == Offset::kMinimums) {  // exact in double, then rounded once
-          const double minimum = load_float(offsets, shape.scale_dtype, at);
-          weights.push_back(static_cast<float>(double{scale} * code + minimum));
-        } else {
-          const int32_t zero =
-              shape.offset == Offset::kZeros ? offsets[at] : middle_code(shape.dtype);
-          weights.push_back(scale * static_cast<float>(code - zero));
-        }
-      }
-    }
-  }
-
-  std::string name() const {
-    return std::string(dtype_name(shape.dtype)) + ":" + std::to_string(shape.group) + " " +
-           std::to_string(shape.rows) + "x" + std::to_string(shape.cols) +
-           (shape.offset == Offset::kZeros      ? " zeros "
-            : shape.offset == Offset::kMinimums ? " minimums "
-                                                : " ") +
-           dtype_name(shape.scale_dtype);
-  }
-};
 
 std::vector<QuantisedShape> shapes() {
   std::vector<QuantisedShape> all;
@@ -137,7 +92,7 @@ TEST(QuantisedShape, CodesAreWhereTheyWerePut) {
 
 TEST_P(QuantisedMatrix, FloatActivations) {
   for (const QuantisedShape& shape : shapes()) {
-    const Problem p(shape);
+    const CodeMatrix p(shape);
     const std::vector<float> bias = normal(shape.rows, 2);
     for (const int32_t batch : {1, 3, 9}) {
       const std::vector<float> x = normal(batch * shape.cols, 3);
@@ -227,7 +182,7 @@ TEST_P(QuantisedMatrix, ActivationsAreRoundedInGroups) {
 
 TEST_P(QuantisedMatrix, Int8ActivationsGiveTheBitsOfThePlainPath) {
   for (const QuantisedShape& shape : shapes()) {
-    const Problem p(shape);
+    const CodeMatrix p(shape);
     const std::vector<float> bias = normal(shape.rows, 2);
     for (const int32_t batch : {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 18, 31}) {
       const std::vector<float> x = normal(batch * shape.cols, 5);
@@ -260,7 +215,7 @@ TEST_P(QuantisedMatrix, Int8ActivationsAreCloseAndDoNotDependOnTheBatchOrTasks) 
   shape.cols = 260;
   for (const DType dtype : {DType::kInt8, DType::kInt4}) {
     shape.dtype = dtype;
-    const Problem p(shape);
+    const CodeMatrix p(shape);
     const int32_t batch = 11;
     const std::vector<float> x = normal(batch * shape.cols, 6);
     std::vector<float> y(batch * shape.rows, kNaN);
@@ -291,7 +246,7 @@ TEST_P(QuantisedMatrix, ActivationsThatAreNotFiniteStaySo) {
   QuantisedShape shape;
   shape.rows = 20;
   shape.cols = 64;
-  const Problem p(shape);
+  const CodeMatrix p(shape);
   for (const float bad : {kNaN, std::numeric_limits<float>::infinity()}) {
     std::vector<float> x = normal(shape.cols, 7), y(shape.rows, 0.0f);
     x[40] = bad;
@@ -310,7 +265,7 @@ TEST_P(QuantisedMatrix, PromptsGiveTheBitsOfTheDequantisedMatrix) {
   large.group = 64;
   all.push_back(large);
   for (const QuantisedShape& shape : all) {
-    const Problem p(shape);
+    const CodeMatrix p(shape);
     for (const GemmKernels* gemm : {&kernels_.f32, &kernels_.bf16}) {
       if (gemm->rows == 0) continue;
       const DType dtype = gemm->unit == 2 ? DType::kBF16 : DType::kF32;
