@@ -172,7 +172,6 @@ class Backend {
   virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
-  virtual bool quantised_weights() const { return false; }  // matrices may be int8 or int4
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
@@ -183,14 +182,6 @@ class Backend {
   virtual int64_t available_bytes() const = 0;  // that allocate could still get, about
 
   virtual std::unique_ptr<Workspace> make_workspace() = 0;
-
-  // Rounds a matrix as stored (host memory, f32, f16 or bf16) to the codes, f16 scales and f16
-  // minimums of a shape that has those, in memory of shape.bytes(). False where a value is not
-  // finite or no f16 scale holds it. Only where quantised_weights().
-  virtual bool quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
-    (void)stored, (void)shape, (void)memory;
-    throw std::logic_error(device() + " has no quantised weights");
-  }
 
   // Operations. x, q, out: f32 rows on the device.
 
@@ -262,7 +253,6 @@ struct BackendOptions {
   std::string device = "auto";  // "auto", "cpu", "cuda"
   DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
   int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
-  bool quantised = false;       // matrices will be quantised: "auto" takes a device that has them
 };
 
 // What of a model device "cuda" has no kernels for, such as "norms of queries and keys"; "" where

@@ -56,17 +56,12 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
     throw std::invalid_argument("threads: expected 0 (the default) or more, got " +
                                 std::to_string(options.threads));
   }
-  if (options.device == "cuda" && options.quantised) {
-    throw DeviceError(
-        "device \"cuda\" has no quantised weights yet: use the device cpu, or weights auto with a "
-        "folder that is not quantised");
-  }
   if (options.device == "cuda") return make_gpu_backend(config, options);
   if (options.device != "auto" && options.device != "cpu") {
     throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device +
                                 "\"");
   }
-  if (options.device == "auto" && !options.quantised) {
+  if (options.device == "auto") {
     try {
       return make_gpu_backend(config, options);
     } catch (const DeviceError&) {  // no GPU to be had: the CPU

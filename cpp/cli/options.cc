@@ -79,7 +79,7 @@ std::string unescape(const std::string& text) {
 CLI::Option* add_weights_option(CLI::App& command, std::string& weights) {
   return command
       .add_option("-w,--weights", weights,
-                  "Weights in memory: auto (as stored), int8 or int4 (rounded on loading; CPU), "
+                  "Weights in memory: auto (as stored), int8 or int4 (rounded on loading), "
                   "with another group of inputs to a scale than 32 as in int4:64 or int8:row")
       ->capture_default_str();
 }

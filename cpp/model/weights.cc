@@ -2,10 +2,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
+#include <optional>
 #include <utility>
 
+#include "backend/cpu/isa.h"
+#include "backend/cpu/linear/quantise_matrix.h"
 #include "core/buffer.h"
 #include "core/hash.h"
+#include "core/thread_pool.h"
 #include "model/stored_weights.h"
 #include "mustafar/error.h"
 
@@ -13,15 +18,16 @@ namespace mustafar {
 namespace {
 
 // Tensors of one source by name, on their way to the table. Without a backend nothing is copied:
-// the bytes that they will take are counted.
+// the bytes that they will take are counted, and those that will be read.
 class Loader {
  public:
   using Progress = std::function<void(int64_t, int64_t)>;
 
-  explicit Loader(const TensorSource& source) : source_(source) {}
-  Loader(const TensorSource& source, Backend& backend, const WeightFormat& format,
+  Loader(const TensorSource& source, const WeightFormat& format)
+      : source_(source), format_(format) {}
+  Loader(const TensorSource& source, const WeightFormat& format, Backend& backend,
          const Progress& progress, int64_t total)
-      : source_(source), backend_(&backend), format_(format), progress_(progress), total_(total) {}
+      : source_(source), format_(format), backend_(&backend), progress_(progress), total_(total) {}
 
   Matrix matrix(const std::string& name, int64_t rows, int64_t cols) {
     return matrix(name, {0, rows, rows}, cols, format_);
@@ -42,7 +48,7 @@ class Loader {
   const float* vector(const std::string& name, int64_t n, float factor = 1.0f) {
     const StoredTensor stored = source_.tensor(name, {n});
     if (backend_ == nullptr) {
-      bytes_ += n * 4;
+      count(n * 4, n * 4);
       return nullptr;
     }
     source_.prepare(stored.data, dtype_bytes(stored.dtype, n));
@@ -58,8 +64,11 @@ class Loader {
 
   const float* floats(const std::vector<float>& values) {
     const int64_t bytes = static_cast<int64_t>(values.size()) * 4;
+    if (backend_ == nullptr) {
+      count(bytes, bytes);
+      return nullptr;
+    }
     bytes_ += bytes;
-    if (backend_ == nullptr) return nullptr;
     owned_.push_back(backend_->allocate(bytes));
     backend_->upload(owned_.back()->data(), values.data(), bytes);
     report(bytes);
@@ -67,7 +76,8 @@ class Loader {
   }
 
   bool has(const std::string& name) const { return source_.has(name); }
-  int64_t bytes() const { return bytes_; }  // of matrices and vectors so far
+  int64_t bytes() const { return bytes_; }      // of matrices and vectors so far, on the device
+  int64_t read_bytes() const { return done_; }  // of the source, for them
   std::string fingerprint() const { return hash_.hex(); }
   std::vector<std::unique_ptr<DeviceMemory>> take_owned() { return std::move(owned_); }
 
@@ -83,12 +93,12 @@ class Loader {
     const int64_t bytes = dtype_bytes(stored.dtype, rows.count * cols);
     Matrix matrix{stored.data, stored.dtype, rows.count, cols};
     if (backend_ == nullptr) {
-      bytes_ += bytes;
+      count(format.as_stored ? bytes : format.shape(matrix.rows, cols).bytes(), bytes);
       return matrix;
     }
     if (!format.as_stored) return quantise(name, matrix, bytes, format);
     bytes_ += bytes;
-    if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes);
+    if (!backend_->host_memory()) matrix.data = to_device(stored.data, bytes, bytes);
     sample(name, stored, bytes);
     if (backend_->host_memory()) report(bytes);
     return matrix;
@@ -102,20 +112,19 @@ class Loader {
     const int64_t bytes =
         codes ? shape.bytes() : dtype_bytes(stored.expanded, rows.count * stored.cols);
     if (backend_ == nullptr) {
-      bytes_ += bytes;
+      const bool rounds = !codes && !format.as_stored;
+      count(rounds ? format.shape(rows.count, stored.cols).bytes() : bytes, bytes);
       return {};
     }
     for (const StoredPart& part : stored.parts) source_.prepare(part.data, part.bytes);
     Matrix matrix;
     if (codes) {
-      bytes_ += bytes;
-      owned_.push_back(backend_->allocate(bytes));
-      unpack_codes(stored, rows.first, shape, backend_->host_pool(), owned_.back()->data());
-      matrix = Matrix::of(shape, owned_.back()->data());
+      void* const made = make(bytes);
+      unpack_codes(stored, rows.first, shape, &pool(), made);
       hash_.add(name);
       hash_.add(stored.description());
-      sample_codes(matrix);
-      report(bytes);
+      sample_codes(Matrix::of(shape, made));
+      matrix = Matrix::of(shape, finish(made, bytes, bytes));
     } else {
       matrix = expanded(name, stored, rows, bytes, format);
     }
@@ -126,44 +135,63 @@ class Loader {
   // One whose codes can't be used, as values of `bytes` bytes.
   Matrix expanded(const std::string& name, const StoredMatrix& stored, const Rows& rows,
                   int64_t bytes, const WeightFormat& format) {
-    ThreadPool* const pool = backend_->host_pool();
     Matrix matrix{nullptr, stored.expanded, rows.count, stored.cols};
-    if (backend_->host_memory() && format.as_stored) {
-      bytes_ += bytes;
-      owned_.push_back(backend_->allocate(bytes));
-      expand(stored, rows.first, rows.count, pool, owned_.back()->data());
-      matrix.data = owned_.back()->data();
-      sample(name, {matrix.data, matrix.dtype}, bytes);
-      report(bytes);
-      return matrix;
-    }
-    HostBuffer values(static_cast<size_t>(bytes));
-    expand(stored, rows.first, rows.count, pool, values.data());
-    matrix.data = values.data();
+    HostBuffer values;  // to be rounded
+    void* const made = format.as_stored ? make(bytes) : grown(values, bytes);
+    expand(stored, rows.first, rows.count, &pool(), made);
+    matrix.data = made;
     if (!format.as_stored) return quantise(name, matrix, bytes, format);
-    bytes_ += bytes;
-    sample(name, {matrix.data, matrix.dtype}, bytes);
-    matrix.data = to_device(values.data(), bytes);
+    sample(name, {made, matrix.dtype}, bytes);
+    matrix.data = finish(made, bytes, bytes);
     return matrix;
   }
 
   Matrix quantise(const std::string& name, const Matrix& stored, int64_t bytes,
                   const WeightFormat& format) {
     const QuantisedShape shape = format.shape(stored.rows, stored.cols);
-    owned_.push_back(backend_->allocate(shape.bytes()));
-    bytes_ += shape.bytes();
+    void* const made = make(shape.bytes());
     source_.prepare(stored.data, bytes);
-    if (!backend_->quantise(stored, shape, owned_.back()->data())) {
+    if (!quantise_matrix(stored, shape, detect_isa(), pool(), made)) {
       throw ModelError("tensor \"" + name + "\" has values that weights \"" + format.name() +
                        "\" can't hold: expected finite ones, in groups whose range fits f16");
     }
-    const Matrix quantised = Matrix::of(shape, owned_.back()->data());
     sample(name, {stored.data, stored.dtype}, bytes);
     hash_.add(format.name());
-    sample_codes(quantised);
+    sample_codes(Matrix::of(shape, made));
     source_.release(stored.data, bytes);
-    report(bytes);
-    return quantised;
+    return Matrix::of(shape, finish(made, shape.bytes(), bytes));
+  }
+
+  // The threads that quantise and unpack: the backend's, or where it has none of the host's, ours.
+  ThreadPool& pool() {
+    if (ThreadPool* const pool = backend_->host_pool()) return *pool;
+    return own_pool_ ? *own_pool_ : own_pool_.emplace(0);
+  }
+
+  // Memory for a matrix that is made here: the device's where the host can write it, else that of
+  // the copy which finish() takes up. `bytes` are the device's.
+  void* make(int64_t bytes) {
+    bytes_ += bytes;
+    if (!backend_->host_memory()) return grown(copy_, bytes);
+    owned_.push_back(backend_->allocate(bytes));
+    return owned_.back()->data();
+  }
+
+  // What was made, as the device has it. read: bytes of the source that went into it.
+  const void* finish(const void* made, int64_t bytes, int64_t read) {
+    if (!backend_->host_memory()) return to_device(made, bytes, read);
+    report(read);
+    return made;
+  }
+
+  static void* grown(HostBuffer& buffer, int64_t bytes) {
+    try {
+      buffer.ensure(static_cast<size_t>(bytes));
+    } catch (const std::bad_alloc&) {
+      throw OutOfMemory("can't allocate " + std::to_string(bytes) +
+                        " bytes of host memory to make a weight matrix in");
+    }
+    return buffer.data();
   }
 
   void sample(const std::string& name, const StoredTensor& stored, int64_t bytes) {
@@ -191,32 +219,42 @@ class Loader {
   }
 
   // In parts, so that progress shows and can stop the upload of a large matrix.
-  const void* to_device(const void* host, int64_t bytes) {
+  // read: bytes of the source that these stand for.
+  const void* to_device(const void* host, int64_t bytes, int64_t read) {
     constexpr int64_t kPartBytes = int64_t{64} << 20;
     owned_.push_back(backend_->allocate(bytes));
     uint8_t* const device = static_cast<uint8_t*>(owned_.back()->data());
     const uint8_t* const from = static_cast<const uint8_t*>(host);
-    for (int64_t at = 0; at < bytes; at += kPartBytes) {
-      const int64_t part = std::min(kPartBytes, bytes - at);
+    const int64_t n_parts = (bytes + kPartBytes - 1) / kPartBytes;
+    for (int64_t i = 0; i < n_parts; i++) {
+      const int64_t at = i * kPartBytes, part = std::min(kPartBytes, bytes - at);
       source_.prepare(from + at, part);
       backend_->upload(device + at, from + at, part);
-      report(part);
+      report(read * (i + 1) / n_parts - read * i / n_parts);
     }
     return device;
   }
 
-  void report(int64_t bytes) {
-    done_ += bytes;
+  void report(int64_t read) {
+    done_ += read;
     if (progress_ && total_ > 0) progress_(done_, total_);
   }
 
+  // Instead of loading.
+  void count(int64_t on_device, int64_t read) {
+    bytes_ += on_device;
+    done_ += read;
+  }
+
   const TensorSource& source_;
-  Backend* const backend_ = nullptr;
   const WeightFormat format_;
+  Backend* const backend_ = nullptr;
   const Progress progress_;
   const int64_t total_ = 0;
   int64_t bytes_ = 0;
-  int64_t done_ = 0;  // of total_
+  int64_t done_ = 0;                    // of total_
+  std::optional<ThreadPool> own_pool_;  // made when it is needed
+  HostBuffer copy_;                     // of one matrix on its way to the device
   std::vector<std::unique_ptr<DeviceMemory>> owned_;
   Hash64 hash_;
 };
@@ -305,27 +343,30 @@ Weights load_table(const ModelConfig& c, Loader& load) {
   return w;
 }
 
+void check_room(int64_t bytes, const Backend& backend, bool in_place_on_cpu) {
+  const int64_t available = backend.available_bytes();
+  if (bytes <= available) return;
+  throw OutOfMemory(
+      "the weights take " + std::to_string(bytes) + " bytes, device \"" + backend.device() +
+      "\" has " + std::to_string(available) + " free; device \"cpu\" " +
+      (in_place_on_cpu ? "reads them from the file" : "keeps them in host memory"));
+}
+
 }  // namespace
 
 LoadedWeights load_weights(const ModelConfig& c, const TensorSource& source, Backend& backend,
                            const WeightFormat& format,
                            const std::function<void(int64_t, int64_t)>& progress) {
   const bool unpacks = source.any_quantised([](const StoredMatrix&) { return true; });
+  const bool in_place = format.as_stored && !unpacks;  // where the host's memory is the device's
   int64_t total = 0;
-  if (!backend.host_memory() || !format.as_stored || unpacks) {
-    Loader count(source);
+  if (!backend.host_memory() || !in_place) {
+    Loader count(source, format);
     load_table(c, count);
-    total = count.bytes();
+    total = count.read_bytes();
+    if (!backend.host_memory()) check_room(count.bytes(), backend, in_place);
   }
-  if (!backend.host_memory()) {
-    const int64_t available = backend.available_bytes();
-    if (total > available) {
-      throw OutOfMemory("the weights take " + std::to_string(total) + " bytes, device \"" +
-                        backend.device() + "\" has " + std::to_string(available) +
-                        " free; device \"cpu\" reads them from the file");
-    }
-  }
-  Loader load(source, backend, format, progress, total);
+  Loader load(source, format, backend, progress, total);
   LoadedWeights loaded;
   loaded.table = load_table(c, load);
   loaded.bytes = load.bytes();

@@ -56,16 +56,18 @@ class TensorSource {
 // biases) become f32 copies.
 struct LoadedWeights {
   Weights table;
-  int64_t bytes = 0;        // of matrices and vectors
-  std::string fingerprint;  // of names, shapes, types and a sample of every tensor's bytes
+  int64_t bytes = 0;        // of matrices and vectors as the device has them
+  std::string fingerprint;  // of names, shapes, types and a sample of every tensor's bytes; the
+                            // same on every device
   std::vector<std::unique_ptr<DeviceMemory>> owned;
 };
 
-// format: what the backend's matrices are to be; other than as stored only where it has
-// quantised_weights(). One matrix at a time is read from the source and let go. progress: bytes of
-// the source done and in all, while weights are copied to a device, quantised or unpacked. Throws
-// OutOfMemory, before anything is copied, where they are larger than what the device has free, and
-// ModelError naming a matrix whose values can't be quantised.
+// format: what the backend's matrices are to be. One matrix at a time is read from the source and
+// let go. The host quantises and unpacks; for a device with memory of its own it does so in a copy
+// that goes up as one allocation. progress: bytes of the source done and in all, while weights are
+// copied to a device, quantised or unpacked. Throws OutOfMemory, before anything is copied, where
+// what they take on the device is more than it has free, and ModelError naming a matrix whose
+// values can't be quantised.
 LoadedWeights load_weights(const ModelConfig& config, const TensorSource& source, Backend& backend,
                            const WeightFormat& format,
                            const std::function<void(int64_t, int64_t)>& progress);

@@ -130,8 +130,7 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   impl->source = std::move(source);
   check_format(format, *impl->source);
   impl->dtype = parse_dtype(options.dtype, stored_dtype(config, *impl->source));
-  const bool quantised = !format.as_stored || impl->source->any_quantised(keeps_codes);
-  impl->backend = make_backend(config, {options.device, impl->dtype, options.threads, quantised});
+  impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
   impl->weight_format = format;
   // A device's copy is the reading, and so are quantising and unpacking; else the CPU's weights
   // stay where they are.

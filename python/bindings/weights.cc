@@ -3,8 +3,10 @@
 #include <string>
 #include <vector>
 
-#include "backend/cpu/kernels.h"
+#include "backend/cpu/isa.h"
+#include "backend/cpu/linear/quantise_matrix.h"
 #include "bindings.h"
+#include "core/buffer.h"
 #include "io/checkpoint.h"
 #include "model/stored_weights.h"
 #include "model/weight_format.h"
@@ -23,22 +25,20 @@ py::tuple quantise_weights(const Floats& weights, const std::string& name) {
   }
   const int64_t rows = weights.shape(0), cols = weights.shape(1);
   const QuantisedShape shape = format.shape(rows, cols);
-  const Kernels kernels = select_kernels(detect_isa());
-  std::vector<uint8_t> memory(shape.bytes());
-  std::vector<uint16_t> scales(shape.n_scales()), minimums(shape.n_scales());
-  std::vector<float> scratch(shape.inner() * kTileRows);
+  HostBuffer memory(static_cast<size_t>(shape.bytes()));
+  ThreadPool pool(2);
   const Matrix stored{weights.data(), DType::kF32, rows, cols};
-  for (int64_t tile = 0; tile < shape.n_tiles(); tile++) {
-    if (!kernels.quantise_tile(stored, shape, tile, memory.data(), scales.data(), minimums.data(),
-                               scratch.data())) {
-      throw std::invalid_argument("weights that are not finite, or whose range is none of f16");
-    }
+  if (!quantise_matrix(stored, shape, detect_isa(), pool, memory.data())) {
+    throw std::invalid_argument("weights that are not finite, or whose range is none of f16");
   }
+  const uint8_t* const at = memory.as<uint8_t>();
+  const auto* scales = reinterpret_cast<const uint16_t*>(at + shape.scales_at());
+  const auto* minimums = reinterpret_cast<const uint16_t*>(at + shape.offsets_at());
   py::array_t<uint8_t> codes({rows, cols});
   py::array_t<uint16_t> halves({rows, shape.n_groups()}), firsts({rows, shape.n_groups()});
   for (int64_t r = 0; r < rows; r++) {
     for (int64_t c = 0; c < cols; c++) {
-      codes.mutable_at(r, c) = static_cast<uint8_t>(code_at(shape, memory.data(), r, c));
+      codes.mutable_at(r, c) = static_cast<uint8_t>(code_at(shape, at, r, c));
       halves.mutable_at(r, c / shape.group) = scales[scale_at(shape, r, c)];
       firsts.mutable_at(r, c / shape.group) = minimums[scale_at(shape, r, c)];
     }

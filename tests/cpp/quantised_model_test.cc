@@ -73,7 +73,7 @@ TEST(QuantisedModel, NamesAndBytes) {
   EXPECT_LT(int4, int8);
 }
 
-TEST(QuantisedModel, UnknownNamesAndDevicesAreRefused) {
+TEST(QuantisedModel, UnknownNamesAreRefused) {
   for (const char* name :
        {"", "int3", "int4:", "int4:48", "int4:0", "INT8", "int8:-32", "auto:32"}) {
     try {
@@ -85,18 +85,28 @@ TEST(QuantisedModel, UnknownNamesAndDevicesAreRefused) {
           << error.what();
     }
   }
+}
+
+// What a device says of a type of weights: why it can't be had, or the model's fingerprint.
+std::string answer_of(const std::string& device, const std::string& weights) {
   ModelOptions options;
-  options.weights = "int4";
-  options.device = "cuda";
+  options.weights = weights;
+  options.device = device;
   try {
-    make_model(config(), random_tensors(config(), DType::kBF16, 7), options);
-    ADD_FAILURE();
+    return make_model(config(), random_tensors(config(), DType::kBF16, 7), options).fingerprint();
   } catch (const DeviceError& error) {
-    EXPECT_NE(std::string(error.what()).find("quantised weights"), std::string::npos);
+    return error.what();
   }
-  options.device = "auto";
-  const Model model = make_model(config(), random_tensors(config(), DType::kBF16, 7), options);
-  EXPECT_EQ(model.device(), "cpu");
+}
+
+TEST(QuantisedModel, DevicesAreChosenAsForOtherWeights) {
+  const std::string refusal = answer_of("cuda", "auto");
+  const bool has_gpu = refusal.find("device \"cuda\"") == std::string::npos;
+  for (const char* weights : {"int8", "int4:64"}) {
+    const std::string on_cpu = answer_of("cpu", weights);
+    EXPECT_EQ(answer_of("cuda", weights), has_gpu ? on_cpu : refusal);
+    EXPECT_EQ(answer_of("auto", weights), on_cpu);
+  }
 }
 
 TEST(QuantisedModel, ValuesThatCannotBeQuantisedAreNamed) {

@@ -9,11 +9,16 @@
 #include <vector>
 
 #include "mustafar/error.h"
+#include "support/quantised_source.h"
 #include "support/random_model.h"
 #include "support/stub_backend.h"
 
 namespace mustafar {
 namespace {
+
+using testing::Float8Matrix;
+using testing::Int4Matrix;
+using testing::PartlyQuantised;
 
 class HostMemory final : public DeviceMemory {
  public:
@@ -93,59 +98,13 @@ TEST(UploadedWeights, TheDeviceHoldsWhatTheSourceHas) {
   EXPECT_EQ(loaded.table.lm_head.data, table.data) << "tied weights go up once";
 }
 
-// fp8 numbers [rows][cols] with one scale, 0.5.
-class Float8Matrix final : public StoredMatrix {
- public:
-  Float8Matrix(int64_t n_rows, int64_t n_cols) {
-    rows = n_rows;
-    cols = n_cols;
-    bits = 8;
-    is_float = true;
-    scales.data = reinterpret_cast<const uint8_t*>(&scale_);
-    scales.dtype = DType::kF32;
-  }
-  static uint8_t code(int64_t r, int64_t c) { return static_cast<uint8_t>((r * 31 + c * 7) % 120); }
-  void read_codes(int64_t row, int64_t n, int64_t stride, uint8_t* out) const override {
-    for (int64_t r = 0; r < n; r++) {
-      for (int64_t c = 0; c < cols; c++) out[r * stride + c] = code(row + r, c);
-    }
-  }
-  int32_t zero(int64_t, int64_t) const override { return 0; }
-
- private:
-  const float scale_ = 0.5f;
-};
-
-// Random tensors, but for one matrix that is quantised.
-class PartlyQuantised final : public TensorSource {
- public:
-  explicit PartlyQuantised(const ModelConfig& config)
-      : dense_(random_tensors(config, DType::kBF16, 3)),
-        matrix_(config.intermediate_size, config.hidden_size) {}
-  bool has(const std::string& name) const override { return dense_->has(name); }
-  StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
-    EXPECT_EQ(quantised(name), nullptr);
-    return dense_->tensor(name, shape);
-  }
-  const StoredMatrix* quantised(const std::string& name) const override {
-    return name == "model.layers.1.mlp.up_proj.weight" ? &matrix_ : nullptr;
-  }
-  bool any_quantised(const std::function<bool(const StoredMatrix&)>& test) const override {
-    return test(matrix_);
-  }
-
- private:
-  const std::unique_ptr<TensorSource> dense_;
-  const Float8Matrix matrix_;
-};
-
 TEST(UploadedWeights, QuantisedOnesAreExpandedFirst) {
   const ModelConfig config = config_of(97);
-  const PartlyQuantised source(config);
+  const auto source = PartlyQuantised::with<Float8Matrix>(config);
   StoreBackend backend;
   int64_t done = 0, total = 0;
   const LoadedWeights loaded = load_weights(
-      config, source, backend, {}, [&](int64_t at, int64_t all) { done = at, total = all; });
+      config, *source, backend, {}, [&](int64_t at, int64_t all) { done = at, total = all; });
   EXPECT_EQ(loaded.bytes, backend.uploaded);
   EXPECT_EQ(done, loaded.bytes);
   EXPECT_EQ(total, loaded.bytes);
@@ -159,22 +118,79 @@ TEST(UploadedWeights, QuantisedOnesAreExpandedFirst) {
   }
 }
 
-TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
+// What the CPU has in memory of its own, byte for byte, in one allocation a matrix; and the same
+// model to state files.
+void expect_as_on_the_cpu(const ModelConfig& config, const TensorSource& source,
+                          const std::string& weights) {
+  SCOPED_TRACE(weights);
+  const WeightFormat format = parse_weight_format(weights);
+  const auto cpu = make_backend(config, {.device = "cpu", .threads = 2});
+  const LoadedWeights expected = load_weights(config, source, *cpu, format, {});
+  StoreBackend backend;
+  const int64_t free_bytes = backend.free_bytes;
+  const LoadedWeights loaded = load_weights(config, source, backend, format, {});
+  EXPECT_EQ(loaded.fingerprint, expected.fingerprint);
+  EXPECT_EQ(loaded.bytes, expected.bytes);
+  EXPECT_EQ(backend.uploaded, loaded.bytes);
+  EXPECT_EQ(free_bytes - backend.free_bytes, loaded.bytes);
+  const std::vector<Matrix> theirs = testing::matrices_of(expected.table);
+  const std::vector<Matrix> ours = testing::matrices_of(loaded.table);
+  ASSERT_EQ(ours.size(), theirs.size());
+  for (size_t i = 0; i < ours.size(); i++) {
+    ASSERT_EQ(ours[i].dtype, theirs[i].dtype) << "matrix " << i;
+    EXPECT_EQ(testing::bytes_of(ours[i]), testing::bytes_of(theirs[i])) << "matrix " << i;
+  }
+}
+
+TEST(UploadedWeights, RoundedOnesAndCodesAreThoseOfTheCpu) {
   const ModelConfig config = config_of(97);
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+    const auto source = random_tensors(config, dtype, 3);
+    for (const char* weights : {"auto", "int8", "int4", "int4:64", "int8:row"}) {
+      expect_as_on_the_cpu(config, *source, weights);
+    }
+  }
+  const auto float8 = PartlyQuantised::with<Float8Matrix>(config);
+  expect_as_on_the_cpu(config, *float8, "auto");
+  expect_as_on_the_cpu(config, *float8, "int4");
+  expect_as_on_the_cpu(config, *PartlyQuantised::with<Int4Matrix>(config), "auto");
+}
+
+TEST(UploadedWeights, ProgressOfRoundedOnesCountsWhatIsRead) {
+  const ModelConfig config = config_of(kLargeVocab);
   const auto source = random_tensors(config, DType::kBF16, 3);
+  StoreBackend backend;
+  const int64_t stored = load_weights(config, *source, backend, {}, {}).bytes;
+  int64_t last = 0;
+  const LoadedWeights loaded = load_weights(config, *source, backend, parse_weight_format("int4"),
+                                            [&](int64_t done, int64_t total) {
+                                              EXPECT_GT(done, last);
+                                              EXPECT_EQ(total, stored);
+                                              last = done;
+                                            });
+  EXPECT_EQ(last, stored);
+  EXPECT_LT(loaded.bytes, stored);
+}
+
+// Bytes that a device needs for weights of this type.
+int64_t expect_refused_where_a_byte_is_missing(const ModelConfig& config,
+                                               const TensorSource& source,
+                                               const std::string& weights) {
+  SCOPED_TRACE(weights);
+  const WeightFormat format = parse_weight_format(weights);
   StoreBackend roomy;
-  const int64_t needed = load_weights(config, *source, roomy, {}, {}).bytes;
+  const int64_t needed = load_weights(config, source, roomy, format, {}).bytes;
 
   StoreBackend exact;
   exact.free_bytes = needed;
-  EXPECT_EQ(load_weights(config, *source, exact, {}, {}).bytes, needed);
+  EXPECT_EQ(load_weights(config, source, exact, format, {}).bytes, needed);
   EXPECT_EQ(exact.free_bytes, 0) << "the count is what is allocated";
 
   StoreBackend small;
   small.free_bytes = needed - 1;
   try {
-    load_weights(config, *source, small, {}, {});
-    FAIL() << "weights of " << needed << " bytes went where one is missing";
+    load_weights(config, source, small, format, {});
+    ADD_FAILURE() << "weights of " << needed << " bytes went where one is missing";
   } catch (const OutOfMemory& error) {
     const std::string message = error.what();
     EXPECT_NE(message.find("take " + std::to_string(needed) + " bytes"), std::string::npos)
@@ -183,6 +199,22 @@ TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
         << message;
   }
   EXPECT_EQ(small.uploaded, 0);
+  return needed;
+}
+
+TEST(UploadedWeights, WhatDoesNotFitIsRefusedBeforeTheUploadWithTheNumbers) {
+  const ModelConfig config = config_of(97);
+  const auto source = random_tensors(config, DType::kBF16, 3);
+  const int64_t stored = expect_refused_where_a_byte_is_missing(config, *source, "auto");
+  const int64_t int8 = expect_refused_where_a_byte_is_missing(config, *source, "int8");
+  EXPECT_LT(int8, stored);
+  EXPECT_LT(expect_refused_where_a_byte_is_missing(config, *source, "int4"), int8);
+
+  const auto float8 = PartlyQuantised::with<Float8Matrix>(config);
+  const auto codes = PartlyQuantised::with<Int4Matrix>(config);
+  EXPECT_EQ(expect_refused_where_a_byte_is_missing(config, *float8, "auto"), stored);
+  EXPECT_EQ(expect_refused_where_a_byte_is_missing(config, *float8, "int8"), int8);
+  EXPECT_LT(expect_refused_where_a_byte_is_missing(config, *codes, "auto"), stored);
 }
 
 TEST(UploadedWeights, ProgressThatThrowsStopsTheUpload) {

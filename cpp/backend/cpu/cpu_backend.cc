@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <fstream>
@@ -115,22 +114,6 @@ int64_t CpuBackend::available_bytes() const {
 }
 
 std::unique_ptr<Workspace> CpuBackend::make_workspace() { return std::make_unique<CpuWorkspace>(); }
-
-bool CpuBackend::quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) {
-  uint8_t* const codes = static_cast<uint8_t*>(memory);
-  uint16_t* const scales = reinterpret_cast<uint16_t*>(codes + shape.scales_at());
-  uint16_t* const minimums = reinterpret_cast<uint16_t*>(codes + shape.offsets_at());
-  std::vector<HostBuffer> scratch(pool_.size());
-  for (HostBuffer& buffer : scratch) grow<float>(buffer, shape.inner() * kTileRows);
-  std::atomic<bool> fine = true;
-  pool_.parallel_for(shape.n_tiles(), [&](int64_t tile, int worker) {
-    if (!kernels_.quantise_tile(stored, shape, tile, codes, scales, minimums,
-                                scratch[worker].as<float>())) {
-      fine = false;
-    }
-  });
-  return fine;
-}
 
 void CpuBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
   const Matrix& table = weights.embedding;

@@ -23,7 +23,6 @@ class CpuBackend final : public Backend {
   bool host_memory() const override { return true; }
   bool codes() const override { return true; }
   bool layers_may_differ() const override { return true; }
-  bool quantised_weights() const override { return true; }
   ThreadPool* host_pool() override { return &pool_; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
@@ -33,8 +32,6 @@ class CpuBackend final : public Backend {
   int64_t available_bytes() const override;
 
   std::unique_ptr<Workspace> make_workspace() override;
-
-  bool quantise(const Matrix& stored, const QuantisedShape& shape, void* memory) override;
 
   void embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) override;
   void project_qkv(const Weights& weights, int32_t layer, const Batch& batch, const float* x,

@@ -26,11 +26,10 @@ struct ModelOptions {
   std::string dtype = "auto";  // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
   // What matrices are in memory. "auto": as stored; "int8", "int4": rounded on loading, with a
   // scale and a minimum for every 32 inputs, the embedding and the head to int8. With another group
-  // as in "int4:64", "int8:128" or "int8:row". CPU only: "auto" as the device is the CPU then, and
-  // "cuda" a DeviceError. Decode rounds activations, too, unless dtype is f32: to int8 beside int4
-  // weights, else to 15 bits. A folder that is quantised already is read as it is with "auto";
-  // where it keeps integers in memory, another type is a std::invalid_argument, and "cuda" a
-  // DeviceError.
+  // as in "int4:64", "int8:128" or "int8:row". On the CPU and on GPUs; on the CPU decode rounds
+  // activations, too, unless dtype is f32: to int8 beside int4 weights, else to 15 bits. A folder
+  // that is quantised already is read as it is with "auto"; where it keeps integers in memory,
+  // another type is a std::invalid_argument.
   std::string weights = "auto";
   int32_t threads = 0;    // 0: MUSTAFAR_THREADS, or as many as cores and CPU quota allow
   int64_t kv_budget = 0;  // bytes that all sessions' caches together may take; 0: no limit
