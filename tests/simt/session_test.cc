@@ -28,8 +28,9 @@ ModelConfig small_config(int32_t head_dim) {
       {.hidden_size = 64, .intermediate_size = 72, .n_layers = 2, .head_dim = head_dim});
 }
 
-Model random_model(const char* device, int32_t head_dim, DType dtype) {
-  return testing::random_model(small_config(head_dim), device, 1, dtype);
+Model random_model(const char* device, int32_t head_dim, DType dtype,
+                   const char* weights = "auto") {
+  return testing::random_model(small_config(head_dim), device, 1, dtype, 0, weights);
 }
 
 double largest_difference(std::span<const float> a, std::span<const float> b) {
@@ -39,9 +40,10 @@ double largest_difference(std::span<const float> a, std::span<const float> b) {
 }
 
 // A prompt, then enough tokens that two blocks leave the window, on both devices.
-void compare(int32_t head_dim, DType dtype, const KVConfig& kv, double tolerance) {
-  const Model cpu = random_model("cpu", head_dim, dtype);
-  const Model gpu = random_model("cuda", head_dim, dtype);
+void compare(int32_t head_dim, DType dtype, const KVConfig& kv, double tolerance,
+             const char* weights = "auto") {
+  const Model cpu = random_model("cpu", head_dim, dtype, weights);
+  const Model gpu = random_model("cuda", head_dim, dtype, weights);
   Session a(cpu, kv), b(gpu, kv);
   const std::vector<int32_t> prompt = ids_of(101);
   EXPECT_LE(largest_difference(a.prefill(prompt), b.prefill(prompt)), tolerance);
@@ -87,6 +89,21 @@ TEST_F(CudaSession, EqualsTheCpuInBf16) { compare(64, DType::kBF16, config_of(0.
 
 TEST_F(CudaSession, EqualsTheCpuInF16WithInt8) {
   compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 1e-2);
+}
+
+// The prompt is longer than what is multiplied by codes as they are, in 2 bytes; CPUs round
+// activations to 8 bits there.
+TEST_F(CudaSession, QuantisedWeightsEqualTheCpu) {
+  compare(16, DType::kF32, config_of(0.5), 1e-4, "int4:32");
+  compare(16, DType::kF32, config_of(0.5), 1e-4, "int8:row");
+  compare(64, DType::kBF16, config_of(0.5, 2), 3e-2, "int4:64");
+  compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 3e-2, "int8:32");
+}
+
+TEST_F(CudaSession, QuantisedWeightsAreTheSameOnBothDevices) {
+  const Model cpu = random_model("cpu", 16, DType::kF32, "int4:32");
+  const Model gpu = random_model("cuda", 16, DType::kF32, "int4:32");
+  EXPECT_EQ(cpu.fingerprint(), gpu.fingerprint());
 }
 
 #if !defined(MUSTAFAR_SIMT)  // minutes on the harness

@@ -38,13 +38,16 @@ inline ModelConfig small_config(const SmallShape& shape = {}) {
   return c;
 }
 
-// The same weights every time; the GPU's and the CPU's are equal. threads: of the CPU.
+// The same weights every time; the GPU's and the CPU's are equal. threads: of the CPU. weights: what
+// they are rounded to.
 inline Model random_model(const ModelConfig& config, const std::string& device, int32_t threads,
-                          DType dtype, int64_t kv_budget = 0) {
+                          DType dtype, int64_t kv_budget = 0,
+                          const std::string& weights = "auto") {
   ModelOptions options;
   options.device = device;
   options.threads = threads;
   options.kv_budget = kv_budget;
+  options.weights = weights;
   return make_model(config, random_tensors(config, dtype, /*seed=*/7), options);
 }
 
