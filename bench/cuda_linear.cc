@@ -3,13 +3,14 @@
 // lines; each result is first held against GEMV in f32 arithmetic, and that against sums in f64.
 // The exit status is 1 if one was wrong.
 //
-//   mustafar_cuda_linear_bench [seconds per measurement]
+//   mustafar_cuda_linear_bench [seconds per measurement [layer]]
 //
 // A step is a graph of one product per copy of the weights, enough copies to exceed the L2 many
 // times.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -312,6 +313,7 @@ int main(int argc, char** argv) {
     Bench bench(budget, stream, bandwidth);
     bool good = true;
     for (const Layer& layer : layers) {
+      if (argc > 2 && std::strcmp(argv[2], layer.name) != 0) continue;
       bench.prepare(layer);
       for (const int32_t n : {1, 2, 4, 8, 16, 64, 512, 2048}) {
         if (n > 64 && layer.rows[0] > 100000) continue;  // logits of a whole prompt are never asked

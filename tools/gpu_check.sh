@@ -216,8 +216,13 @@ stage_model() {
   local bench=("$bin/mustafar" bench --device cuda --dtype bf16 -r 3 -o md)
   step model_8b 120 "${bench[@]}" --shape llama-3-8b -p 2048 -n 48 -d 0,32768 \
     --kv dense,lossless,balanced,small,mustafar
+  step model_8b_int4 90 "${bench[@]}" --shape llama-3-8b -w int4 -p 2048 -n 48 -d 0,32768 \
+    --kv dense,lossless,balanced
+  step model_8b_int8 90 "${bench[@]}" --shape llama-3-8b -w int8 -p 2048 -n 48 -d 0 --kv lossless
   step model_1b 60 "${bench[@]}" --shape llama-3.2-1b -p 2048 -n 48 -d 0,32768 \
     --kv dense,lossless,balanced,small,mustafar
+  step model_1b_int4 60 "${bench[@]}" --shape llama-3.2-1b -w int4 -p 2048 -n 48 -d 0,32768 \
+    --kv lossless,balanced
 }
 
 # What bounds the kernels, by the hardware's counters.
@@ -231,6 +236,8 @@ stage_profile() {
     step "ncu_${setting// /_}" 40 ncu --clock-control none -k regex:decode_attention -c 1 \
       "${sections[@]}" "$bin/mustafar_cuda_bench" -s "$setting" 0.01 8,32768,32,8
   done
+  step ncu_int4_weights 40 ncu --clock-control none -k regex:gemv_quantised -c 1 "${sections[@]}" \
+    "$bin/mustafar_cuda_linear_bench" 0.01 "gate, up"
   step ncu_prefill 40 ncu --clock-control none -k regex:prefill_attention -c 2 "${sections[@]}" \
     "$bin/mustafar_cuda_prefill_bench"
 }

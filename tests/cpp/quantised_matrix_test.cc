@@ -60,16 +60,16 @@ std::vector<QuantisedShape> shapes() {
   return all;
 }
 
-std::string test_name(const testing::TestParamInfo<Isa>& info) { return isa_name(info.param); }
+std::string test_name(const ::testing::TestParamInfo<Isa>& info) { return isa_name(info.param); }
 
-class QuantisedMatrix : public testing::TestWithParam<Isa> {
+class QuantisedMatrix : public ::testing::TestWithParam<Isa> {
  protected:
   const Kernels kernels_ = select_kernels(GetParam());
   ThreadPool pool_{1};
   CpuWorkspace workspace_;
 };
 
-INSTANTIATE_TEST_SUITE_P(Isa, QuantisedMatrix, testing::ValuesIn(available_isas()), test_name);
+INSTANTIATE_TEST_SUITE_P(Isa, QuantisedMatrix, ::testing::ValuesIn(available_isas()), test_name);
 
 TEST(QuantisedShape, CodesAreWhereTheyWerePut) {
   for (const QuantisedShape& shape : shapes()) {
