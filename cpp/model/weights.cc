@@ -346,10 +346,10 @@ Weights load_table(const ModelConfig& c, Loader& load) {
 void check_room(int64_t bytes, const Backend& backend, bool in_place_on_cpu) {
   const int64_t available = backend.available_bytes();
   if (bytes <= available) return;
-  throw OutOfMemory(
-      "the weights take " + std::to_string(bytes) + " bytes, device \"" + backend.device() +
-      "\" has " + std::to_string(available) + " free; device \"cpu\" " +
-      (in_place_on_cpu ? "reads them from the file" : "keeps them in host memory"));
+  throw OutOfMemory("the weights take " + std::to_string(bytes) + " bytes, device \"" +
+                    backend.device() + "\" has " + std::to_string(available) +
+                    " free; device \"cpu\" " +
+                    (in_place_on_cpu ? "reads them from the file" : "keeps them in host memory"));
 }
 
 }  // namespace

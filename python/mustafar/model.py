@@ -55,9 +55,9 @@ class Model(Closing):
         weights: What matrices are in memory: ``"auto"`` (as stored), ``"int8"`` or ``"int4"``:
             rounded on loading, with a scale and a minimum for every 32 inputs of a row, the
             embedding and the head to 8 bits. Another group as in ``"int4:64"``, ``"int8:128"`` or
-            ``"int8:row"``: fewer bytes, more error (docs/results/quality.md). CPU only:
-            ``device="auto"`` takes the CPU then. Decode rounds activations in groups of 32, too,
-            unless ``dtype`` is ``"f32"``: to int8 beside int4 weights, else to 15 bits.
+            ``"int8:row"``: fewer bytes, more error (docs/results/quality.md). On the CPU and on
+            GPUs. On the CPU decode rounds activations in groups of 32, too, unless ``dtype`` is
+            ``"f32"``: to int8 beside int4 weights, else to 15 bits.
             A folder that is quantised already (compressed-tensors, AutoAWQ, GPTQ, fp8) is read as
             it is with ``"auto"``; with another type what it has of integers is a ValueError.
         threads: 0 takes MUSTAFAR_THREADS, or as many as the cores and the control group's CPU
@@ -69,9 +69,9 @@ class Model(Closing):
     Raises:
         ModelError: A file or field that can't be used, named; a FileNotFoundError too where there
             is no such folder or file.
-        DeviceError: ``device="cuda"`` where it can't be had, or with quantised weights; the
-            message says what is missing.
-        OutOfMemory: Weights that do not fit the GPU; found before anything is uploaded.
+        DeviceError: ``device="cuda"`` where it can't be had; the message says what is missing.
+        OutOfMemory: Weights that do not fit the GPU as they would be there; found before
+            anything is uploaded.
         TokenizerError: A tokenizer.json that can't be used.
         ValueError: An argument out of range.
     """

@@ -473,13 +473,25 @@ def test_biases_of_zeros_are_none(tmp_path: Path) -> None:
     assert_logits(folder, oracle.load(quantised.dense_copy(folder, tmp_path / "dense", weights)))
 
 
+def test_devices_are_chosen_as_for_other_folders(tmp_path: Path) -> None:
+    make(tmp_path, "gptq")
+
+    def device_or_refusal(device: str, folder: Path | None) -> str:
+        try:
+            with mustafar.Model(folder, device=device) as model:  # type: ignore[arg-type]
+                return model.device
+        except mustafar.DeviceError as error:
+            return str(error)
+
+    for device in ("auto", "cuda"):
+        assert device_or_refusal(device, tmp_path) == device_or_refusal(device, None)
+
+
 def test_weights_of_another_type(tmp_path: Path) -> None:
     folder = tmp_path / "int4"
     make(folder, "gptq")
     with pytest.raises(ValueError, match="weights is .*must be auto: .*quantised already .int4"):
         mustafar.Model(folder, device="cpu", weights="int8")
-    with pytest.raises(mustafar.DeviceError, match="quantised weights"):
-        mustafar.Model(folder, device="cuda")
     # What is expanded is rounded as if it had been stored so.
     for layout in ("fp8-block", "gptq-desc-act"):
         folder = tmp_path / layout

@@ -108,13 +108,26 @@ def test_a_batch_gives_what_each_prompt_gives_alone() -> None:
 def test_names_and_memory() -> None:
     with pytest.raises(ValueError, match='weights is "int5", must be auto, int8 or int4'):
         mustafar.Model(weights="int5")  # type: ignore[arg-type]
-    with pytest.raises(mustafar.DeviceError, match="quantised weights"):
-        mustafar.Model(weights="int8", device="cuda")
     sizes = {}
     for weights in ("auto", "int8", "int4"):
         with mustafar.Model(weights=weights, device="cpu") as model:  # type: ignore[arg-type]
             sizes[weights] = model.memory().weights_bytes
     assert sizes["int4"] < sizes["int8"] < sizes["auto"]
+
+
+def device_or_refusal(device: str, weights: str) -> str:
+    try:
+        with mustafar.Model(device=device, weights=weights) as model:  # type: ignore[arg-type]
+            return model.device
+    except mustafar.DeviceError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_devices_are_chosen_as_for_other_weights(device: str) -> None:
+    expected = device_or_refusal(device, "auto")
+    for weights in ("int8", "int4:64"):
+        assert device_or_refusal(device, weights) == expected
 
 
 @needs_command
