@@ -164,6 +164,17 @@ __device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, ui
 #endif
 }
 
+// a & b | c, in one instruction even where b and c are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(MUSTAFAR_SIMT)
+  return (a & b) | c;
+#else
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#endif
+}
+
 // Low word of {high, low} >> min(shift, 32).
 __device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
 #if defined(MUSTAFAR_SIMT)
@@ -202,7 +213,64 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
 #endif
 }
 
+// The same into words where `wanted`, which else stay as they are: no copy waits for the load.
+__device__ __forceinline__ void load_streaming_if(bool wanted, const void* from, uint4& words) {
+#if defined(MUSTAFAR_SIMT)
+  if (wanted) words = *static_cast<const uint4*>(from);
+#else
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
+#endif
+}
+
+// The same of what other lanes and warps read, too.
+__device__ __forceinline__ void load_if(bool wanted, const void* from, uint4& words) {
+#if defined(MUSTAFAR_SIMT)
+  if (wanted) words = *static_cast<const uint4*>(from);
+#else
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0;\n"
+      "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
+#endif
+}
+__device__ __forceinline__ void load_if(bool wanted, const void* from, uint2& words) {
+#if defined(MUSTAFAR_SIMT)
+  if (wanted) words = *static_cast<const uint2*>(from);
+#else
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %3, 0;\n"
+      "@p ld.global.nc.v2.u32 {%0, %1}, [%2]; }"
+      : "+r"(words.x), "+r"(words.y)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
+#endif
+}
+__device__ __forceinline__ void load_if(bool wanted, const void* from, uint32_t& word) {
+#if defined(MUSTAFAR_SIMT)
+  if (wanted) word = *static_cast<const uint32_t*>(from);
+#else
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %2, 0;\n"
+      "@p ld.global.nc.u32 %0, [%1]; }"
+      : "+r"(word)
+      : "l"(from), "r"(static_cast<uint32_t>(wanted)));
+#endif
+}
+
 // ---- arithmetic ----
+
+// The upper half of a product.
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) {
+#if defined(MUSTAFAR_SIMT)
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+#else
+  return __umulhi(a, b);
+#endif
+}
 
 // Product and sum rounded one by one, never contracted to an FMA: what the CPU packer computes.
 __device__ __forceinline__ float multiply_rounded(float a, float b) {

@@ -4,6 +4,7 @@
 // Grid of expand_codes: x tiles of 16 rows, y pieces of 256 columns. A lane takes 8 neighbouring
 // columns, a warp two rows one after the other: results are written in whole lines, codes are read
 // in parts of 64-byte lines that the block's warps share in the L1.
+#include "cuda/code_values.cuh"
 #include "cuda/device_ops.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/linear.h"
@@ -13,48 +14,20 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kColumns = 8;  // of a lane
-constexpr int kBlockColumns = kWarpSize * kColumns;
+constexpr int kBlockColumns = kWarpSize * kCodeColumns;
 constexpr int kTile = static_cast<int>(kTileRows);
-
-// Values of columns [column, column + 8) of a row; column: a multiple of 8.
-__device__ void load_values(const LinearPart& part, int64_t cols, int64_t row, int64_t column,
-                            float (&values)[kColumns]) {
-  const int64_t tile = row / kTile, lane = row % kTile;
-  const int64_t inner = (cols + kInnerStep - 1) / kInnerStep * kInnerStep;
-  const int64_t n_groups = (cols + part.group - 1) / part.group;
-  const bool wide = part.dtype == DType::kInt8;
-  const uint8_t* const lines = static_cast<const uint8_t*>(part.weights) +
-                               tile * inner * (wide ? kTile : kTile / 2) + lane * 4 +
-                               column / 8 * (wide ? 128 : 64);
-  const uint32_t low = *reinterpret_cast<const uint32_t*>(lines);
-  const uint32_t high = wide ? *reinterpret_cast<const uint32_t*>(lines + 64) : low >> 4;
-  const int64_t at = (tile * n_groups + column / part.group) * kTile + lane;
-  const float scale = load_element(part.scales, part.scale_dtype, at);
-  const bool minimums = part.offset == Offset::kMinimums;
-  const float minimum = minimums ? load_element(part.offsets, part.scale_dtype, at) : 0.0f;
-  const int32_t zero = part.offset == Offset::kZeros ? static_cast<const uint8_t*>(part.offsets)[at]
-                       : minimums                    ? 0
-                       : wide                        ? 128
-                                                     : 8;
-#pragma unroll
-  for (int j = 0; j < kColumns; j++) {
-    const uint32_t code = (j < 4 ? low : high) >> (8 * (j % 4)) & (wide ? 255u : 15u);
-    values[j] = fmaf(scale, static_cast<float>(static_cast<int32_t>(code) - zero), minimum);
-  }
-}
 
 __global__ void __launch_bounds__(kThreads)
     expand_codes_kernel(const __grid_constant__ LinearPart part, int64_t cols, int64_t first,
                         int64_t rows, DType dtype, void* out) {
-  const int64_t column = int64_t{blockIdx.y} * kBlockColumns + lane_id() * kColumns;
+  const int64_t column = int64_t{blockIdx.y} * kBlockColumns + lane_id() * kCodeColumns;
   if (column >= cols) return;
   const int64_t warp = threadIdx.x / kWarpSize;
   for (int64_t row = int64_t{blockIdx.x} * kTile + warp; row < rows; row += kWarps) {
     if (row >= (int64_t{blockIdx.x} + 1) * kTile) break;
-    float values[kColumns];
+    float values[kCodeColumns];
     load_values(part, cols, first + row, column, values);
-    if (cols % kColumns == 0 && dtype != DType::kF32) {
+    if (cols % kCodeColumns == 0 && dtype != DType::kF32) {
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -66,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
 #pragma unroll
-    for (int j = 0; j < kColumns; j++) {
+    for (int j = 0; j < kCodeColumns; j++) {
       if (column + j < cols) store_element(out, dtype, row * cols + column + j, values[j]);
     }
   }
@@ -77,12 +50,12 @@ __global__ void __launch_bounds__(kThreads)
     embed_codes_kernel(const __grid_constant__ LinearPart table, const int32_t* token_ids,
                        int64_t hidden, float* out) {
   const int64_t row = blockIdx.x;
-  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kColumns;
+  const int64_t column = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * kCodeColumns;
   if (column >= hidden) return;
-  float values[kColumns];
+  float values[kCodeColumns];
   load_values(table, hidden, token_ids[row], column, values);
 #pragma unroll
-  for (int j = 0; j < kColumns; j++) {
+  for (int j = 0; j < kCodeColumns; j++) {
     if (column + j < hidden) out[row * hidden + column + j] = values[j];
   }
 }
@@ -98,7 +71,7 @@ void expand_codes(const LinearPart& part, int64_t cols, int64_t first, int64_t r
 
 void embed_codes(const LinearPart& table, const int32_t* token_ids, int32_t n, int64_t hidden,
                  float* out, Stream stream) {
-  constexpr int64_t kColumnsOfBlock = int64_t{kThreads} * kColumns;
+  constexpr int64_t kColumnsOfBlock = int64_t{kThreads} * kCodeColumns;
   launch("embed_codes", embed_codes_kernel, {n, (hidden + kColumnsOfBlock - 1) / kColumnsOfBlock},
          kThreads, 0, stream, table, token_ids, hidden, out);
 }

@@ -15,12 +15,16 @@
 // A block splits x itself, 1,024 columns at a time, for all of its warps: at 4 bits that work would
 // else take longer than the weights. RMSNorm before and SiLU after are part of the kernel.
 //
+// Columns in fours, in rows of whole 16 bytes, are taken by that kernel; any by a plain one, a warp
+// for two rows and one row of x.
+//
 // Shared: [piece][term][row of x][c] uint4 and, for minimums, [piece][row of x] f32, up to 8 rows
 // of x twice, one of the two being filled while the other is read; after that the sums of each warp
 // and the squares of x.
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/code_values.cuh"
 #include "cuda/device_ops.cuh"
 #include "cuda/gemv_rows.cuh"
 #include "cuda/launch.cuh"
@@ -63,156 +67,150 @@ Shared shared_of(int n, bool minimums) {
   return {terms, chunk, result, std::max(kBuffers<kTiles> * chunk, result + squares)};
 }
 
-// A lane's codes of a piece: 8 of each of 4 rows.
-template <int kBits>
-struct Codes {
-  uint4 words[kBits / 4];
-
-  // line: the lane's first, of 64 bytes.
-  __device__ __forceinline__ void load(const uint8_t* line) {
-#pragma unroll
-    for (int i = 0; i < kBits / 4; i++) words[i] = load_streaming(line + 64 * i);
-  }
-  __device__ __forceinline__ uint32_t word(int i, int row) const {
-    const uint4& w = words[i];
-    return row == 0 ? w.x : row == 1 ? w.y : row == 2 ? w.z : w.w;
-  }
-
-  // code - zero of a row as four words of two bf16: columns (0, 2), (1, 3), (4, 6), (5, 7).
-  __device__ __forceinline__ void unpack(int row, uint32_t zero, uint32_t (&out)[4]) const {
-    if constexpr (kBits == 4) {
-      // A code below 128 in the low bits of the bf16 128 is 128 + code.
-      constexpr uint32_t k128 = 0x43004300u, kOne = 0x3f803f80u;
-      const uint32_t w = word(0, row);
-      const uint32_t minus = (zero * 0x10001u | k128) ^ 0x80008000u;
-      const uint32_t pairs[4] = {w, w >> 8, w >> 4, w >> 12};
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        out[i] = multiply_add_bf16x2((pairs[i] & 0x000f000fu) | k128, kOne, minus);
-      }
-    } else {
-      // A byte in the low bits of the f32 2^23 is 2^23 + byte.
-      constexpr uint32_t k2To23 = 0x4b000000u;
-      const float minus = -bits_float(k2To23 | zero);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint32_t w = word(i, row);
-        float code[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          code[j] = bits_float(byte_permute(w, k2To23, 0x7440u | j)) + minus;
-        }
-        out[2 * i] = pack2<DType::kBF16>(code[0], code[2]);
-        out[2 * i + 1] = pack2<DType::kBF16>(code[1], code[3]);
-      }
-    }
-  }
-};
-
-// Four neighbours of an array of scales or minimums. 2-byte ones are loaded ahead of their use.
-struct Four {
-  uint2 words;
-
-  __device__ __forceinline__ void load(const void* array, DType dtype, int64_t at) {
-    if (dtype == DType::kF32) return;
-    words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(array) + at);
-  }
-  __device__ __forceinline__ void values(const void* array, DType dtype, int64_t at,
-                                         float (&out)[4]) const {
-    if (dtype == DType::kF32) {
-      load_floats(static_cast<const float*>(array) + at, out);
-      return;
-    }
-    const uint32_t word[2] = {words.x, words.y};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const uint16_t bits = static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)));
-      out[i] = dtype == DType::kF16 ? f16_float(bits) : bf16_float(bits);
-    }
-  }
-};
-
-// What a lane has on the way of a piece.
-template <int kBits, Offset kOffset>
+// What a lane has on the way of a piece: 8 codes of each of 4 rows, and the scales and offsets of
+// those. kWide: scales are f32.
+template <int kBits, Offset kOffset, bool kWide>
 struct Ahead {
-  Codes<kBits> codes;
-  Four scales, minimums;
+  uint4 codes[kBits / 4];
+  std::conditional_t<kWide, uint4, uint2> scales;
+  uint2 minimums;
   uint32_t zeros;
 };
 
-// A lane's rows: four neighbours of one tile.
-struct Place {
-  const uint8_t* codes;  // of the lane's first piece
-  const void* scales;
-  const void* offsets;
-  DType scale_dtype;
-  int64_t first_scale;  // of group 0
-  float group_rate;     // groups a piece
+// code - zero of 8 codes as four words of two bf16: columns (0, 2), (1, 3), (4, 6), (5, 7).
+__device__ __forceinline__ void unpack(uint32_t word, uint32_t zero, uint32_t (&out)[4]) {
+  // A code below 128 in the low bits of the bf16 128 is 128 + code.
+  constexpr uint32_t k128 = 0x43004300u, kOne = 0x3f803f80u;
+  const uint32_t minus = (zero * 0x10001u | k128) ^ 0x80008000u;
+  const uint32_t pairs[4] = {word, word >> 8, word >> 4, word >> 12};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    out[i] = multiply_add_bf16x2(and_or(pairs[i], 0x000f000fu, k128), kOne, minus);
+  }
+}
+__device__ __forceinline__ void unpack(uint32_t low, uint32_t high, uint32_t zero,
+                                       uint32_t (&out)[4]) {
+  // A byte in the low bits of the f32 2^23 is 2^23 + byte.
+  constexpr uint32_t k2To23 = 0x4b000000u;
+  const float minus = -bits_float(k2To23 | zero);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    float code[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      code[j] = bits_float(byte_permute(i == 0 ? low : high, k2To23, 0x7440u | j)) + minus;
+    }
+    out[2 * i] = pack2<DType::kBF16>(code[0], code[2]);
+    out[2 * i + 1] = pack2<DType::kBF16>(code[1], code[3]);
+  }
+}
 
-  template <int kBits>
-  __device__ __forceinline__ void set(const LinearArgs& args, int g, int c) {
+__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
+  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
+}
+
+__device__ __forceinline__ void floats_of(const uint2& words, bool f16, float (&out)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint16_t bits = static_cast<uint16_t>((i < 2 ? words.x : words.y) >> (16 * (i % 2)));
+    out[i] = f16 ? f16_float(bits) : bf16_float(bits);
+  }
+}
+__device__ __forceinline__ void floats_of(const uint4& words, bool, float (&out)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) out[i] = bits_float(word_of(words, i));
+}
+
+// A lane's rows: four neighbours of one tile.
+template <int kBits, Offset kOffset, bool kWide>
+struct Place {
+  static constexpr int kScaleBytes = kWide ? 4 : 2;
+
+  const uint8_t* codes;    // of the lane's first piece
+  const uint8_t* scales;   // of group 0
+  const uint8_t* offsets;  // the same
+  uint32_t group_rate;     // groups a piece, times 2^31
+  bool f16;                // scales and minimums are, else bf16
+
+  __device__ __forceinline__ Place(const LinearArgs& args, int g, int c) {
     const RowPlace place = row_place<kRows>(args, blockIdx.x, kTile * (g >> 2));
     const LinearPart& part = *place.part;
     const int64_t tile = place.row / kTile;
     const int64_t n_pieces = (args.cols + kPiece - 1) / kPiece;
     const int64_t n_groups = (args.cols + part.group - 1) / part.group;
+    const int64_t first = tile * n_groups * kTile + 4 * (g & 3);
     codes = static_cast<const uint8_t*>(part.weights) + tile * n_pieces * (64 * kBits) +
             c * (16 * kBits) + (g & 3) * 16;
-    scales = part.scales;
-    offsets = part.offsets;
-    scale_dtype = part.scale_dtype;
-    first_scale = tile * n_groups * kTile + 4 * (g & 3);
-    group_rate = n_groups == 1 ? 0.0f : static_cast<float>(kPiece) / static_cast<float>(part.group);
+    scales = static_cast<const uint8_t*>(part.scales) + first * kScaleBytes;
+    offsets = static_cast<const uint8_t*>(part.offsets) +
+              first * (kOffset == Offset::kMinimums ? kScaleBytes : 1);
+    // Rounded up: exact while pieces times pieces a group are below 2^31.
+    const uint32_t pieces = static_cast<uint32_t>(part.group) / kPiece;
+    group_rate = n_groups == 1 ? 0u : (0x80000000u - 1) / pieces + 1;
+    f16 = part.scale_dtype == DType::kF16;
   }
-  // Of a piece. The quotient is at least half a piece's rate away from an integer: rounding is far
-  // from that below 2^21 pieces.
-  __device__ __forceinline__ int64_t scale_of(int32_t piece) const {
-    const float group = (static_cast<float>(piece) + 0.5f) * group_rate;
-    return first_scale + int64_t{static_cast<int32_t>(group)} * kTile;
-  }
-  template <int kBits, Offset kOffset>
-  __device__ __forceinline__ void load(int32_t piece, Ahead<kBits, kOffset>& ahead) const {
-    ahead.codes.load(codes + int64_t{piece} * (64 * kBits));
-    const int64_t at = scale_of(piece);
-    ahead.scales.load(scales, scale_dtype, at);
-    if constexpr (kOffset == Offset::kMinimums) ahead.minimums.load(offsets, scale_dtype, at);
+  __device__ __forceinline__ void load(int32_t piece, bool wanted,
+                                       Ahead<kBits, kOffset, kWide>& ahead) const {
+    const uint8_t* const line = codes + int64_t{piece} * (64 * kBits);
+#pragma unroll
+    for (int i = 0; i < kBits / 4; i++) load_streaming_if(wanted, line + 64 * i, ahead.codes[i]);
+    const uint32_t group = multiply_high(2 * static_cast<uint32_t>(piece), group_rate);
+    load_if(wanted, scales + uint64_t{group} * (kTile * kScaleBytes), ahead.scales);
+    if constexpr (kOffset == Offset::kMinimums) {
+      load_if(wanted, offsets + uint64_t{group} * (kTile * kScaleBytes), ahead.minimums);
+    }
     if constexpr (kOffset == Offset::kZeros) {
-      ahead.zeros = *reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(offsets) + at);
+      load_if(wanted, offsets + uint64_t{group} * kTile, ahead.zeros);
     }
   }
 };
 
-// Splits columns [1024 chunk, 1024 chunk + 1024) of n rows of x, times the norm's weights, into
-// shared memory, and adds up the squares of x: a thread takes 4 columns of every row.
+// Splits x, times the norm's weights, into shared memory, 1,024 columns of n rows at a time, and
+// adds up its squares: a thread takes 4 columns of every row, kBatch rows at once. The first batch
+// is loaded ahead.
 template <Offset kOffset, int kTiles>
-__device__ void split_chunk(const LinearArgs& args, int32_t first_x, int32_t n, int32_t chunk,
-                            uint8_t* to, int terms_bytes, float (&squares)[kTiles * kTileX]) {
-  const int thread = static_cast<int>(threadIdx.x);
-  const int piece = thread / 8, c = thread % 8 / 2, half = thread % 2;
-  const int64_t cols = args.cols, column = int64_t{chunk} * (kChunk * kPiece) + 4 * thread;
-  const bool whole = cols % 4 == 0;
-  const auto load = [&](const float* row, float(&values)[4]) {
-    if (whole) {
-      if (column < cols) load_floats(row + column, values);
-      return;
-    }
+struct Splitter {
+  static constexpr int kBatch = 2;
+  static constexpr int kMost = kTiles * kTileX;
+
+  const LinearArgs& args;
+  const int32_t first_x, n;
+  const int terms_bytes;
+  uint4 first[kBatch], norm;
+  float squares[kMost] = {};
+
+  __device__ __forceinline__ Splitter(const LinearArgs& args, int32_t first_x, int32_t n,
+                                      int terms_bytes)
+      : args(args), first_x(first_x), n(n), terms_bytes(terms_bytes) {}
+
+  // A thread's four columns of a row; 0 behind the last.
+  __device__ __forceinline__ uint4 load(const float* row, bool wanted, int32_t chunk) const {
+    const int64_t column = int64_t{chunk} * (kChunk * kPiece) + 4 * static_cast<int>(threadIdx.x);
+    uint4 x = {0, 0, 0, 0};
+    load_if(wanted && column < args.cols, row + column, x);
+    return x;
+  }
+  __device__ __forceinline__ void load_batch(int32_t chunk, int row, uint4 (&batch)[kBatch]) const {
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (column + j < cols) values[j] = row[column + j];
+    for (int i = 0; i < kBatch; i++) {
+      batch[i] = load(args.x + (first_x + row + i) * args.cols, row + i < n, chunk);
     }
-  };
-  float norm[4] = {};
-  if (args.norm != nullptr) load(args.norm, norm);
+  }
+  __device__ __forceinline__ void load_first(int32_t chunk) {
+    load_batch(chunk, 0, first);
+    if (args.norm != nullptr) norm = load(args.norm, true, chunk);
+  }
+  __device__ __forceinline__ void store_row(int i, const uint4& loaded, uint8_t* to) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int piece = thread / 8, c = thread % 8 / 2, half = thread % 2;
+    float x[4];
 #pragma unroll
-  for (int i = 0; i < kTiles * kTileX; i++) {
-    if (i >= n) break;
-    float x[4] = {};
-    load(args.x + (first_x + i) * cols, x);
+    for (int j = 0; j < 4; j++) x[j] = bits_float(word_of(loaded, j));
     if (args.norm != nullptr) {
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         squares[i] += x[j] * x[j];
-        x[j] *= norm[j];
+        x[j] *= bits_float(word_of(norm, j));
       }
     }
     uint32_t high[2], low[2];
@@ -230,14 +228,30 @@ __device__ void split_chunk(const LinearArgs& args, int32_t first_x, int32_t n, 
       float sum = x[0] + x[1] + x[2] + x[3];
 #pragma unroll
       for (int m = 1; m < 8; m *= 2) sum += shuffle_xor(sum, m);
-      if (thread % 8 == 0) {
-        reinterpret_cast<float*>(to + terms_bytes)[piece * kTiles * kTileX + i] = sum;
+      if (thread % 8 == 0) reinterpret_cast<float*>(to + terms_bytes)[piece * kMost + i] = sum;
+    }
+  }
+  // Of the chunk whose first batch was loaded.
+  __device__ __forceinline__ void store(int32_t chunk, uint8_t* to) {
+#pragma unroll
+    for (int row = 0; row < kMost; row += kBatch) {
+      if (row >= n) break;
+      uint4 batch[kBatch];
+      if (row == 0) {
+        batch[0] = first[0];
+        batch[1] = first[1];
+      } else {
+        load_batch(chunk, row, batch);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; i++) {
+        if (row + i < n) store_row(row + i, batch[i], to);
       }
     }
   }
-}
+};
 
-template <int kBits, Offset kOffset, int kTiles>
+template <int kBits, Offset kOffset, bool kWide, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
     gemv_quantised_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n,
                           Shared shared) {
@@ -246,91 +260,92 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
   uint8_t* const memory = shared_memory();
   const int32_t n_pieces = static_cast<int32_t>((args.cols + kPiece - 1) / kPiece);
   const int32_t n_chunks = (n_pieces + kChunk - 1) / kChunk;
-  Place place;
-  place.set<kBits>(args, g, c);
+  const Place<kBits, kOffset, kWide> place(args, g, c);
   int32_t piece = warp * kTurn;  // the first of the turn
-  Ahead<kBits, kOffset> ahead[kAhead<kBits>];
+  Ahead<kBits, kOffset, kWide> ahead[kAhead<kBits>] = {};
 #pragma unroll
-  for (int p = 0; p < kAhead<kBits>; p++) {
-    if (piece + p < n_pieces) place.load(piece + p, ahead[p]);
-  }
+  for (int p = 0; p < kAhead<kBits>; p++) place.load(piece + p, piece + p < n_pieces, ahead[p]);
 
-  float sums[2][kTiles][4] = {}, squares[kTiles * kTileX] = {};
-  split_chunk<kOffset, kTiles>(args, first_x, n, 0, memory, shared.terms, squares);
+  float sums[2][kTiles][4] = {};
+  Splitter<kOffset, kTiles> splitter(args, first_x, n, shared.terms);
+  splitter.load_first(0);
+  splitter.store(0, memory);
   for (int32_t chunk = 0; chunk < n_chunks; chunk++, piece += kChunk) {
     sync_block();
-    if constexpr (kBuffers<kTiles> == 2) {
-      if (chunk + 1 < n_chunks) {
-        split_chunk<kOffset, kTiles>(args, first_x, n, chunk + 1,
-                                     memory + (chunk + 1) % 2 * shared.chunk, shared.terms,
-                                     squares);
-      }
-    } else if (chunk > 0) {
-      split_chunk<kOffset, kTiles>(args, first_x, n, chunk, memory, shared.terms, squares);
-      sync_block();
-    }
+    const bool more = chunk + 1 < n_chunks;
+    if (more) splitter.load_first(chunk + 1);
     const uint8_t* const x = memory + chunk % kBuffers<kTiles> * shared.chunk;
+    const int slot = warp * kTurn, slot_bytes = kTerms * n * 64;
 #pragma unroll
     for (int p = 0; p < kTurn; p++) {
       if (piece + p >= n_pieces) break;
-      Ahead<kBits, kOffset>& freed = ahead[p % kAhead<kBits>];
-      const Ahead<kBits, kOffset> mine = freed;
-      const int64_t at = place.scale_of(piece + p);
+      Ahead<kBits, kOffset, kWide>& mine = ahead[p % kAhead<kBits>];
+      uint32_t rows[4][4];
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        uint32_t zero = kOffset == Offset::kMinimums ? 0u : 1u << (kBits - 1);
+        if constexpr (kOffset == Offset::kZeros) zero = mine.zeros >> (8 * r) & 255u;
+        if constexpr (kBits == 4) {
+          unpack(word_of(mine.codes[0], r), zero, rows[r]);
+        } else {
+          unpack(word_of(mine.codes[0], r), word_of(mine.codes[1], r), zero, rows[r]);
+        }
+      }
+      float scale[4], minimum[4];
+      floats_of(mine.scales, place.f16, scale);
+      if constexpr (kOffset == Offset::kMinimums) floats_of(mine.minimums, place.f16, minimum);
       constexpr int kLast = kTurn - kAhead<kBits>;  // whose successor is of the same turn
       const int32_t next = piece + p + (p < kLast ? kAhead<kBits> : kChunk - kLast);
-      if (next < n_pieces) place.load(next, freed);
-      float scale[4], minimum[4];
-      mine.scales.values(place.scales, place.scale_dtype, at, scale);
-      if constexpr (kOffset == Offset::kMinimums) {
-        mine.minimums.values(place.offsets, place.scale_dtype, at, minimum);
-      }
-      const int slot = warp * kTurn + p;
-      uint4 terms[kTiles][kTerms] = {};
-      float2 sum_x[kTiles];
+      place.load(next, next < n_pieces, mine);
+
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
-        const int row = t * kTileX + g;
-        if (row < n) {
-          const uint4* const from =
-              reinterpret_cast<const uint4*>(x) + (slot * kTerms * n + row) * 4 + c;
+        // Columns of the product that stand for no row of x repeat the last and are not stored.
+        const int row = t * kTileX + g < n ? t * kTileX + g : n - 1;
+        const uint8_t* const from = x + (slot + p) * slot_bytes + row * 64 + c * 16;
+        uint4 terms[kTerms];
 #pragma unroll
-          for (int i = 0; i < kTerms; i++) terms[t][i] = from[i * n * 4];
+        for (int i = 0; i < kTerms; i++) {
+          terms[i] = *reinterpret_cast<const uint4*>(from + i * n * 64);
         }
+        float2 sum_x = {};
         if constexpr (kOffset == Offset::kMinimums) {
-          sum_x[t] = *reinterpret_cast<const float2*>(x + shared.terms +
-                                                      ((slot * kTiles + t) * kTileX + 2 * c) * 4);
+          sum_x = *reinterpret_cast<const float2*>(
+              x + shared.terms + (((slot + p) * kTiles + t) * kTileX + 2 * c) * 4);
         }
-      }
+        float product[2][4] = {};
 #pragma unroll
-      for (int pair = 0; pair < 2; pair++) {
-        uint32_t rows[2][4];
+        for (int i = 0; i < kTerms; i++) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-          uint32_t zero = kOffset == Offset::kMinimums ? 0u : 1u << (kBits - 1);
-          if constexpr (kOffset == Offset::kZeros) zero = mine.zeros >> (8 * (2 * pair + r)) & 255u;
-          mine.codes.unpack(2 * pair + r, zero, rows[r]);
-        }
+          for (int half = 0; half < 2; half++) {
+            const uint32_t b[2] = {half == 0 ? terms[i].x : terms[i].z,
+                                   half == 0 ? terms[i].y : terms[i].w};
 #pragma unroll
-        for (int t = 0; t < kTiles; t++) {
-          float product[4] = {};
-#pragma unroll
-          for (int i = 0; i < kTerms; i++) {
-            mma_16x8x16<DType::kBF16>(product, {rows[0][0], rows[1][0], rows[0][1], rows[1][1]},
-                                      {terms[t][i].x, terms[t][i].y});
-            mma_16x8x16<DType::kBF16>(product, {rows[0][2], rows[1][2], rows[0][3], rows[1][3]},
-                                      {terms[t][i].z, terms[t][i].w});
+            for (int pair = 0; pair < 2; pair++) {
+              const uint32_t(&r0)[4] = rows[2 * pair];
+              const uint32_t(&r1)[4] = rows[2 * pair + 1];
+              mma_16x8x16<DType::kBF16>(
+                  product[pair], {r0[2 * half], r1[2 * half], r0[2 * half + 1], r1[2 * half + 1]},
+                  b);
+            }
           }
+        }
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
 #pragma unroll
           for (int i = 0; i < 4; i++) {
             float& sum = sums[pair][t][i];
             if constexpr (kOffset == Offset::kMinimums) {
-              sum += minimum[2 * pair + i / 2] * (i % 2 == 0 ? sum_x[t].x : sum_x[t].y);
+              sum += minimum[2 * pair + i / 2] * (i % 2 == 0 ? sum_x.x : sum_x.y);
             }
-            sum += scale[2 * pair + i / 2] * product[i];
+            sum += scale[2 * pair + i / 2] * product[pair][i];
           }
         }
       }
     }
+    if (!more) break;
+    if constexpr (kBuffers<kTiles> == 1) sync_block();
+    splitter.store(chunk + 1, memory + (chunk + 1) % kBuffers<kTiles> * shared.chunk);
   }
 
   sync_block();
@@ -352,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < kTiles * kTileX; i++) {
       if (i >= n) break;
-      const float sum = warp_sum(squares[i]);
+      const float sum = warp_sum(splitter.squares[i]);
       if (lane == 0) all_squares[warp * kTiles * kTileX + i] = sum;
     }
   }
@@ -376,7 +391,45 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
   }
 }
 
-template <int kBits, Offset kOffset>
+// Grid: x pairs of rows, y rows of x; one warp each.
+__global__ void __launch_bounds__(kWarpSize)
+    gemv_codes_kernel(const __grid_constant__ LinearArgs args) {
+  constexpr int kPlainRows = 2, kColumns = kCodeColumns;
+  const int64_t cols = args.cols;
+  const float* const x = args.x + int64_t{blockIdx.y} * cols;
+  RowPlace places[kPlainRows];
+#pragma unroll
+  for (int r = 0; r < kPlainRows; r++) places[r] = row_place<kPlainRows>(args, blockIdx.x, r);
+  float sums[kPlainRows] = {}, squares = 0.0f;
+  for (int64_t column = lane_id() * kColumns; column < cols; column += kWarpSize * kColumns) {
+    float factors[kColumns] = {};
+#pragma unroll
+    for (int j = 0; j < kColumns; j++) {
+      if (column + j >= cols) continue;
+      factors[j] = x[column + j];
+      if (args.norm == nullptr) continue;
+      squares += factors[j] * factors[j];
+      factors[j] *= args.norm[column + j];
+    }
+#pragma unroll
+    for (int r = 0; r < kPlainRows; r++) {
+      float values[kColumns];
+      load_values(*places[r].part, cols, places[r].row, column, values);
+#pragma unroll
+      for (int j = 0; j < kColumns; j++) sums[r] += values[j] * factors[j];
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kPlainRows; r++) sums[r] = warp_sum(sums[r]);
+  squares = warp_sum(squares);
+  const int row = lane_id();
+  if (row >= kPlainRows) return;
+  store_row<kPlainRows>(args, blockIdx.x, row, blockIdx.y,
+                        args.norm != nullptr ? norm_scale(args, squares) : 1.0f,
+                        [&](int r) { return r == 0 ? sums[0] : sums[1]; });
+}
+
+template <int kBits, Offset kOffset, bool kWide>
 void run(const LinearArgs& args, Stream stream) {
   const Grid grid{row_groups<kRows>(args)};
   for (int32_t first = 0; first < args.n; first += kGemvRows) {
@@ -384,7 +437,7 @@ void run(const LinearArgs& args, Stream stream) {
     const auto start = [&](auto tiles) {
       constexpr int kTiles = decltype(tiles)::value;
       const Shared shared = shared_of<kTiles>(n, kOffset == Offset::kMinimums);
-      launch("gemv_quantised", gemv_quantised_kernel<kBits, kOffset, kTiles>, grid, kThreads,
+      launch("gemv_quantised", gemv_quantised_kernel<kBits, kOffset, kWide, kTiles>, grid, kThreads,
              shared.bytes, stream, args, first, n, shared);
     };
     if (n <= kTileX) {
@@ -395,22 +448,43 @@ void run(const LinearArgs& args, Stream stream) {
   }
 }
 
-template <int kBits>
+template <int kBits, bool kWide>
 void run(const LinearArgs& args, Stream stream) {
   switch (args.parts[0].offset) {
     case Offset::kZeros:
-      return run<kBits, Offset::kZeros>(args, stream);
+      return run<kBits, Offset::kZeros, kWide>(args, stream);
     case Offset::kMinimums:
-      return run<kBits, Offset::kMinimums>(args, stream);
+      if constexpr (kWide) {
+        throw Error("gemv: minimums are f16 or bf16");
+      } else {
+        return run<kBits, Offset::kMinimums, kWide>(args, stream);
+      }
     default:
-      return run<kBits, Offset::kNone>(args, stream);
+      return run<kBits, Offset::kNone, kWide>(args, stream);
+  }
+}
+
+template <int kBits>
+void run(const LinearArgs& args, Stream stream) {
+  if (args.parts[0].scale_dtype == DType::kF32) {
+    run<kBits, true>(args, stream);
+  } else {
+    run<kBits, false>(args, stream);
   }
 }
 
 }  // namespace
 
+void gemv_codes_plain(const LinearArgs& args, Stream stream) {
+  launch("gemv_codes", gemv_codes_kernel, {row_groups<2>(args), args.n}, kWarpSize, 0, stream,
+         args);
+}
+
 void gemv_quantised(const LinearArgs& args, Stream stream) {
-  if (args.parts[0].dtype == DType::kInt4) {
+  if (args.cols % 4 != 0 || reinterpret_cast<uintptr_t>(args.x) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(args.norm) % 16 != 0) {
+    gemv_codes_plain(args, stream);
+  } else if (args.parts[0].dtype == DType::kInt4) {
     run<4>(args, stream);
   } else {
     run<8>(args, stream);

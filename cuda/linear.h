@@ -33,7 +33,10 @@ struct LinearPart {
   bool quantised() const { return !is_float(dtype); }
   // Whether one kernel multiplies by both.
   bool like(const LinearPart& other) const {
-    return dtype == other.dtype && (!quantised() || offset == other.offset);
+    if (dtype != other.dtype) return false;
+    if (!quantised()) return true;
+    const bool wide = scale_dtype == DType::kF32, other_wide = other.scale_dtype == DType::kF32;
+    return offset == other.offset && wide == other_wide;
   }
 };
 
@@ -55,6 +58,9 @@ struct LinearArgs {
 // not depend on what the other rows of the batch hold, but a row alone may take another kernel than
 // one of several. The parts are alike.
 void gemv(const LinearArgs& args, Stream stream);
+
+// The same of matrices of codes by a plain kernel, in f32 arithmetic.
+void gemv_codes_plain(const LinearArgs& args, Stream stream);
 
 // Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for
 // it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).

@@ -60,10 +60,7 @@ std::string name_of(const ::testing::TestParamInfo<Product>& info) {
 // x as the sum of two terms of 8 bits each comes within 2^-17 of it.
 constexpr double kTwoTerms = 4e-6;
 
-class QuantisedGemvTest : public ::testing::TestWithParam<Product> {};
-
-TEST_P(QuantisedGemvTest, EqualsTheProductWithItsWeights) {
-  const Product& p = GetParam();
+void check_product(const Product& p, void (*run)(const LinearArgs&, Stream)) {
   QuantisedShape second = p.codes;  // of the same launch, with scales of its own
   second.rows = p.second_rows;
   second.group = 64;
@@ -81,7 +78,7 @@ TEST_P(QuantisedGemvTest, EqualsTheProductWithItsWeights) {
   args.cols = cols;
   args.x = x.floats();
   args.n = p.n;
-  gemv(args, nullptr);
+  run(args, nullptr);
   y0.download();
   y1.download();
   for (const bool first : {true, false}) {
@@ -100,6 +97,14 @@ TEST_P(QuantisedGemvTest, EqualsTheProductWithItsWeights) {
       }
     }
   }
+}
+
+class QuantisedGemvTest : public ::testing::TestWithParam<Product> {};
+
+TEST_P(QuantisedGemvTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemv); }
+
+TEST_P(QuantisedGemvTest, PlainEqualsTheProductWithItsWeights) {
+  check_product(GetParam(), gemv_codes_plain);
 }
 
 std::vector<Product> products() {
@@ -167,7 +172,8 @@ TEST(QuantisedGemv, ARowDoesNotDependOnTheBatch) {
 }
 
 // RMSNorm before and SiLU after, in one launch.
-void check_fused(const QuantisedShape& shape, int32_t n, bool gated) {
+void check_fused(const QuantisedShape& shape, int32_t n, bool gated,
+                 void (*run)(const LinearArgs&, Stream)) {
   const DeviceCodes gate(shape), up(shape);
   const int64_t rows = shape.rows, cols = shape.cols;
   Values x(n * cols, DType::kF32, 3), norm(cols, DType::kF32, 4), bias(rows, DType::kF32, 5);
@@ -183,7 +189,7 @@ void check_fused(const QuantisedShape& shape, int32_t n, bool gated) {
   args.n = n;
   args.norm = norm.floats();
   args.eps = 1e-2f;
-  gemv(args, nullptr);
+  run(args, nullptr);
   y.download();
   for (int32_t i = 0; i < n; i++) {
     double squares = 0;
@@ -207,10 +213,13 @@ void check_fused(const QuantisedShape& shape, int32_t n, bool gated) {
 }
 
 TEST(QuantisedGemv, NormAndGateInPassing) {
-  check_fused({DType::kInt4, DType::kF16, Offset::kMinimums, 32, 50, 264}, 1, true);
-  check_fused({DType::kInt4, DType::kF16, Offset::kNone, 64, 18, 1030}, 5, true);
-  check_fused({DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true);
-  check_fused({DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 16, false);
+  for (const auto run : {gemv, gemv_codes_plain}) {
+    check_fused({DType::kInt4, DType::kF16, Offset::kMinimums, 32, 50, 264}, 1, true, run);
+    check_fused({DType::kInt4, DType::kF16, Offset::kNone, 64, 18, 1028}, 5, true, run);
+    check_fused({DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true, run);
+    check_fused({DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 16, false, run);
+    check_fused({DType::kInt8, DType::kF16, Offset::kNone, 64, 20, 75}, 2, true, run);
+  }
 }
 
 TEST(QuantisedGemv, RefusesMatricesThatAreNotAlike) {
