@@ -28,6 +28,7 @@ using namespace mustafar::cuda;
 
 constexpr int64_t kColdBytes = int64_t{1} << 29;
 constexpr int64_t kScratchBytes = int64_t{32} << 20;
+constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of codes, at a time
 
 struct Layer {
   const char* name;
@@ -118,28 +119,56 @@ class Bench {
       }
       return args;
     };
-    fill_bytes(y, 0xff, n * rows * 4, stream_);
-    gemv(args_of(0, false), stream_);
-    std::vector<float> out(n * rows);
-    copy_to_host(out.data(), y, n * rows * 4, stream_);
-    synchronize(stream_);
-    const bool right = codes_agree_with_host(out, x, n);
-    const Graph graph = record_graph(stream_, [&] {
-      for (int64_t c = 0; c < copies_; c++) gemv(args_of(c, layer.add), stream_);
-    });
-    const double seconds = seconds_of(stream_, graph, budget_) / static_cast<double>(copies_);
-    destroy_graph(graph);
-    const QuantisedShape& shape = shapes_[0];
-    const double bytes = static_cast<double>(copy_bytes_);
-    std::printf(
-        "{\"kernel\": \"gemv %s:%d%s\", \"layer\": \"%s\", \"rows\": %d, \"us\": %.3f, "
-        "\"bandwidth\": %.4g, \"of_copy\": %.3f, \"tflops\": %.1f, \"right\": %s}\n",
-        dtype_name(shape.dtype), shape.group, shape.offset == Offset::kMinimums ? " minimums" : "",
-        layer.name, n, seconds * 1e6, bytes / seconds, bytes / seconds / bandwidth_,
-        2.0 * static_cast<double>(rows * layer.cols) * n / seconds * 1e-12,
-        right ? "true" : "false");
-    std::fflush(stdout);
-    return right;
+    void* const packed = packed_.ensure<uint16_t>(n * layer.cols);
+    void* const scratch = scratch_.ensure<uint8_t>(kScratchBytes);
+    const int64_t slice_rows = kExpandedBytes / (2 * layer.cols) / kTileRows * kTileRows;
+    void* const values = values_.ensure<uint16_t>(slice_rows * layer.cols);
+    round_to(DType::kBF16, static_cast<const float*>(x_.data()), n * layer.cols, packed, stream_);
+    const auto by_gemv = [&](const LinearArgs& args) { gemv(args, stream_); };
+    const auto by_product = [&](const LinearArgs& args) {
+      for (int i = 0; i < args.n_parts; i++) {
+        const LinearPart& part = args.parts[i];
+        for (int64_t first = 0; first < part.rows; first += slice_rows) {
+          const int64_t count = std::min(slice_rows, part.rows - first);
+          expand_codes(part, args.cols, first, count, DType::kBF16, values, stream_);
+          const LinearPart slice{values,         DType::kBF16,  count,          nullptr,
+                                 part.y + first, part.y_stride, part.accumulate};
+          if (!product_->multiply(slice, packed, n, args.cols, scratch, kScratchBytes, stream_)) {
+            throw Error("cuBLASLt has no kernel for this shape");
+          }
+        }
+      }
+    };
+    bool good = true;
+    // Activations and weights rounded to bf16 come within 2^-8 of each product.
+    const auto measure = [&](const char* kernel, auto&& body, double tolerance) {
+      fill_bytes(y, 0xff, n * rows * 4, stream_);
+      body(args_of(0, false));
+      std::vector<float> out(n * rows);
+      copy_to_host(out.data(), y, n * rows * 4, stream_);
+      synchronize(stream_);
+      const bool right = codes_agree_with_host(out, x, n, tolerance);
+      good = good && right;
+      const Graph graph = record_graph(stream_, [&] {
+        for (int64_t c = 0; c < copies_; c++) body(args_of(c, layer.add));
+      });
+      const double seconds = seconds_of(stream_, graph, budget_) / static_cast<double>(copies_);
+      destroy_graph(graph);
+      const QuantisedShape& shape = shapes_[0];
+      const double bytes = static_cast<double>(copy_bytes_);
+      std::printf(
+          "{\"kernel\": \"%s %s:%d%s\", \"layer\": \"%s\", \"rows\": %d, \"us\": %.3f, "
+          "\"bandwidth\": %.4g, \"of_copy\": %.3f, \"tflops\": %.1f, \"right\": %s}\n",
+          kernel, dtype_name(shape.dtype), shape.group,
+          shape.offset == Offset::kMinimums ? " minimums" : "", layer.name, n, seconds * 1e6,
+          bytes / seconds, bytes / seconds / bandwidth_,
+          2.0 * static_cast<double>(rows * layer.cols) * n / seconds * 1e-12,
+          right ? "true" : "false");
+      std::fflush(stdout);
+    };
+    if (n <= 64) measure("gemv", by_gemv, 2e-5);
+    if (n >= 8 && product_ != nullptr) measure("expanded", by_product, 1e-2);
+    return good;
   }
 
   bool run(const Layer& layer, int32_t n) {
@@ -249,8 +278,8 @@ class Bench {
   }
 
   // The same of matrices of codes.
-  bool codes_agree_with_host(const std::vector<float>& out, const std::vector<float>& x,
-                             int32_t n) const {
+  bool codes_agree_with_host(const std::vector<float>& out, const std::vector<float>& x, int32_t n,
+                             double tolerance) const {
     const uint8_t* memory = codes_.data();
     const float* y = out.data();
     for (const QuantisedShape& shape : shapes_) {
@@ -264,7 +293,9 @@ class Bench {
             sum += product;
             power += product * product;
           }
-          if (!(std::fabs(y[b * shape.rows + row] - sum) <= 2e-5 * std::sqrt(power))) return false;
+          if (!(std::fabs(y[b * shape.rows + row] - sum) <= tolerance * std::sqrt(power))) {
+            return false;
+          }
         }
       }
       memory += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
@@ -293,7 +324,7 @@ class Bench {
   std::vector<QuantisedShape> shapes_;  // of the layer's matrices of codes
   std::vector<uint8_t> codes_;
   int64_t copy_values_ = 0, copy_bytes_ = 0, copies_ = 0;
-  DeviceBuffer weights_, x_, y_, packed_, scratch_;
+  DeviceBuffer weights_, x_, y_, packed_, scratch_, values_;
 };
 
 }  // namespace
@@ -328,7 +359,10 @@ int main(int argc, char** argv) {
            {Codes{DType::kInt4, 32, Offset::kMinimums}, Codes{DType::kInt4, 128, Offset::kNone},
             Codes{DType::kInt8, 32, Offset::kMinimums}}) {
         bench.prepare_codes(layer, dtype, group, offset);
-        for (const int32_t n : {1, 2, 8, 16}) good = bench.run_codes(layer, n) && good;
+        for (const int32_t n : {1, 2, 8, 16, 32, 64, 512, 2048}) {
+          if (n > 64 && layer.rows[0] > 100000) continue;
+          good = bench.run_codes(layer, n) && good;
+        }
       }
     }
     destroy_stream(stream);

@@ -8,7 +8,8 @@
 // rows g and g + 8 of a product. The order of columns within a product is free.
 //
 // A is code - zero, an integer that bf16 holds; B is x, as a sum of two bf16 terms, which holds f32
-// to 2^-17. The sum of a piece is in f32; it is multiplied by the group's scale and added up along
+// to 2^-17: the terms of four rows are the columns of a product. The sum of a
+// piece is in f32; it is multiplied by the group's scale and added up along
 // the columns of a warp, then over the warps. Of a matrix with minimums, W x is
 // scale (code x) + minimum (sum of x). The order of sums depends on the number of columns alone.
 //
@@ -37,19 +38,22 @@ constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kTile = static_cast<int>(kTileRows);
 constexpr int kRows = 2 * kTile;  // output rows of a block
-constexpr int kTileX = 8;         // rows of x of a product
-constexpr int kMaxTiles = 2;
+constexpr int kColumns = 8;       // of a product: two terms of each of kTileX rows of x
+constexpr int kTileX = 4;
 constexpr int kPiece = 32;  // columns of two products
 constexpr int kTurn = 4;    // pieces of a warp between two barriers
 template <int kBits>
 constexpr int kAhead = kBits == 4 ? 4 : 2;  // pieces whose codes are on their way
 constexpr int kChunk = kWarps * kTurn;
 constexpr int kTerms = 2;
-static_assert(kMaxTiles * kTileX == kGemvRows);
+static_assert(kGemvRows % kTileX == 0);
 static_assert(kPiece == kInnerStep);
 
-template <int kTiles>
-constexpr int kBuffers = kTiles == 1 ? 2 : 1;  // of x: some GPUs have 99 KiB of shared memory
+// kMost: how many rows of x a pass takes at most, 4, 8 or 16.
+template <int kMost>
+constexpr int kTiles = kMost / kTileX;
+template <int kMost>
+constexpr int kBuffers = kMost <= 8 ? 2 : 1;  // of x: some GPUs have 99 KiB of shared memory
 
 // Where the parts of shared memory are, in bytes.
 struct Shared {
@@ -58,13 +62,13 @@ struct Shared {
   int result;  // sums of warps
   int bytes;
 };
-template <int kTiles>
+template <int kMost>
 Shared shared_of(int n, bool minimums) {
   const int terms = kChunk * kTerms * n * 4 * 16;
-  const int chunk = terms + (minimums ? kChunk * kTiles * kTileX * 4 : 0);
-  const int result = kWarps * kTiles * kRows * kTileX * 4;
-  const int squares = kWarps * kTiles * kTileX * 4;
-  return {terms, chunk, result, std::max(kBuffers<kTiles> * chunk, result + squares)};
+  const int chunk = terms + (minimums ? kChunk * kMost * 4 : 0);
+  const int result = kWarps * kTiles<kMost> * kRows * kColumns * 4;
+  const int squares = kWarps * kMost * 4;
+  return {terms, chunk, result, std::max(kBuffers<kMost> * chunk, result + squares)};
 }
 
 // What a lane has on the way of a piece: 8 codes of each of 4 rows, and the scales and offsets of
@@ -136,8 +140,8 @@ struct Place {
     const RowPlace place = row_place<kRows>(args, blockIdx.x, kTile * (g >> 2));
     const LinearPart& part = *place.part;
     const int64_t tile = place.row / kTile;
-    const int64_t n_pieces = (args.cols + kPiece - 1) / kPiece;
-    const int64_t n_groups = (args.cols + part.group - 1) / part.group;
+    const uint32_t cols = static_cast<uint32_t>(args.cols), group = part.group;
+    const int64_t n_pieces = (cols + kPiece - 1) / kPiece, n_groups = (cols + group - 1) / group;
     const int64_t first = tile * n_groups * kTile + 4 * (g & 3);
     codes = static_cast<const uint8_t*>(part.weights) + tile * n_pieces * (64 * kBits) +
             c * (16 * kBits) + (g & 3) * 16;
@@ -145,7 +149,7 @@ struct Place {
     offsets = static_cast<const uint8_t*>(part.offsets) +
               first * (kOffset == Offset::kMinimums ? kScaleBytes : 1);
     // Rounded up: exact while pieces times pieces a group are below 2^31.
-    const uint32_t pieces = static_cast<uint32_t>(part.group) / kPiece;
+    const uint32_t pieces = group / kPiece;
     group_rate = n_groups == 1 ? 0u : (0x80000000u - 1) / pieces + 1;
     f16 = part.scale_dtype == DType::kF16;
   }
@@ -167,11 +171,11 @@ struct Place {
 
 // Splits x, times the norm's weights, into shared memory, 1,024 columns of n rows at a time, and
 // adds up its squares: a thread takes 4 columns of every row, kBatch rows at once. The first batch
-// is loaded ahead.
-template <Offset kOffset, int kTiles>
+// may be loaded ahead.
+template <Offset kOffset, int kMost>
 struct Splitter {
   static constexpr int kBatch = 2;
-  static constexpr int kMost = kTiles * kTileX;
+  static constexpr bool kLoadsAhead = kMost == 4;  // more rows leave no registers for it
 
   const LinearArgs& args;
   const int32_t first_x, n;
@@ -195,6 +199,9 @@ struct Splitter {
     for (int i = 0; i < kBatch; i++) {
       batch[i] = load(args.x + (first_x + row + i) * args.cols, row + i < n, chunk);
     }
+  }
+  __device__ __forceinline__ void load_ahead(int32_t chunk) {
+    if constexpr (kLoadsAhead) load_first(chunk);
   }
   __device__ __forceinline__ void load_first(int32_t chunk) {
     load_batch(chunk, 0, first);
@@ -231,8 +238,8 @@ struct Splitter {
       if (thread % 8 == 0) reinterpret_cast<float*>(to + terms_bytes)[piece * kMost + i] = sum;
     }
   }
-  // Of the chunk whose first batch was loaded.
   __device__ __forceinline__ void store(int32_t chunk, uint8_t* to) {
+    if constexpr (!kLoadsAhead) load_first(chunk);
 #pragma unroll
     for (int row = 0; row < kMost; row += kBatch) {
       if (row >= n) break;
@@ -251,8 +258,8 @@ struct Splitter {
   }
 };
 
-template <int kBits, Offset kOffset, bool kWide, int kTiles>
-__global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
+template <int kBits, Offset kOffset, bool kWide, int kMost>
+__global__ void __launch_bounds__(kThreads, kMost <= 8 ? 2 : 1)
     gemv_quantised_kernel(const __grid_constant__ LinearArgs args, int32_t first_x, int32_t n,
                           Shared shared) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
@@ -266,16 +273,16 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
 #pragma unroll
   for (int p = 0; p < kAhead<kBits>; p++) place.load(piece + p, piece + p < n_pieces, ahead[p]);
 
-  float sums[2][kTiles][4] = {};
-  Splitter<kOffset, kTiles> splitter(args, first_x, n, shared.terms);
-  splitter.load_first(0);
+  float sums[2][kTiles<kMost>][4] = {};
+  Splitter<kOffset, kMost> splitter(args, first_x, n, shared.terms);
+  splitter.load_ahead(0);
   splitter.store(0, memory);
   for (int32_t chunk = 0; chunk < n_chunks; chunk++, piece += kChunk) {
     sync_block();
     const bool more = chunk + 1 < n_chunks;
-    if (more) splitter.load_first(chunk + 1);
-    const uint8_t* const x = memory + chunk % kBuffers<kTiles> * shared.chunk;
-    const int slot = warp * kTurn, slot_bytes = kTerms * n * 64;
+    if (more) splitter.load_ahead(chunk + 1);
+    const uint8_t* const x = memory + chunk % kBuffers<kMost> * shared.chunk;
+    const int slot = warp * kTurn;
 #pragma unroll
     for (int p = 0; p < kTurn; p++) {
       if (piece + p >= n_pieces) break;
@@ -299,35 +306,30 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
       place.load(next, next < n_pieces, mine);
 
 #pragma unroll
-      for (int t = 0; t < kTiles; t++) {
+      for (int t = 0; t < kTiles<kMost>; t++) {
         // Columns of the product that stand for no row of x repeat the last and are not stored.
-        const int row = t * kTileX + g < n ? t * kTileX + g : n - 1;
-        const uint8_t* const from = x + (slot + p) * slot_bytes + row * 64 + c * 16;
-        uint4 terms[kTerms];
-#pragma unroll
-        for (int i = 0; i < kTerms; i++) {
-          terms[i] = *reinterpret_cast<const uint4*>(from + i * n * 64);
-        }
+        const int column = t * kTileX + g % kTileX;
+        const int row = column < n ? column : n - 1;
+        const uint4 x_columns = *reinterpret_cast<const uint4*>(
+            x + (((slot + p) * kTerms + g / kTileX) * n + row) * 64 + c * 16);
         float2 sum_x = {};
         if constexpr (kOffset == Offset::kMinimums) {
-          sum_x = *reinterpret_cast<const float2*>(
-              x + shared.terms + (((slot + p) * kTiles + t) * kTileX + 2 * c) * 4);
+          if (2 * c < kTileX) {  // once, with the first terms
+            sum_x = *reinterpret_cast<const float2*>(x + shared.terms +
+                                                     ((slot + p) * kMost + t * kTileX + 2 * c) * 4);
+          }
         }
         float product[2][4] = {};
 #pragma unroll
-        for (int i = 0; i < kTerms; i++) {
+        for (int half = 0; half < 2; half++) {
+          const uint32_t b[2] = {half == 0 ? x_columns.x : x_columns.z,
+                                 half == 0 ? x_columns.y : x_columns.w};
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const uint32_t b[2] = {half == 0 ? terms[i].x : terms[i].z,
-                                   half == 0 ? terms[i].y : terms[i].w};
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-              const uint32_t(&r0)[4] = rows[2 * pair];
-              const uint32_t(&r1)[4] = rows[2 * pair + 1];
-              mma_16x8x16<DType::kBF16>(
-                  product[pair], {r0[2 * half], r1[2 * half], r0[2 * half + 1], r1[2 * half + 1]},
-                  b);
-            }
+          for (int pair = 0; pair < 2; pair++) {
+            const uint32_t(&r0)[4] = rows[2 * pair];
+            const uint32_t(&r1)[4] = rows[2 * pair + 1];
+            mma_16x8x16<DType::kBF16>(
+                product[pair], {r0[2 * half], r1[2 * half], r0[2 * half + 1], r1[2 * half + 1]}, b);
           }
         }
 #pragma unroll
@@ -344,35 +346,36 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
       }
     }
     if (!more) break;
-    if constexpr (kBuffers<kTiles> == 1) sync_block();
-    splitter.store(chunk + 1, memory + (chunk + 1) % kBuffers<kTiles> * shared.chunk);
+    if constexpr (kBuffers<kMost> == 1) sync_block();
+    splitter.store(chunk + 1, memory + (chunk + 1) % kBuffers<kMost> * shared.chunk);
   }
 
   sync_block();
+  constexpr int kTileSums = kRows * kColumns, kWarpSums = kTiles<kMost> * kTileSums;
   float* const all_sums = reinterpret_cast<float*>(memory);
   float* const all_squares = reinterpret_cast<float*>(memory + shared.result);
 #pragma unroll
-  for (int t = 0; t < kTiles; t++) {
-    float* const mine = all_sums + (warp * kTiles + t) * kRows * kTileX;
+  for (int t = 0; t < kTiles<kMost>; t++) {
 #pragma unroll
     for (int pair = 0; pair < 2; pair++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int row = kTile * (g >> 2) + 4 * (g & 3) + 2 * pair + i / 2;
-        mine[row * kTileX + 2 * c + i % 2] = sums[pair][t][i];
+        all_sums[warp * kWarpSums + t * kTileSums + row * kColumns + 2 * c + i % 2] =
+            sums[pair][t][i];
       }
     }
   }
   if (args.norm != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kTiles * kTileX; i++) {
+    for (int i = 0; i < kMost; i++) {
       if (i >= n) break;
       const float sum = warp_sum(splitter.squares[i]);
-      if (lane == 0) all_squares[warp * kTiles * kTileX + i] = sum;
+      if (lane == 0) all_squares[warp * kMost + i] = sum;
     }
   }
   sync_block();
-  for (int i = static_cast<int>(threadIdx.x); i < kTiles * kRows * kTileX; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kMost * kRows; i += kThreads) {
     const int row = i % kRows, x = i / kRows;
     if (x >= n) continue;
     const auto over_warps = [&](const float* from, int stride) {
@@ -381,12 +384,11 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 2 : 1)
       for (int w = 0; w < kWarps; w++) sum += from[w * stride];
       return sum;
     };
-    const float scale = args.norm != nullptr
-                            ? norm_scale(args, over_warps(all_squares + x, kTiles * kTileX))
-                            : 1.0f;
+    const float scale =
+        args.norm != nullptr ? norm_scale(args, over_warps(all_squares + x, kMost)) : 1.0f;
     store_row<kRows>(args, blockIdx.x, row, first_x + x, scale, [&](int r) {
-      return over_warps(all_sums + (x / kTileX * kRows + r) * kTileX + x % kTileX,
-                        kTiles * kRows * kTileX);
+      const float* const from = all_sums + x / kTileX * kTileSums + r * kColumns + x % kTileX;
+      return over_warps(from, kWarpSums) + over_warps(from + kTileX, kWarpSums);
     });
   }
 }
@@ -434,16 +436,18 @@ void run(const LinearArgs& args, Stream stream) {
   const Grid grid{row_groups<kRows>(args)};
   for (int32_t first = 0; first < args.n; first += kGemvRows) {
     const int32_t n = args.n - first < kGemvRows ? args.n - first : kGemvRows;
-    const auto start = [&](auto tiles) {
-      constexpr int kTiles = decltype(tiles)::value;
-      const Shared shared = shared_of<kTiles>(n, kOffset == Offset::kMinimums);
-      launch("gemv_quantised", gemv_quantised_kernel<kBits, kOffset, kWide, kTiles>, grid, kThreads,
+    const auto start = [&](auto most) {
+      constexpr int kMost = decltype(most)::value;
+      const Shared shared = shared_of<kMost>(n, kOffset == Offset::kMinimums);
+      launch("gemv_quantised", gemv_quantised_kernel<kBits, kOffset, kWide, kMost>, grid, kThreads,
              shared.bytes, stream, args, first, n, shared);
     };
-    if (n <= kTileX) {
-      start(std::integral_constant<int, 1>());
+    if (n <= 4) {
+      start(std::integral_constant<int, 4>());
+    } else if (n <= 8) {
+      start(std::integral_constant<int, 8>());
     } else {
-      start(std::integral_constant<int, 2>());
+      start(std::integral_constant<int, kGemvRows>());
     }
   }
 }
