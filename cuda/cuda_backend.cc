@@ -18,7 +18,7 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 constexpr int32_t kGemvBatch = 8;
 // Codes are read at a quarter or half of the bytes, and expanding them costs several times those:
 // passes of GEMV are faster up to more rows.
-constexpr int32_t kQuantisedGemvBatch = 64;
+constexpr int32_t kQuantisedGemvBatch = 32;
 constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of a matrix of codes, at a time
 constexpr int64_t kProductBytes = int64_t{32} << 20;   // cuBLASLt's scratch
 constexpr size_t kMaxRecordedSteps = 32;  // graphs that are kept; the oldest goes first

@@ -28,6 +28,12 @@ struct DeviceProperties {
 // driver, a device, or code for the device's architecture in this build.
 DeviceProperties open_device();
 
+// The same, asked for once.
+inline const DeviceProperties& device_properties() {
+  static const DeviceProperties properties = open_device();
+  return properties;
+}
+
 // Every function throws Error naming what was called and CUDA's own words; the allocating ones
 // throw OutOfMemory with the need and, on the device, what is free.
 void* device_allocate(int64_t bytes);

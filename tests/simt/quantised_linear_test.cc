@@ -113,7 +113,7 @@ std::vector<Product> products() {
     int64_t rows, second_rows, cols;
   };
   // Tiles that are not full, odd numbers of tiles; pieces that are not full, columns that fill no
-  // vector, more than a chunk of columns.
+  // vector.
   const Size sizes[] = {{1, 16, 1}, {19, 40, 33}, {33, 5, 100}, {64, 1, 300}, {48, 17, 1060}};
   const int32_t batches[] = {1, 3, 8, 9, 16, 17, 2, 33};
   int turn = 0;
@@ -134,6 +134,10 @@ std::vector<Product> products() {
         }
         turn += 2;  // other pairs of size, group and batch
       }
+      // More columns than a block holds of x at once, or than a turn has; several groups a block.
+      all.push_back({{dtype, DType::kF16, offset, 64, 80, 2112}, 130, 7, true, false});
+      all.push_back({{dtype, DType::kBF16, offset, 128, 70, 6300}, 16, 3, false, true});
+      all.push_back({{dtype, DType::kF16, offset, 32, 90, 4100}, 40, 1, false, false});
     }
   }
 #if !defined(MUSTAFAR_SIMT)  // as models have them
@@ -219,6 +223,7 @@ TEST(QuantisedGemv, NormAndGateInPassing) {
     check_fused({DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true, run);
     check_fused({DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 16, false, run);
     check_fused({DType::kInt8, DType::kF16, Offset::kNone, 64, 20, 75}, 2, true, run);
+    check_fused({DType::kInt4, DType::kF16, Offset::kMinimums, 32, 70, 2080}, 6, true, run);
   }
 }
 
