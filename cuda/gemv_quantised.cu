@@ -165,6 +165,33 @@ struct Place {
   }
 };
 
+// A thread's four columns of a row of x as two terms, and for minimums the sum of a piece of them.
+template <Offset kOffset, int kMost>
+__device__ __forceinline__ void store_terms(const float (&x)[4], int32_t n, int32_t slot, int row,
+                                            const Shared& shared, uint8_t* memory) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int piece = slot * kBlockTurn + thread / 8, c = thread % 8 / 2, half = thread % 2;
+  uint32_t high[2], low[2];
+#pragma unroll
+  for (int j = 0; j < 2; j++) {
+    high[j] = pack2<DType::kBF16>(x[j], x[j + 2]);
+    low[j] = pack2<DType::kBF16>(x[j] - bf16_float(static_cast<uint16_t>(high[j])),
+                                 x[j + 2] - bf16_float(static_cast<uint16_t>(high[j] >> 16)));
+  }
+  uint2* const words =
+      reinterpret_cast<uint2*>(memory) + ((piece * kTerms * n + row) * 4 + c) * 2 + half;
+  words[0] = {high[0], high[1]};
+  words[n * 4 * 2] = {low[0], low[1]};
+  if constexpr (kOffset == Offset::kMinimums) {
+    float sum = x[0] + x[1] + x[2] + x[3];
+#pragma unroll
+    for (int m = 1; m < 8; m *= 2) sum += shuffle_xor(sum, m);
+    if (thread % 8 == 0) {
+      reinterpret_cast<float*>(memory + shared.piece_sums)[piece * kMost + row] = sum;
+    }
+  }
+}
+
 // Splits a turn's columns of x, times the norm's weights, into shared memory, unless kSquaresAlone,
 // and adds up their squares: a thread takes 4 columns of every row. Columns behind the last are 0.
 template <Offset kOffset, int kMost, bool kSquaresAlone>
@@ -172,9 +199,7 @@ __device__ __forceinline__ void split_turn(const LinearArgs& args, int32_t first
                                            int32_t turn, int32_t slot, const Shared& shared,
                                            uint8_t* memory, float (&squares)[kMost]) {
   constexpr int kBatch = 2;  // rows at once
-  const int thread = static_cast<int>(threadIdx.x);
-  const int piece = slot * kBlockTurn + thread / 8, c = thread % 8 / 2, half = thread % 2;
-  const int64_t column = int64_t{turn} * (kBlockTurn * kPiece) + 4 * thread;
+  const int64_t column = int64_t{turn} * (kBlockTurn * kPiece) + 4 * static_cast<int>(threadIdx.x);
   const bool inside = column < args.cols;
   uint4 norm = {0, 0, 0, 0};
   if (args.norm != nullptr) load_if(inside, args.norm + column, norm);
@@ -200,26 +225,8 @@ __device__ __forceinline__ void split_turn(const LinearArgs& args, int32_t first
           x[j] *= bits_float(word_of(norm, j));
         }
       }
-      if constexpr (kSquaresAlone) continue;
-      uint32_t high[2], low[2];
-#pragma unroll
-      for (int j = 0; j < 2; j++) {
-        high[j] = pack2<DType::kBF16>(x[j], x[j + 2]);
-        low[j] = pack2<DType::kBF16>(x[j] - bf16_float(static_cast<uint16_t>(high[j])),
-                                     x[j + 2] - bf16_float(static_cast<uint16_t>(high[j] >> 16)));
-      }
-      uint2* const words =
-          reinterpret_cast<uint2*>(memory) + ((piece * kTerms * n + row + i) * 4 + c) * 2 + half;
-      words[0] = {high[0], high[1]};
-      words[n * 4 * 2] = {low[0], low[1]};
-      if constexpr (kOffset == Offset::kMinimums) {
-        float sum = x[0] + x[1] + x[2] + x[3];
-#pragma unroll
-        for (int m = 1; m < 8; m *= 2) sum += shuffle_xor(sum, m);
-        if (thread % 8 == 0) {
-          reinterpret_cast<float*>(memory + shared.piece_sums)[piece * kMost + row + i] = sum;
-        }
-      }
+      if constexpr (!kSquaresAlone)
+        store_terms<kOffset, kMost>(x, n, slot, row + i, shared, memory);
     }
   }
 }

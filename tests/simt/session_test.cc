@@ -90,8 +90,8 @@ TEST_F(CudaSession, EqualsTheCpuInF16WithInt8) {
   compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 1e-2);
 }
 
-// A prompt longer than what is multiplied with codes as they are, where values are 2 bytes wide, and
-// some steps. CPUs round activations to 8 bits in those.
+// A prompt longer than what is multiplied with codes as they are, where values are 2 bytes wide,
+// and some steps. CPUs round activations to 8 bits in those.
 void compare_weights(const char* weights, int32_t head_dim, DType dtype, double tolerance) {
   const Model cpu = random_model("cpu", head_dim, dtype, weights);
   const Model gpu = random_model("cuda", head_dim, dtype, weights);

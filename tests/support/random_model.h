@@ -38,11 +38,10 @@ inline ModelConfig small_config(const SmallShape& shape = {}) {
   return c;
 }
 
-// The same weights every time; the GPU's and the CPU's are equal. threads: of the CPU. weights: what
-// they are rounded to.
+// The same weights every time; the GPU's and the CPU's are equal. threads: of the CPU. weights:
+// what they are rounded to.
 inline Model random_model(const ModelConfig& config, const std::string& device, int32_t threads,
-                          DType dtype, int64_t kv_budget = 0,
-                          const std::string& weights = "auto") {
+                          DType dtype, int64_t kv_budget = 0, const std::string& weights = "auto") {
   ModelOptions options;
   options.device = device;
   options.threads = threads;
