@@ -22,14 +22,24 @@ constexpr int32_t kQuantisedGemvBatch = 32;
 constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of a matrix of codes, at a time
 constexpr int64_t kProductBytes = int64_t{32} << 20;   // cuBLASLt's scratch
 constexpr size_t kMaxRecordedSteps = 32;  // graphs that are kept; the oldest goes first
+// Of a device's memory, one part in so many may wait for its next use; on the harness, whose fresh
+// memory is NaN and whose freed memory can't be read, nothing.
+#if defined(MUSTAFAR_SIMT)
+constexpr int64_t kKeptShare = int64_t{1} << 62;
+#else
+constexpr int64_t kKeptShare = 64;
+#endif
 
 class CudaMemory final : public DeviceMemory {
  public:
-  explicit CudaMemory(int64_t bytes) {
-    data_ = device_allocate(bytes);
+  CudaMemory(std::shared_ptr<MemoryPool> pool, int64_t bytes) : pool_(std::move(pool)) {
+    data_ = pool_->take(bytes);
     bytes_ = bytes;
   }
-  ~CudaMemory() override { device_free(data_); }
+  ~CudaMemory() override { pool_->give(data_, bytes_); }
+
+ private:
+  const std::shared_ptr<MemoryPool> pool_;
 };
 
 CudaWorkspace& on_cuda(Workspace& workspace) { return static_cast<CudaWorkspace&>(workspace); }
@@ -96,7 +106,8 @@ CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
       eps_(static_cast<float>(config.rms_norm_eps)),
       n_heads_(config.n_heads),
       n_kv_heads_(config.n_kv_heads),
-      head_dim_(config.head_dim) {
+      head_dim_(config.head_dim),
+      memory_(std::make_shared<MemoryPool>(properties_.memory_bytes / kKeptShare)) {
   if (head_dim_ > kMaxHeadDim) {
     throw DeviceError("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
                       ", this model has " + std::to_string(head_dim_));
@@ -116,7 +127,7 @@ std::string CudaBackend::description() const {
 }
 
 std::unique_ptr<DeviceMemory> CudaBackend::allocate(int64_t bytes) {
-  return std::make_unique<CudaMemory>(bytes);
+  return std::make_unique<CudaMemory>(memory_, bytes);
 }
 
 void CudaBackend::upload(void* device, const void* host, int64_t bytes) {

@@ -20,6 +20,7 @@
 #include "cuda/cublaslt.h"
 #include "cuda/device.h"
 #include "cuda/linear.h"
+#include "cuda/memory_pool.h"
 #include "cuda/top_logits.h"
 #include "cuda/workspace.h"
 
@@ -41,7 +42,7 @@ class CudaBackend final : public Backend {
   void upload(void* device, const void* host, int64_t bytes) override;
   void download(void* host, const void* device, int64_t bytes) override;
   void copy(void* to, const void* from, int64_t bytes) override;
-  int64_t available_bytes() const override { return device_available_bytes(); }
+  int64_t available_bytes() const override { return device_available_bytes() + memory_->kept(); }
 
   std::unique_ptr<Workspace> make_workspace() override;
 
@@ -106,6 +107,7 @@ class CudaBackend final : public Backend {
   DType dtype_;
   float eps_;
   int32_t n_heads_, n_kv_heads_, head_dim_;
+  std::shared_ptr<MemoryPool> memory_;
   Stream stream_ = nullptr;
   std::unique_ptr<CublasLt> cublaslt_;  // null where the library was not found
   std::recursive_mutex mutex_;          // issuing into the stream

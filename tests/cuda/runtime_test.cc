@@ -144,6 +144,21 @@ TEST_F(CudaHost, DecodeStepsOfEveryPolicyAreReplayed) {
   EXPECT_GE(runtime().count("cudaGraphLaunch"), alone + 4) << "of 6 steps";
 }
 
+// A tail that grows takes what an earlier one freed.
+TEST_F(CudaHost, MemoryIsUsedAgain) {
+  const Model model = open_model("cuda");
+  const auto allocations_of_growth = [&] {
+    Session session(model, KVConfig{});
+    session.prefill(std::vector<int32_t>(10, 5));
+    for (int i = 0; i < 3; i++) session.decode(7);
+    const int64_t before = runtime().count("cudaMalloc");
+    for (int i = 0; i < 90; i++) session.decode(7);
+    return runtime().count("cudaMalloc") - before;
+  };
+  EXPECT_GT(allocations_of_growth(), 0);
+  EXPECT_EQ(allocations_of_growth(), 0);
+}
+
 #if defined(MUSTAFAR_CUDA_DEBUG)
 TEST_F(CudaHost, DebugBuildsWaitForEveryKernel) {
   use_model(1);  // without a graph
