@@ -375,17 +375,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     // A warp for a row of x, others for the next group's.
     for (int x = 0; x < n; x++) {
       if ((round * n + x) % kWarps != warp) continue;
-      const auto over_warps = [&](const float* from, int stride) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < kWarps; w++) sum += from[w * stride];
-        return sum;
-      };
       const float scale =
-          args.norm != nullptr ? norm_scale(args, over_warps(all_squares + x, kMost)) : 1.0f;
+          args.norm != nullptr ? norm_scale(args, sum_apart<kWarps>(all_squares + x, kMost)) : 1.0f;
       store_row<kRows>(args, group, lane, first_x + x, scale, [&](int r) {
         const float* const from = these + x / kTileX * kTileSums + x % kTileX * kRows + r;
-        return over_warps(from, kWarpSums) + over_warps(from + kTileX * kRows, kWarpSums);
+        return sum_apart<kWarps>(from, kWarpSums) +
+               sum_apart<kWarps>(from + kTileX * kRows, kWarpSums);
       });
     }
     group = next_group;

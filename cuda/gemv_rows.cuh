@@ -80,6 +80,15 @@ __device__ __forceinline__ void load_floats(const float* from, float (&values)[k
   }
 }
 
+// The sum of kCount numbers that lie `stride` apart.
+template <int kCount>
+__device__ __forceinline__ float sum_apart(const float* from, int stride) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; i++) sum += from[i * stride];
+  return sum;
+}
+
 // What RMSNorm multiplies a row by, from the row's sum of squares.
 __device__ __forceinline__ float norm_scale(const LinearArgs& args, float squares) {
   return 1.0f / sqrtf(squares / static_cast<float>(args.cols) + args.eps);

@@ -127,20 +127,15 @@ __global__ void __launch_bounds__(kThreads, kTiles == 1 ? 3 : 2)
   for (int i = static_cast<int>(threadIdx.x); i < kTiles * kRows * kTileX; i += kThreads) {
     const int row = i % kRows, x = i / kRows % kTileX, tile = i / (kRows * kTileX);
     if (tile * kTileX + x >= n) continue;
-    const auto over_warps = [&](const float* from, int stride) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; w++) sum += from[w * stride];
-      return sum;
-    };
     const float scale =
         args.norm != nullptr
-            ? norm_scale(args, over_warps(all_squares + tile * kTileX + x, kTiles * kTileX))
+            ? norm_scale(args, sum_apart<kWarps>(all_squares + tile * kTileX + x, kTiles * kTileX))
             : 1.0f;
-    store_row<kRows>(
-        args, blockIdx.x, row, first_x + tile * kTileX + x, scale * kUnit<kType>, [&](int r) {
-          return over_warps(all_sums + (tile * kRows + r) * kTileX + x, kTiles * kRows * kTileX);
-        });
+    store_row<kRows>(args, blockIdx.x, row, first_x + tile * kTileX + x, scale * kUnit<kType>,
+                     [&](int r) {
+                       return sum_apart<kWarps>(all_sums + (tile * kRows + r) * kTileX + x,
+                                                kTiles * kRows * kTileX);
+                     });
   }
 }
 

@@ -100,4 +100,60 @@ inline void check_linear(const LinearShape& s, bool rounds, double error,
   }
 }
 
+// Two matrices of one shape, of which a launch may make gate and up: their parts without results,
+// and what they are.
+struct GatedMatrices {
+  LinearPart gate, up;
+  int64_t cols;
+  std::function<double(int64_t row, int64_t col)> gate_weight, up_weight;
+  std::function<double(int64_t row, int64_t col)> gate_size, up_size;  // of a weight's terms
+};
+
+// RMSNorm before and, where it is gated, SiLU after, in one launch. error: of a sum, relative to
+// its terms' sizes.
+inline void check_fused(const GatedMatrices& m, int32_t n, bool gated, double error,
+                        const std::function<void(const LinearArgs&)>& run) {
+  const int64_t rows = m.gate.rows, cols = m.cols;
+  Values x(n * cols, DType::kF32, 3), norm(cols, DType::kF32, 4), bias(rows, DType::kF32, 5);
+  Values y(n * rows, DType::kF32, 6), rest(n * rows, DType::kF32, 7);
+  y.poison();
+  LinearArgs args;
+  args.parts[0] = m.gate;
+  args.parts[0].bias = bias.floats();
+  args.parts[0].y = y.floats();
+  args.parts[1] = m.up;
+  args.parts[1].y = rest.floats();
+  args.n_parts = gated ? 2 : 1;
+  args.gated = gated;
+  args.cols = cols;
+  args.x = x.floats();
+  args.n = n;
+  args.norm = norm.floats();
+  args.eps = 1e-2f;
+  run(args);
+  y.download();
+  for (int32_t i = 0; i < n; i++) {
+    double squares = 0;
+    for (int64_t j = 0; j < cols; j++) squares += double{x[i * cols + j]} * x[i * cols + j];
+    const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-2);
+    for (int64_t row = 0; row < rows; row++) {
+      double g = bias[row], u = 0, g_size = 1, u_size = 1;
+      for (int64_t j = 0; j < cols; j++) {
+        const double value = x[i * cols + j] * scale * norm[j];
+        g += value * m.gate_weight(row, j);
+        u += value * m.up_weight(row, j);
+        g_size += std::fabs(value) * m.gate_size(row, j);
+        u_size += std::fabs(value) * m.up_size(row, j);
+      }
+      const double silu = g / (1 + std::exp(-g));
+      const double want = gated ? silu * u : g;
+      // SiLU's slope is below 1.1.
+      const double size =
+          gated ? 1.1 * g_size * std::fabs(u) + u_size * std::fabs(silu) + std::fabs(want) : g_size;
+      ASSERT_NEAR(y[i * rows + row], want, error * (1 + size))
+          << "row " << row << " of batch row " << i;
+    }
+  }
+}
+
 }  // namespace mustafar::cuda

@@ -80,55 +80,29 @@ TEST(Gemv, ARowDoesNotDependOnTheBatch) {
   }
 }
 
-// RMSNorm before and SiLU after, in one launch.
-void check_fused(DType dtype, int32_t n, int64_t rows, int64_t cols, bool gated) {
+void check_fused_values(DType dtype, int32_t n, int64_t rows, int64_t cols, bool gated) {
   Values gate(rows * cols, dtype, 1, 0.3f), up(rows * cols, dtype, 2, 0.3f);
-  Values x(n * cols, kF32, 3), norm(cols, kF32, 4), bias(rows, kF32, 5);
-  Values y(n * rows, kF32, 6), rest(n * rows, kF32, 7);
-  y.poison();
-  LinearArgs args;
-  args.parts[0] = {gate.device(), dtype, rows, bias.floats(), y.floats(), rows, false};
-  args.parts[1] = {up.device(), dtype, rows, nullptr, rest.floats(), rows, false};
-  args.n_parts = gated ? 2 : 1;
-  args.gated = gated;
-  args.cols = cols;
-  args.x = x.floats();
-  args.n = n;
-  args.norm = norm.floats();
-  args.eps = 1e-2f;
-  gemv(args, nullptr);
-  y.download();
-  for (int32_t i = 0; i < n; i++) {
-    double squares = 0;
-    for (int64_t j = 0; j < cols; j++) squares += double{x[i * cols + j]} * x[i * cols + j];
-    const double scale = 1 / std::sqrt(squares / static_cast<double>(cols) + 1e-2);
-    for (int64_t row = 0; row < rows; row++) {
-      double g = bias[row], u = 0, g_size = 1, u_size = 1;
-      for (int64_t j = 0; j < cols; j++) {
-        const double value = x[i * cols + j] * scale * norm[j];
-        g += value * gate[row * cols + j];
-        u += value * up[row * cols + j];
-        g_size += std::fabs(value * gate[row * cols + j]);
-        u_size += std::fabs(value * up[row * cols + j]);
-      }
-      const double silu = g / (1 + std::exp(-g));
-      const double want = gated ? silu * u : g;
-      // Sums to 1e-6 of their terms' sizes; SiLU's slope is below 1.1.
-      const double error =
-          gated ? 1.1 * g_size * std::fabs(u) + u_size * std::fabs(silu) + std::fabs(want) : g_size;
-      ASSERT_NEAR(y[i * rows + row], want, 1e-6 * (1 + error))
-          << "row " << row << " of batch row " << i;
-    }
-  }
+  const auto weight_of = [cols](const Values& w) {
+    return [&w, cols](int64_t row, int64_t col) { return double{w[row * cols + col]}; };
+  };
+  const auto size_of = [cols](const Values& w) {
+    return [&w, cols](int64_t row, int64_t col) { return std::fabs(double{w[row * cols + col]}); };
+  };
+  const auto part_of = [rows, dtype](Values& w) {
+    return LinearPart{w.device(), dtype, rows, nullptr, nullptr, rows, false};
+  };
+  check_fused({part_of(gate), part_of(up), cols, weight_of(gate), weight_of(up), size_of(gate),
+               size_of(up)},
+              n, gated, 1e-6, [](const LinearArgs& args) { gemv(args, nullptr); });
 }
 
 TEST(Gemv, NormAndGateInPassing) {
-  check_fused(kBF16, 1, 18, 264, true);
-  check_fused(kF16, 5, 7, 72, true);
-  check_fused(kF32, 2, 9, 43, true);  // columns that fill no vector, half a group
-  check_fused(kBF16, 11, 33, 520, false);
-  check_fused(kF32, 1, 5, 2100, false);
-  if (kOnDevice) check_fused(kBF16, 1, 2000, 4096, true);
+  check_fused_values(kBF16, 1, 18, 264, true);
+  check_fused_values(kF16, 5, 7, 72, true);
+  check_fused_values(kF32, 2, 9, 43, true);  // columns that fill no vector, half a group
+  check_fused_values(kBF16, 11, 33, 520, false);
+  check_fused_values(kF32, 1, 5, 2100, false);
+  if (kOnDevice) check_fused_values(kBF16, 1, 2000, 4096, true);
 }
 
 class GemmTest : public ::testing::TestWithParam<LinearShape> {};
