@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+#include "kv/slab_size.h"
+
 namespace mustafar {
 namespace {
 
@@ -346,6 +348,17 @@ int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t 
   const int64_t dense = spec.dense_capacity(std::min<int64_t>(n, spec.most_dense_tokens));
   return 2 * (spec.dense_bytes(dense) + spec.query_bytes) +
          std::max(pages(n), pages(prompt) + spec.fresh_bytes(prompt));
+}
+
+// What prepare() and fresh() take, beside what is there before.
+int64_t SequenceCache::call_bytes(const CacheSpec& spec, int64_t from, int64_t to,
+                                  int32_t& dense_capacity) {
+  const int64_t stored = spec.compressed(to);
+  const int64_t dense_before = spec.dense_bytes(dense_capacity);
+  dense_capacity = std::max(dense_capacity, spec.dense_capacity(to - stored));
+  const int64_t pages = stored > 0 ? slab_bytes(spec.layout.page_bytes, stored / kBlockTokens) : 0;
+  return pages + dense_before + spec.dense_bytes(dense_capacity) +
+         (from > 0 ? 2 : 1) * spec.query_bytes + spec.fresh_bytes(to - from);
 }
 
 int64_t SequenceCache::held_bytes(const CacheSpec& spec, int64_t n) {

@@ -107,6 +107,10 @@ class SequenceCache {
 
   // Bytes that a new cache needs at most, on its way over a prompt in one call to n tokens.
   static int64_t bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n);
+  // Bytes that a cache of `from` tokens holds at least during one call of a prompt that brings it
+  // to `to`. dense_capacity: tokens of its dense buffer before the call (0: none), then after it.
+  static int64_t call_bytes(const CacheSpec& spec, int64_t from, int64_t to,
+                            int32_t& dense_capacity);
   // Bytes that one of n tokens holds between calls, about.
   static int64_t held_bytes(const CacheSpec& spec, int64_t n);
   MemoryUsage memory() const;

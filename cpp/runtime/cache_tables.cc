@@ -1,5 +1,5 @@
-// What sessions of a model share, made once for those in use: pools of pages, and on the device the
-// tables of profiles.
+// What sessions of a model share, made once: pools of pages, and on the device the tables of
+// profiles.
 #include <stdexcept>
 #include <utility>
 
@@ -45,6 +45,12 @@ std::shared_ptr<BlockPool> Model::Impl::pool(int64_t page_bytes) {
   return pool;
 }
 
+std::shared_ptr<const Profile> Model::Impl::hadamard_profile() {
+  std::lock_guard lock(mutex_);
+  if (hadamard_ == nullptr) hadamard_ = Profile::hadamard(config);
+  return hadamard_;
+}
+
 std::shared_ptr<const KVTransform> Model::Impl::transform(
     const std::shared_ptr<const Profile>& profile, int32_t k_groups, int32_t v_groups) {
   if (profile == nullptr && k_groups == 1 && v_groups == 1) return nullptr;
@@ -57,6 +63,7 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
     if (live == nullptr || (live->k_forward == nullptr) != (profile == nullptr)) continue;
     if (known.profile.lock() == profile && live->k_groups == k_groups &&
         live->v_groups == v_groups) {
+      if (profile != nullptr) last_transform_ = live;
       return live;
     }
   }
@@ -89,6 +96,7 @@ std::shared_ptr<const KVTransform> Model::Impl::transform(
   }
   std::shared_ptr<const KVTransform> transform(uploaded, &view);
   transforms_.push_back({profile, transform});
+  if (profile != nullptr) last_transform_ = transform;
   return transform;
 }
 
@@ -114,7 +122,7 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv,
   std::erase_if(codes_, [](const Codes& entry) { return entry.tables.expired(); });
   for (const Codes& known : codes_) {
     if (known.profile.lock() == kv.profile && known.row_bytes == row_bytes) {
-      if (auto live = known.tables.lock()) return live;
+      if (auto live = known.tables.lock()) return last_codes_ = std::move(live);
     }
   }
   // The struct and the tables that it points to live and die together.
@@ -147,6 +155,7 @@ std::shared_ptr<const CodeTables> Model::Impl::code_tables(const KVConfig& kv,
   upload_kind(profile.v_sigma, profile.v_weight, kValues, view.v_widths, view.v_sigmas);
   std::shared_ptr<const CodeTables> tables(uploaded, &uploaded->view);
   codes_.push_back({kv.profile, std::move(row_bytes), tables});
+  last_codes_ = tables;
   return tables;
 }
 

@@ -319,7 +319,6 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
     }
     job->end_call_at(n, /*pinned=*/false);
   }
-  impl.scheduler.check_memory(*job);
   job->priority = options.priority;
   if (options.timeout_seconds) job->deadline = later(*options.timeout_seconds);
   const std::shared_ptr<Request::State> state(new Request::State, DeleteInOwnProcess());
@@ -339,15 +338,16 @@ Request Engine::submit(const Prompt& prompt, const SamplingParams& params,
   {
     std::lock_guard lock(impl.mutex);
     if (impl.closing) throw StateError("the engine is closed");
+    for (const std::vector<int32_t>& ids : impl.pinned) {
+      const auto n = static_cast<int64_t>(ids.size());
+      if (common_length(ids, job->prompt()) == n) job->end_call_at(n, /*pinned=*/true);
+    }
+    impl.scheduler.check_memory(*job);
     const int64_t waiting = impl.stats.waiting + static_cast<int64_t>(impl.arrived.size());
     if (waiting >= impl.options.max_waiting) {
       throw QueueFull(std::to_string(waiting) +
                       " requests wait already, as many as max_waiting = " +
                       std::to_string(impl.options.max_waiting) + " allows: try again later");
-    }
-    for (const std::vector<int32_t>& ids : impl.pinned) {
-      const auto n = static_cast<int64_t>(ids.size());
-      if (common_length(ids, job->prompt()) == n) job->end_call_at(n, /*pinned=*/true);
     }
     job->order = impl.n_submitted++;
     impl.arrived.push_back(job);

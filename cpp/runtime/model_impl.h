@@ -38,8 +38,10 @@ struct Model::Impl {
 
   // One pool per size of pages in use; pools go with their last sequence.
   std::shared_ptr<BlockPool> pool(int64_t page_bytes);
+  // Profile::hadamard of this model, made once.
+  std::shared_ptr<const Profile> hadamard_profile();
   // A profile's products (null: none) and the stored order on this model's device, uploaded once
-  // for each in use; null where rows stay as they are.
+  // for each in use and kept until another one is asked for; null where rows stay as they are.
   std::shared_ptr<const KVTransform> transform(const std::shared_ptr<const Profile>& profile,
                                                int32_t k_groups, int32_t v_groups);
   // rows: see make_cache_spec. Throws as that does, and DeviceError for a budget where the device
@@ -49,7 +51,7 @@ struct Model::Impl {
   // as deal_rows.
   std::shared_ptr<const RowSizes> row_budget(const KVConfig& kv);
   // Tables of coded rows, from the sigmas of a profile that fits the model and the layout's sizes
-  // of rows, made once for those in use; null where rows are not coded. Throws
+  // of rows, made once for those in use and kept likewise; null where rows are not coded. Throws
   // std::invalid_argument where the profile has no sigmas, DeviceError where the device has no
   // kernels for them.
   std::shared_ptr<const CodeTables> code_tables(const KVConfig& kv, const StoreLayout& layout);
@@ -74,6 +76,10 @@ struct Model::Impl {
     std::weak_ptr<const KVTransform> transform;
   };
   std::vector<KnownTransform> transforms_;
+  std::shared_ptr<const Profile> hadamard_;  // once asked for
+  // The newest of a profile, for the next session of its setting: uploading takes milliseconds.
+  std::shared_ptr<const KVTransform> last_transform_;
+  std::shared_ptr<const CodeTables> last_codes_;
   struct Codes {
     std::weak_ptr<const Profile> profile;
     std::vector<int32_t> row_bytes;  // [n_layers][2 (K, V)]

@@ -219,7 +219,7 @@ std::shared_ptr<const Profile> Profile::hadamard(const ModelConfig& config) {
 std::shared_ptr<const Profile> Profile::resolve(const std::string& name, const Model& model,
                                                 const ProfileHooks& hooks, bool costs) {
   if (name.empty() || name == "none") return nullptr;
-  if (name == "hadamard") return hadamard(model.config());
+  if (name == "hadamard") return model.impl()->hadamard_profile();
   if (name == "auto") return auto_profile(model, hooks, costs);
   if (name == "model") return load(model.folder() / kFolderProfile);
   return load(name);

@@ -57,8 +57,9 @@ class Scheduler {
   ~Scheduler();
   Scheduler(const Scheduler&) = delete;
 
-  // Throws OutOfMemory where the budget could not hold the prompt if it were empty.
-  void check_memory(const Job& job) const;  // any thread
+  // Throws OutOfMemory where the prompt could not be computed if the budget were all free: it names
+  // the bytes needed. The job's calls are those that it will be computed in. Any thread.
+  void check_memory(const Job& job) const;
   void add(std::shared_ptr<Job> job);
   bool idle() const { return waiting_.empty() && runs_alone(); }
   void round();
@@ -107,6 +108,7 @@ class Scheduler {
   PrefixTree::Common find_prefix(const Job& job);
   bool better_wait(const Job& job, int64_t usable, const std::vector<JobPtr>& group) const;
   int64_t will_leave(const Job& other, const Job& job) const;
+  int64_t least_bytes(const Job& job) const;
   int64_t needed_bytes(const Job& job, const std::vector<JobPtr>& group);
   bool fits(const Job& job, const std::vector<JobPtr>& group);
   // Makes room by pausing the youngest; false where only one job is left.

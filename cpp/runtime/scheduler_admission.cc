@@ -14,10 +14,29 @@ constexpr int64_t kAheadTokens = kBlockTokens;
 
 }  // namespace
 
+// A job that runs alone is admitted whatever it needs, and then takes just this.
+int64_t Scheduler::least_bytes(const Job& job) const {
+  if (job.loop->done()) return 0;  // no token is asked for: nothing is computed
+  int32_t dense_capacity = 0;
+  if (options_.prefix_cache == PrefixCache::kApproximate) {
+    // All but the last token may be kept from others.
+    return SequenceCache::call_bytes(*spec_, 0, job.n_prompt, dense_capacity) -
+           spec_->fresh_bytes(job.n_prompt - 1);
+  }
+  // A beginning that is kept was computed by the same calls.
+  int64_t least = 0, from = 0;
+  for (const PromptCall& call : job.calls) {
+    least = std::max(least, SequenceCache::call_bytes(*spec_, from, call.end, dense_capacity));
+    from = call.end;
+  }
+  return least;
+}
+
 void Scheduler::check_memory(const Job& job) const {
   const int64_t limit = engine_.budget->limit();
-  const int64_t least = SequenceCache::held_bytes(*spec_, job.n_prompt);
-  if (limit == 0 || least <= limit) return;
+  if (limit == 0) return;
+  const int64_t least = least_bytes(job);
+  if (least <= limit) return;
   throw OutOfMemory("a prompt of " + std::to_string(job.n_prompt) + " tokens needs " +
                     std::to_string(least) + " bytes of KV cache, more than kv_budget = " +
                     std::to_string(limit) + ": raise kv_budget, raise sparsity or shorten it");

@@ -285,7 +285,7 @@ void check_rows(const nlohmann::json& rows, const StoreLayout& layout, const std
 }
 
 std::shared_ptr<const Profile> profile_for(const nlohmann::json& json, const KVConfig& kv,
-                                           const ModelConfig& config,
+                                           Model::Impl& engine,
                                            std::shared_ptr<const Profile> given) {
   const std::string kind = json.at("profile_kind").get<std::string>();
   const std::string hash = json.at("profile_hash").get<std::string>();
@@ -293,7 +293,7 @@ std::shared_ptr<const Profile> profile_for(const nlohmann::json& json, const KVC
     if (given) throw StateError("the state was saved without a KV profile, but one was given");
     return nullptr;
   }
-  if (!given && kind == "hadamard") given = Profile::hadamard(config);
+  if (!given && kind == "hadamard") given = engine.hadamard_profile();
   if (!given) {
     throw StateError("the state was saved with a KV profile of kind " + kind + " and hash " + hash +
                      ": pass that profile");
@@ -373,7 +373,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
                        dtype_name(engine.dtype));
     }
     KVConfig kv = kv_from(header.at("kv"));
-    kv.profile = profile_for(header.at("kv"), kv, engine.config, std::move(profile));
+    kv.profile = profile_for(header.at("kv"), kv, engine, std::move(profile));
     const int64_t max_tokens = header.at("max_tokens").get<int64_t>();
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));

@@ -213,7 +213,7 @@ void register_profile(py::module_& m) {
           "Reads a profile; ModelError names file and tensor.")
       .def_static("hadamard",
                   [](const Model& model) {
-                    return std::const_pointer_cast<Profile>(Profile::hadamard(model.config()));
+                    return std::const_pointer_cast<Profile>(Profile::resolve("hadamard", model));
                   })
       .def("save", &Profile::save, "Writes a safetensors file, whole or not at all.")
       .def("hash", &Profile::hash, "16 hex digits of everything that changes results.")

@@ -286,7 +286,8 @@ class Engine(Closing):
             QueueFull: ``max_waiting`` requests wait already.
             ValueError: An empty prompt, a bad id or parameter.
             ContextOverflow: A prompt longer than the context.
-            OutOfMemory: A prompt that ``kv_budget`` could never hold.
+            OutOfMemory: A prompt that ``kv_budget`` could not hold while it is computed, even
+                alone; the message says how many bytes that takes.
             StateError: The engine is closed.
         """
         native = self._core.submit(

@@ -9,8 +9,10 @@
 #include <thread>
 #include <vector>
 
+#include "kv/sequence_cache.h"
 #include "mustafar/calibration.h"
 #include "mustafar/error.h"
+#include "mustafar/kv_config.h"
 #include "mustafar/profile.h"
 #include "runtime/calibration_text.h"
 #include "runtime/model_impl.h"
@@ -122,6 +124,37 @@ TEST_F(AutoProfileTest, IsMadeOnceAndKept) {
   EXPECT_EQ(Profile::resolve("auto", load(), third.hooks())->hash(), made->hash());
   EXPECT_TRUE(second.notes.empty());
   EXPECT_TRUE(third.notes.empty());
+}
+
+TEST_F(AutoProfileTest, TablesOutliveTheSessionsThatUsedThem) {
+  const Model model = load();
+  for (const char* name : {"mustafar", "small", "balanced"}) {
+    SCOPED_TRACE(name);
+    const auto profile = KVConfig::preset(name, model).profile;
+    std::weak_ptr<const KVTransform> transform;
+    std::weak_ptr<const CodeTables> codes;
+    {
+      const auto spec = model.impl()->cache_spec(KVConfig::preset(name, model));
+      transform = spec->transform;
+      codes = spec->codes;
+    }
+    const KVConfig again = KVConfig::preset(name, model);
+    EXPECT_EQ(again.profile, profile);
+    const auto spec = model.impl()->cache_spec(again);
+    ASSERT_NE(spec->transform, nullptr);
+    EXPECT_EQ(spec->transform, transform.lock());
+    EXPECT_EQ(spec->codes != nullptr, again.coded());
+    EXPECT_EQ(spec->codes, codes.lock());
+  }
+}
+
+TEST_F(AutoProfileTest, TablesGoWhenOthersAreAskedFor) {
+  const Model model = load();
+  const std::weak_ptr<const KVTransform> old =
+      model.impl()->cache_spec(KVConfig::preset("balanced", model))->transform;
+  EXPECT_FALSE(old.expired());
+  model.impl()->cache_spec(KVConfig::preset("mustafar", model));
+  EXPECT_TRUE(old.expired());
 }
 
 TEST_F(AutoProfileTest, WhatCannotBeUsedIsMadeAnew) {

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "format/block_format.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
 #include "runtime/scheduler.h"
@@ -121,6 +122,82 @@ TEST(EngineTest, ARequestThatFitsNoBudgetFailsAlone) {
   EXPECT_THROW(large.result(), OutOfMemory);
   EXPECT_THROW(large.result(), OutOfMemory);
   expect_same(small.result(), alone(free, ids_of(10), sampled(20, 2)));
+}
+
+// What submit says that a request needs where the budget is a byte.
+int64_t bytes_needed(const KVConfig& kv, const EngineOptions& options, int64_t n,
+                     const RequestOptions& request) {
+  const Model model = small_model(1);
+  Engine engine(model, kv, options);
+  try {
+    engine.submit(ids_of(n), sampled(1, 1), request);
+  } catch (const OutOfMemory& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("kv_budget = 1:"), std::string::npos) << message;
+    const std::string before = "needs ";
+    return std::stoll(message.substr(message.find(before) + before.size()));
+  }
+  ADD_FAILURE() << "a byte was enough";
+  return 0;
+}
+
+TEST(EngineTest, APromptIsRefusedByTheByte) {
+  KVConfig by_queries = half();
+  by_queries.k_policy = PrunePolicy::kOutputAware;
+  by_queries.sink_tokens = 0;
+  by_queries.window = 64;
+  struct Case {
+    int64_t n;
+    std::vector<int64_t> prefixes;
+  };
+  const Case cases[] = {{1, {}},     {40, {}},     {100, {}},         {300, {}},
+                        {300, {20}}, {300, {200}}, {300, {130, 140}}, {300, {299, 300}}};
+  for (const KVConfig& kv : {half(), by_queries}) {
+    for (const PrefixCache mode : {PrefixCache::kExact, PrefixCache::kOff}) {
+      for (const Case& c : cases) {
+        SCOPED_TRACE(std::to_string(c.n) + " tokens, " + std::to_string(c.prefixes.size()) +
+                     " prefixes, " + name_of(mode));
+        const EngineOptions options{.prefill_tokens = 128, .prefix_cache = mode};
+        const RequestOptions request{.prefixes = c.prefixes};
+        const int64_t needed = bytes_needed(kv, options, c.n, request);
+        {
+          // Every call's pages may come in a slab of their own.
+          const auto more_slabs = static_cast<int64_t>(c.prefixes.size());
+          const Model model = small_model(needed + more_slabs * kSlabSlack);
+          Engine engine(model, kv, options);
+          EXPECT_EQ(engine.submit(ids_of(c.n), sampled(1, 1), request).result().token_ids.size(),
+                    1u);
+        }
+        const Model model = small_model(needed - 1);
+        Engine engine(model, kv, options);
+        EXPECT_THROW(engine.submit(ids_of(c.n), sampled(1, 1), request), OutOfMemory);
+        EXPECT_EQ(engine.stats().failed, 0);
+        // Nothing is computed for no token.
+        EXPECT_NO_THROW(engine.submit(ids_of(c.n), sampled(0, 1), request).result());
+      }
+    }
+  }
+}
+
+TEST(EngineTest, APinnedPrefixCountsInWhatAPromptNeeds) {
+  const int64_t whole = bytes_needed(half(), {}, 590, {});
+  const Model model = small_model(whole - 1);
+  Engine engine(model, half());
+  EXPECT_THROW(engine.submit(ids_of(590), sampled(1, 1)), OutOfMemory);
+  std::vector<int32_t> prefix = ids_of(590);
+  prefix.resize(300);
+  engine.pin(prefix);
+  EXPECT_EQ(engine.submit(ids_of(590), sampled(1, 1)).result().token_ids.size(), 1u);
+}
+
+TEST(EngineTest, WhatOthersLeaveMayMakeAPromptFit) {
+  const EngineOptions options{.prefix_cache = PrefixCache::kApproximate};
+  const Model model = small_model(bytes_needed(half(), {}, 590, {}) - 1);
+  Engine engine(model, half(), options);
+  std::vector<int32_t> beginning = ids_of(590);
+  beginning.resize(500);
+  engine.submit(beginning, sampled(1, 1)).result();
+  EXPECT_EQ(engine.submit(ids_of(590), sampled(1, 1)).result().token_ids.size(), 1u);
 }
 
 TEST(EngineTest, ErrorsBelongToTheirRequest) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,26 @@ def test_what_can_never_fit_is_refused_and_what_grows_too_large_fails(story: Pat
                 large.result(60)
             assert same(small.result(60), alone(model, ids_of(10), max_new_tokens=20, **GREEDY))
             assert engine.stats().failed == 1
+
+
+def test_a_prompt_is_refused_by_the_byte(story: Path) -> None:
+    ids = ids_of(300)
+    with mustafar.Model(story, dtype="f32", kv_budget=1) as model, Engine(model, HALF) as engine:
+        with pytest.raises(mustafar.OutOfMemory, match="kv_budget = 1:") as refused:
+            engine.submit(ids, max_new_tokens=1)
+        assert engine.submit(ids, max_new_tokens=0).result(60).token_ids == []
+    found = re.search(r"a prompt of 300 tokens needs (\d+) bytes", str(refused.value))
+    assert found is not None
+    needed = int(found[1])
+    with mustafar.Model(story, dtype="f32", kv_budget=needed) as model:
+        with Engine(model, HALF) as engine:
+            assert len(engine.submit(ids, max_new_tokens=1, **GREEDY).result(60).token_ids) == 1
+        assert model.memory().kv_peak_bytes == needed
+    with mustafar.Model(story, dtype="f32", kv_budget=needed - 1) as model:
+        with Engine(model, HALF) as engine:
+            with pytest.raises(mustafar.OutOfMemory, match=f"needs {needed} bytes"):
+                engine.submit(ids, max_new_tokens=1)
+            assert engine.stats().failed == 0
 
 
 def test_cancel_and_timeout(engine: Engine) -> None:

@@ -130,6 +130,28 @@ def test_a_full_queue(gated: GatedEngine) -> None:
         wait_for(lambda: gated.stats().running + gated.stats().waiting == 0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_kv_budget_can_never_hold(stream: bool) -> None:
+    messages = [{"role": "user", "content": "word " * 100}]
+    requests = {
+        "/v1/completions": ("prompt", {**BODY, "prompt": "word " * 100}),
+        CHAT: ("messages", {"messages": messages, "max_tokens": 20}),
+    }
+    with mustafar.Model(DEMO, threads=1, kv_budget=20_000) as small:
+        with mustafar.Engine(small) as engine, serving(engine) as (url, _):
+            for route, (param, body) in requests.items():
+                answer = httpx2.post(url + route, json={**body, "stream": stream}, timeout=60)
+                assert code_of(answer) == (400, "kv_budget_exceeded")
+                error = answer.json()["error"]
+                assert error["type"] == "invalid_request_error" and error["param"] == param
+                assert "bytes of KV cache, more than kv_budget = 20000" in error["message"]
+            client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+            with pytest.raises(openai.BadRequestError, match="kv_budget = 20000"):
+                client.chat.completions.create(model="demo", messages=messages, stream=stream)
+            stats = engine.stats()
+            assert (stats.failed, stats.running, stats.waiting) == (0, 0, 0)
+
+
 def test_streams_at_once(gated: GatedEngine) -> None:
     body = {**BODY, "stream": True}
     with serving(gated, Settings(max_streams=1)) as (url, app):

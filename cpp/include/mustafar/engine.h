@@ -120,7 +120,8 @@ class Engine {
   Engine& operator=(Engine&&) noexcept;
 
   // Throws QueueFull, StateError once closed, and for what is wrong with the request itself:
-  // std::invalid_argument, ContextOverflow, OutOfMemory for a prompt that no room can be made for.
+  // std::invalid_argument, ContextOverflow, OutOfMemory for a prompt that kv_budget could not hold
+  // while it is computed, even alone: the message says how many bytes that takes.
   Request submit(const Prompt& prompt, const SamplingParams& params = {},
                  const RequestOptions& options = {});
   // Makes these tokens a prefix of every request that begins with them and more; returns how many
