@@ -96,6 +96,29 @@ void Chat::Impl::check_last_continues() const {
   }
 }
 
+bool Chat::Impl::take_kept_prompt(const std::vector<int32_t>& ids) {
+  if (kept_prompt == nullptr || kept_prompt->tokens != ids) return false;
+  try {
+    session.impl().take_contents(std::move(*kept_prompt->fork()));
+    return true;
+  } catch (const OutOfMemory&) {
+    kept_prompt.reset();
+    return false;
+  }
+}
+
+void Chat::Impl::keep_prompt(int64_t most_tokens) {
+  if (!keeps_prompts) return;
+  kept_prompt.reset();
+  const Session::Impl& own = session.impl();
+  const int64_t n = std::min(most_tokens, own.max_tokens);
+  if (own.engine->budget->available() < SequenceCache::bytes_for(*own.spec, 0, n)) return;
+  try {
+    kept_prompt = session.impl().fork();
+  } catch (const OutOfMemory&) {  // another reply to this prompt computes it again
+  }
+}
+
 bool Chat::Impl::drop_oldest_turn() {
   const auto is_user = [](const ChatMessage& m) { return m.role() == "user"; };
   const auto first = std::find_if(messages.begin(), messages.end(), is_user);
@@ -196,13 +219,20 @@ ChatReply Chat::Impl::begin(const std::shared_ptr<Impl>& chat, const SamplingPar
           " tokens, the context holds max_tokens = " + std::to_string(max_tokens));
     }
     const size_t keep = std::min(common_prefix(self.held(), ids), ids.size() - 1);
-    self.session.impl().rewind(static_cast<int64_t>(keep));
     reply->cached_tokens = static_cast<int64_t>(keep);
     reply->prompt_tokens = ids.size();
-    reply->generation = Generation::Impl::begin(
-        self.session.shared_impl(),
-        std::vector<int32_t>(ids.begin() + static_cast<int64_t>(keep), ids.end()), own,
-        PromptOptions{.own_text = !reply->continues});
+    const bool again = self.take_kept_prompt(ids);
+    if (again) {
+      ids.clear();
+    } else {
+      self.session.impl().rewind(static_cast<int64_t>(keep));
+      ids.erase(ids.begin(), ids.begin() + static_cast<int64_t>(keep));
+    }
+    reply->generation = Generation::Impl::begin(self.session.shared_impl(), ids, own,
+                                                PromptOptions{.own_text = !reply->continues});
+    if (!again) {
+      self.keep_prompt(static_cast<int64_t>(reply->prompt_tokens) + own.max_new_tokens);
+    }
     reply->generation->at_end = [raw = reply.get()] { raw->finish(); };
     reply->generation->own_session();
     return ChatReply(std::move(reply));
@@ -276,6 +306,11 @@ ChatReply Chat::regenerate(const SamplingParams& params) {
   }
   messages.pop_back();
   return Impl::begin(impl_, params, std::move(messages));
+}
+
+void Chat::keep_prompts() {
+  const Impl::Use use(impl());
+  impl_->keeps_prompts = true;
 }
 
 Chat Chat::fork(Session& forked) const {

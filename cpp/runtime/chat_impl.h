@@ -26,12 +26,20 @@ struct Chat::Impl {
   std::vector<int32_t> end_tokens;
   ChatAnchors cached;
   std::atomic<int64_t> dropped_turns{0};
+  // Where prompts are kept: a copy of the session as it was before the newest reply's first token.
+  bool keeps_prompts = false;
+  std::shared_ptr<Session::Impl> kept_prompt;
 
   Impl(Session s, ChatTemplate t, ChatOptions o)
       : session(std::move(s)), chat_template(std::move(t)), options(std::move(o)) {}
   // One that is not destroyed where its session is lost.
   static std::shared_ptr<Impl> make(Session session, ChatTemplate chat_template,
                                     ChatOptions options);
+
+  // Makes the session what kept_prompt is; false where that is of another prompt, or has no room.
+  bool take_kept_prompt(const std::vector<int32_t>& ids);
+  // Where there is room for that beside a session that grows to so many tokens.
+  void keep_prompt(int64_t most_tokens);
 
   // A call of the session's.
   struct Use : Session::Impl::Use {

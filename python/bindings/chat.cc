@@ -63,6 +63,7 @@ void register_chat(py::module_& m) {
              const SamplingParams sampling = sampling_params_from(params);
              return begin(self, [&](Chat& chat) { return chat.continue_last(sampling); });
            })
+      .def("keep_prompts", &Chat::keep_prompts)
       .def("regenerate",
            [](const py::object& self, const py::dict& params) {
              const SamplingParams sampling = sampling_params_from(params);

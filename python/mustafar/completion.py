@@ -247,6 +247,8 @@ class _Replies:
         top = request.top_logprobs if request.logprobs else None
         self._answer = ChatAnswer(model.folder().name, model.tokenizer(), tools, top)
         self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
+        if request.n > 1:
+            chat.keep_prompts()  # every choice begins with the same state
         self._next = self._begin(0)  # a bad conversation is refused before anything is streamed
 
     def _begin(self, index: int) -> ChatStream:

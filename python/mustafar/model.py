@@ -258,9 +258,10 @@ class Model(Closing):
             session: A session whose cache is used as far as it agrees; a new one otherwise.
             params: Sampling parameters; keyword arguments of :class:`SamplingParams` on top, and
                 OpenAI's ``max_tokens`` or ``max_completion_tokens`` for ``max_new_tokens``, ``n``
-                for several choices (with a seed, choice i has seed + i), ``logprobs=True`` with
-                ``top_logprobs``. With ``continue_final_message=True`` the reply goes on inside the
-                last message, which the assistant began; the choices hold what is new.
+                for several choices (with a seed, choice i has seed + i and is what it would be
+                alone), ``logprobs=True`` with ``top_logprobs``. With
+                ``continue_final_message=True`` the reply goes on inside the last message, which
+                the assistant began; the choices hold what is new.
                 ``response_format`` of type ``json_object`` or ``json_schema`` makes the reply JSON
                 (the extra ``mustafar[grammar]``); such a reply is never read as a tool call.
 

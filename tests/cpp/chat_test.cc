@@ -99,6 +99,35 @@ TEST_F(ChatTest, SecondTurnComputesOnlyWhatIsNew) {
   EXPECT_EQ(chat.messages().back().content(), text);
 }
 
+TEST_F(ChatTest, RepliesToAKeptPromptBeginAlike) {
+  Session s = session();
+  Chat chat(s, options());
+  chat.keep_prompts();
+  SamplingParams params = greedy(100);
+  params.logprobs = 0;
+  params.ignore_eos = true;
+  std::string text = "Tell me of a dog";
+  for (int i = 0; i < 4; i++) text += ", of a bird that sang and of the old man who heard it";
+  const GenerateResult first = chat.send(text, params);
+  for (int i = 0; i < 2; i++) {
+    ChatReply again = chat.regenerate(params);
+    std::string piece;
+    while (again.step(piece)) {
+    }
+    const GenerateResult made = again.result();
+    EXPECT_EQ(made.text, first.text);
+    ASSERT_EQ(made.logprobs.size(), first.logprobs.size());
+    for (size_t t = 0; t < made.logprobs.size(); t++) {
+      EXPECT_EQ(made.logprobs[t].logprob, first.logprobs[t].logprob);
+    }
+    expect_agreement(chat);
+  }
+  // Another prompt is not taken for it.
+  chat.undo();
+  EXPECT_NE(chat.send("Tell me of a cat", params).text, first.text);
+  expect_agreement(chat);
+}
+
 TEST_F(ChatTest, SpecialTokensOfUsersAreText) {
   Session s = session();
   Chat chat(s, options());

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mustafar
-from mustafar import ChatTemplate, SamplingParams, Session
+from mustafar import ChatTemplate, KVConfig, SamplingParams, Session
 from support.paths import DEMO
 
 TEMPLATE = (
@@ -140,6 +140,47 @@ def test_several_choices_compute_the_prompt_once(model: mustafar.Model) -> None:
     one = complete(model)["usage"]
     assert answer["usage"]["prompt_tokens"] == one["prompt_tokens"]
     assert answer["usage"]["completion_tokens"] == 3 * one["completion_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kv", [KVConfig(sparsity=0.5), KVConfig.preset("balanced")])
+def test_every_choice_is_what_it_is_alone(
+    model: mustafar.Model, kv: KVConfig, stream: bool
+) -> None:
+    # The prompt ends in the middle of a block, and replies go on beyond it.
+    messages = [{"role": "user", "content": "a ship on the sea " * 9}]
+    body = {"kv": kv, "max_tokens": 90, "temperature": 1.0, "logprobs": True, "ignore_eos": True}
+    alone = [complete(model, messages, seed=4 + i, **body)["choices"][0] for i in range(3)]
+    with Session(model, kv) as session:
+        body |= {"chat_template": ChatTemplate(TEMPLATE), "session": session, "n": 3, "seed": 4}
+        del body["kv"]
+        if not stream:
+            choices = model.chat_completion(messages, **body)["choices"]
+            assert [c["logprobs"] for c in choices] == [c["logprobs"] for c in alone]
+            assert [c["message"] for c in choices] == [c["message"] for c in alone]
+            return
+        made = ["", "", ""]
+        for chunk in model.chat_completion(messages, stream=True, **body):
+            for choice in chunk["choices"]:
+                made[choice["index"]] += choice["delta"].get("content") or ""
+        assert made == [c["message"]["content"] for c in alone]
+
+
+def test_choices_where_the_budget_has_no_room_for_a_copy(model: mustafar.Model) -> None:
+    body = {"max_tokens": 3, "n": 2, "kv": KVConfig(sparsity=0.5)}
+    expected = texts(complete(model, **body))
+    peak = 0
+    for budget in range(8_000, 400_000, 8_000):
+        with mustafar.Model(DEMO, threads=1, kv_budget=budget) as small:
+            try:
+                made = texts(complete(small, **body))
+            except mustafar.OutOfMemory:
+                assert peak == 0, "more bytes were too few"
+                continue
+            assert made[0] == expected[0]
+            peak = peak or small.memory().kv_peak_bytes
+    assert made == expected
+    assert peak > 0
 
 
 def test_log_probabilities(model: mustafar.Model) -> None:

@@ -77,6 +77,12 @@ class Chat {
   // Drops the last reply and starts another. Throws std::invalid_argument where there is none.
   ChatReply regenerate(const SamplingParams& params = {});
 
+  // From now on, another reply to the prompt of the one before begins with the same state, bit for
+  // bit, where otherwise a part of the prompt is computed again over what the cache keeps of the
+  // rest. A copy of that state, as Session::fork makes it, is held until there is another prompt;
+  // where the budget has no room for it, it is not.
+  void keep_prompts();
+
   // The same conversation in a session's fork; the two then go their ways.
   Chat fork(Session& forked) const;
   // As Session::cancel: makes the call that runs, or the reply in progress, throw Cancelled soon,
