@@ -11,6 +11,8 @@
 
 namespace mustafar {
 
+inline constexpr size_t kConfigCap = 16 << 20;  // bytes of config.json
+
 // Reads and parses a JSON file whose top is an object. Throws ModelError naming the file for one
 // that is missing, not a regular file, larger than max_bytes, not UTF-8 or not such JSON.
 JsonTree<> read_json_file(const std::filesystem::path& path, size_t max_bytes);

@@ -22,8 +22,6 @@ namespace {
 
 using nlohmann::json;
 
-constexpr size_t kConfigCap = 16 << 20;  // bytes
-
 // What a missing field means differs from family to family.
 struct Family {
   const char* model_type;

@@ -20,8 +20,6 @@ namespace mustafar {
 namespace fs = std::filesystem;
 namespace {
 
-constexpr size_t kConfigCap = 16 << 20;  // bytes
-
 std::string stored_name(DType dtype) {
   return dtype == DType::kF32 ? "F32" : dtype == DType::kF16 ? "F16" : "BF16";
 }
