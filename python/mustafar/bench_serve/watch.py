@@ -32,6 +32,7 @@ class Watch:
         memory: Resident bytes of the process, as seen.
         lags: Seconds by which the client's event loop was late.
         cpu_seconds: That the client computed.
+        every: Seconds between two looks.
     """
 
     address: Address
@@ -41,6 +42,7 @@ class Watch:
     memory: list[int] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
+    every: float = _GAUGE_SECONDS
     _has_metrics: bool = field(default=True, init=False)
 
     async def __aenter__(self) -> Watch:
@@ -57,7 +59,7 @@ class Watch:
 
     async def _look_on(self) -> None:
         while True:
-            await asyncio.sleep(_GAUGE_SECONDS)
+            await asyncio.sleep(self.every)
             await self._look()
 
     async def _look(self) -> None:
