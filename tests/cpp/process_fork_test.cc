@@ -222,6 +222,9 @@ class ModelForkThreadTest : public ::testing::Test {
 };
 
 TEST_F(ModelForkThreadTest, AtAnyMomentOfOtherThreads) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "the sanitizer's allocator has locks that are held in a child for ever";
+#endif
   Session idle(*model_), copy(*model_);
   const std::vector<int32_t> ids(90, 7);
   idle.prefill(ids);

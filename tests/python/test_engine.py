@@ -79,7 +79,6 @@ def test_requests_get_what_they_get_alone(story: Path) -> None:
 def test_streams_are_the_result_in_pieces(engine: Engine) -> None:
     request = engine.submit("Once upon a time", max_new_tokens=60, **GREEDY)
     pieces = list(request)
-    assert len(pieces) > 1
     result = request.result()
     assert (
         "".join(pieces)
@@ -88,6 +87,8 @@ def test_streams_are_the_result_in_pieces(engine: Engine) -> None:
     )
     assert result.stats.generated_tokens == 60 and result.stats.prompt_tokens > 0
     assert result.stats.prefill_seconds > 0 and result.stats.decode_seconds > 0
+    # Text that waits for its reader comes in one piece: few tokens may be made before he looks.
+    assert len(list(engine.submit("Once upon a time", max_new_tokens=400, **GREEDY))) > 1
     stop = result.text[40:46]
     stopped = engine.submit("Once upon a time", max_new_tokens=60, stop=[stop], **GREEDY)
     expected = result.text[: result.text.index(stop)]
