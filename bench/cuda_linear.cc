@@ -28,7 +28,11 @@ using namespace mustafar::cuda;
 
 constexpr int64_t kColdBytes = int64_t{1} << 29;
 constexpr int64_t kScratchBytes = int64_t{32} << 20;
-constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of codes, at a time
+
+// Of a matrix of codes in front of another.
+int64_t room_of(const QuantisedShape& shape) {
+  return (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+}
 
 struct Layer {
   const char* name;
@@ -70,7 +74,7 @@ class Bench {
     int64_t bytes = 0;
     for (const int64_t r : layer.rows) {
       shapes_.push_back({dtype, DType::kF16, offset, group, r, layer.cols});
-      bytes += (shapes_.back().bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+      bytes += room_of(shapes_.back());
     }
     copy_bytes_ = bytes;
     copies_ = std::max<int64_t>(2, kColdBytes / bytes + 1);
@@ -88,7 +92,7 @@ class Bench {
           store_float(&codes_[at + shape.offsets_at()], DType::kF16, i, -8.0f * scale);
         }
       }
-      at += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+      at += room_of(shape);
     }
     uint8_t* const device = weights_.ensure<uint8_t>(bytes * copies_);
     copy_to_device(device, codes_.data(), bytes, stream_);
@@ -111,17 +115,15 @@ class Bench {
       float* out = y;
       for (const QuantisedShape& shape : shapes_) {
         const Matrix m = Matrix::of(shape, memory);
-        args.parts[args.n_parts++] = {m.data,        m.dtype,  m.rows,   nullptr,
-                                      out,           m.rows,   add,      m.group,
-                                      m.scale_dtype, m.offset, m.scales, m.offsets};
-        memory += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+        args.parts[args.n_parts++] = part_of(m, nullptr, out, add);
+        memory += room_of(shape);
         out += n * m.rows;
       }
       return args;
     };
     void* const packed = packed_.ensure<uint16_t>(n * layer.cols);
     void* const scratch = scratch_.ensure<uint8_t>(kScratchBytes);
-    const int64_t slice_rows = kExpandedBytes / (2 * layer.cols) / kTileRows * kTileRows;
+    const int64_t slice_rows = expanded_rows(layer.cols);
     void* const values = values_.ensure<uint16_t>(slice_rows * layer.cols);
     round_to(DType::kBF16, static_cast<const float*>(x_.data()), n * layer.cols, packed, stream_);
     const auto by_gemv = [&](const LinearArgs& args) { gemv(args, stream_); };
@@ -298,7 +300,7 @@ class Bench {
           }
         }
       }
-      memory += (shape.bytes() + kLineBytes - 1) / kLineBytes * kLineBytes;
+      memory += room_of(shape);
       y += n * shape.rows;
     }
     return true;

@@ -19,9 +19,8 @@ constexpr int32_t kGemvBatch = 8;
 // Codes are read at a quarter or half of the bytes, and expanding them costs several times those:
 // passes of GEMV are faster up to more rows.
 constexpr int32_t kQuantisedGemvBatch = 32;
-constexpr int64_t kExpandedBytes = int64_t{32} << 20;  // of a matrix of codes, at a time
-constexpr int64_t kProductBytes = int64_t{32} << 20;   // cuBLASLt's scratch
-constexpr size_t kMaxRecordedSteps = 32;  // graphs that are kept; the oldest goes first
+constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
+constexpr size_t kMaxRecordedSteps = 32;              // graphs that are kept; the oldest goes first
 // Of a device's memory, one part in so many may wait for its next use; on the harness, whose fresh
 // memory is NaN and whose freed memory can't be read, nothing.
 #if defined(MUSTAFAR_SIMT)
@@ -73,12 +72,6 @@ void for_layouts(std::span<const Item> items, LayoutOf&& layout_of, Body&& body)
     body(static_cast<int32_t>(first), static_cast<int32_t>(end - first));
     first = end;
   }
-}
-
-// y = W x + bias for n rows of x, or y += that.
-LinearPart part_of(const Matrix& w, const float* bias, float* y, bool add = false) {
-  return {w.data, w.dtype, w.rows,        bias,     y,        w.rows,
-          add,    w.group, w.scale_dtype, w.offset, w.scales, w.offsets};
 }
 
 LinearArgs product_of(std::initializer_list<LinearPart> parts, int64_t cols, const float* x,
@@ -217,8 +210,7 @@ void CudaBackend::multiply(const LinearArgs& args, CudaWorkspace& workspace) {
 
 void CudaBackend::multiply_codes(const LinearArgs& args, const LinearPart& part, void* packed,
                                  CudaWorkspace& workspace) {
-  const int64_t tiles = std::max(kExpandedBytes / (2 * args.cols * kTileRows), int64_t{1});
-  const int64_t most = std::min(tiles * kTileRows, part.rows);
+  const int64_t most = std::min(expanded_rows(args.cols), part.rows);
   void* values = workspace.expanded.ensure<uint16_t>(most * args.cols);
   for (int64_t first = 0; first < part.rows; first += most) {
     const int64_t rows = std::min(most, part.rows - first);

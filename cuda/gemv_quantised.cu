@@ -225,8 +225,9 @@ __device__ __forceinline__ void split_turn(const LinearArgs& args, int32_t first
           x[j] *= bits_float(word_of(norm, j));
         }
       }
-      if constexpr (!kSquaresAlone)
+      if constexpr (!kSquaresAlone) {
         store_terms<kOffset, kMost>(x, n, slot, row + i, shared, memory);
+      }
     }
   }
 }

@@ -2,6 +2,7 @@
 // are multiplied as they are for few rows, and expanded to values for many.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "backend/backend.h"
@@ -40,6 +41,12 @@ struct LinearPart {
   }
 };
 
+// y = W x + bias, or y += that; y: [n][rows].
+inline LinearPart part_of(const Matrix& w, const float* bias, float* y, bool add = false) {
+  return {w.data, w.dtype, w.rows,        bias,     y,        w.rows,
+          add,    w.group, w.scale_dtype, w.offset, w.scales, w.offsets};
+}
+
 struct LinearArgs {
   LinearPart parts[kMaxFused];
   int32_t n_parts = 0;
@@ -66,6 +73,13 @@ void gemv_codes_plain(const LinearArgs& args, Stream stream);
 // it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).
 bool gemm_takes(const LinearArgs& args);
 void gemm(const LinearArgs& args, void* packed, Stream stream);
+
+// How many rows of a matrix of codes are expanded to 2-byte values at a time: 32 MiB of them, which
+// stay in a GPU's L2 until they are multiplied. Whole tiles.
+inline int64_t expanded_rows(int64_t cols) {
+  constexpr int64_t kBytes = int64_t{32} << 20;
+  return std::max(kBytes / (2 * cols * kTileRows), int64_t{1}) * kTileRows;
+}
 
 // out [rows][cols] = rows [first, first + rows) of a matrix of codes as values of dtype. first: a
 // multiple of kTileRows.

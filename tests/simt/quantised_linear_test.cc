@@ -25,9 +25,7 @@ class DeviceCodes : public CodeMatrix {
     memory_.upload();
   }
   LinearPart part(float* y, const float* bias = nullptr, bool accumulate = false) const {
-    const Matrix m = Matrix::of(shape, memory_.device());
-    return {m.data,     m.dtype, m.rows,        bias,     y,        m.rows,
-            accumulate, m.group, m.scale_dtype, m.offset, m.scales, m.offsets};
+    return part_of(Matrix::of(shape, memory_.device()), bias, y, accumulate);
   }
   float weight(int64_t row, int64_t col) const { return weights[row * shape.cols + col]; }
   // Of what a kernel adds up for a weight: with minimums it is the sum of two products.
@@ -153,25 +151,32 @@ std::vector<Product> products() {
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products()), name_of);
 
+// Also where a block holds all of one row of x, but a part of many.
 TEST(QuantisedGemv, ARowDoesNotDependOnTheBatch) {
-  const int64_t rows = 40, cols = 1100;
-  const DeviceCodes w({DType::kInt4, DType::kF16, Offset::kMinimums, 32, rows, cols});
-  Values x(16 * cols, DType::kF32, 2), alone(rows, DType::kF32, 3), all(16 * rows, DType::kF32, 4);
-  LinearArgs args;
-  args.parts[0] = w.part(all.floats());
-  args.n_parts = 1;
-  args.cols = cols;
-  args.x = x.floats();
-  args.n = 16;
-  gemv(args, nullptr);
-  all.download();
-  args.n = 1;
-  for (const int i : {0, 6, 15}) {
-    args.x = x.floats() + i * cols;
-    args.parts[0].y = alone.floats();
+  for (const int64_t cols : {1100, 6400}) {
+    const int64_t rows = 40;
+    const DeviceCodes w({DType::kInt4, DType::kF16, Offset::kMinimums, 32, rows, cols});
+    Values x(16 * cols, DType::kF32, 2), norm(cols, DType::kF32, 3);
+    Values alone(rows, DType::kF32, 4), all(16 * rows, DType::kF32, 5);
+    LinearArgs args;
+    args.parts[0] = w.part(all.floats());
+    args.n_parts = 1;
+    args.cols = cols;
+    args.x = x.floats();
+    args.norm = norm.floats();
+    args.eps = 1e-5f;
+    args.n = 16;
     gemv(args, nullptr);
-    alone.download();
-    EXPECT_EQ(std::memcmp(alone.host(), all.host() + i * rows * 4, rows * 4), 0) << i;
+    all.download();
+    args.n = 1;
+    for (const int i : {0, 6, 15}) {
+      args.x = x.floats() + i * cols;
+      args.parts[0].y = alone.floats();
+      gemv(args, nullptr);
+      alone.download();
+      EXPECT_EQ(std::memcmp(alone.host(), all.host() + i * rows * 4, rows * 4), 0)
+          << i << " of " << cols << " columns";
+    }
   }
 }
 
