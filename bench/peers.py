@@ -1,12 +1,15 @@
-"""Compares this runtime with llama.cpp (through llama-cpp-python) on the same random weights.
+"""Compares this runtime with llama.cpp (through llama-cpp-python) on the same weights.
 
     pip install llama-cpp-python gguf
     python bench/peers.py --shape llama-3.2-1b:4 --threads 2
+    python bench/peers.py -m FOLDER --quantised
 
-Both engines load the same bf16 matrices, written once as a Hugging Face folder and once as GGUF,
-run in one process with the same threads and context, and take turns, so that a machine that changes
-its speed does so for all of them. llama.cpp runs with flash attention on and off; ratios are to the
-better of the two, medians of all repetitions. Figures:
+Both engines load the same bf16 matrices, random or a folder's, once as a Hugging Face folder and
+once as GGUF, run in one process with the same threads and context, and take turns, so that a
+machine that changes its speed does so for all of them. llama.cpp runs with flash attention on and
+off; ratios are to the better of the two, medians of all repetitions. --quantised: weights of 8 and
+4 bits, rounded from these by each side, each beside those of llama.cpp that have as many bits (with
+flash attention; what a file has in all is in the name). Figures:
 
     prefill N         tokens/s of a prompt of N tokens on an empty cache
     decode @ N        tokens/s of single tokens after N
@@ -34,7 +37,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from random_llama import SEED, Shape, parse_shape, write_folder, write_gguf
+from random_llama import (
+    SEED,
+    folder_shape,
+    folder_tensors,
+    parse_shape,
+    tensors,
+    write_folder,
+    write_gguf,
+)
+
+# Weights of as many bits: ours, and llama.cpp's numbers of theirs (llama.h, llama_ftype).
+QUANTISED = {"int8": {"q8_0": 7}, "int4": {"q4_0": 2, "q4_k_m": 15}}
 
 PAUSE = 0.1  # seconds between engines: idle worker threads stop spinning
 
@@ -42,10 +56,11 @@ PAUSE = 0.1  # seconds between engines: idle worker threads stop spinning
 
 
 class Mustafar:
-    """This runtime with one cache setting."""
+    """This runtime with one cache setting. group: engines that are compared."""
 
-    def __init__(self, model: Any, name: str, kv: Any) -> None:
+    def __init__(self, model: Any, name: str, kv: Any, group: str = "") -> None:
         self.name, self._model, self._kv = f"mustafar, {name}", model, kv
+        self.group = group
         self._session: Any = None
 
     def prefill(self, ids: list[int]) -> NDArray[np.float32]:
@@ -68,10 +83,13 @@ class Mustafar:
 class LlamaCpp:
     """llama.cpp with its default f16 cache."""
 
-    def __init__(self, path: Path, context: int, threads: int, flash: bool) -> None:
+    def __init__(
+        self, path: Path, context: int, threads: int, flash: bool, name: str = "", group: str = ""
+    ) -> None:
         import llama_cpp
 
-        self.name = f"llama.cpp, flash attention {'on' if flash else 'off'}"
+        self.name = f"llama.cpp, {name or 'flash attention ' + ('on' if flash else 'off')}"
+        self.group = group
         self._llama = llama_cpp.Llama(
             str(path),
             n_ctx=context,
@@ -144,17 +162,29 @@ def ratio(a: float, b: float) -> float | None:
     return a / b if a > 0 and b > 0 else None
 
 
-def result(test: str, unit: str, samples: Samples, value: Figure) -> dict[str, Any]:
-    """Every engine's median and its ratio to the better llama.cpp; above 1 is better."""
+def result(
+    engines: list[Any], test: str, unit: str, samples: Samples, value: Figure
+) -> dict[str, Any]:
+    """Every engine's median and its ratio to the best llama.cpp of its group; above 1 is better."""
     medians = {name: value(statistics.median(times)) for name, times in samples.items()}
-    peers = [figure for name, figure in medians.items() if name.startswith("llama.cpp")]
+    groups = {engine.name: engine.group for engine in engines}
     rates = unit == "tokens/s"
-    best = max(peers) if rates else min(peers)
+
+    def best_peer(group: str) -> float:
+        peers = [
+            figure
+            for name, figure in medians.items()
+            if name.startswith("llama.cpp") and groups[name] == group
+        ]
+        return max(peers) if rates else min(peers)
+
     rows = [
         {
             "engine": name,
             "median": figure,
-            "ratio": ratio(figure, best) if rates else ratio(best, figure),
+            "ratio": ratio(figure, best_peer(groups[name]))
+            if rates
+            else ratio(best_peer(groups[name]), figure),
             "samples": [value(seconds) for seconds in samples[name]],
         }
         for name, figure in medians.items()
@@ -172,11 +202,48 @@ def agreement(engines: list[Any], ids: list[int]) -> dict[str, float]:
     }
 
 
+def quantised_gguf(gguf: Path, name: str, number: int, threads: int) -> Path:
+    """What llama.cpp's quantise call makes of a GGUF of bf16, beside it."""
+    import llama_cpp
+
+    path = gguf.with_name(f"{gguf.stem}-{name}.gguf")
+    if path.exists():
+        return path
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, threads
+    temporary = path.with_suffix(".part")
+    if llama_cpp.llama_model_quantize(str(gguf).encode(), str(temporary).encode(), params) != 0:
+        raise SystemExit(f"llama.cpp could not make {path}")
+    temporary.rename(path)
+    return path
+
+
+def quantised_engines(args: argparse.Namespace, folder: Path, gguf: Path) -> list[Any]:
+    """Weights of 8 and 4 bits, ours with the default cache and the smallest dense one."""
+    import mustafar
+
+    engines: list[Any] = []
+    for weights, peers in QUANTISED.items():
+        model = mustafar.Model(folder, threads=args.threads, weights=weights)
+        size = f"{model.memory().weights_bytes / 1e6:.0f} MB"
+        for preset in args.presets:
+            kv = mustafar.KVConfig.preset(preset)
+            engines.append(Mustafar(model, f"{weights} ({size}), {preset}", kv, weights))
+        for name, number in peers.items():
+            path = quantised_gguf(gguf, name, number, args.threads)
+            label = f"{name} ({path.stat().st_size / 1e6:.0f} MB)"
+            context = max(args.prefill) + 256
+            engines.append(LlamaCpp(path, context, args.threads, True, label, weights))
+    return engines
+
+
 def make_engines(args: argparse.Namespace, folder: Path, gguf: Path) -> tuple[Any, list[Any]]:
     """The model and every engine over it."""
     import mustafar
 
     model = mustafar.Model(folder, threads=args.threads)
+    if args.quantised:
+        return model, quantised_engines(args, folder, gguf)
     published = {"k_sparsity": 0.625, "v_sparsity": 0.75, "value_dtype": "auto"}
     settings: dict[str, dict[str, Any]] = {"dense": {"value_dtype": "auto"}}
     if not args.dense_only:
@@ -191,7 +258,7 @@ def make_engines(args: argparse.Namespace, folder: Path, gguf: Path) -> tuple[An
     return model, engines
 
 
-def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dict[str, Any]:
+def run(args: argparse.Namespace, vocab: int, folder: Path, gguf: Path) -> dict[str, Any]:
     """Every test, as JSON."""
     import llama_cpp
 
@@ -199,10 +266,10 @@ def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dic
 
     model, engines = make_engines(args, folder, gguf)
     rng = np.random.default_rng(SEED)
-    ids = rng.integers(3, shape.vocab, max(args.prefill) + 256).tolist()
+    ids = rng.integers(3, vocab, max(args.prefill) + 256).tolist()
     same = agreement(engines, ids[:64])
     print(f"logits against {engines[0].name}, NMSE: {same}", file=sys.stderr)
-    if max(same.values()) > 0.01:
+    if not args.quantised and max(same.values()) > 0.01:
         raise SystemExit("the engines do not run the same model")
 
     results = []
@@ -214,10 +281,10 @@ def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dic
             take_turns(engines, 1, timed_prefill(ids[:n]))
         repetitions = args.long_repetitions if long else args.repetitions
         samples = take_turns(engines, repetitions, timed_prefill(ids[:n]))
-        results.append(result(f"prefill {n}", "tokens/s", samples, rate_of(n)))
+        results.append(result(engines, f"prefill {n}", "tokens/s", samples, rate_of(n)))
         print(f"decode @ {n}", file=sys.stderr)
         samples = take_turns(engines, args.repetitions, timed_decode(ids[-args.decode :]))
-        results.append(result(f"decode @ {n}", "tokens/s", samples, rate_of(args.decode)))
+        results.append(result(engines, f"decode @ {n}", "tokens/s", samples, rate_of(args.decode)))
         if not shortest:
             shortest = samples
             continue
@@ -226,7 +293,7 @@ def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dic
             for name, times in samples.items()
         }
         results.append(
-            result(f"attention @ {n}", "ms/token", extra, lambda s: 1000 * s / args.decode)
+            result(engines, f"attention @ {n}", "ms/token", extra, lambda s: 1000 * s / args.decode)
         )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -237,7 +304,9 @@ def run(args: argparse.Namespace, shape: Shape, folder: Path, gguf: Path) -> dic
         "mustafar": mustafar.__version__,
         "llama_cpp_python": llama_cpp.__version__,
         "device": repr(model).partition(" on ")[2].rstrip(">"),
-        "shape": args.shape,
+        "shape": args.model.resolve().name if args.model else args.shape,
+        "weights": ("" if args.model else "random ")
+        + ("weights, rounded from bf16" if args.quantised else "bf16 weights"),
         "logits_nmse": same,
         "command": "python bench/peers.py " + " ".join(sys.argv[1:]),
         "results": results,
@@ -255,7 +324,7 @@ def cpu_name() -> str:
 def markdown(report: dict[str, Any]) -> str:
     """The report as a table, one row per test and engine."""
     header = (
-        f"{report['shape']}, random bf16 weights; {report['cpu']}, {report['threads']} threads; "
+        f"{report['shape']}, {report['weights']}; {report['cpu']}, {report['threads']} threads; "
         f"{report['device']}; llama-cpp-python {report['llama_cpp_python']} (f16 cache); "
         f"{report['date']}."
     )
@@ -264,7 +333,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"`{report['command']}`",
         "",
-        "| test | engine | median | unit | times the better llama.cpp |",
+        "| test | engine | median | unit | times the best llama.cpp |",
         "|---|---|---:|---|---:|",
     ]
     for test in report["results"]:
@@ -283,6 +352,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="llama-3.2-1b:4", help="NAME or NAME:LAYERS")
+    parser.add_argument("-m", "--model", type=Path, help="folder of a Llama in bf16, in its place")
+    parser.add_argument("--quantised", action="store_true", help="weights of 8 and 4 bits")
+    parser.add_argument(
+        "--presets", nargs="+", default=["lossless", "balanced"], help="caches of --quantised"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 16384])
     parser.add_argument("--decode", type=int, default=32, help="tokens per sample")
@@ -297,15 +371,17 @@ def main() -> None:
     args = parser.parse_args()
     args.load = os.getloadavg()[0]
 
-    shape = parse_shape(args.shape)
+    shape = folder_shape(args.model) if args.model else parse_shape(args.shape)
     with tempfile.TemporaryDirectory() as temporary:
         root = args.weights or Path(temporary)
-        folder, gguf = root / "hf", root / "model.gguf"
+        folder, gguf = args.model or root / "hf", root / "model.gguf"
         if not gguf.exists():
             print(f"writing weights to {root}", file=sys.stderr)
-            write_folder(shape, folder)
-            write_gguf(shape, gguf)
-        report = run(args, shape, folder, gguf)
+            root.mkdir(parents=True, exist_ok=True)
+            if not args.model:
+                write_folder(shape, folder)
+            write_gguf(shape, folder_tensors(folder) if args.model else tensors(shape), gguf)
+        report = run(args, shape.vocab, folder, gguf)
     table = markdown(report)
     print(table)
     for path, text in ((args.json, json.dumps(report, indent=2) + "\n"), (args.markdown, table)):

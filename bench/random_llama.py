@@ -1,4 +1,4 @@
-"""Random Llamas by shape: the same bf16 matrices as a Hugging Face folder and as GGUF."""
+"""Llamas as a Hugging Face folder and as GGUF, the same bf16 matrices: random, or a folder's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Tensors = Iterable[tuple[str, NDArray[np.uint16]]]
 
 SEED = 1
 CONTEXT = 131072  # tokens, as the model files state it
@@ -29,6 +31,7 @@ class Shape:
     vocab: int
     rope_theta: float
     tied: bool
+    eps: float = 1e-5  # of the norms
 
 
 SHAPES = {
@@ -56,7 +59,7 @@ def random_pool() -> NDArray[np.uint16]:
     return (values.view(np.uint32) >> 16).astype(np.uint16)  # truncated: random anyway
 
 
-def tensors(shape: Shape) -> Iterable[tuple[str, NDArray[np.uint16]]]:
+def tensors(shape: Shape) -> Tensors:
     """Hugging Face names and bf16 bits; norms are one."""
     rng = np.random.default_rng(SEED)
     pool = random_pool()
@@ -85,6 +88,39 @@ def tensors(shape: Shape) -> Iterable[tuple[str, NDArray[np.uint16]]]:
         yield "lm_head.weight", matrix(shape.vocab, shape.hidden)
 
 
+def folder_shape(folder: Path) -> Shape:
+    """The sizes in a folder's config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "llama" or config.get("rope_scaling"):
+        raise SystemExit(f"{folder}: not a Llama without RoPE scaling")
+    heads = config["num_attention_heads"]
+    return Shape(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab=config["vocab_size"],
+        rope_theta=config["rope_theta"],
+        tied=config["tie_word_embeddings"],
+        eps=config["rms_norm_eps"],
+    )
+
+
+def folder_tensors(folder: Path) -> Tensors:
+    """Names and bf16 bits of a folder with one file of bf16 tensors."""
+    bits = np.memmap(folder / "model.safetensors", np.uint8, "r")
+    start = 8 + int(bits[:8].view(np.uint64)[0])
+    for name, entry in json.loads(bytes(bits[8:start])).items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] != "BF16":
+            raise SystemExit(f"{folder}: {name} is {entry['dtype']}, must be BF16")
+        begin, end = entry["data_offsets"]
+        yield name, bits[start + begin : start + end].view(np.uint16).reshape(entry["shape"])
+
+
 def write_folder(shape: Shape, folder: Path) -> None:
     """config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +135,7 @@ def write_folder(shape: Shape, folder: Path) -> None:
         "head_dim": shape.head_dim,
         "vocab_size": shape.vocab,
         "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": 1e-5,
+        "rms_norm_eps": shape.eps,
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
         "torch_dtype": "bfloat16",
@@ -129,8 +165,8 @@ def interleave_rope(bits: NDArray[np.uint16], heads: int) -> NDArray[np.uint16]:
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
 
 
-def write_gguf(shape: Shape, path: Path) -> None:
-    """The same matrices as GGUF in bf16, norms in f32, with a vocabulary of placeholders."""
+def write_gguf(shape: Shape, matrices: Tensors, path: Path) -> None:
+    """These matrices as GGUF in bf16, norms in f32, with a vocabulary of placeholders."""
     import gguf
 
     writer = gguf.GGUFWriter(path, "llama")
@@ -144,7 +180,7 @@ def write_gguf(shape: Shape, path: Path) -> None:
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_rms_eps(shape.eps)
     writer.add_vocab_size(shape.vocab)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("llama")
@@ -154,7 +190,7 @@ def write_gguf(shape: Shape, path: Path) -> None:
     kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
     writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (shape.vocab - len(kinds)))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, shape.layers)
-    for name, bits in tensors(shape):
+    for name, bits in matrices:
         target = names.get_name(name, try_suffixes=(".weight",))
         assert target is not None, name
         if bits.ndim == 1:

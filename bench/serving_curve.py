@@ -1,13 +1,13 @@
 """What clients of a server see at a fixed memory for KV caches: dense beside compressed caches.
 
     PYTHONPATH=build/cpu-test/python python bench/serving_curve.py -m FOLDER --json curve.json
-    ... --llama-cpp FILE.gguf    the same traffic at llama-cpp-python's server, same weights
+    ... --llama-server PROGRAM --gguf FILE    the same traffic at llama.cpp's server, same weights
 
 Every setting of the cache serves 1, 4 and 16 clients with the same long prompts; each client waits
 for a reply before it sends its next request. Settings take turns within a number of clients, so
 that a machine that changes its speed does so for all. Prints Markdown; --json writes every report.
-llama-cpp-python has one sequence at a time, in a cache of its own for one context: nothing of it is
-limited by --kv-budget.
+llama.cpp's server has as many slots, each with its own part of the context, as --kv-budget holds of
+its cache's type, and clients at most; what it keeps of prompts beside them is off.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 120
+LLAMA_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of a value in llama.cpp's caches
 
 
 def measure(args: argparse.Namespace, clients: int, where: list[str], serve: list[str]) -> Any:
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace, clients: int, where: list[str], serve: lis
         *("--clients", str(clients), "--requests", str(requests), "--json"),
         *("--prompt-tokens", str(args.prompt), "--prompt-sigma", "0"),
         *("--output-tokens", str(args.output), "--output-sigma", "0"),
-        *("--context", str(args.prompt + args.output + 64), *where),
+        *("--context", str(args.context), *where),
         *(["--text", str(args.text)] if args.text else []),
         *(["--", *serve] if serve else []),
     ]
@@ -48,33 +49,53 @@ def measure(args: argparse.Namespace, clients: int, where: list[str], serve: lis
     return json.loads(result.stdout)
 
 
+def llama_slots(args: argparse.Namespace, kind: str) -> int:
+    """Sequences of llama.cpp that the budget holds with a cache of this type."""
+    config = json.loads((args.model / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    kv_heads = config.get("num_key_value_heads", heads)
+    values = 2 * config["num_hidden_layers"] * kv_heads * head_dim * args.context
+    return int(size_in_bytes(args.kv_budget) // (values * LLAMA_BYTES[kind]))
+
+
+def size_in_bytes(text: str) -> int:
+    """As --kv-budget spells it."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    unit = units.get(text[-1].upper())
+    return int(text[:-1]) * unit if unit else int(text)
+
+
 @contextlib.contextmanager
-def llama_cpp(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """URL and process of llama-cpp-python's server."""
+def llama_server(args: argparse.Namespace, kind: str, slots: int) -> Iterator[tuple[str, int]]:
+    """URL and process of llama.cpp's server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = {
-        "model": args.llama_cpp,
+        "model": args.gguf,
         "port": port,
-        "n_ctx": args.prompt + args.output + 64,
-        "n_threads": args.threads,
-        "n_threads_batch": args.threads,
-        "flash_attn": True,
-        "interrupt_requests": False,  # or a new request ends the stream that runs
+        "parallel": slots,
+        "ctx-size": slots * args.context,
+        "cache-type-k": kind,
+        "cache-type-v": kind,
+        "flash-attn": "on",
+        "threads": args.threads,
+        "threads-batch": args.threads,
+        "cache-ram": 0,
     }
     options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "llama_cpp.server", *options]
+    command = [str(args.llama_server), *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + START_SECONDS
         while True:
             with contextlib.suppress(urllib.error.URLError):
-                urllib.request.urlopen(url + "/v1/models", timeout=5).close()
+                urllib.request.urlopen(url + "/health", timeout=5).close()
                 break
             if process.poll() is not None or time.monotonic() > end:
-                raise SystemExit("llama-cpp-python's server did not start: " + " ".join(command))
+                raise SystemExit("llama.cpp's server did not start: " + " ".join(command))
             time.sleep(0.2)
         yield url, process.pid
     finally:
@@ -91,20 +112,17 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             serve = ["--kv", preset, "--kv-budget", args.kv_budget, "-t", str(args.threads)]
             found = measure(args, clients, ["-m", str(args.model)], serve)
             reports.append({"setting": preset, "clients": clients, **found})
-        if args.llama_cpp:
-            print(f"llama-cpp-python, {clients} clients", file=sys.stderr)
-            with llama_cpp(args) as (url, pid):
-                # It knows no ignore_eos, and has a penalty that others have not.
-                extra = {
-                    "ignore_eos": None,
-                    "stream_options": None,
-                    "repeat_penalty": 1.0,
-                    "logit_bias": {args.eos: -100},
-                }
-                where = ["--url", url, "--pid", str(pid), "--extra", json.dumps(extra)]
-                where += ["--tokenizer", str(args.model)]
+        for kind in args.llama_kv if args.llama_server else ():
+            slots = min(llama_slots(args, kind), clients)
+            print(f"llama.cpp {kind}, {clients} clients, {slots} slots", file=sys.stderr)
+            if slots == 0:
+                continue
+            with llama_server(args, kind, slots) as (url, pid):
+                where = ["--url", url, "--pid", str(pid), "--tokenizer", str(args.model)]
                 found = measure(args, clients, where, [])
-            reports.append({"setting": "llama-cpp-python", "clients": clients, **found})
+            reports.append(
+                {"setting": f"llama.cpp, {kind}", "clients": clients, "slots": slots, **found}
+            )
     return reports
 
 
@@ -126,6 +144,7 @@ def markdown(args: argparse.Namespace, reports: list[dict[str, Any]]) -> str:
             continue
         server = found["server"]
         running = f"{server['running']['most']:.0f}" if "running" in server else "-"
+        running = str(found.get("slots", running))
         caches = f"{server['kv_bytes']['most'] / 2**20:.0f}" if "kv_bytes" in server else "-"
         bad = found["requests"]["failed"] + found["requests"]["refused"]
         lines.append(
@@ -152,11 +171,15 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=128, help="tokens")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--text", type=Path, help="that prompts are cut from; else Python's")
-    parser.add_argument("--llama-cpp", metavar="GGUF", help="the same weights for llama.cpp")
-    parser.add_argument("--eos", default="2", help="the end token's id, for llama.cpp")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's program; needs --gguf")
+    parser.add_argument("--gguf", type=Path, help="the same weights for it")
+    parser.add_argument("--llama-kv", nargs="+", choices=LLAMA_BYTES, default=list(LLAMA_BYTES))
     parser.add_argument("--json", type=Path, help="write the reports here")
     args = parser.parse_args()
     args.load = os.getloadavg()[0]
+    args.context = args.prompt + args.output + 64
+    if args.llama_server and not args.gguf:
+        parser.error("--llama-server needs --gguf")
     reports = run_all(args)
     print(markdown(args, reports))
     if args.json:
