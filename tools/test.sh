@@ -128,8 +128,10 @@ fi
 
 step "wheel and test tools"
 [ -x .venv/bin/python ] || python3 -m venv .venv
-pip install -q --disable-pip-version-check "-Ccmake.define.MUSTAFAR_CUDA=$wheel_cuda" \
-  -Ccmake.define.MUSTAFAR_WERROR=ON '.[test,docs]'
+# By hash (tools/pin.sh); PyTorch, which differs from machine to machine, comes with the wheel's extras.
+pip install -q --disable-pip-version-check --require-hashes --no-deps -r tests/requirements.txt
+pip install -q --disable-pip-version-check --no-build-isolation \
+  "-Ccmake.define.MUSTAFAR_CUDA=$wheel_cuda" -Ccmake.define.MUSTAFAR_WERROR=ON '.[test,docs]'
 source_checks
 
 build "$release" "$([ $release = cuda-test ] && echo ON || echo OFF)"

@@ -190,6 +190,14 @@ class RandomCache {
   }
   RandomCache(RandomCache&&) = delete;
 
+  // Makes the store n_blocks long: its blocks over and over, in the same memory.
+  void repeat_blocks(int32_t n_blocks) {
+    const size_t n = pages_.size();
+    for (int32_t b = static_cast<int32_t>(n); b < n_blocks; b++) pages_.push_back(pages_[b % n]);
+    step_.pages = pages_.data();
+    step_.n_blocks = n_blocks;
+  }
+
   const CacheShape& shape() const { return shape_; }
   const StoreLayout& layout() const { return layout_; }
   SequenceStep& step() { return step_; }
