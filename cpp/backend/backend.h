@@ -108,7 +108,11 @@ struct Weights {
 // One sequence's part in a call, and what only the host reads of it.
 struct SequenceStep : SequenceView {
   const StoreLayout* layout = nullptr;  // host memory
-  bool long_rope = false;               // its rows take Weights::long_rope_frequencies
+  // [n_layers] host: tokens, its own among them, that a query of a layer sees, 0: all before it.
+  // Null: all layers see all.
+  const int32_t* windows = nullptr;
+  int32_t dropped_blocks = 0;  // of the store, the oldest: pages begins after them
+  bool long_rope = false;      // its rows take Weights::long_rope_frequencies
 };
 
 struct Batch {
@@ -172,6 +176,7 @@ class Backend {
   virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
+  virtual bool windows() const { return false; }            // SequenceStep::windows is looked at
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.

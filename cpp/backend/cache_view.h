@@ -78,10 +78,11 @@ struct SequenceView {
 // With no new block and no fresh token it moves the dense tokens to another buffer.
 struct CommitView {
   SequenceView sequence;
-  uint8_t* const* new_pages = nullptr;  // [n_new_blocks] page addresses
-  uint8_t* dense_out = nullptr;         // as SequenceView::dense, of dense_out_capacity
-  int32_t dense_tokens = 0;             // valid now: decode's new row included
-  int32_t fresh_tokens = 0;             // 0 in decode
+  // [n_new_blocks] page addresses; on the host null for a block that no query will ever see.
+  uint8_t* const* new_pages = nullptr;
+  uint8_t* dense_out = nullptr;  // as SequenceView::dense, of dense_out_capacity
+  int32_t dense_tokens = 0;      // valid now: decode's new row included
+  int32_t fresh_tokens = 0;      // 0 in decode
   int32_t n_new_blocks = 0;
   int32_t end_pos = 0;             // tokens cached once the call is over
   int32_t dense_out_capacity = 0;  // tokens; 0: as many as the sequence's dense buffer holds

@@ -154,6 +154,29 @@ std::string number(const Json& json, const char* field) {
   return std::to_string(json.at(field).get<int64_t>());
 }
 
+// "96 tokens in all layers", "96 tokens in layers 0, 2 to 4 and 6" or that it cuts the context.
+std::string window_text(const Json& config) {
+  std::string text = number(config, "sliding_window") + " tokens";
+  if (config.at("sliding_window") == config.at("max_position_embeddings")) {
+    return text + ", where this device ends the context; beyond it use the device cpu";
+  }
+  const auto layers = config.at("sliding_window_layers").get<std::vector<int64_t>>();
+  if (std::ssize(layers) == config.at("n_layers").get<int64_t>()) return text + " in all layers";
+  std::vector<std::string> spans;
+  for (size_t first = 0, last; first < layers.size(); first = last + 1) {
+    last = first;
+    while (last + 1 < layers.size() && layers[last + 1] == layers[last] + 1) last++;
+    spans.push_back(std::to_string(layers[first]));
+    if (last > first)
+      spans.back() += (last > first + 1 ? " to " : ", ") + std::to_string(layers[last]);
+  }
+  text += layers.size() == 1 ? " in layer " : " in layers ";
+  for (size_t i = 0; i < spans.size(); i++) {
+    text += (i == 0 ? "" : i + 1 < spans.size() ? ", " : " and ") + spans[i];
+  }
+  return text + ", the others see all";
+}
+
 void print_model(const Json& json) {
   const Json& config = json.at("config");
   print_line("model", json.at("model").get<std::string>() + " (" +
@@ -164,11 +187,10 @@ void print_model(const Json& json) {
                  ", feed-forward " + number(config, "intermediate_size") + ", heads " +
                  number(config, "n_heads") + "/" + number(config, "n_kv_heads") + " x " +
                  number(config, "head_dim") + ", vocabulary " + number(config, "vocab_size"));
-  print_line("context",
-             number(config, "max_position_embeddings") + " tokens, rope theta " +
-                 format_number(config.at("rope_theta").get<double>(), 0) + ", scaling " +
-                 config.at("rope_scaling").get<std::string>() +
-                 (config.at("sliding_window").is_null() ? "" : ", cut at the sliding window"));
+  print_line("context", number(config, "max_position_embeddings") + " tokens, rope theta " +
+                            format_number(config.at("rope_theta").get<double>(), 0) + ", scaling " +
+                            config.at("rope_scaling").get<std::string>());
+  if (!config.at("sliding_window").is_null()) print_line("window", window_text(config));
   std::string stored;
   for (const auto& [dtype, bytes] : json.at("tensor_bytes").items()) {
     stored += (stored.empty() ? "" : ", ") + dtype + " " + format_bytes(bytes.get<double>());

@@ -67,6 +67,7 @@ Json to_json(const ModelConfig& config) {
                {"rope_theta", config.rope_theta},
                {"rope_scaling", rope_scaling_name(config.rope_scaling)},
                {"sliding_window", config.sliding_window > 0 ? Json(config.sliding_window) : Json()},
+               {"sliding_window_layers", config.layers_with_windows()},
                {"tie_word_embeddings", config.tie_word_embeddings},
                {"torch_dtype", config.torch_dtype}};
   json["bos_token_id"] = config.bos_token_id < 0 ? Json(nullptr) : Json(config.bos_token_id);

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 
 #include "io/config_fields.h"
 #include "io/json_file.h"
@@ -113,38 +114,53 @@ void read_heads(const Fields& fields, const Family& family, ModelConfig& config)
   }
 }
 
-// Whether some layer's attention sees only a window of the newest tokens. Llama, Granite and OLMo-2
-// have no windows, whatever fields are left over from another family.
-bool has_window(const Fields& fields, const ModelConfig& config) {
-  const std::string& type = config.model_type;
-  if (type == "mistral" || type == "phi3") return true;
-  if (type != "qwen2" && type != "qwen3" && type != "smollm3") return false;
-  if (const json* types = fields.find("layer_types")) {  // they decide
-    if (!types->is_array()) fields.fail("layer_types", "a list", *types);
-    bool slides = false;
-    for (const json& layer : *types) {
-      const std::string* name = layer.get_ptr<const std::string*>();
-      if (name != nullptr && *name == "sliding_attention") {
-        slides = true;
-      } else if (name == nullptr || *name != "full_attention") {
-        fields.fail("layer_types", "expected \"full_attention\" or \"sliding_attention\", found " +
-                                       describe(layer));
-      }
+std::vector<bool> read_layer_types(const Fields& fields, const json& types,
+                                   const ModelConfig& config) {
+  if (!types.is_array() || std::ssize(types) != config.n_layers) {
+    fields.fail("layer_types",
+                "a list of a type for each of " + std::to_string(config.n_layers) + " layers",
+                types);
+  }
+  std::vector<bool> slides;
+  for (const json& layer : types) {
+    const std::string* name = layer.get_ptr<const std::string*>();
+    if (name == nullptr || (*name != "sliding_attention" && *name != "full_attention")) {
+      fields.fail("layer_types",
+                  "expected \"full_attention\" or \"sliding_attention\", found " + describe(layer));
     }
-    return slides;
+    slides.push_back(*name == "sliding_attention");
   }
-  if (!fields.boolean_or("use_sliding_window", false)) return false;
-  if (type == "smollm3") {
-    const std::vector<bool>& rotates = config.traits.rope_layers;
-    return std::find(rotates.begin(), rotates.end(), false) != rotates.end();
-  }
-  return fields.integer_or("max_window_layers", 0, kInt32Max, 28) < config.n_layers;
+  return slides;
 }
 
-// Attention always reaches the whole context, so that the context ends where a window would begin
-// to act.
+// In which layers attention sees only a window of the newest tokens, where there is a window;
+// empty: in all; null: in none. Llama, Granite and OLMo-2 have none, whatever fields are left over
+// from another family.
+std::optional<std::vector<bool>> read_window_layers(const Fields& fields,
+                                                    const ModelConfig& config) {
+  const std::string& type = config.model_type;
+  if (type == "mistral" || type == "phi3") return std::vector<bool>();
+  if (type != "qwen2" && type != "qwen3" && type != "smollm3") return std::nullopt;
+  if (const json* types = fields.find("layer_types")) {  // they decide
+    return read_layer_types(fields, *types, config);
+  }
+  if (!fields.boolean_or("use_sliding_window", false)) return std::nullopt;
+  const int32_t first =
+      type == "smollm3" ? 0 : fields.integer_or("max_window_layers", 0, kInt32Max, 28);
+  std::vector<bool> slides(config.n_layers, false);
+  for (int32_t i = first; i < config.n_layers; i++) {
+    slides[i] = type != "smollm3" || !config.traits.rotates(i);
+  }
+  return slides;
+}
+
 void read_window(const Fields& fields, ModelConfig& config) {
-  if (!has_window(fields, config)) return;
+  std::optional<std::vector<bool>> layers = read_window_layers(fields, config);
+  if (!layers) return;
+  const auto none = [&](bool slides) {
+    return std::find(layers->begin(), layers->end(), slides) == layers->end();
+  };
+  if (!layers->empty() && none(true)) return;
   // A missing field means a window of 4096 to Mistral and Qwen, none to the others; so does null.
   const bool by_default = !fields.find("sliding_window") && !fields.is_null("sliding_window") &&
                           config.model_type != "phi3" && config.model_type != "smollm3";
@@ -152,7 +168,7 @@ void read_window(const Fields& fields, ModelConfig& config) {
                                            by_default ? 4096 : static_cast<int32_t>(kInt32Max));
   if (window >= config.max_position_embeddings) return;
   config.sliding_window = window;
-  config.max_position_embeddings = window;
+  if (!none(false)) config.traits.window_layers = std::move(*layers);
 }
 
 std::vector<bool> read_rope_layers(const Fields& fields, const ModelConfig& config) {
@@ -278,9 +294,22 @@ ModelConfig read_model_config(const std::filesystem::path& folder) {
   return config;
 }
 
+std::vector<int32_t> ModelConfig::layers_with_windows() const {
+  std::vector<int32_t> layers;
+  for (int32_t i = 0; i < n_layers; i++) {
+    if (window_of(i) > 0) layers.push_back(i);
+  }
+  return layers;
+}
+
+void ModelConfig::cut_at_window() {
+  if (sliding_window > 0) max_position_embeddings = sliding_window;
+}
+
 std::string ModelConfig::why_context_ends() const {
-  return sliding_window > 0 ? " (a sliding window, which is not supported beyond its own length)"
-                            : "";
+  return sliding_window > 0 && sliding_window == max_position_embeddings
+             ? " (a sliding window, beyond which the device has no kernels: use the device cpu)"
+             : "";
 }
 
 }  // namespace mustafar

@@ -3,8 +3,7 @@
 // Both spellings in use are understood: rope_theta, rope_scaling and torch_dtype, and since
 // transformers 5 rope_parameters and dtype. Fields that change the computation in a way the runtime
 // does not have (other activations, kinds of quantised weights, RoPE scalings or families) are
-// refused by name; fields that do not are ignored. A sliding window ends the context where it would
-// begin to act.
+// refused by name; fields that do not are ignored.
 #pragma once
 
 #include <filesystem>

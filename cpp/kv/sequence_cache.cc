@@ -1,6 +1,7 @@
 #include "kv/sequence_cache.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstring>
 #include <utility>
 
@@ -77,6 +78,14 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
     // Without a window there is still a query to rank by: that of the newest token.
     spec.query_window = std::max(config.window, 1);
   }
+  // A context that ends with the window never gets beyond it.
+  if (model.sliding_window > 0 && model.sliding_window < model.max_position_embeddings) {
+    spec.widest_window = model.sliding_window;
+    for (int32_t layer = 0; layer < model.n_layers; layer++) {
+      spec.windows.push_back(model.window_of(layer));
+      if (spec.windows.back() == 0) spec.widest_window = 0;
+    }
+  }
   spec.query_bytes =
       int64_t{4} * spec.n_layers * spec.n_kv_heads * spec.query_window * spec.head_dim;
   return spec;
@@ -117,6 +126,7 @@ KVMemory SequenceCache::new_query_magnitude() const {
 SequenceCache SequenceCache::fork() const {
   SequenceCache other(*backend_, pool_, budget_, spec_, long_rope_);
   other.pages_ = pages_;
+  other.dropped_blocks_ = dropped_blocks_;
   other.length_ = length_;
   other.refresh_page_table();
   if (dense_.capacity > 0) {
@@ -133,7 +143,8 @@ SequenceCache SequenceCache::fork() const {
 SequenceCache SequenceCache::cut_store(int64_t length) const {
   SequenceCache other(*backend_, pool_, budget_, spec_, long_rope_);
   const int64_t stored = spec_->compressed(length);
-  other.pages_.assign(pages_.begin(), pages_.begin() + stored / kBlockTokens);
+  other.pages_.assign(pages_.begin(), pages_.begin() + stored / kBlockTokens - dropped_blocks_);
+  other.dropped_blocks_ = dropped_blocks_;
   other.refresh_page_table();
   // Sinks lead the dense buffer; whatever follows them is overwritten by what is recomputed.
   const int64_t sinks = std::min<int64_t>(spec_->config.sink_tokens, length);
@@ -170,11 +181,14 @@ PendingAppend SequenceCache::prepare(int64_t n, bool in_place) {
     }
   }
   if (new_blocks > 0) {
-    pending.new_pages = pool_->allocate(new_blocks);
+    // A long prompt's first blocks may be out of sight of what comes after it.
+    const int64_t unseen = std::max<int64_t>(0, spec_->dropped_blocks(length_ + n) - n_blocks());
+    pending.new_pages = pool_->allocate(new_blocks - unseen);
+    pending.new_page_addresses.resize(unseen);
     for (const PageRef& page : pending.new_pages) pending.new_page_addresses.push_back(page.data());
     prepare_page_table(pending);
-    pages_.reserve(pages_.size() + new_blocks);
-    page_addresses_.reserve(pages_.size() + new_blocks);
+    pages_.reserve(pages_.size() + pending.new_pages.size());
+    page_addresses_.reserve(pages_.size() + pending.new_pages.size());
   }
   return pending;
 }
@@ -217,6 +231,10 @@ SequenceStep SequenceCache::view_of(const DenseBuffer& dense) const {
                    ? static_cast<const uint8_t* const*>(page_table_.data())
                    : page_addresses_.data();
   step.n_blocks = static_cast<int32_t>(pages_.size());
+  step.dropped_blocks = static_cast<int32_t>(dropped_blocks_);
+  if (!spec_->windows.empty()) step.windows = spec_->windows.data();
+  assert(dropped_blocks_ == 0 || length_ + 1 - spec_->widest_window >=
+                                     spec_->config.sink_tokens + dropped_blocks_ * kBlockTokens);
   step.dense = static_cast<uint8_t*>(dense.memory.data());
   step.dense_capacity = dense.capacity;
   step.dense_tokens = static_cast<int32_t>(dense_tokens());
@@ -252,7 +270,7 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
     const KVMemory& table = pending.page_table.data() != nullptr ? pending.page_table : page_table_;
     commit.new_pages = static_cast<uint8_t* const*>(table.data()) + pages_.size();
   }
-  commit.n_new_blocks = static_cast<int32_t>(pending.new_pages.size());
+  commit.n_new_blocks = static_cast<int32_t>(pending.new_page_addresses.size());
   commit.end_pos = static_cast<int32_t>(length_) + n;
   commit.dense_out = static_cast<uint8_t*>(pending.dense.memory.data());
   commit.dense_out_capacity = pending.dense.capacity;
@@ -262,6 +280,14 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
 }
 
 void SequenceCache::apply(PendingAppend&& pending) noexcept {
+  // What was cut back may have dropped more than its length asks for.
+  const int64_t dropped =
+      std::max(dropped_blocks_, spec_->dropped_blocks(length_ + pending.n_tokens));
+  const auto of_held = static_cast<int64_t>(pages_.size());
+  const int64_t out = std::min(dropped - dropped_blocks_, of_held);
+  pages_.erase(pages_.begin(), pages_.begin() + out);
+  page_addresses_.erase(page_addresses_.begin(), page_addresses_.begin() + out);
+  dropped_blocks_ = dropped;
   for (PageRef& page : pending.new_pages) {
     page_addresses_.push_back(page.data());
     pages_.push_back(std::move(page));
@@ -311,10 +337,11 @@ std::vector<uint8_t> SequenceCache::download_query_magnitude() const {
   return out;
 }
 
-void SequenceCache::restore(std::vector<PageRef> pages, int64_t length, const uint8_t* dense,
-                            const uint8_t* query_magnitude) {
+void SequenceCache::restore(std::vector<PageRef> pages, int64_t dropped_blocks, int64_t length,
+                            const uint8_t* dense, const uint8_t* query_magnitude) {
   const CacheSpec& spec = *spec_;
   pages_ = std::move(pages);
+  dropped_blocks_ = dropped_blocks;
   length_ = length;
   refresh_page_table();
   if (dense_tokens() > 0) {
@@ -340,10 +367,19 @@ void SequenceCache::refresh_page_table() {
   backend_->upload(page_table_.data(), page_addresses_.data(), bytes);
 }
 
+namespace {
+
+// Bytes of pages that a cache of n tokens may hold: where blocks are dropped, a new one is there
+// before the oldest goes.
+int64_t page_bytes_of(const CacheSpec& spec, int64_t n) {
+  const int64_t coming = spec.dropped_blocks(n) > 0 ? 1 : 0;
+  return (spec.held_blocks(n) + coming) * spec.layout.page_bytes;
+}
+
+}  // namespace
+
 int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t n) {
-  const auto pages = [&](int64_t tokens) {
-    return spec.compressed(tokens) / kBlockTokens * spec.layout.page_bytes;
-  };
+  const auto pages = [&](int64_t tokens) { return page_bytes_of(spec, tokens); };
   // Two dense buffers exist while a call replaces one by the other.
   const int64_t dense = spec.dense_capacity(std::min<int64_t>(n, spec.most_dense_tokens));
   return 2 * (spec.dense_bytes(dense) + spec.query_bytes) +
@@ -354,17 +390,20 @@ int64_t SequenceCache::bytes_for(const CacheSpec& spec, int64_t prompt, int64_t 
 int64_t SequenceCache::call_bytes(const CacheSpec& spec, int64_t from, int64_t to,
                                   int32_t& dense_capacity) {
   const int64_t stored = spec.compressed(to);
+  // Those of before, and the new ones that stay.
+  const int64_t blocks_before = spec.compressed(from) / kBlockTokens;
+  const int64_t blocks = spec.held_blocks(from) + stored / kBlockTokens -
+                         std::max(blocks_before, spec.dropped_blocks(to));
   const int64_t dense_before = spec.dense_bytes(dense_capacity);
   dense_capacity = std::max(dense_capacity, spec.dense_capacity(to - stored));
-  const int64_t pages = stored > 0 ? slab_bytes(spec.layout.page_bytes, stored / kBlockTokens) : 0;
+  const int64_t pages = blocks > 0 ? slab_bytes(spec.layout.page_bytes, blocks) : 0;
   return pages + dense_before + spec.dense_bytes(dense_capacity) +
          (from > 0 ? 2 : 1) * spec.query_bytes + spec.fresh_bytes(to - from);
 }
 
 int64_t SequenceCache::held_bytes(const CacheSpec& spec, int64_t n) {
   const int64_t dense = std::min<int64_t>(n, spec.most_dense_tokens);
-  return spec.dense_bytes(spec.dense_capacity(dense)) + spec.query_bytes +
-         spec.compressed(n) / kBlockTokens * spec.layout.page_bytes;
+  return spec.dense_bytes(spec.dense_capacity(dense)) + spec.query_bytes + page_bytes_of(spec, n);
 }
 
 MemoryUsage SequenceCache::memory() const {
@@ -388,10 +427,14 @@ MemoryUsage SequenceCache::memory() const {
   usage.allocated =
       usage.masks + usage.values + usage.scales + usage.padding + usage.tail + usage.policy;
   usage.used = usage.allocated - usage.tail + spec.dense_bytes(dense_tokens());
-  usage.compressed_tokens = compressed();
+  usage.compressed_tokens = kBlockTokens * blocks;
   usage.dense_tokens = dense_tokens();
-  usage.dense_equivalent =
-      int64_t{2} * 2 * length_ * spec.n_layers * spec.n_kv_heads * spec.head_dim;
+  int64_t seen = 0;  // tokens that the layers' windows reach, of all layers
+  for (int32_t layer = 0; layer < spec.n_layers; layer++) {
+    const int64_t window = spec.windows.empty() ? 0 : spec.windows[layer];
+    seen += window > 0 ? std::min(window, length_) : length_;
+  }
+  usage.dense_equivalent = int64_t{2} * 2 * seen * spec.n_kv_heads * spec.head_dim;
   usage.k_sparsity = 1.0 - static_cast<double>(spec.layout.k.row_keep) / spec.head_dim;
   usage.v_sparsity = 1.0 - static_cast<double>(spec.layout.v.row_keep) / spec.head_dim;
   return usage;

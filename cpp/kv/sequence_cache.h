@@ -2,6 +2,9 @@
 // The schedule is that of the format: with n tokens cached, the compressed_tokens(n, sinks, window)
 // tokens after the sinks are in pages, 64 to a page; the rest is in the dense buffer. That buffer
 // grows with what is in it, so that a short sequence holds little and an empty one nothing.
+//
+// Where all layers have a sliding window, the store drops its oldest pages once no query to come
+// can see them, nor one after a rewind by a block.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +33,24 @@ struct CacheSpec {
   int32_t most_dense_tokens = 0;  // that are dense at any time: sinks + window + 64
   int32_t query_window = 0;       // queries whose magnitude is kept; 0 where no policy asks
   int64_t query_bytes = 0;        // of the query magnitudes
+  // [n_layers] tokens, its own among them, that a query sees, 0: all before it; empty: all see all.
+  std::vector<int32_t> windows;
+  int32_t widest_window = 0;                     // the widest of all layers; 0: some see all
   std::shared_ptr<const KVTransform> transform;  // device pointers, or null
   std::shared_ptr<const CodeTables> codes;       // device pointers, where rows are coded
 
   int64_t compressed(int64_t n) const {
     return compressed_tokens(n, config.sink_tokens, config.window);
   }
+  // The store's oldest blocks that no query sees any more, once the next one stands right behind
+  // `stored` compressed tokens.
+  int64_t unseen_blocks(int64_t stored) const {
+    if (widest_window == 0 || stored < widest_window) return 0;
+    return (stored + 1 - widest_window) / kBlockTokens;
+  }
+  // Those that a cache drops on its way to n tokens: it can still go back by a block.
+  int64_t dropped_blocks(int64_t n) const { return unseen_blocks(compressed(n) - kBlockTokens); }
+  int64_t held_blocks(int64_t n) const { return compressed(n) / kBlockTokens - dropped_blocks(n); }
   // Bytes of one layer's keys and values of n tokens in the tail's type.
   int64_t fresh_bytes(int64_t n) const {
     return 2 * n_kv_heads * n * dtype_bytes(tail_dtype, head_dim);
@@ -65,7 +80,8 @@ struct DenseBuffer {
 struct PendingAppend {
   int64_t n_tokens = 0;
   std::vector<PageRef> new_pages;
-  std::vector<uint8_t*> new_page_addresses;
+  std::vector<uint8_t*>
+      new_page_addresses;    // of all new blocks, null where they are dropped at once
   KVMemory page_table;       // what the cache's becomes; empty where that has room, or has none
   DenseBuffer grown;         // for a call in place that finds the dense buffer full: a larger one
   DenseBuffer dense;         // where the commit writes what stays dense; empty where there is none
@@ -82,13 +98,20 @@ class SequenceCache {
 
   const CacheSpec& spec() const { return *spec_; }
   int64_t length() const { return length_; }
-  int64_t compressed() const { return int64_t{kBlockTokens} * static_cast<int64_t>(pages_.size()); }
+  // Tokens behind the sinks that were compressed, those dropped among them.
+  int64_t compressed() const { return kBlockTokens * n_blocks(); }
+  int64_t dropped_blocks() const { return dropped_blocks_; }
   bool long_rope() const { return long_rope_; }
 
   // A cache of the same contents: pages shared, dense buffer copied.
   SequenceCache fork() const;
+  // Whether what goes on from the first `length` tokens needs no page that was dropped.
+  bool can_cut(int64_t length) const {
+    return dropped_blocks_ <= spec_->unseen_blocks(spec_->compressed(length));
+  }
   // A cache that holds sinks and store of the first `length` tokens alone, sharing pages; the
-  // caller recomputes the tokens from its length() to `length`. Needs length < this->length().
+  // caller recomputes the tokens from its length() to `length`. Needs length < this->length() and
+  // can_cut(length).
   SequenceCache cut_store(int64_t length) const;
   // Drops dense tokens from the end; needs compressed(length) == compressed().
   void cut_tail(int64_t length);
@@ -119,18 +142,19 @@ class SequenceCache {
     return dense_.memory.bytes() + query_magnitude_.bytes() + page_table_.bytes();
   }
 
-  const std::vector<PageRef>& pages() const { return pages_; }
+  const std::vector<PageRef>& pages() const { return pages_; }  // after those dropped
   // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens
   // as in a DenseBuffer of capacity most_dense_tokens, zeros where there is none; and the query
   // magnitudes, query_bytes of them. Host memory.
   std::vector<uint8_t> download_dense() const;
   std::vector<uint8_t> download_query_magnitude() const;
-  // Makes an empty cache one of `length` tokens: pages already filled, dense tokens and query
-  // magnitudes as above. Throws OutOfMemory.
-  void restore(std::vector<PageRef> pages, int64_t length, const uint8_t* dense,
-               const uint8_t* query_magnitude);
+  // Makes an empty cache one of `length` tokens: pages already filled, after those dropped; dense
+  // tokens and query magnitudes as above. Throws OutOfMemory.
+  void restore(std::vector<PageRef> pages, int64_t dropped_blocks, int64_t length,
+               const uint8_t* dense, const uint8_t* query_magnitude);
 
  private:
+  int64_t n_blocks() const { return dropped_blocks_ + static_cast<int64_t>(pages_.size()); }
   int64_t dense_tokens() const { return length_ - compressed(); }
   DenseBuffer new_dense(int32_t capacity) const;
   KVMemory new_query_magnitude() const;  // zeros
@@ -148,6 +172,7 @@ class SequenceCache {
   DenseBuffer dense_;         // none while no token is dense
   KVMemory query_magnitude_;  // none until the first token
   int64_t length_ = 0;
+  int64_t dropped_blocks_ = 0;  // of the store, before pages_
   bool long_rope_ = false;
 };
 

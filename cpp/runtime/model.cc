@@ -107,6 +107,10 @@ std::string fingerprint_of(const ModelConfig& c, const std::string& weights) {
   for (int32_t i = 0; i < c.n_layers; i++) {
     if (!t.rotates(i)) hash.add_int(i);
   }
+  if (c.sliding_window > 0) {
+    hash.add("sliding_window");
+    for (int32_t i = 0; i < c.n_layers; i++) hash.add_int(c.window_of(i));
+  }
   hash.add(weights);
   return hash.hex();
 }
@@ -132,6 +136,7 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   impl->dtype = parse_dtype(options.dtype, stored_dtype(config, *impl->source));
   impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
   impl->weight_format = format;
+  if (!impl->backend->windows()) impl->config.cut_at_window();
   // A device's copy is the reading, and so are quantising and unpacking; else the CPU's weights
   // stay where they are.
   const bool unpacks = impl->source->any_quantised([](const StoredMatrix&) { return true; });

@@ -21,6 +21,7 @@ int64_t common_length(std::span<const int32_t> a, std::span<const int32_t> b) {
 
 int64_t usable_tokens(const SequenceCache& cache, int64_t n_tokens) {
   const CacheSpec& spec = cache.spec();
+  if (!cache.can_cut(n_tokens)) return 0;
   const int64_t stored = spec.compressed(n_tokens);
   if (stored == cache.compressed()) return n_tokens;
   return stored + std::min<int64_t>(spec.config.sink_tokens, n_tokens);

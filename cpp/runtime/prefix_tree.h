@@ -94,9 +94,10 @@ class PrefixTree {
 int64_t common_length(std::span<const int32_t> a, std::span<const int32_t> b);
 
 // Of the first n_tokens of a cache, how many its fork can go on from: all of them, or those in
-// whole blocks and the sinks, where the tail behind them is gone.
+// whole blocks and the sinks, where the tail behind them is gone; none where it has dropped blocks
+// that they would still see.
 int64_t usable_tokens(const SequenceCache& cache, int64_t n_tokens);
-// That fork. Throws OutOfMemory.
+// That fork, where usable_tokens() leaves any. Throws OutOfMemory.
 SequenceCache fork_beginning(const SequenceCache& cache, int64_t n_tokens);
 
 }  // namespace mustafar

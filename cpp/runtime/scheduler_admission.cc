@@ -74,7 +74,9 @@ int64_t Scheduler::will_leave(const Job& other, const Job& job) const {
   const int64_t common = common_length(prompt, other.prompt());
   if (options_.prefix_cache == PrefixCache::kApproximate) {
     const int64_t stored = spec_->compressed(common);
-    return stored > 0 ? stored + spec_->config.sink_tokens : 0;
+    // What its cache has dropped by then can't be begun with.
+    const bool held = spec_->dropped_blocks(other.n_prompt) <= spec_->unseen_blocks(stored);
+    return stored > 0 && held ? stored + spec_->config.sink_tokens : 0;
   }
   int64_t longest = 0;
   for (size_t i = 0; i + 1 < job.calls.size() && i < other.calls.size(); i++) {
@@ -111,9 +113,11 @@ bool Scheduler::better_wait(const Job& job, int64_t usable,
 
 // Beside what is held: by a job that has no cache yet, those of its group, and those that run.
 int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group) {
+  const auto later_tokens = [&](const Job& each) {
+    return std::min(static_cast<int64_t>(each.tokens.size()) + kAheadTokens, each.most_tokens);
+  };
   const auto later = [&](const Job& each) {
-    const int64_t n = static_cast<int64_t>(each.tokens.size());
-    return SequenceCache::held_bytes(*spec_, std::min(n + kAheadTokens, each.most_tokens));
+    return SequenceCache::held_bytes(*spec_, later_tokens(each));
   };
   const auto growth = [&](const Job& each) {
     if (!each.cache) return int64_t{0};  // it has ended just now
@@ -130,7 +134,9 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
   };
   const int64_t dense_bytes = spec_->dense_bytes(spec_->most_dense_tokens);
   const PrefixTree::Common known = find_prefix(job);
-  const int64_t shared_pages = spec_->compressed(known.n_tokens) / kBlockTokens;
+  const int64_t shared_pages =
+      std::max<int64_t>(0, spec_->compressed(known.n_tokens) / kBlockTokens -
+                               spec_->dropped_blocks(later_tokens(job)));
   // A second dense buffer exists while a block leaves the first.
   int64_t needed =
       later(job) - shared_pages * spec_->layout.page_bytes + fresh(job, known.usable) + dense_bytes;

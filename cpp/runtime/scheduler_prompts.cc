@@ -194,8 +194,9 @@ void Scheduler::keep_sequence(Job& job) {
   if (job.cache->compressed() == 0) return;
   const auto held = std::span(job.tokens).first(job.cache->length());
   const bool long_rope = job.cache->long_rope();
+  const bool has_all = job.cache->dropped_blocks() == 0;  // it can be cut back to any beginning
   prefixes_.keep(held, {}, std::move(*job.cache), /*pinned=*/false);
-  prefixes_.drop_beginnings(held, long_rope);
+  if (has_all) prefixes_.drop_beginnings(held, long_rope);
 }
 
 }  // namespace mustafar

@@ -210,7 +210,9 @@ void Session::Impl::rewind(int64_t position) {
     next.drop();
     return;
   }
-  SequenceCache kept = cache->cut_store(position);
+  // Where a sliding window has dropped what would be seen again, all is computed again.
+  SequenceCache kept =
+      cache->can_cut(position) ? cache->cut_store(position) : engine->new_cache(spec, max_tokens);
   const int64_t first = kept.length();
   const bool recompute = first < position;
   if (recompute) {

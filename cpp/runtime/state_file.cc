@@ -11,7 +11,8 @@
 //       logits   f32 [vocab], absent after a rewind
 //       dense    sinks and tail, SequenceCache::download_dense()
 //       queries  query magnitudes, where a policy keeps them
-//       pages    the compressed blocks, oldest first
+//       pages    the compressed blocks, oldest first, without the first "dropped_blocks" of the
+//                header (absent: 0), which no layer's sliding window reaches any more
 //
 // Nothing is taken from a file before its hash has been checked, and masks are checked against the
 // layout, so that a damaged or foreign file can't lead a kernel astray.
@@ -331,6 +332,9 @@ void Session::Impl::save(const std::filesystem::path& path) {
   header.add("max_tokens", session.max_tokens);
   header.add_text("kv", kv_json(session.kv));
   header.add("page_bytes", session.spec->layout.page_bytes);
+  if (const int64_t dropped = session.cache->dropped_blocks(); dropped > 0) {
+    header.add("dropped_blocks", dropped);
+  }
   if (session.kv.budgeted()) header.add_text("row_bytes", rows_json(session.spec->layout));
   header.add_text("sections", entries.take());
 
@@ -386,7 +390,13 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       throw StateError(where + "n_tokens is " + std::to_string(n) + ", max_tokens " +
                        std::to_string(max_tokens));
     }
-    const int64_t n_pages = spec.compressed(n) / kBlockTokens;
+    const int64_t dropped = header.value("dropped_blocks", int64_t{0});
+    const int64_t most_dropped = spec.unseen_blocks(spec.compressed(n));
+    if (dropped < 0 || dropped > most_dropped) {
+      throw StateError(where + "dropped_blocks is " + std::to_string(dropped) +
+                       ", must be between 0 and " + std::to_string(most_dropped));
+    }
+    const int64_t n_pages = spec.compressed(n) / kBlockTokens - dropped;
     const auto section = [&](const char* name, int64_t bytes) {
       const StateFile::Range* range = state.find(name);
       const int64_t actual = range == nullptr ? 0 : range->bytes;
@@ -414,7 +424,7 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
       check_page(spec.layout, page, where + "page " + std::to_string(i));
       backend.upload(pages[i].data(), page, spec.layout.page_bytes);
     }
-    session->cache->restore(std::move(pages), n, dense, queries);
+    session->cache->restore(std::move(pages), dropped, n, dense, queries);
     session->publish_usage();
     state.file.check_read();
     return Session(std::move(session));

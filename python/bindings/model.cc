@@ -25,6 +25,7 @@ py::dict config_dict(const ModelConfig& c) {
   d["vocab_size"] = c.vocab_size;
   d["max_position_embeddings"] = c.max_position_embeddings;
   d["sliding_window"] = c.sliding_window > 0 ? py::object(py::int_(c.sliding_window)) : py::none();
+  d["sliding_window_layers"] = c.layers_with_windows();
   d["rms_norm_eps"] = c.rms_norm_eps;
   d["rope_theta"] = c.rope_theta;
   d["tie_word_embeddings"] = c.tie_word_embeddings;

@@ -165,7 +165,8 @@ class Session(Closing):
     def rewind(self, position: int) -> None:
         """Keeps the first ``position`` tokens.
 
-        Where compressed blocks go, up to ``window + 63`` tokens before ``position`` are recomputed.
+        Where compressed blocks go, up to ``window + 63`` tokens before ``position`` are recomputed;
+        all of them, where the store has dropped blocks that a sliding window would see again.
         """
         self._core.rewind(position)
 

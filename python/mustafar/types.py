@@ -353,7 +353,8 @@ class MemoryUsage:
     """Measured bytes of one session's cache; pages shared by a fork count in each owner.
 
     Attributes:
-        dense_equivalent: The same tokens, dense, at 2 bytes a value.
+        dense_equivalent: The same tokens, dense, at 2 bytes a value; of layers with a sliding
+            window those inside it.
         masks: Bitmaps of the compressed store.
         values: Packed values of the store.
         scales: Scales of int8, int4 and coded values.
@@ -362,7 +363,7 @@ class MemoryUsage:
         policy: Statistics that a pruning policy keeps.
         allocated: The sum of masks, values, scales, padding, tail and policy.
         used: Of that, all but the tail's room for more tokens.
-        compressed_tokens: Tokens in the store.
+        compressed_tokens: Tokens in the store, without those that it has dropped.
         dense_tokens: Tokens in sinks and tail.
         k_sparsity: Of the compressed keys, as stored.
         v_sparsity: Of the compressed values, as stored.

@@ -444,11 +444,25 @@ TEST_P(CpuBackendTest, TransformsCancel) {
 TEST_P(CpuBackendTest, PrefillAttention) {
   struct Case {
     int32_t n_heads, n_kv_heads, head_dim, n_blocks, dense, before, rows;
+    int32_t window = 0, sinks = 0, dropped = 0;  // blocks
   };
   constexpr Case kCases[] = {
-      {4, 4, 8, 0, 0, 0, 1},      {4, 4, 16, 0, 0, 0, 70},  {4, 2, 64, 0, 5, 0, 33},
-      {8, 2, 64, 1, 37, 0, 7},    {4, 1, 80, 2, 32, 3, 50}, {8, 1, 128, 5, 33, 260, 40},
-      {2, 1, 128, 0, 0, 600, 90}, {6, 6, 16, 3, 95, 0, 2},
+      {4, 4, 8, 0, 0, 0, 1},
+      {4, 4, 16, 0, 0, 0, 70},
+      {4, 2, 64, 0, 5, 0, 33},
+      {8, 2, 64, 1, 37, 0, 7},
+      {4, 1, 80, 2, 32, 3, 50},
+      {8, 1, 128, 5, 33, 260, 40},
+      {2, 1, 128, 0, 0, 600, 90},
+      {6, 6, 16, 3, 95, 0, 2},
+      // Windows: in the call alone, into the dense buffer, into sinks, into the store, one token.
+      {4, 2, 64, 2, 37, 260, 70, 100},
+      {4, 4, 16, 2, 37, 0, 70, 90, 5},
+      {2, 1, 64, 1, 37, 0, 33, 100, 5},
+      {2, 1, 80, 9, 37, 3, 50, 200, 5, 4},
+      {8, 2, 64, 9, 300, 3, 50, 330, 270, 2},
+      {4, 2, 64, 2, 5, 0, 90, 1},
+      {4, 2, 64, 6, 5, 0, 600, 300, 2, 1},
   };
   for (const Case& c : kCases) {
     const int32_t d = c.head_dim, n_layers = 2, layer = 1, q_dim = c.n_heads * d;
@@ -488,7 +502,11 @@ TEST_P(CpuBackendTest, PrefillAttention) {
     step.n_blocks = c.n_blocks;
     step.dense_capacity = c.dense + 3;
     step.dense_tokens = c.dense;
-    step.fresh_pos0 = 64 * c.n_blocks + c.dense;
+    step.n_sinks = c.sinks;
+    step.dropped_blocks = c.dropped;
+    const int32_t windows[] = {0, c.window};
+    if (c.window > 0) step.windows = windows;
+    step.fresh_pos0 = 64 * (c.dropped + c.n_blocks) + c.dense;
     step.pos0 = step.fresh_pos0 + c.before;
     step.fresh_capacity = c.before + c.rows + 5;
     const auto buffer = [&](int64_t blocks, int64_t capacity, int64_t valid) {
@@ -536,13 +554,22 @@ TEST_P(CpuBackendTest, PrefillAttention) {
         take(fresh, c.n_kv_heads + kv, step.fresh_capacity, t, values);
       }
       for (int32_t r = 0; r < c.rows; r++) {
-        const size_t visible = step.pos0 + r + 1;
+        const size_t visible = step.pos0 - 64 * c.dropped + r + 1;
+        const auto sees = [&](size_t row) {
+          int32_t position = static_cast<int32_t>(row) + 64 * c.dropped;
+          if (position < c.sinks + 64 * (c.dropped + c.n_blocks)) {  // the store, then the sinks
+            const int32_t in_dense = static_cast<int32_t>(row) - 64 * c.n_blocks;
+            position = in_dense < 0 ? position + c.sinks : in_dense;
+          }
+          return c.window == 0 || position > step.pos0 + r - c.window;
+        };
         std::vector<double> p(visible);
         double top = -1e300, sum = 0;
         for (size_t t = 0; t < visible; t++) {
           double s = 0;
           for (int i = 0; i < d; i++) s += double{q[r * q_dim + h * d + i]} * keys[t][i];
           p[t] = s / std::sqrt(static_cast<double>(d));
+          if (!sees(t)) p[t] = -INFINITY;
           top = std::max(top, p[t]);
         }
         for (double& v : p) sum += v = std::exp(v - top);

@@ -65,6 +65,39 @@ class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
   }
 
   // Every setting of pattern and sparsity, at lengths around the edges of tiles and runs.
+  // Windows that begin in sinks, in the store, at the edges of its blocks and in the tail.
+  void check_windows(const CacheShape& shape, int32_t n_blocks, float key_scale) {
+    constexpr int32_t kSinks = 5, kDense = 40, kDropped = 3;
+    RandomCache cache(shape, n_blocks, kDense, n_blocks, key_scale);
+    const std::vector<float> q =
+        random_queries(int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim, 7);
+    const int32_t layer = shape.n_layers - 1;
+    std::vector<int32_t> windows(shape.n_layers, 0);  // other layers see all
+    cache.step().windows = windows.data();
+    const uint8_t* const* const all_pages = cache.step().pages;
+    for (const int32_t dropped : {0, kDropped}) {
+      cache.place(kSinks, dropped);
+      const int32_t length = cache.step().pos0 + 1, held_from = kSinks + 64 * dropped;
+      for (const int32_t first :
+           {0, 2, kSinks, held_from, held_from + 1, held_from + 63, held_from + 64, held_from + 100,
+            held_from + 64 * n_blocks - 1, held_from + 64 * n_blocks, length - 3, length - 1}) {
+        if (dropped > 0 && first < held_from) continue;
+        windows[layer] = length - first;
+        std::vector<const uint8_t*> pages(all_pages, all_pages + n_blocks);
+        for (int32_t b = 0; b < (first - held_from) / 64 && b < n_blocks; b++) pages[b] = nullptr;
+        cache.step().pages = pages.data();
+        const std::vector<float> out = attend(std::get<0>(GetParam()), {&cache}, layer, q);
+        cache.step().pages = all_pages;
+        const auto sees = [&](int32_t token) { return cache.position(token) >= first; };
+        EXPECT_LE(testing::nmse(cache.attend_to(layer, q.data(), sees), out.data()),
+                  testing::nmse_bound(shape.tail, shape.values))
+            << n_blocks << " blocks after " << dropped << ", seen from " << first << " of "
+            << length << (shape.ragged ? ", ragged" : "");
+      }
+    }
+    cache.step().windows = nullptr;
+  }
+
   void check(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, float key_scale) {
     RandomCache cache(shape, n_blocks, dense_tokens, n_blocks * 1000 + dense_tokens, key_scale);
     const std::vector<float> q =
@@ -105,8 +138,13 @@ TEST_P(DecodeAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
   for (const int32_t dense_tokens : {0, 1, 62, 63, 64, 65, 127}) {
     check(shape, 1, dense_tokens, 2.0f);
   }
+  check_windows(shape, 3, 1.0f);
+  check_windows(shape, 18, 1.0f);
+  shape.k_sparsity = shape.v_sparsity = 0;
+  check_windows(shape, 3, 1.0f);
   shape.ragged = true;
   check(shape, 2, 10, 1.0f);
+  check_windows(shape, 2, 1.0f);
 }
 
 std::string name_of_config(const ::testing::TestParamInfo<Config>& info) {
@@ -144,6 +182,7 @@ TEST_P(CodedAttentionTest, EqualsDenseAttentionOverTheDequantisedRows) {
   shape.n_layers = 1;
   for (const int32_t n_blocks : {0, 1, 15, 16, 17}) check(shape, n_blocks, 31, 0.5f);
   for (const int32_t dense_tokens : {0, 1, 63, 64, 65}) check(shape, 1, dense_tokens, 0.5f);
+  check_windows(shape, 3, 0.5f);
 }
 
 // Layers of other sizes of rows, from one word on: `check` attends the last layer.
@@ -227,6 +266,27 @@ TEST_P(DecodeAttentionIsaTest, ResultsDoNotDependOnBatchOrThreads) {
     const std::vector<float> alone = attend(GetParam(), {caches[i]}, 0, own, 1);
     EXPECT_EQ(std::memcmp(alone.data(), together.data() + i * row, row * 4), 0) << i;
   }
+}
+
+// A window that reaches the first token changes no bit, nor do blocks that were dropped before it.
+TEST_P(DecodeAttentionIsaTest, WhatNoWindowReachesChangesNothing) {
+  const CacheShape shape = headline();
+  RandomCache cache(shape, 20, 40, 1);
+  const std::vector<float> q = random_queries(8 * 128, 8);
+  const auto attended = [&](const int32_t* windows) {
+    cache.step().windows = windows;
+    return attend(GetParam(), {&cache}, 0, q);
+  };
+  cache.place(4, 0);
+  const std::vector<float> all = attended(nullptr);
+  const int32_t whole = cache.step().pos0 + 1, some = 500;
+  EXPECT_EQ(attended(&whole), all);
+  const std::vector<float> seen = attended(&some);
+  EXPECT_NE(seen, all);
+  cache.step().pages += 10;
+  cache.step().n_blocks -= 10;
+  cache.place(4, 10);
+  EXPECT_EQ(attended(&some), seen);
 }
 
 // A sequence whose layers differ beside one whose layers are alike, and one of other values.

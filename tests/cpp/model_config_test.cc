@@ -226,9 +226,13 @@ TEST(ModelConfigTest, WindowsThatCannotActAreAccepted) {
                                  "layer_types":["full_attention","full_attention"]})"));
 }
 
-TEST(ModelConfigTest, TheContextEndsWhereAWindowBegins) {
+TEST(ModelConfigTest, ADeviceWithoutWindowsEndsTheContextWhereOneBegins) {
   const auto context = [](const std::string& patch) {
-    const ModelConfig config = read(changed(patch));
+    ModelConfig config = read(changed(patch));
+    EXPECT_EQ(config.max_position_embeddings, 32768);
+    EXPECT_TRUE(config.why_context_ends().empty());
+    EXPECT_EQ(config.sliding_window == 0, config.layers_with_windows().empty());
+    config.cut_at_window();
     EXPECT_EQ(config.sliding_window > 0 ? config.sliding_window : config.max_position_embeddings,
               config.max_position_embeddings);
     EXPECT_EQ(config.sliding_window == 0, config.why_context_ends().empty());
@@ -253,6 +257,26 @@ TEST(ModelConfigTest, TheContextEndsWhereAWindowBegins) {
   EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,0]})"), 32);
   EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,1]})"), 32768);
   EXPECT_EQ(context("{" + smollm3 + R"("no_rope_layers":[1,0]})"), 32768);
+}
+
+TEST(ModelConfigTest, TheLayersWithAWindow) {
+  const auto layers = [](const std::string& patch) {
+    return read(changed(R"({"max_position_embeddings":32768,"num_hidden_layers":4,)" + patch + "}"))
+        .layers_with_windows();
+  };
+  using Layers = std::vector<int32_t>;
+  EXPECT_EQ(layers(R"("model_type":"llama","sliding_window":32)"), Layers());
+  EXPECT_EQ(layers(R"("model_type":"mistral","sliding_window":32)"), (Layers{0, 1, 2, 3}));
+  EXPECT_EQ(layers(R"("model_type":"phi3","sliding_window":32)"), (Layers{0, 1, 2, 3}));
+  const std::string qwen2 = R"("model_type":"qwen2","use_sliding_window":true,)";
+  EXPECT_EQ(layers(qwen2 + R"("max_window_layers":0)"), (Layers{0, 1, 2, 3}));
+  EXPECT_EQ(layers(qwen2 + R"("max_window_layers":3)"), Layers{3});
+  EXPECT_EQ(layers(qwen2 + R"("sliding_window":32768,"max_window_layers":3)"), Layers());
+  EXPECT_EQ(layers(R"("model_type":"qwen3","sliding_window":32,"layer_types":["sliding_attention",
+                      "full_attention","sliding_attention","full_attention"])"),
+            (Layers{0, 2}));
+  EXPECT_EQ(layers(R"("model_type":"smollm3","use_sliding_window":true,"sliding_window":32)"),
+            Layers{3});
 }
 
 TEST(ModelConfigTest, YarnReachesItsFactor) {

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -300,6 +301,28 @@ def test_info_text_and_json():
     assert rows["as given"]["bytes_per_token"] == rows["dense"]["bytes_per_token"]
     assert rows["K .5 V .5"]["bytes_per_token"] < rows["dense"]["bytes_per_token"]
     assert rows["K .5 V .5 int8"]["of_dense"] < rows["K .5 V .5"]["of_dense"]
+
+
+def test_info_says_which_layers_have_a_window(tmp_path: Path):
+    def window(**fields: object) -> str:
+        config = json.loads((STORY / "config.json").read_text())
+        for path in STORY.iterdir():
+            if path.name != "config.json" and not (tmp_path / path.name).exists():
+                (tmp_path / path.name).symlink_to(path)
+        (tmp_path / "config.json").write_text(json.dumps(config | fields))
+        result = run("info", "-m", tmp_path, "--device", "cpu")
+        assert result.returncode == 0, result.stderr
+        lines = [line for line in result.stdout.splitlines() if line.startswith("window")]
+        return lines[0].split(maxsplit=1)[1] if lines else ""
+
+    assert window() == ""
+    assert window(model_type="mistral", sliding_window=96) == "96 tokens in all layers"
+    n = json.loads((STORY / "config.json").read_text())["num_hidden_layers"]
+    types = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(n)]
+    some = window(
+        model_type="smollm3", layer_types=types, sliding_window=96, no_rope_layers=[1] * n
+    )
+    assert some.startswith("96 tokens in layer") and some.endswith(", the others see all")
 
 
 def bench(*arguments: object):

@@ -30,25 +30,26 @@ def compare(
     kv: KVConfig = DENSE,
     *,
     prompt: int = 150,
+    steps: int = STEPS,
     max_tokens: int | None = None,
 ) -> None:
-    """Logits of a prompt and 64 steps after it within 1e-4; dense, also 64 greedy tokens the same."""
+    """Logits of a prompt and the steps after it within 1e-4; dense, also greedy tokens the same."""
     reference = oracle.load(folder)
-    ids = some_ids(prompt + STEPS)
+    ids = some_ids(prompt + steps)
     expected = oracle.logits(reference, ids)
     assert np.abs(expected).max() > 1  # 1e-4 is little beside them
     with Model(folder, device="cpu", dtype="f32") as model:
         with Session(model, kv, max_tokens=max_tokens) as session:
             assert np.abs(session.prefill(ids[:prompt]) - expected[prompt - 1]).max() <= 1e-4
-            for i in range(prompt, prompt + STEPS):
+            for i in range(prompt, prompt + steps):
                 assert np.abs(session.decode(ids[i]) - expected[i]).max() <= 1e-4
         if kv is not DENSE:
             return
         with Session(model, kv, max_tokens=max_tokens) as session:
             ours = session.generate(
-                ids[:prompt], max_new_tokens=STEPS, temperature=0, ignore_eos=True
+                ids[:prompt], max_new_tokens=steps, temperature=0, ignore_eos=True
             )
-    assert ours.token_ids == oracle.greedy(reference, ids[:prompt], STEPS)
+    assert ours.token_ids == oracle.greedy(reference, ids[:prompt], steps)
 
 
 @pytest.mark.parametrize("layout", list(families.LAYOUTS))
@@ -181,31 +182,126 @@ def test_half_weights(family: str, tmp_path: Path) -> None:
             assert oracle.nmse(session.decode(ids[i]), expected[i]) <= 3e-4
 
 
-WINDOWS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 200},
-    "qwen2": {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"sliding_window": 200, "use_sliding_window": True, "max_window_layers": 1},
-    "phi3": {"sliding_window": 200},
+SLIDES = {"use_sliding_window": True}
+# Of the config, beside sliding_window; and the layers, of three, that have a window then.
+WINDOWS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "mistral": ({}, [0, 1, 2]),
+    "qwen2": (SLIDES | {"max_window_layers": 1}, [1, 2]),
+    "qwen2-all": (SLIDES | {"max_window_layers": 0}, [0, 1, 2]),
+    "qwen3": (
+        SLIDES | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        [0, 2],
+    ),
+    "phi3": ({}, [0, 1, 2]),
+    "smollm3": (SLIDES, [1]),
 }
 
 
+def save_windowed(folder: Path, family: str, layout: str = "gqa", window: int = 96) -> Path:
+    fields = WINDOWS[family][0] | {"sliding_window": window, "max_position_embeddings": 1024}
+    return families.save_family(folder, family, layout, **fields)
+
+
+@pytest.mark.parametrize("window", [96, 200])
+@pytest.mark.parametrize("layout", list(families.LAYOUTS))
 @pytest.mark.parametrize("family", list(WINDOWS))
-def test_a_sliding_window_ends_the_context(family: str, tmp_path: Path) -> None:
-    """Within its window a model is exact; beyond, it says why it goes no further."""
-    folder = families.save_family(tmp_path, family, **WINDOWS[family])
-    compare(folder, prompt=200 - STEPS)
-    reference = oracle.load(folder)
-    ids = some_ids(260)
-    windowed = oracle.logits(reference, ids)[-1]
+def test_sliding_windows(family: str, layout: str, window: int, tmp_path: Path) -> None:
+    """Over several windows; without them the model would say something else."""
+    folder = save_windowed(tmp_path, family, layout, window)
+    prompt = 4 * window + 37
+    compare(folder, prompt=prompt)
+    compare(folder, prompt=window - STEPS // 2)  # which steps leave
+    ids = some_ids(prompt)
     with Model(folder, device="cpu", dtype="f32") as model:
-        assert model.config["max_position_embeddings"] == 200
-        with pytest.raises(ValueError, match=r"context of 200 tokens \(a sliding window"):
-            Session(model, DENSE, max_tokens=201)
-        with pytest.raises(mustafar.ContextOverflow, match="sliding window"):
-            model.generate([ids], kv=DENSE, max_new_tokens=1)
-    # The window does act there: without it the model says something else.
-    families.change_config(folder, sliding_window=None, layer_types=...)
+        assert model.config["max_position_embeddings"] == 1024
+        assert model.config["sliding_window"] == window
+        assert model.config["sliding_window_layers"] == WINDOWS[family][1]
+        windowed = Session(model, DENSE).prefill(ids).copy()
+    families.change_config(folder, sliding_window=None, layer_types=..., use_sliding_window=False)
     assert np.abs(oracle.logits(oracle.load(folder), ids)[-1] - windowed).max() > 1e-2
+
+
+@pytest.mark.parametrize("family", list(WINDOWS))
+def test_sliding_windows_over_a_store(family: str, tmp_path: Path) -> None:
+    """Blocks that no layer sees any more are dropped; where a layer sees all, none are."""
+    folder = save_windowed(tmp_path, family)
+    compare(folder, LOSSLESS, prompt=411, steps=200)
+    all_layers = len(WINDOWS[family][1]) == 3
+    with Model(folder, device="cpu", dtype="f32") as model, Session(model, LOSSLESS) as session:
+        session.prefill(some_ids(1000))
+        assert session.memory().compressed_tokens == (192 if all_layers else 960)
+        seen = 3 * 1000 - len(WINDOWS[family][1]) * (1000 - 96)
+        assert session.memory().dense_equivalent == seen * 2 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize("layout", list(families.LAYOUTS))
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_generations_of_several_windows(family: str, layout: str, tmp_path: Path) -> None:
+    compare(save_windowed(tmp_path, family, layout), prompt=60, steps=350)
+
+
+@pytest.mark.parametrize("family", list(WINDOWS))
+def test_windowed_sessions_of_every_kind(family: str, tmp_path: Path) -> None:
+    """Rewinding near and far, forking, state files, batches and scores."""
+    ids = some_ids(700)
+    kv = KVConfig(sparsity=0.5, value_dtype="int8", window=16)
+    folder = save_windowed(tmp_path / "model", family)
+    with Model(folder, device="cpu", dtype="f32") as model:
+        with Session(model, kv) as session:
+            session.prefill(ids[:550])
+            session.save(tmp_path / "state")
+            with Session.load(model, tmp_path / "state") as loaded, session.fork() as fork:
+                assert loaded.memory() == session.memory()
+                for token in ids[550:]:
+                    logits = session.decode(token)
+                    assert np.array_equal(loaded.decode(token), logits)
+                    assert np.array_equal(fork.decode(token), logits)
+        with Session(model, LOSSLESS) as session:
+            once = session.prefill(ids[:550]).copy()
+            for token in ids[550:600]:
+                session.decode(token)
+            for position in (549, 500, 100):
+                session.rewind(position)
+                assert np.abs(session.prefill(ids[position:550]) - once).max() <= 1e-4
+        options = {"max_new_tokens": 150, "temperature": 0, "ignore_eos": True}
+        with Session(model, kv) as session:
+            alone = session.generate(ids[:500], **options)
+        batch = model.generate([ids[:500], ids[:20], ids[:500]], kv=kv, **options)
+        assert batch[0].token_ids == batch[2].token_ids == alone.token_ids
+        logits = torch.from_numpy(oracle.logits(oracle.load(folder), ids))
+        expected = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[
+            :, 0
+        ]
+        for exact in (DENSE, LOSSLESS):
+            with Session(model, exact) as session:
+                assert np.abs(np.asarray(session.score(ids)) - expected.numpy()).max() <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_windowed_models_are_calibrated_and_coded(family: str, tmp_path: Path) -> None:
+    ids = some_ids(700)
+    with Model(save_windowed(tmp_path, family), device="cpu", dtype="f32") as model:
+        profile = mustafar.calibrate(model, [some_ids(900, seed=s) for s in (1, 2)], "balanced")
+        kv = KVConfig(value_dtype="coded", bits=7.0, profile=profile, window=16)
+        with Session(model, DENSE) as exact, Session(model, kv) as coded:
+            exact.prefill(ids[:600])
+            coded.prefill(ids[:600])
+            ours = np.array([coded.decode(token) for token in ids[600:]])
+            theirs = np.array([exact.decode(token) for token in ids[600:]])
+    assert oracle.nmse(ours, theirs) < 1e-3
+
+
+def test_a_windowed_model_in_half_precision(tmp_path: Path) -> None:
+    fields = {"sliding_window": 96, "max_position_embeddings": 1024}
+    folder = families.save_family(
+        tmp_path, "mistral", dtype=torch.bfloat16, initializer_range=0.04, **fields
+    )
+    ids = some_ids(620)
+    expected = oracle.logits(oracle.load(folder), ids)
+    with Model(folder, device="cpu") as model, Session(model, DENSE) as session:
+        assert oracle.nmse(session.prefill(ids[:600]), expected[599]) <= 3e-4
+        for i in range(600, 620):
+            assert oracle.nmse(session.decode(ids[i]), expected[i]) <= 3e-4
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,25 @@ def test_schedule_and_exact_first_prefill() -> None:
     np.testing.assert_array_equal(keys[132:], k[132:180])
 
 
+@pytest.mark.parametrize("sees", [1, 20, 64, 100])
+def test_a_sliding_window(sees: int) -> None:
+    random = np.random.default_rng(4)
+    slot = reference.Slot(32, "f32", 0.5)
+    cache = reference.HeadCache(slot, slot, window=32, sink_tokens=4, sees=sees)
+    q = random.standard_normal((240, 2, 32)).astype(np.float32)
+    k, v = random.standard_normal((2, 240, 32)).astype(np.float32)
+    out = cache.call(q[:150], k[:150], v[:150])
+    for i in (0, 19, 77, 149):
+        seen = slice(max(0, i + 1 - sees), i + 1)
+        np.testing.assert_allclose(out[i], reference.attend(q[i], k[seen], v[seen]))
+    keys, values = cache.rows()
+    keys, values = np.concatenate([keys, k[150:]]), np.concatenate([values, v[150:]])
+    out = cache.call(q[150:], k[150:], v[150:])
+    for i in (0, 50, 89):
+        seen = slice(151 + i - sees, 151 + i)
+        np.testing.assert_allclose(out[i], reference.attend(q[150 + i], keys[seen], values[seen]))
+
+
 def test_a_groups_members_are_dealt_round_the_row() -> None:
     slot = reference.Slot(64, "f32", 0.5)
     x = np.zeros((64, 64), np.float32)

@@ -17,6 +17,7 @@ import mustafar
 from mustafar import KVConfig, Session
 
 oracle = pytest.importorskip("support.oracle")
+families = pytest.importorskip("support.families")
 
 from support.pruned_attention import Schedule, dealt, keep_of
 from support.state_file import pages_of
@@ -103,6 +104,16 @@ CASES = [
 
 def name_of(kv: KVConfig) -> str:
     return f"{kv.sparsity}-{kv.pattern}-w{kv.window}-s{kv.sink_tokens}"
+
+
+@pytest.mark.parametrize("window", [45, 100])
+@pytest.mark.parametrize("kv", CASES[3:6], ids=name_of)
+def test_logits_match_where_some_layers_have_a_window(
+    kv: KVConfig, window: int, tmp_path: Path
+) -> None:
+    fields = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    folder = families.save_family(tmp_path / "model", "qwen2", **fields)
+    assert compare(folder, kv, tmp_path) <= 1e-4
 
 
 @pytest.mark.parametrize("kv", CASES, ids=name_of)

@@ -20,6 +20,7 @@ import pytest
 import mustafar
 from mustafar import KVConfig, Session
 from support.sessions import ids_of
+from support.state_file import pages_of
 
 KVS = {
     "dense": KVConfig.preset("dense"),
@@ -243,6 +244,37 @@ def test_inconsistent_headers_are_refused(
     rewrite(path, change)
     with pytest.raises(mustafar.StateError):
         Session.load(model, path)
+
+
+def test_what_a_sliding_window_dropped(tmp_path: Path) -> None:
+    """Files hold the blocks that are left, and say how many went before them."""
+    families = pytest.importorskip("support.families")
+    fields = {"sliding_window": 96, "max_position_embeddings": 1024}
+    folder = families.save_family(tmp_path / "model", "mistral", **fields)
+    path = tmp_path / "s"
+    kv = KVConfig(value_dtype="auto")
+    with mustafar.Model(folder, device="cpu", dtype="f32") as model:
+        session = Session(model, kv)
+        session.prefill(ids_of(900, vocab=320))
+        session.save(path)
+        (page_bytes,) = {len(page) for page in pages_of(session, path)}
+        assert len(pages_of(session, path)) == 3  # of 13
+        assert path.stat().st_size < 13 * page_bytes
+        whole = path.read_bytes()
+        for dropped in (0, 9, 11, 12, 13, -1, 10**12, "x", None):
+            path.write_bytes(whole)
+            rewrite(path, {"dropped_blocks": dropped})
+            with pytest.raises(mustafar.StateError):
+                Session.load(model, path)
+        path.write_bytes(whole)
+        rewrite(path, {"dropped_blocks": 10})
+        with Session.load(model, path) as loaded:
+            assert np.array_equal(loaded.decode(5), session.decode(5))
+            session.rewind(850)  # by a block: what that sees is there
+            session.save(path)
+        with Session.load(model, path) as loaded:
+            assert loaded.memory() == session.memory()
+            assert np.array_equal(loaded.decode(5), session.decode(5))
 
 
 def test_a_failed_save_keeps_the_old_file(saved: tuple[Session, Path]) -> None:

@@ -9,6 +9,8 @@
 #include <filesystem>
 #include <limits>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "mustafar/calibration.h"
@@ -208,6 +210,30 @@ TEST_F(CudaSession, ScoresSideBySide) {
     for (const double divergence : scores[i].divergence) EXPECT_LE(divergence, 1e-6);
   }
   EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[2]), expected[2].log_probs), 1e-4);
+}
+
+// The kernels know no sliding windows: up to where one would act, and no further.
+TEST_F(CudaSession, TheContextEndsWithASlidingWindow) {
+  ModelConfig config = small_config(16);
+  config.sliding_window = 150;
+  const Model cpu = testing::random_model(config, "cpu", 1, DType::kF32);
+  const Model gpu = testing::random_model(config, "cuda", 1, DType::kF32);
+  EXPECT_EQ(cpu.config().max_position_embeddings, config.max_position_embeddings);
+  EXPECT_EQ(gpu.config().max_position_embeddings, 150);
+  EXPECT_EQ(gpu.fingerprint(), cpu.fingerprint());
+  try {
+    Session(gpu, config_of(0.5), 151);
+    FAIL() << "a context beyond the window";
+  } catch (const std::invalid_argument& error) {
+    EXPECT_NE(std::string(error.what()).find("sliding window"), std::string::npos);
+  }
+  Session a(cpu, config_of(0.5)), b(gpu, config_of(0.5));
+  EXPECT_LE(largest_difference(a.prefill(ids_of(120)), b.prefill(ids_of(120))), 1e-4);
+  for (const int32_t id : ids_of(30, 2)) {
+    EXPECT_LE(largest_difference(a.decode(id), b.decode(id)), 1e-4);
+  }
+  EXPECT_THROW(b.decode(1), ContextOverflow);
+  a.decode(1);
 }
 
 TEST_F(CudaSession, ForkRewindAndBatch) {

@@ -232,16 +232,37 @@ class RandomCache {
     return out;
   }
 
+  // Makes the cache one whose store has dropped its oldest blocks; whose sinks, whose newest token
+  // at step().pos0, lead the dense buffer.
+  void place(int32_t n_sinks, int32_t dropped_blocks) {
+    step_.n_sinks = n_sinks;
+    step_.dropped_blocks = dropped_blocks;
+    step_.pos0 = (dropped_blocks + step_.n_blocks) * kBlockTokens + step_.dense_tokens;
+  }
+  // In the sequence, of a token that row() takes.
+  int32_t position(int32_t token) const {
+    const int32_t in_dense = token - step_.n_blocks * kBlockTokens;
+    const int32_t stored = (step_.dropped_blocks + step_.n_blocks) * kBlockTokens;
+    if (in_dense < 0) return step_.n_sinks + step_.dropped_blocks * kBlockTokens + token;
+    return in_dense < step_.n_sinks ? in_dense : stored + in_dense;
+  }
+
   // Attention of one row of queries q [n_heads * head_dim], in double precision. skip: a token left
   // out, for tests that must notice it.
   std::vector<double> attend(int32_t layer, const float* q, int32_t skip = -1) const {
+    return attend_to(layer, q, [skip](int32_t token) { return token != skip; });
+  }
+
+  // The same over the tokens for which sees(token) is true.
+  template <class Sees>
+  std::vector<double> attend_to(int32_t layer, const float* q, Sees&& sees) const {
     const int32_t head_dim = shape_.head_dim;
     std::vector<double> out(size_t{static_cast<size_t>(shape_.n_kv_heads)} * shape_.n_queries *
                             head_dim);
     for (int32_t head = 0; head < shape_.n_kv_heads; head++) {
       std::vector<double> max(shape_.n_queries, -INFINITY), sum(shape_.n_queries, 0.0);
       for (int32_t t = 0; t < kv_len(); t++) {
-        if (t == skip) continue;
+        if (!sees(t)) continue;
         const std::vector<float> k = row(layer, head, true, t);
         const std::vector<float> v = row(layer, head, false, t);
         for (int32_t i = 0; i < shape_.n_queries; i++) {

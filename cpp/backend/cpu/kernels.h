@@ -101,12 +101,14 @@ struct AttendPanel {
   int32_t n_rows = 0;
   int32_t head_dim = 0;
   const int32_t* visible = nullptr;  // [n_rows] keys of this tile that a row sees: the first ones
-  const float* q = nullptr;          // packed input panels, one per kGemmSteps steps of head_dim
-  const float* k = nullptr;          // packed weight panels [key panels][depth panels]
-  const float* v = nullptr;          // packed by pack_values: [dim panels]
-  int32_t v_panel = 0;               // words between dim panels of v
-  float* max = nullptr;              // [n_rows] -inf at first
-  float* sum = nullptr;              // [n_rows] 0 at first
+  const int32_t* hidden =
+      nullptr;               // [n_rows] of those, the first ones that it does not see; or null
+  const float* q = nullptr;  // packed input panels, one per kGemmSteps steps of head_dim
+  const float* k = nullptr;  // packed weight panels [key panels][depth panels]
+  const float* v = nullptr;  // packed by pack_values: [dim panels]
+  int32_t v_panel = 0;       // words between dim panels of v
+  float* max = nullptr;      // [n_rows] -inf at first
+  float* sum = nullptr;      // [n_rows] 0 at first
   float* out =
       nullptr;  // [rows][head_dim rounded up to cols], 0 at first; divide by sum at the end
   float* scratch = nullptr;  // [attend_scratch_words(rows)]

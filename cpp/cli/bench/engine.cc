@@ -1,5 +1,6 @@
 #include "cli/bench/engine.h"
 
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -134,9 +135,23 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
 
 int64_t cache_bytes_read(const Session& session) {
   const CacheSpec& spec = *session.impl().spec;
-  const MemoryUsage memory = session.memory();
-  return memory.masks + memory.values + memory.scales +
-         spec.n_layers * spec.fresh_bytes(memory.dense_tokens);
+  const int64_t n = session.position(), stored = spec.compressed(n);
+  const int64_t sinks = std::min<int64_t>(spec.config.sink_tokens, n);
+  int64_t bytes = 0;
+  for (int32_t layer = 0; layer < spec.n_layers; layer++) {
+    // Whole blocks before a layer's window are not read, nor are its dense rows.
+    const int64_t window = spec.windows.empty() ? 0 : spec.windows[layer];
+    const int64_t first = window > 0 ? std::max<int64_t>(0, n + 1 - window) : 0;
+    const int64_t unread = std::clamp<int64_t>(first - sinks, 0, stored) / kBlockTokens;
+    for (const bool is_key : {true, false}) {
+      const SlotLayout& slot = slot_of(spec.layout, layer, is_key);
+      const int64_t row = 4 * slot.mask_words + slot.row_bytes + (has_scales(slot.dtype) ? 2 : 0);
+      bytes += (stored - unread * kBlockTokens) * spec.n_kv_heads * row;
+    }
+    const int64_t unseen = first < sinks ? first : std::max(sinks, first - stored);
+    bytes += spec.fresh_bytes(std::max<int64_t>(0, n - stored - unseen));
+  }
+  return bytes;
 }
 
 }  // namespace mustafar::cli

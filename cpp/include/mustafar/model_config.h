@@ -19,10 +19,12 @@ enum class QkNorm : uint8_t { kNone, kHead, kProjection };
 
 // What a family does otherwise than Llama; the defaults are Llama's.
 struct FamilyTraits {
-  QkNorm qk_norm = QkNorm::kNone;  // kHead: Qwen3; kProjection: OLMo-2
-  bool norm_after = false;         // attention and MLP norm what they put out, not what they read
-  bool fused_projections = false;  // q, k and v are rows of one tensor, gate and up of another
-  std::vector<bool> rope_layers;   // [n_layers]: whether RoPE turns queries and keys; empty: all
+  QkNorm qk_norm = QkNorm::kNone;   // kHead: Qwen3; kProjection: OLMo-2
+  bool norm_after = false;          // attention and MLP norm what they put out, not what they read
+  bool fused_projections = false;   // q, k and v are rows of one tensor, gate and up of another
+  std::vector<bool> rope_layers;    // [n_layers]: whether RoPE turns queries and keys; empty: all
+  std::vector<bool> window_layers;  // [n_layers]: whether attention sees a window; empty: all do,
+                                    // where the model has one
   double embedding_multiplier = 1.0;
   double residual_multiplier = 1.0;   // of what attention and MLP add
   double attention_multiplier = 0.0;  // of scores, before softmax; 0: 1 / sqrt(head_dim)
@@ -42,8 +44,10 @@ struct ModelConfig {
   int32_t n_kv_heads = 0;
   int32_t head_dim = 0;                 // even
   int32_t vocab_size = 0;               // rows of the embedding
-  int32_t max_position_embeddings = 0;  // tokens of context, none of which leaves a window
-  int32_t sliding_window = 0;           // tokens, where that is what ends the context; else 0
+  int32_t max_position_embeddings = 0;  // tokens of context
+  // Tokens, its own among them, that a query sees in the layers which have a window: fewer than
+  // the context, or as many where a device ends that with the window (cut_at_window()). 0: none.
+  int32_t sliding_window = 0;
   double rms_norm_eps = 1e-6;
   double rope_theta = 10000.0;
   RopeScaling rope_scaling = RopeScaling::kNone;
@@ -68,6 +72,15 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;  // of config.json and generation_config.json
   SamplingDefaults sampling;           // of generation_config.json
 
+  // Tokens that a query of a layer sees, 0: all before it.
+  int32_t window_of(int32_t layer) const {
+    const std::vector<bool>& layers = traits.window_layers;
+    return layers.empty() || layers[static_cast<size_t>(layer)] ? sliding_window : 0;
+  }
+  // Layers whose queries do not see all, ascending.
+  std::vector<int32_t> layers_with_windows() const;
+  // Ends the context with the sliding window, for a device whose attention knows none.
+  void cut_at_window();
   // "", or that the context ends with a sliding window, for messages: " (...)".
   std::string why_context_ends() const;
   // Dims of a head that RoPE turns, the leading ones; even.

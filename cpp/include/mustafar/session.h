@@ -89,8 +89,8 @@ class Session {
   const KVConfig& kv_config() const;
 
   // Keeps the first `position` tokens. A compressed block that reaches beyond what would be
-  // compressed at that length goes as a whole; those of its tokens that stay, at most window + 63,
-  // are computed again.
+  // compressed at that length goes as a whole; its tokens that stay, at most window + 63, are made
+  // again; all are, where the store has dropped blocks that a sliding window would see again.
   void rewind(int64_t position);
   Session fork() const;  // shares compressed pages, copies the tail
   void reset();

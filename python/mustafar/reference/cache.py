@@ -47,7 +47,8 @@ class HeadCache:
     """Keys and values of one sequence, layer and KV head as decoding sees them.
 
     A call attends to the cache as it stood, plus its own tokens, all dense; then the blocks that
-    left the window are compressed. A prompt's first prefill is therefore exact.
+    left the window are compressed. A prompt's first prefill is therefore exact. In a layer with a
+    sliding window a query sees the newest `sees` tokens, its own among them; 0: all.
     """
 
     k_slot: Slot
@@ -55,6 +56,7 @@ class HeadCache:
     window: int = 32
     sink_tokens: int = 0
     tail_dtype: str = "f32"
+    sees: int = 0
     blocks: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = field(default_factory=list)
     k_dense: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     v_dense: F32 = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -86,9 +88,11 @@ class HeadCache:
         self.k_dense = np.concatenate([self.k_dense, round_to(k, self.tail_dtype)])
         self.v_dense = np.concatenate([self.v_dense, round_to(v, self.tail_dtype)])
         keys, values = self.rows()
-        out = [
-            attend(q[i], keys[: before + i + 1], values[: before + i + 1]) for i in range(len(q))
-        ]
+        out = []
+        for i in range(len(q)):
+            end = before + i + 1
+            first = max(0, end - self.sees) if self.sees > 0 else 0
+            out.append(attend(q[i], keys[first:end], values[first:end]))
         self._commit()
         return np.stack(out)
 

@@ -73,6 +73,8 @@ class Schedule:
         for i in range(self.prompt, n):
             is_old[i, sinks : sinks + compressed(i, self.kv)] = True
         causal = torch.ones(n, n, dtype=torch.bool).tril()
+        if getattr(module, "sliding_window", None):
+            causal = causal.triu(1 - module.sliding_window)
 
         def expand(x: Any) -> Any:
             return x.repeat_interleave(groups, dim=1)

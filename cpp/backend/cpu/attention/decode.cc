@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/cpu/attention/decode_kernels.h"
+#include "backend/cpu/attention/window.h"
 
 namespace mustafar {
 namespace {
@@ -42,11 +43,28 @@ void attend(Isa isa, DecodeRuns runs) {
 
 // A sequence's share of the work: runs of all its KV heads, and where their partial results go.
 struct Plan {
-  int32_t dense_tokens = 0;
+  const SequenceStep* sequence = nullptr;  // or what a window leaves of it
+  int32_t hidden_rows = 0;                 // of its first block, before the window
+  int32_t first_dense = 0;                 // row of the dense buffer that is seen
+  int32_t dense_tokens = 0;                // from there on, the new one included
   int32_t n_tiles = 0;
   int32_t n_runs = 0;         // per KV head
   int64_t first_partial = 0;  // [n_kv_heads][n_runs]
 };
+
+// Leaves out of a plan what lies before a window; `seen` is the sequence without whole blocks of
+// it.
+void hide(const SequenceStep& sequence, int32_t window, SequenceStep& seen, Plan& plan) {
+  const HiddenRows hidden = hidden_before(sequence, sequence.pos0 - window + 1);
+  const int32_t blocks = hidden.store / kBlockTokens;
+  seen = sequence;
+  seen.pages += blocks;
+  seen.n_blocks -= blocks;
+  plan.sequence = &seen;
+  plan.hidden_rows = hidden.store % kBlockTokens;
+  plan.first_dense = hidden.dense;
+  plan.dense_tokens -= hidden.dense;
+}
 
 // What a thread takes at a time: one run of some neighbouring KV heads.
 struct Item {
@@ -107,12 +125,19 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
                       HostBuffer& scratch) {
   const int32_t n_queries = args.n_heads / args.n_kv_heads;
   std::vector<Plan> plans(args.sequences.size());
+  std::vector<SequenceStep> seen;  // of sequences in whose cache a window begins
   int64_t n_partials = 0;
   for (size_t s = 0; s < plans.size(); s++) {
     const SequenceStep& sequence = args.sequences[s];
     Plan& plan = plans[s];
+    plan.sequence = &sequence;
     plan.dense_tokens = sequence.dense_tokens + 1;
-    plan.n_tiles = sequence.n_blocks + (plan.dense_tokens + kTileTokens - 1) / kTileTokens;
+    if (const int32_t window = window_of(sequence, args.layer);
+        window > 0 && sequence.pos0 >= window) {
+      seen.resize(plans.size());
+      hide(sequence, window, seen[s], plan);
+    }
+    plan.n_tiles = plan.sequence->n_blocks + (plan.dense_tokens + kTileTokens - 1) / kTileTokens;
     plan.n_runs = (plan.n_tiles + kRunTiles - 1) / kRunTiles;
     plan.first_partial = n_partials;
     n_partials += int64_t{plan.n_runs} * args.n_kv_heads;
@@ -136,7 +161,7 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
   pool.parallel_for(static_cast<int64_t>(items.size()), [&](int64_t i, int worker) {
     const Item& item = items[i];
     const Plan& plan = plans[item.sequence];
-    const SequenceStep& sequence = args.sequences[item.sequence];
+    const SequenceStep& sequence = *plan.sequence;
     const int64_t row = int64_t{sequence.row0} * args.n_heads * args.head_dim;
     const int64_t head_values = int64_t{n_queries} * args.head_dim;
     const auto head_partials = [&](int32_t head) {
@@ -153,6 +178,7 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
       run.tail_dtype = args.tail_dtype;
       run.first_tile = item.run * kRunTiles;
       run.n_tiles = std::min(kRunTiles, plan.n_tiles - run.first_tile);
+      run.hidden_rows = plan.hidden_rows;
       if (sequence.n_blocks > 0) {
         run.k_slot = &slot_of(*sequence.layout, args.layer, true);
         run.v_slot = &slot_of(*sequence.layout, args.layer, false);
@@ -165,9 +191,9 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
         run.v_codes = code_table(sequence.codes, layout, args.layer, head, false);
       }
       const auto dense_rows = [&](int32_t kind) {
-        return dense_run(sequence, plan.dense_tokens, args.layer, kind, args.n_kv_heads, head,
-                         dtype_bytes(args.tail_dtype, args.head_dim))
-            .dense;
+        return dense_run(sequence, sequence.dense_tokens + 1, args.layer, kind, args.n_kv_heads,
+                         head, dtype_bytes(args.tail_dtype, args.head_dim))
+            .row(plan.first_dense);
       };
       run.k_dense = dense_rows(kKeys);
       run.v_dense = dense_rows(kValues);

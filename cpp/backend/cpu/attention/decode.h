@@ -22,7 +22,8 @@ struct DecodeAttentionArgs {
 };
 
 // Softmax attention over the store, the dense buffer and the new token in dense slot dense_tokens,
-// scaled by 1 / sqrt(head_dim). The value back-transform is left to the caller.
+// scaled by 1 / sqrt(head_dim). The value back-transform is left to the caller. Of a layer with a
+// window, blocks that lie before it are not read.
 //
 // A sequence is cut into fixed runs of tiles (64 tokens), chosen from its length alone, so that a
 // result depends neither on the batch nor on the number of threads; runs of all sequences and KV

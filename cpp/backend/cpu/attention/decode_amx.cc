@@ -29,10 +29,10 @@ class AmxProducts {
   }
 
   template <Kind kKind>
-  void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, State& state,
-            Prefetch& next) {
+  void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+            State& state, Prefetch& next) {
     if constexpr (!takes(kKind)) {
-      fma_.tile<kKind>(run, k, v, n, state, next);
+      fma_.tile<kKind>(run, k, v, n, seen, state, next);
     } else {
       if (configured_ != static_cast<int>(kKind)) {
         configure_shapes<kKind, kHeads>();
@@ -40,7 +40,7 @@ class AmxProducts {
       }
       Prefetch none = kNoPrefetch;
       for (int32_t head = 0; head < run.n_queries; head += kHeads) {
-        block<kKind>(run, k, v, n, head, state, head == 0 ? next : none);
+        block<kKind>(run, k, v, seen, head, state, head == 0 ? next : none);
       }
     }
   }
@@ -119,7 +119,7 @@ class AmxProducts {
 
   // A block of queries of one tile.
   template <Kind kKind>
-  void block(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, int32_t head,
+  void block(const DecodeRun& run, const Rows& k, const Rows& v, uint64_t seen, int32_t head,
              State& state, Prefetch& next) {
     constexpr bool kInts = kKind == Kind::kInt;
     const int32_t head_dim = run.head_dim;
@@ -135,7 +135,7 @@ class AmxProducts {
     float* o = state.o + int64_t{head} * head_dim;
     for (int32_t h = 0; h < n_heads; h++) {
       rescale[h] = tile_softmax<kKind, kInts ? Codes::kBytes : Codes::kBf16>(
-          k, v, n, state.q_unit[head + h], work_.scores + h * kTileTokens,
+          k, v, seen, state.q_unit[head + h], work_.scores + h * kTileTokens,
           work_.weights + h * kTileTokens * (kInts ? 1 : 2), state.max[head + h],
           state.sum[head + h], unit[h], state.q_offset[head + h], state.weight_sum[head + h],
           kHeads * kTileTokens);

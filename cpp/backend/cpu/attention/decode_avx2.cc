@@ -162,26 +162,26 @@ inline __m256 exp2_ps(__m256 x) {
   return _mm256_andnot_ps(tiny, p);
 }
 
-// Softmax of one head over a tile: scores [64] become weights. Returns the factor of the output so
-// far. Of ints: scores are multiplied by q_unit, q_offset is added and the keys' scales come last;
-// unit: of int weights; weight_sum: running, of weights times the values' scales.
+// Softmax of one head over a tile: scores [64] of the rows that are seen become weights. Returns
+// the factor of the output so far. Of ints: scores are multiplied by q_unit, q_offset is added and
+// the keys' scales come last; unit: of int weights; weight_sum: running, of weights times the
+// values' scales.
 template <Kind kKind>
-float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const float* scores,
+float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, const float* scores,
                    uint8_t* weights, float& running_max, float& running_sum, float& unit,
                    float q_offset, float& weight_sum) {
   const __m256 minus_infinity = _mm256_set1_ps(-__builtin_inff());
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   __m256 s[8];
   __m256 top = minus_infinity;
   for (int i = 0; i < 8; i++) {
     s[i] = _mm256_load_ps(scores + 8 * i);
     if constexpr (kKind == Kind::kInt) {
-      if (8 * i < n) {
-        s[i] = _mm256_fmadd_ps(s[i], _mm256_set1_ps(q_unit), _mm256_set1_ps(q_offset));
-        s[i] = _mm256_mul_ps(s[i], load_bf16(k.scales + 8 * i));
-      }
+      s[i] = _mm256_fmadd_ps(s[i], _mm256_set1_ps(q_unit), _mm256_set1_ps(q_offset));
+      s[i] = _mm256_mul_ps(s[i], load_bf16(k.scales + 8 * i));
     }
-    const __m256i valid = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8 * i), lane);
+    const __m256i bits = _mm256_set1_epi32(static_cast<int32_t>(seen >> (8 * i) & 0xff));
+    const __m256i valid = _mm256_cmpeq_epi32(_mm256_and_si256(bits, lane_bit), lane_bit);
     s[i] = _mm256_blendv_ps(minus_infinity, s[i], _mm256_castsi256_ps(valid));
     top = _mm256_max_ps(top, s[i]);
   }
@@ -238,17 +238,17 @@ struct Work {
 };
 
 template <Kind kKind, int NH>
-void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, int32_t head,
-                const Work& work, Prefetch next_k, Prefetch next_v) {
+void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+                int32_t head, const Work& work, Prefetch next_k, Prefetch next_v) {
   const int32_t n_rows = (n + 7) / 8 * 8;
   const float* q = (kKind == Kind::kInt ? work.int_queries : work.queries) + head * run.head_dim;
   tile_scores<kKind, NH>(k, n_rows, run.head_dim, q, work.scores, next_k);
   float rescale[NH], unit[NH];
   for (int h = 0; h < NH; h++) {
-    rescale[h] = tile_softmax<kKind>(k, v, n, work.q_unit[head + h], work.scores + h * kTileTokens,
-                                     work.weights + h * kTileTokens * (kKind == Kind::kInt ? 2 : 4),
-                                     run.max[head + h], run.sum[head + h], unit[h],
-                                     work.q_offset[head + h], work.weight_sum[head + h]);
+    rescale[h] = tile_softmax<kKind>(
+        k, v, seen, work.q_unit[head + h], work.scores + h * kTileTokens,
+        work.weights + h * kTileTokens * (kKind == Kind::kInt ? 2 : 4), run.max[head + h],
+        run.sum[head + h], unit[h], work.q_offset[head + h], work.weight_sum[head + h]);
   }
   // Accumulated in scratch, which is aligned as run.o is not.
   tile_values<kKind, NH>(v, n_rows, run.head_dim, work.weights, rescale, unit,
@@ -256,10 +256,10 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
 }
 
 template <Kind kKind>
-void tile_queries(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, const Work& work,
-                  Prefetch next_k, Prefetch next_v) {
+void tile_queries(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+                  const Work& work, Prefetch next_k, Prefetch next_v) {
   for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
-    tile_heads<kKind, NH>(run, k, v, n, head, work, next_k, next_v);
+    tile_heads<kKind, NH>(run, k, v, n, seen, head, work, next_k, next_v);
     next_k.lines = next_v.lines = 0;
   });
 }
@@ -367,8 +367,9 @@ void decode_run_avx2(const DecodeRun& run) {
       k = dense_rows(run, dense.k, n, work.tiles[0]);
       v = dense_rows(run, dense.v, n, work.tiles[1]);
     }
+    const uint64_t seen = seen_rows(run, tile, n);
     with_kind(k.kind,
-              [&]<Kind kKind>() { tile_queries<kKind>(run, k, v, n, work, next_k, next_v); });
+              [&]<Kind kKind>() { tile_queries<kKind>(run, k, v, n, seen, work, next_k, next_v); });
   }
   if (in_codes) apply_steps();
   __builtin_memcpy(run.o, o, query_floats * 4);

@@ -90,10 +90,11 @@ void prepare_queries(const DecodeRun& run, Kind kind, State& state) {
 // Whether the second bf16 term of a head's query matters to a tile, by its scores from the first:
 // the error of a score is about |second| / |q| of the scores' root mean square, and it weighs as
 // the tile's weights do against the largest so far.
-bool needs_second_term(int32_t n, const float* scores, float q_error, float running_max) {
+bool needs_second_term(uint64_t seen, const float* scores, float q_error, float running_max) {
   __m512 squares = _mm512_setzero_ps(), top = _mm512_set1_ps(-__builtin_inff());
-  for (int32_t i = 0; i < n; i += 16) {
-    const __mmask16 valid = n - i >= 16 ? 0xffff : (1u << (n - i)) - 1;
+  const int32_t n = __builtin_popcountll(seen);
+  for (int32_t i = 0; i < kTileTokens; i += 16) {
+    const __mmask16 valid = static_cast<__mmask16>(seen >> i);
     const __m512 s = _mm512_maskz_loadu_ps(valid, scores + i);
     squares = _mm512_fmadd_ps(s, s, squares);
     top = _mm512_mask_max_ps(top, valid, top, s);
@@ -123,8 +124,8 @@ void scores_of(const Rows& k, int32_t n_rows, int32_t n_chunks, const uint8_t* q
 
 // One tile for NH query heads from `head` on.
 template <Kind kKind, int NH>
-void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, int32_t head,
-                State& state, Work& work, Prefetch& next) {
+void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+                int32_t head, State& state, Work& work, Prefetch& next) {
   const int32_t n_chunks = run.head_dim / 32;
   const int32_t n_rows = (n + 15) / 16 * 16;
   const uint8_t* q = state.queries + int64_t{head} * n_chunks * query_bytes(kKind);
@@ -144,7 +145,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
     }
     bool needed = false;
     for (int h = 0; h < NH && remembers; h++) {
-      needed |= needs_second_term(n, work.scores + h * kTileTokens, state.q_error[head + h],
+      needed |= needs_second_term(seen, work.scores + h * kTileTokens, state.q_error[head + h],
                                   state.max[head + h]);
     }
     if (needed && !two_terms) {
@@ -162,7 +163,7 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, i
   float rescale[NH], unit[NH];
   for (int h = 0; h < NH; h++) {
     rescale[h] = tile_softmax<kKind, kCodes>(
-        k, v, n, state.q_unit[head + h], work.scores + h * kTileTokens,
+        k, v, seen, state.q_unit[head + h], work.scores + h * kTileTokens,
         work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit[h],
         state.q_offset[head + h], state.weight_sum[head + h]);
   }
@@ -190,11 +191,11 @@ class FmaProducts {
   void prepare(const DecodeRun& run, Kind kind, State& state) { prepare_queries(run, kind, state); }
 
   template <Kind kKind>
-  void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, State& state,
-            Prefetch& next) {
+  void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+            State& state, Prefetch& next) {
     Prefetch none = kNoPrefetch;
     for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
-      tile_heads<kKind, NH>(run, k, v, n, head, state, work_, head == 0 ? next : none);
+      tile_heads<kKind, NH>(run, k, v, n, seen, head, state, work_, head == 0 ? next : none);
     });
   }
 

@@ -191,8 +191,9 @@ DecodeRun with_steps(const DecodeRun& run, const CodedHead& coded, float* querie
 }
 
 // Products are what a tile of one KV head is multiplied by: prepare(run, kind, state) before its
-// first tile, then tile<kind>(run, k, v, n, state, next), and in_order(), which puts the dims of a
-// row of State::o back in their own order.
+// first tile, then tile<kind>(run, k, v, n, seen, state, next), where bit t of `seen` says whether
+// row t is attended to, and in_order(), which puts the dims of a row of State::o back in their own
+// order.
 template <class Products>
 void run_tiles(DecodeRuns runs) {
   const DecodeRun& first = runs[0];
@@ -244,6 +245,7 @@ void run_tiles(DecodeRuns runs) {
         k = dense_rows(run, dense.k, n, Products::kRowMultiple, work.tiles[0]);
         v = dense_rows(run, dense.v, n, Products::kRowMultiple, work.tiles[1]);
       }
+      const uint64_t seen = seen_rows(run, tile, n);
       const bool last = i + 1 == runs.size();
       Prefetch next = last ? lines_of(first, tile + 1) : lines_of(runs[i + 1], tile);
       State& state = work.states[i][static_cast<int>(k.kind)];
@@ -259,8 +261,9 @@ void run_tiles(DecodeRuns runs) {
         clear_softmax(n_queries, state.max, state.sum);
         __builtin_memset(state.o, 0, sizeof(float) * n_rows * head_dim);
       }
-      with_kind(k.kind,
-                [&]<Kind kKind>() { products.template tile<kKind>(run, k, v, n, state, next); });
+      with_kind(k.kind, [&]<Kind kKind>() {
+        products.template tile<kKind>(run, k, v, n, seen, state, next);
+      });
     }
   }
 

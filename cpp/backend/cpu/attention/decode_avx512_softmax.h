@@ -36,20 +36,19 @@ enum class Codes {
   kBytes,   // int8 [64] of the high bytes and, at a distance, of the low ones: high * 256 + low
 };
 
-// Softmax of one head over a tile: scores [64] (n of them valid) become weights, the state's
-// maximum and sum are brought up to date. Returns the factor of the output so far. Of ints: scores
-// are multiplied by q_unit, q_offset is added and the keys' scales come last; unit: of int weights;
-// weight_sum: running, of weights times the values' scales.
+// Softmax of one head over a tile: scores [64] of the rows that are seen become weights, the
+// state's maximum and sum are brought up to date. Returns the factor of the output so far. Of ints:
+// scores are multiplied by q_unit, q_offset is added and the keys' scales come last; unit: of int
+// weights; weight_sum: running, of weights times the values' scales.
 template <Kind kKind, Codes kCodes>
-float tile_softmax(const Rows& k, const Rows& v, int32_t n, float q_unit, const float* scores,
+float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, const float* scores,
                    uint8_t* weights, float& running_max, float& running_sum, float& unit,
                    float q_offset, float& weight_sum, int64_t low_bytes = 0) {
   __m512 s[4];
   __m512 tile_max = _mm512_set1_ps(-__builtin_inff());
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    const int32_t left = n - 16 * i;
-    const __mmask16 valid = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
+    const __mmask16 valid = static_cast<__mmask16>(seen >> (16 * i));
     s[i] = _mm512_load_ps(scores + 16 * i);
     if constexpr (kKind == Kind::kInt) {
       s[i] = _mm512_fmadd_ps(s[i], _mm512_set1_ps(q_unit), _mm512_set1_ps(q_offset));

@@ -19,6 +19,7 @@ struct DecodeRun {
   int32_t head_dim = 0;
   DType tail_dtype = DType::kF32;
   int32_t first_tile = 0, n_tiles = 0;
+  int32_t hidden_rows = 0;  // of the store's first block, that lie before the layer's window
   // Where the KV head's keys and values lie: of a page, the slots, their byte offsets, and the
   // tables of coded ones (all unset without pages); of the dense buffer, [dense_tokens][head_dim]
   // of the tail type.
@@ -67,6 +68,13 @@ struct DenseTile {
   const int64_t at = first * dtype_bytes(run.tail_dtype, run.head_dim);
   const int32_t left = run.dense_tokens - first;
   return {run.k_dense + at, run.v_dense + at, left < kTileTokens ? left : kTileTokens};
+}
+
+// Which of a tile's n rows are attended to: bit t is row t.
+[[maybe_unused]] static inline uint64_t seen_rows(const DecodeRun& run, int32_t tile, int32_t n) {
+  const uint64_t rows = n < kTileTokens ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+  return tile == 0 && run.sequence->n_blocks > 0 ? rows >> run.hidden_rows << run.hidden_rows
+                                                 : rows;
 }
 
 // Whether a file below serves these rows: 32 dims at a time, 64 for integers.

@@ -123,13 +123,13 @@ inline float32x4_t exp2_f32(float32x4_t x) {
   return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), tiny));
 }
 
-// One tile (n tokens, f32 rows) for NH query heads from `head` on. q: scaled.
+// One tile (tokens [first, n), f32 rows) for NH query heads from `head` on. q: scaled.
 template <int NH>
-void tile_heads(const DecodeRun& run, const float* q, const float* k, const float* v, int32_t n,
-                int32_t head) {
+void tile_heads(const DecodeRun& run, const float* q, const float* k, const float* v, int32_t first,
+                int32_t n, int32_t head) {
   const int32_t head_dim = run.head_dim;
   alignas(16) float weights[NH][kTileTokens];
-  for (int32_t t = 0; t < n; t++) {
+  for (int32_t t = first; t < n; t++) {
     float32x4_t acc[NH];
     for (int h = 0; h < NH; h++) acc[h] = vdupq_n_f32(0.0f);
     for (int32_t d = 0; d < head_dim; d += 4) {
@@ -142,7 +142,8 @@ void tile_heads(const DecodeRun& run, const float* q, const float* k, const floa
   for (int h = 0; h < NH; h++) {
     const float before = run.max[head + h];
     float max = before;
-    for (int32_t t = 0; t < n; t++) max = weights[h][t] > max ? weights[h][t] : max;
+    for (int32_t t = first; t < n; t++) max = weights[h][t] > max ? weights[h][t] : max;
+    for (int32_t t = 0; t < first; t++) weights[h][t] = -__builtin_inff();
     for (int32_t t = n; t < kTileTokens; t++) weights[h][t] = -__builtin_inff();
     const float shift = max == -__builtin_inff() ? 0.0f : max;
     rescale[h] = before == max ? 1.0f : vgetq_lane_f32(exp2_f32(vdupq_n_f32(before - shift)), 0);
@@ -161,7 +162,7 @@ void tile_heads(const DecodeRun& run, const float* q, const float* k, const floa
       const float* o = run.o + int64_t{head + h} * head_dim + d;
       for (int i = 0; i < 4; i++) acc[h][i] = vmulq_n_f32(vld1q_f32(o + 4 * i), rescale[h]);
     }
-    for (int32_t t = 0; t < n; t++) {
+    for (int32_t t = first; t < n; t++) {
       const float* row = v + int64_t{t} * head_dim + d;
       float32x4_t x[4];
       for (int i = 0; i < 4; i++) x[i] = vld1q_f32(row + 4 * i);
@@ -210,8 +211,9 @@ void decode_run_neon(const DecodeRun& run) {
         widen_row(run.tail_dtype, dense.v + t * row_bytes, head_dim, 0.0f, v + t * head_dim);
       }
     }
+    const int32_t first = tile == 0 ? run.hidden_rows : 0;
     for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
-      tile_heads<NH>(run, q + int64_t{head} * head_dim, k, v, n, head);
+      tile_heads<NH>(run, q + int64_t{head} * head_dim, k, v, first, n, head);
     });
   }
 }

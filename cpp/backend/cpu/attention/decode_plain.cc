@@ -30,14 +30,15 @@ int32_t expand_tile(const DecodeRun& run, int32_t tile, float* k, float* v) {
   return dense.n;
 }
 
-// One tile into the running softmax of one query.
-void attend_tile(const DecodeRun& run, int32_t query, int32_t n, const float* k, const float* v) {
+// Rows [first, n) of a tile into the running softmax of one query.
+void attend_tile(const DecodeRun& run, int32_t query, int32_t first, int32_t n, const float* k,
+                 const float* v) {
   const int32_t head_dim = run.head_dim;
   const float* q = run.q + int64_t{query} * head_dim;
   float* o = run.o + int64_t{query} * head_dim;
   float scores[kTileTokens];
   float max = run.max[query];
-  for (int32_t t = 0; t < n; t++) {
+  for (int32_t t = first; t < n; t++) {
     float dot = 0.0f;
     for (int32_t d = 0; d < head_dim; d++) dot += q[d] * k[t * head_dim + d];
     scores[t] = dot * run.q_scale;
@@ -48,7 +49,7 @@ void attend_tile(const DecodeRun& run, int32_t query, int32_t n, const float* k,
   run.max[query] = max;
   run.sum[query] *= rescale;
   for (int32_t d = 0; d < head_dim; d++) o[d] *= rescale;
-  for (int32_t t = 0; t < n; t++) {
+  for (int32_t t = first; t < n; t++) {
     const float p = std::exp2(scores[t] - shift);
     run.sum[query] += p;
     for (int32_t d = 0; d < head_dim; d++) o[d] += p * v[t * head_dim + d];
@@ -67,7 +68,8 @@ void decode_run_plain(const DecodeRun& run) {
   std::memset(run.o, 0, sizeof(float) * run.n_queries * run.head_dim);
   for (int32_t tile = run.first_tile; tile < run.first_tile + run.n_tiles; tile++) {
     const int32_t n = expand_tile(run, tile, k, v);
-    for (int32_t i = 0; i < run.n_queries; i++) attend_tile(run, i, n, k, v);
+    const int32_t first = tile == 0 ? run.hidden_rows : 0;
+    for (int32_t i = 0; i < run.n_queries; i++) attend_tile(run, i, first, n, k, v);
   }
 }
 

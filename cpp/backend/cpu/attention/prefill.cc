@@ -8,6 +8,8 @@
 #include <numbers>
 #include <vector>
 
+#include "backend/cpu/attention/window.h"
+
 namespace mustafar {
 namespace {
 
@@ -73,12 +75,14 @@ class TaskRunner {
     std::fill_n(scratch_ + layout_.sum, n_rows_, 0.0f);
     std::fill_n(scratch_ + layout_.out, int64_t{n_panels_} * gemm_.rows * layout_.out_stride, 0.0f);
 
+    find_hidden();
     attend_store();
     const DenseRun keys = dense_rows(kKeys), values = dense_rows(kValues);
-    attend_rows(keys.dense, values.dense, step_.dense_tokens, kSeesAll);
+    attend_rows(keys.dense, values.dense, step_.dense_tokens, kSeesAll, &HiddenRows::dense);
     // The task's first token sees the call's tokens up to itself.
     const int32_t first_sees = step_.pos0 + task_.token0 - step_.fresh_pos0 + 1;
-    attend_rows(keys.fresh, values.fresh, first_sees + task_.n_tokens - 1, first_sees);
+    attend_rows(keys.fresh, values.fresh, first_sees + task_.n_tokens - 1, first_sees,
+                &HiddenRows::fresh);
     store_output();
   }
 
@@ -107,12 +111,27 @@ class TaskRunner {
     }
   }
 
+  // What a window hides from the task's tokens; nothing where it reaches back to the first.
+  void find_hidden() {
+    const int32_t window = window_of(step_, args_.layer);
+    const int32_t first = step_.pos0 + task_.token0 - window + 1;
+    if (window == 0 || first + task_.n_tokens - 1 <= 0) return;
+    for (int32_t i = 0; i < task_.n_tokens; i++) hidden_.push_back(hidden_before(step_, first + i));
+  }
+
+  // Whether none of the task's tokens sees the first n rows of a part of the cache.
+  bool all_hidden(int32_t HiddenRows::* part, int32_t n) const {
+    return !hidden_.empty() && hidden_[0].*part >= n;
+  }
+
+  // Tiles begin where they would if no block had been dropped, and so sums have the same order.
   void attend_store() {
     constexpr int32_t kBlocks = kKeyTile / kBlockTokens;
     float* keys = scratch_ + layout_.expanded;
     float* values = keys + int64_t{kKeyTile} * args_.head_dim;
-    for (int32_t block = 0; block < step_.n_blocks; block += kBlocks) {
-      const int32_t n = std::min(kBlocks, step_.n_blocks - block);
+    for (int32_t block = 0, n; block < step_.n_blocks; block += n) {
+      n = std::min(kBlocks - (step_.dropped_blocks + block) % kBlocks, step_.n_blocks - block);
+      if (all_hidden(&HiddenRows::store, (block + n) * kBlockTokens)) continue;
       for (int32_t i = 0; i < n; i++) {
         const uint8_t* page = step_.pages[block + i];
         const StoreLayout& store = *step_.layout;
@@ -132,7 +151,8 @@ class TaskRunner {
         kernels_.unpack_slot(k_layout, k_slot, keys + at);
         kernels_.unpack_slot(v_layout, v_slot, values + at);
       }
-      attend_tile(keys, values, DType::kF32, n * kBlockTokens, n * kBlockTokens);
+      attend_tile(keys, values, DType::kF32, n * kBlockTokens, n * kBlockTokens, &HiddenRows::store,
+                  block * kBlockTokens);
     }
   }
 
@@ -142,19 +162,22 @@ class TaskRunner {
   }
 
   // n keys and values [n][D] of the tail type. The task's token i sees the first (first_sees + i)
-  // of them.
-  void attend_rows(const uint8_t* keys, const uint8_t* values, int32_t n, int32_t first_sees) {
+  // of them, but for those hidden.
+  void attend_rows(const uint8_t* keys, const uint8_t* values, int32_t n, int32_t first_sees,
+                   int32_t HiddenRows::* part) {
     const DType dtype = args_.tail_dtype;
     for (int32_t token = 0; token < n; token += kKeyTile) {
+      const int32_t tile = std::min(kKeyTile, n - token);
+      if (all_hidden(part, token + tile)) continue;
       const int64_t at = dtype_bytes(dtype, int64_t{token} * args_.head_dim);
-      attend_tile(keys + at, values + at, dtype, std::min(kKeyTile, n - token), first_sees - token);
+      attend_tile(keys + at, values + at, dtype, tile, first_sees - token, part, token);
     }
   }
 
-  // n <= kKeyTile keys and values [n][D]; the task's token i sees the first (first_sees + i) of
-  // them.
-  void attend_tile(const void* keys, const void* values, DType dtype, int32_t n,
-                   int32_t first_sees) {
+  // n <= kKeyTile keys and values [n][D] from row `row` of a part of the cache on; the task's token
+  // i sees the first (first_sees + i) of them, but for those hidden.
+  void attend_tile(const void* keys, const void* values, DType dtype, int32_t n, int32_t first_sees,
+                   int32_t HiddenRows::* part, int32_t row) {
     const int32_t dim = args_.head_dim;
     const uint8_t* k = static_cast<const uint8_t*>(keys);
     const uint8_t* v = static_cast<const uint8_t*>(values);
@@ -182,11 +205,18 @@ class TaskRunner {
     std::vector<int32_t>& visible = visible_;
     visible.resize(gemm_.rows);
     panel.visible = visible.data();
+    // The last token's window begins last.
+    const bool hides = !hidden_.empty() && hidden_.back().*part > row;
+    std::vector<int32_t>& hidden = tile_hidden_;
+    hidden.resize(gemm_.rows);
+    if (hides) panel.hidden = hidden.data();
     for (int32_t p = 0; p < n_panels_; p++) {
       const int32_t row0 = p * gemm_.rows;
       panel.n_rows = std::min(gemm_.rows, n_rows_ - row0);
       for (int32_t r = 0; r < panel.n_rows; r++) {
-        visible[r] = std::clamp(first_sees + (row0 + r) / group_, 0, n);
+        const int32_t token = (row0 + r) / group_;
+        visible[r] = std::clamp(first_sees + token, 0, n);
+        if (hides) hidden[r] = std::clamp(hidden_[token].*part - row, 0, visible[r]);
       }
       panel.q = packed_queries(p);
       panel.max = scratch_ + layout_.max + row0;
@@ -214,7 +244,9 @@ class TaskRunner {
   int32_t group_;
   int32_t n_rows_;
   int32_t n_panels_;
-  std::vector<int32_t> visible_;  // [gemm.rows]
+  std::vector<HiddenRows> hidden_;    // [n_tokens] of the task, or none
+  std::vector<int32_t> visible_;      // [gemm.rows]
+  std::vector<int32_t> tile_hidden_;  // [gemm.rows]
 };
 
 }  // namespace

@@ -181,6 +181,7 @@ void commit_blocks(ThreadPool& pool, Isa isa, DType tail_dtype, std::span<const 
       const int32_t block = static_cast<int32_t>(i % per_layer / (heads * 2));
       const int32_t head = static_cast<int32_t>(i / 2 % heads);
       const int32_t kind = static_cast<int32_t>(i % 2);
+      if (step.new_pages[block] == nullptr) return;
       const int32_t bad =
           compress_block(step, isa, tail_dtype, layer, head, kind, block, blocks[worker]);
       if (bad < 0) return;

@@ -246,19 +246,30 @@ void pack_values(const void* w, DType dtype, int64_t stride, int32_t n_rows, int
   }
 }
 
-// One row of scores becomes packed probabilities [steps * kUnit], those from `visible` on zero.
-// Returns the factor for what was summed before.
-template <class Step>
-float softmax_row(const float* scores, int32_t visible, int32_t steps, float& max, float& sum,
-                  float* words) {
+inline int lanes_of(int32_t n) { return n < Simd::kWidth ? n : Simd::kWidth; }
+
+// One row of scores becomes packed probabilities [steps * kUnit], those from `visible` on zero,
+// and so the first `hidden` where kHides. Returns the factor for what was summed before.
+template <class Step, bool kHides>
+float softmax_row(const float* scores, int32_t visible, [[maybe_unused]] int32_t hidden,
+                  int32_t steps, float& max, float& sum, float* words) {
   const Simd::F lowest = Simd::set1(-__builtin_inff());
   Simd::F top = lowest;
   int32_t i = 0;
   for (; i + Simd::kWidth <= visible; i += Simd::kWidth) {
-    top = Simd::max(Simd::load(scores + i), top);
+    Simd::F x = Simd::load(scores + i);
+    if constexpr (kHides) {
+      if (i < hidden) x = Simd::first_lanes(lowest, lanes_of(hidden - i), x);
+    }
+    top = Simd::max(x, top);
   }
-  if (i < visible)
-    top = Simd::max(Simd::first_lanes(Simd::load(scores + i), visible - i, lowest), top);
+  if (i < visible) {
+    Simd::F x = Simd::first_lanes(Simd::load(scores + i), visible - i, lowest);
+    if constexpr (kHides) {
+      if (i < hidden) x = Simd::first_lanes(lowest, lanes_of(hidden - i), x);
+    }
+    top = Simd::max(x, top);
+  }
   const float tile_max = Simd::reduce_max(top);
   const float new_max = tile_max > max ? tile_max : max;
   // Nothing visible so far: any finite number will do.
@@ -282,6 +293,9 @@ float softmax_row(const float* scores, int32_t visible, int32_t steps, float& ma
       const Simd::F whole = Simd::round(x);
       p[k] = Simd::scale2(Step::exp2_fraction(Simd::sub(x, whole)), whole);
       if (at + Simd::kWidth > visible) p[k] = Simd::first_lanes(p[k], visible - at, Simd::zero());
+      if constexpr (kHides) {
+        if (at < hidden) p[k] = Simd::first_lanes(Simd::zero(), lanes_of(hidden - at), p[k]);
+      }
       total = Simd::add(total, p[k]);
     }
     Simd::store(words + i / Step::kUnit, Step::words(p));
@@ -319,8 +333,13 @@ void attend(const AttendPanel& panel) {
   const int32_t steps = (n_keys + kPadded - 1) / kPadded * Step::kDepth;
   const int32_t out_stride = (panel.head_dim + kTileCols - 1) / kTileCols * kTileCols;
   for (int32_t r = 0; r < panel.n_rows; r++) {
-    const float before = softmax_row<Step>(scores + r * kScoreStride, panel.visible[r], steps,
-                                           panel.max[r], panel.sum[r], words + r * kGemmStride);
+    const float* from = scores + r * kScoreStride;
+    float* to = words + r * kGemmStride;
+    const float before = panel.hidden == nullptr
+                             ? softmax_row<Step, false>(from, panel.visible[r], 0, steps,
+                                                        panel.max[r], panel.sum[r], to)
+                             : softmax_row<Step, true>(from, panel.visible[r], panel.hidden[r],
+                                                       steps, panel.max[r], panel.sum[r], to);
     if (before == 1.0f) continue;
     float* out = panel.out + r * out_stride;
     for (int32_t d = 0; d < out_stride; d += Simd::kWidth) {
