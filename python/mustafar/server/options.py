@@ -245,7 +245,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if is_loopback(options.host) and not keys:
         hosts = ("localhost", "127.0.0.1", "[::1]", in_url(options.host), *options.allow_host)
     return Settings(
-        model_names=tuple(options.model_name) or (_name_of(options.model),),
+        model_names=tuple(options.model_name) or (name_of(options.model),),
         api_keys=tuple(keys),
         allowed_hosts=hosts,
         chat_template=options.chat_template,
@@ -261,7 +261,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def _name_of(model: str | None) -> str:
+def name_of(model: str | None) -> str:
+    """What a model is called in requests where nothing is said."""
     if model is None:
         return "demo"
     if model.count("/") == 1 and not os.path.isdir(model):
