@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import inspect
 import json
 import os
 import pickle
@@ -378,8 +380,15 @@ def test_pages_of_metrics_become_one() -> None:
 
 
 def test_options() -> None:
-    told = Options.model_validate({"model": "m", "replicas": "2", "kv": "balanced"})  # as a shell's
-    assert told.replicas == 2 and told.cache() == mustafar.KVConfig.preset("balanced")
+    # As a shell has them.
+    told = Options.model_validate(
+        {"model": "m", "replicas": "2", "kv_budget": "1.5K", "kv": "balanced"}
+    )
+    assert (
+        told.replicas == 2
+        and told.kv_budget == 1536
+        and told.cache() == mustafar.KVConfig.preset("balanced")
+    )
     assert told.limits().model_names == ("m",)
     fields = Options(kv={"preset": "mustafar", "window": 64}, settings={"api_keys": ["a"]})
     assert fields.cache() == mustafar.KVConfig.preset("mustafar", window=64)
@@ -391,11 +400,31 @@ def test_options() -> None:
     ray_options = scaled.replica_deployment()
     assert "num_replicas" not in ray_options
     assert ray_options["ray_actor_options"] == {"num_cpus": 2}
-    for wrong in ({"replica": 2}, {"replicas": 0}, {"router": "x"}, {"settings": {"x": 1}}):
-        with pytest.raises((ValueError, TypeError), match="replica|router|unexpected keyword"):
+    for wrong in (
+        {"replica": 2},
+        {"replicas": 0},
+        {"kv_budget": "x"},
+        {"router": "x"},
+        {"settings": {"x": 1}},
+    ):
+        with pytest.raises(
+            (ValueError, TypeError), match="replica|budget|router|unexpected keyword"
+        ):
             mustafar.ray.build_app(**wrong)
     with pytest.raises(ValueError, match="lossless"):
         mustafar.ray.build_app(kv="tiny")
+
+
+def test_ray_reads_the_fields_of_its_command_and_files() -> None:
+    builder = inspect.signature(mustafar.ray.app_builder).parameters["args"]
+    assert builder.annotation is Options  # a text would leave Ray with a dict
+
+
+def test_the_router_that_is_not_there_is_named() -> None:
+    if importlib.util.find_spec("vllm") or importlib.util.find_spec("sglang"):
+        pytest.skip("it is there")
+    with pytest.raises(ImportError, match=r"ray\[llm\]"):
+        mustafar.ray.build_app(router="prefix")
 
 
 def test_keys_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The application: gates before replicas."""
 
-from __future__ import annotations
+# Annotations are not made texts of here: Ray looks at app_builder's.
 
 import os
 from dataclasses import replace

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..server.options import name_of
+from ..server.options import name_of, size
 from ..server.settings import Settings
 from ..types import KVConfig
 
@@ -37,7 +38,7 @@ class Options(BaseModel):
         threads: CPU threads of one of them; 0: as many as ``cpus``, and at least one.
         device, dtype, weights: As of :class:`mustafar.Model`. For ``"cuda"`` set a GPU aside:
             ``deployment={"ray_actor_options": {"num_gpus": 1}}``.
-        kv_budget: Bytes of KV caches of one process at most; 0: no limit.
+        kv_budget: Bytes of KV caches of one process at most, also as ``"512M"``; 0: no limit.
         kv: The cache's setting: a preset's name, fields with or without ``preset``, or a
             :class:`mustafar.KVConfig`.
         engine: Further arguments of :class:`mustafar.Engine`, as ``max_batch``, of every replica.
@@ -72,6 +73,16 @@ class Options(BaseModel):
     beginning: int = Field(256, ge=1)
     gates: int = Field(1, ge=1)
     deployment: dict[str, Any] = {}
+
+    @field_validator("kv_budget", mode="before")
+    @classmethod
+    def _bytes(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        try:
+            return size(given)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error)) from None
 
     def cache(self) -> KVConfig:
         """The cache's setting; raises ValueError or TypeError as KVConfig does."""
