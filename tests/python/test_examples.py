@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,7 @@ def folder() -> Path:
 
 def output(*command: str | Path) -> str:
     package = str(Path(mustafar.__file__).parents[1])
-    environment = dict(os.environ, PYTHONPATH=package)
+    environment = dict(os.environ, PYTHONPATH=package, RAY_USAGE_STATS_ENABLED="0")
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
@@ -69,8 +71,20 @@ def test_shell_example_says_the_same(folder: Path) -> None:
     assert python.startswith(PROMPT + shell.rstrip("\n"))
 
 
+def test_ray_example(folder: Path) -> None:
+    pytest.importorskip("ray.serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = output(sys.executable, EXAMPLES / "python" / "ray_serve.py", folder, str(port))
+    answers = re.findall(r"^(\w{8}): (.+)", said, re.MULTILINE)
+    replicas = [replica for replica, _ in answers]
+    assert len(set(replicas)) == 2
+    assert replicas[::2] == replicas[1::2]  # both turns of a conversation
+
+
 def test_import_is_light() -> None:
     program = "import mustafar, sys; print(sorted(sys.modules))"
     modules = output(sys.executable, "-c", program)
-    for heavy in ("torch", "transformers", "safetensors", "tokenizers", "jinja2"):
+    for heavy in ("torch", "transformers", "safetensors", "tokenizers", "jinja2", "ray"):
         assert f"'{heavy}'" not in modules

@@ -25,6 +25,21 @@ from .service import Service
 from .settings import Settings
 
 _PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+_ROUTES = {  # path: its method, and what answers
+    **dict.fromkeys(_PAGE, ("GET", "_page")),
+    "/health": ("GET", "_health"),
+    "/metrics": ("GET", "_metrics"),
+    "/openapi.json": ("GET", "_openapi"),
+    "/v1/models": ("GET", "_models"),
+    "/v1/models/{name:path}": ("GET", "_model"),
+    "/v1/chat/completions": ("POST", "_chat"),
+    "/v1/completions": ("POST", "_completions"),
+    "/v1/embeddings": ("POST", "_embeddings"),
+    "/tokenize": ("POST", "_tokenize"),
+    "/detokenize": ("POST", "_detokenize"),
+}
+KNOWN_PATHS = frozenset(_ROUTES)
+OPEN_PATHS = frozenset({*_PAGE, "/health"})  # need no key
 _TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -48,9 +63,8 @@ class App:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.service = Service(engine, settings)
-        routes = _Routes(self.service).all()
         starlette = Starlette(
-            routes=routes,
+            routes=_Routes(self.service).all(),
             exception_handlers={
                 HTTPException: errors.of_http,
                 ApiError: errors.of_api,
@@ -62,8 +76,8 @@ class App:
             starlette,
             settings,
             self.service.metrics,
-            open_paths=frozenset({*_PAGE, "/health"}),
-            known_paths=frozenset(route.path for route in routes),
+            open_paths=OPEN_PATHS,
+            known_paths=KNOWN_PATHS,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,19 +120,9 @@ class _Routes:
 
     def all(self) -> list[Route]:
         """Every route."""
-        page = [Route(path, self._page, methods=["GET"]) for path in _PAGE]
         return [
-            *page,
-            Route("/health", self._health, methods=["GET"]),
-            Route("/metrics", self._metrics, methods=["GET"]),
-            Route("/openapi.json", self._openapi, methods=["GET"]),
-            Route("/v1/models", self._models, methods=["GET"]),
-            Route("/v1/models/{name:path}", self._model, methods=["GET"]),
-            Route("/v1/chat/completions", self._chat, methods=["POST"]),
-            Route("/v1/completions", self._completions, methods=["POST"]),
-            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
-            Route("/tokenize", self._tokenize, methods=["POST"]),
-            Route("/detokenize", self._detokenize, methods=["POST"]),
+            Route(path, getattr(self, name), methods=[method])
+            for path, (method, name) in _ROUTES.items()
         ]
 
     async def _page(self, request: Request) -> Response:

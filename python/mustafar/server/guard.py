@@ -56,7 +56,8 @@ class Guard:
                 await self._app(scope, receive, send)
             return  # there are no websockets: the connection is refused
         began = time.perf_counter()
-        identity = uuid.uuid4().hex
+        # Where the request came through another of these, both logs call it the same.
+        identity = scope.setdefault("mustafar.request_id", uuid.uuid4().hex)
         status = 0
 
         async def answer(message: Message) -> None:

@@ -92,7 +92,7 @@ def _add_model(add: _Group) -> None:
     add.number(
         "--kv-budget",
         default=0,
-        kind=_size,
+        kind=size,
         metavar="BYTES",
         help="most bytes the KV cache may take, e.g. 512M; 0: no limit",
     )
@@ -148,7 +148,7 @@ def _add_prefixes(add: _Group) -> None:
     add.number(
         "--prefix-bytes",
         default=0,
-        kind=_size,
+        kind=size,
         metavar="BYTES",
         help="that are kept for prompts to come; 0: up to --kv-budget, or 1G without one",
     )
@@ -178,7 +178,7 @@ def _add_limits(add: _Group) -> None:
     add.number(
         "--max-body",
         default=usual.max_body_bytes,
-        kind=_size,
+        kind=size,
         metavar="BYTES",
         help="of a request's body",
     )
@@ -189,7 +189,7 @@ def _add_limits(add: _Group) -> None:
     add.number(
         "--max-grammar",
         default=usual.max_grammar_bytes,
-        kind=_size,
+        kind=size,
         metavar="BYTES",
         help="of a JSON schema, regular expression or grammar that replies follow",
     )
@@ -210,17 +210,17 @@ def _add_limits(add: _Group) -> None:
     )
 
 
-def _size(text: str) -> int:
-    """Bytes, as 512M or 1.5GiB."""
+def size(text: str) -> int:
+    """Bytes, as 512M or 1.5GiB; raises ArgumentTypeError."""
     number = text.strip().upper().removesuffix("B").removesuffix("I")
     suffix = number[-1:] if number[-1:].isalpha() else ""
     try:
-        size = float(number.removesuffix(suffix)) * _SUFFIXES[suffix]
+        n_bytes = float(number.removesuffix(suffix)) * _SUFFIXES[suffix]
     except (KeyError, ValueError):
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 512M") from None
-    if not 0 <= size < 2**63:
+    if not 0 <= n_bytes < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range")
-    return int(size)
+    return int(n_bytes)
 
 
 def kv_of(options: argparse.Namespace) -> KVConfig:
@@ -245,7 +245,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if is_loopback(options.host) and not keys:
         hosts = ("localhost", "127.0.0.1", "[::1]", in_url(options.host), *options.allow_host)
     return Settings(
-        model_names=tuple(options.model_name) or (_name_of(options.model),),
+        model_names=tuple(options.model_name) or (name_of(options.model),),
         api_keys=tuple(keys),
         allowed_hosts=hosts,
         chat_template=options.chat_template,
@@ -261,7 +261,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def _name_of(model: str | None) -> str:
+def name_of(model: str | None) -> str:
+    """What a model is called in requests where nothing is said."""
     if model is None:
         return "demo"
     if model.count("/") == 1 and not os.path.isdir(model):
