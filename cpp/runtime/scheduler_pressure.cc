@@ -1,5 +1,6 @@
 // Caches that are compressed again, smaller, so that more of them fit (OnPressure::kSparser).
 #include <algorithm>
+#include <cstdint>
 #include <exception>
 #include <iterator>
 #include <map>
@@ -9,6 +10,18 @@
 #include "runtime/scheduler.h"
 
 namespace mustafar {
+namespace {
+
+// Whether half of either's pages at least are the same.
+bool shares_half(const SequenceCache& a, const SequenceCache& b) {
+  const auto same = std::mismatch(
+      a.pages().begin(), a.pages().end(), b.pages().begin(), b.pages().end(),
+      [](const PageRef& one, const PageRef& other) { return one.data() == other.data(); });
+  return 2 * (same.first - a.pages().begin()) >=
+         static_cast<int64_t>(std::max(a.pages().size(), b.pages().size()));
+}
+
+}  // namespace
 
 size_t Scheduler::rung_of(const Job& job) const {
   const auto at = std::find_if(rungs_.begin(), rungs_.end(), [&](const Rung& rung) {
@@ -49,8 +62,9 @@ int64_t Scheduler::most_from_ladder() const {
 // of these the youngest of the lowest priority first, as one of them would have been paused; and as
 // many as it takes. How many that is only the pages' slabs tell: one goes back to the budget when
 // nothing of it is used any more, and sequences that decode side by side have pages in the same
-// slabs. Jobs whose prompt is being computed stay as they are: their call reads the pages, and what
-// it leaves may be kept for others.
+// slabs. Those that share most of their pages, as choices of one prompt do, go together and
+// share the new ones; one by one each would get its own. Jobs whose prompt is being computed stay
+// as they are: their call reads the pages, and what it leaves may be kept for others.
 bool Scheduler::make_sparser(int64_t missing) {
   for (size_t rung = 0; rung + 1 < rungs_.size(); rung++) {
     std::vector<JobPtr> jobs;
@@ -59,14 +73,21 @@ bool Scheduler::make_sparser(int64_t missing) {
     }
     std::sort(jobs.begin(), jobs.end(),
               [](const JobPtr& a, const JobPtr& b) { return before(*b, *a); });
+    std::vector<JobPtr> taken;
     std::vector<SequenceCache*> caches;
     int64_t gain = 0;
-    while (caches.size() < jobs.size() && gain < missing) {
-      caches.push_back(&*jobs[caches.size()]->cache);
+    for (const JobPtr& youngest : jobs) {
+      if (gain >= missing) break;
+      for (const JobPtr& job : jobs) {
+        if (!shares_half(*job->cache, *youngest->cache)) continue;
+        if (std::find(taken.begin(), taken.end(), job) != taken.end()) continue;
+        taken.push_back(job);
+        caches.push_back(&*job->cache);
+      }
       gain = SequenceCache::recode_gain(caches, *rungs_[rung + 1].pool);
     }
     if (gain <= 0) continue;
-    step_down(std::span(jobs).first(caches.size()), rung + 1);
+    step_down(taken, rung + 1);
     return true;
   }
   return false;

@@ -569,30 +569,33 @@ TEST(PressureTest, CancelledInTheMiddleNothingIsLeft) {
 
 // Choices of one prompt share its pages, which are compressed once for all of them.
 TEST(PressureTest, OnePromptsChoicesGoOnSharingIt) {
-  const std::vector<int32_t> ids = ids_of(400, 5);
-  const Model model = small_model(held_bytes(wide(), 440) + 4 * held_bytes(wide(), 100));
+  const std::vector<int32_t> ids = ids_of(330, 5);
+  const Model model = small_model(held_bytes(wide(), 330) * 4);
   Model::Impl& impl = *model.impl();
   const Model free = small_model();
   {
     Scheduler scheduler(impl, wide(), {.ladder = ladder_of(wide())});
     std::vector<std::shared_ptr<Job>> jobs;
-    for (int i = 0; i < 4; i++) jobs.push_back(job_of(impl, ids, 190, i));
-    int64_t looked = 0;
+    for (int i = 0; i < 4; i++) jobs.push_back(job_of(impl, ids, 260, i));
+    int64_t side_by_side = 0;
     const Course made = run(impl, scheduler, jobs, [&](const Course& so_far) {
       std::map<const CacheSpec*, std::set<const uint8_t*>> first;
+      int64_t looked = 0;
       for (const auto& job : so_far.jobs) {
         if (!job->cache || job->repruned == 0 || job->cache->compressed() == 0) continue;
         first[&job->cache->spec()].insert(job->cache->pages()[0].data());
         looked++;
       }
+      side_by_side += looked >= 2 ? 1 : 0;
       for (const auto& [spec, pages] : first) EXPECT_LE(pages.size(), 1u);
     });
-    EXPECT_GT(looked, 4);
+    EXPECT_GT(side_by_side, 0) << "no two were compressed again";
+    EXPECT_EQ(made.counts.prompt_tokens, 330);
     EXPECT_EQ(made.counts.finished, 4);
     for (size_t i = 0; i < made.jobs.size(); i++) {
       if (made.paused[i]) continue;
       EXPECT_EQ(made_by(*made.jobs[i]),
-                alone(*free.impl(), settings_of(wide()), ids, 190, made.events[i]));
+                alone(*free.impl(), settings_of(wide()), ids, 260, made.events[i]));
     }
   }
   EXPECT_EQ(impl.budget->used(), 0);
@@ -631,6 +634,37 @@ TEST(PressureTest, PrefixesKeepTheEnginesOwnSetting) {
       EXPECT_EQ(made_by(*job), session.generate(rest, greedy(30)).token_ids) << "request " << i;
     }
   }
+}
+
+// Where any beginning may be used, that of one that runs is while it is as it was made.
+TEST(PressureTest, NobodyBeginsWithWhatWasCompressedAgain) {
+  const Model model = small_model(held_bytes(wide(), 480) * 5 / 4);
+  Model::Impl& impl = *model.impl();
+  std::vector<int64_t> page_bytes;  // by rung
+  for (const KVConfig& kv : settings_of(wide())) {
+    page_bytes.push_back(impl.cache_spec(kv)->layout.page_bytes);
+  }
+  Scheduler scheduler(
+      impl, wide(),
+      {.max_batch = 3, .prefix_cache = PrefixCache::kApproximate, .ladder = ladder_of(wide())});
+  std::vector<std::shared_ptr<Job>> jobs;
+  for (int i = 0; i < 8; i++) {
+    std::vector<int32_t> ids = ids_of(200, 1);
+    for (const int32_t id : ids_of(10, 20 + i)) ids.push_back(id);
+    jobs.push_back(job_of(impl, ids, 120 + 40 * (i % 4), i));
+  }
+  int64_t looked = 0;
+  const Course made = run(impl, scheduler, jobs, [&](const Course& so_far) {
+    for (size_t i = 0; i < so_far.jobs.size(); i++) {
+      const Job& job = *so_far.jobs[i];
+      if (!job.cache || so_far.paused[i]) continue;
+      EXPECT_EQ(job.cache->spec().layout.page_bytes, page_bytes[job.repruned]) << "request " << i;
+      looked += job.repruned > 0 ? 1 : 0;
+    }
+  });
+  EXPECT_GT(looked, 0);
+  EXPECT_GT(made.counts.reused_tokens, 0);
+  EXPECT_EQ(made.counts.finished, 8);
 }
 
 TEST(PressureTest, TheLadderHasSmallerPresetsThatTheModelCanHave) {
