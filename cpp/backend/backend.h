@@ -177,6 +177,7 @@ class Backend {
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
   virtual bool windows() const { return false; }            // SequenceStep::windows is looked at
+  virtual bool expands() const { return false; }            // expand() is there
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
   // Memory. Throws OutOfMemory. upload and download are synchronous.
@@ -239,6 +240,17 @@ class Backend {
   // device that does not wait for the answer throws it from the next synchronize().
   virtual void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
                       Workspace& workspace) = 0;
+
+  // Dense rows of a sequence for a cache that keeps its rows in the coordinates of `to`: those of a
+  // block of its store, or of its dense buffer (block kDenseRows), rounded to the tail dtype. out:
+  // as SequenceView::dense, of out_capacity tokens; the dense buffer itself will do for its own
+  // rows.
+  static constexpr int32_t kDenseRows = -1;
+  virtual void expand(const SequenceStep& step, int32_t block, const KVTransform& to, uint8_t* out,
+                      int32_t out_capacity) {
+    (void)step, (void)block, (void)to, (void)out, (void)out_capacity;
+    throw std::logic_error(device() + " expands no blocks");
+  }
 
   virtual void synchronize() = 0;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <mutex>
 #include <utility>
 
@@ -191,6 +192,19 @@ PageRef::Slab* BlockPool::add_slab(int64_t missing) {
   held_bytes_ += bytes(n_pages);
   free_pages_ += n_pages;
   return slabs_.back().get();
+}
+
+int64_t BlockPool::bytes_freed_by(std::span<const PageRef* const> references) const {
+  std::lock_guard lock(mutex_);
+  std::map<PageRef::Slab*, std::map<int32_t, int32_t>> dropped;  // of every page
+  for (const PageRef* page : references) dropped[page->slab_][page->index_]++;
+  int64_t bytes = 0;
+  for (const auto& [slab, pages] : dropped) {
+    int32_t freed = 0;
+    for (const auto& [index, n] : pages) freed += slab->references[index] == n ? 1 : 0;
+    if (freed == slab->used) bytes += slab->memory.bytes();
+  }
+  return bytes;
 }
 
 int64_t BlockPool::allocated_bytes() const {

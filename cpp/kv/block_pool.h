@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <list>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -84,6 +85,10 @@ class BlockPool : public std::enable_shared_from_this<BlockPool> {
   // Takes n pages or none: throws OutOfMemory with the pool unchanged. Where memory is short, no
   // page is held ahead of its need.
   std::vector<PageRef> allocate(int64_t n);
+  // Bytes that would go back to the backend if these references, of pages of this pool, were
+  // dropped.
+  int64_t bytes_freed_by(std::span<const PageRef* const> references) const;
+  int64_t page_bytes() const { return page_bytes_; }
   int64_t allocated_bytes() const;  // held from the backend
   int64_t free_pages() const;       // of those, not in use
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/backend.h"
@@ -141,6 +142,17 @@ class SequenceCache {
   int64_t own_bytes() const {
     return dense_.memory.bytes() + query_magnitude_.bytes() + page_table_.bytes();
   }
+
+  // Brings caches of one spec to another of the same sinks, window and shape, which keeps no query
+  // magnitudes: block by block, expanded and compressed again, the dense rows to its basis. Pages
+  // that several of them share are shared again. Old pages are given back first: beside the budget
+  // it takes a block's dense rows, and new pages until what is left of an old slab has gone. Needs
+  // Backend::expands(). Where it throws (OutOfMemory: the new pages have no room though the old
+  // ones are gone; StateError: see Backend::commit) the caches can only be dropped.
+  static void recode(std::span<SequenceCache* const> caches, const std::shared_ptr<BlockPool>& pool,
+                     const std::shared_ptr<const CacheSpec>& spec);
+  // Bytes of the budget that recode leaves over for others; less than 0 where it takes more.
+  static int64_t recode_gain(std::span<SequenceCache* const> caches, const BlockPool& pool);
 
   const std::vector<PageRef>& pages() const { return pages_; }  // after those dropped
   // For state files, which hold every cache in one shape whatever its buffers are: the dense tokens

@@ -15,6 +15,7 @@
 #include "core/fork.h"
 #include "core/held.h"
 #include "mustafar/error.h"
+#include "runtime/pressure_ladder.h"
 #include "runtime/scheduler.h"
 
 namespace mustafar {
@@ -50,6 +51,15 @@ PrefixCache parse_prefix_cache(const std::string& name) {
   }
   throw std::invalid_argument("prefix_cache is \"" + name +
                               "\", must be \"exact\", \"approximate\" or \"off\"");
+}
+
+const char* name_of(OnPressure mode) { return mode == OnPressure::kPause ? "pause" : "sparser"; }
+
+OnPressure parse_on_pressure(const std::string& name) {
+  for (const OnPressure mode : {OnPressure::kPause, OnPressure::kSparser}) {
+    if (name == name_of(mode)) return mode;
+  }
+  throw std::invalid_argument("on_pressure is \"" + name + "\", must be \"pause\" or \"sparser\"");
 }
 
 // What a handle and the engine's thread share.
@@ -187,15 +197,18 @@ struct Engine::Impl {
         engine(model.impl()),
         kv(kv),
         options(options),
-        scheduler(*engine, kv,
-                  {.max_batch = options.max_batch,
-                   .prefill_tokens = options.prefill_tokens,
-                   .prefix_cache = options.prefix_cache,
-                   .prefix_bytes = options.prefix_bytes,
-                   .between = [this] {
-                     std::lock_guard lock(mutex);
-                     update_stats();
-                   }}) {
+        scheduler(
+            *engine, kv,
+            {.max_batch = options.max_batch,
+             .prefill_tokens = options.prefill_tokens,
+             .prefix_cache = options.prefix_cache,
+             .prefix_bytes = options.prefix_bytes,
+             .ladder = options.on_pressure == OnPressure::kSparser ? pressure_ladder(model, kv)
+                                                                   : std::vector<KVConfig>(),
+             .between = [this] {
+               std::lock_guard lock(mutex);
+               update_stats();
+             }}) {
     if (options.max_waiting < 1) {
       throw std::invalid_argument("max_waiting is " + std::to_string(options.max_waiting) +
                                   ", must be at least 1");
@@ -247,6 +260,7 @@ struct Engine::Impl {
     stats.running = scheduler.n_running();
     stats.waiting = scheduler.n_waiting();
     stats.paused = scheduler.n_paused();
+    stats.repruned = counts.repruned;
     stats.finished = counts.finished;
     stats.cancelled = counts.cancelled;
     stats.failed = counts.failed;

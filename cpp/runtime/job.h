@@ -54,6 +54,7 @@ struct Job {
   // decode step, and those of a resumed sequence come back step by step.
   std::optional<SequenceCache> cache;
   int64_t reused_tokens = 0;  // of the prompt, that the cache was first made with
+  int64_t repruned = 0;       // times that its cache went down the ladder
   bool paused = false;
   bool ended = false;
   std::optional<Clock::time_point> started, first_token;

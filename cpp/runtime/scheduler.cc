@@ -48,6 +48,19 @@ Scheduler::Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions o
     throw std::invalid_argument("prefix_bytes is " + std::to_string(*options_.prefix_bytes) +
                                 ", must be at least 0");
   }
+  rungs_.push_back({spec_, pool_});
+  for (const KVConfig& setting : options_.ladder) {
+    std::shared_ptr<const CacheSpec> spec = engine.cache_spec(setting);
+    if (setting.window != kv.window || setting.sink_tokens != kv.sink_tokens ||
+        spec->query_bytes > 0 ||
+        !(spec->layout.page_bytes < rungs_.back().spec->layout.page_bytes)) {
+      throw std::invalid_argument(
+          "every setting of a ladder must have smaller pages than the one before, the same window "
+          "and sinks, and no policy that asks for queries");
+    }
+    std::shared_ptr<BlockPool> pool = engine.pool(spec->layout.page_bytes);
+    rungs_.push_back({std::move(spec), std::move(pool)});
+  }
 }
 
 Scheduler::~Scheduler() {
@@ -201,7 +214,9 @@ void Scheduler::take_logits(Job& job, const TopLogits* top, std::span<const floa
 void Scheduler::decode_step() {
   while (!active_.empty()) {
     try {
-      return with_room([this] { decode(active_); });
+      return with_room([this] {
+        if (!active_.empty()) decode(active_);
+      });
     } catch (const OutOfMemory&) {
       if (!pause_youngest()) return fail(*active_[0], std::current_exception());
     } catch (...) {
@@ -213,7 +228,9 @@ void Scheduler::decode_step() {
   for (const JobPtr& job : jobs) {
     if (!job->cache || job->ended) continue;  // paused meanwhile
     try {
-      with_room([&] { decode({&job, 1}); });
+      with_room([&] {
+        if (job->cache) decode({&job, 1});
+      });
     } catch (const OutOfMemory&) {
       if (!pause_youngest()) fail(*job, std::current_exception());
     } catch (...) {
@@ -264,6 +281,7 @@ void Scheduler::retire(Job& job) {
   result.stats.prompt_tokens = job.n_prompt;
   result.stats.cached_tokens = job.reused_tokens;
   result.stats.generated_tokens = job.loop->made_tokens();
+  result.stats.repruned = job.repruned;
   if (job.first_token) {
     result.stats.prefill_seconds = seconds_between(*job.started, *job.first_token);
     result.stats.decode_seconds = seconds_between(*job.first_token, Job::Clock::now());

@@ -26,6 +26,9 @@ struct SchedulerOptions {
   int32_t prefill_tokens = 512;  // of prompts computed between two decode steps, about
   PrefixCache prefix_cache = PrefixCache::kExact;
   std::optional<int64_t> prefix_bytes = {};  // see EngineOptions
+  // What caches are brought to where memory is short (OnPressure::kSparser): settings whose pages
+  // become smaller, with the sinks and the window of the scheduler's own. Empty: none are.
+  std::vector<KVConfig> ladder = {};
   // Called between the parts of a round; what it throws ends the round and comes out of it.
   std::function<void()> between = {};
 };
@@ -44,6 +47,11 @@ struct SchedulerOptions {
 // in spite of that, the youngest job is paused: its cache is dropped, and made again by the same
 // calls when another job has ended, so that its result stays what it would have been. A job that
 // runs alone and has no room fails with OutOfMemory.
+//
+// With a ladder, caches that decode are compressed again at its next setting before anybody waits
+// or is paused for lack of memory (make_sparser). Prompts are computed, prefixes are kept and
+// paused jobs begin again at the scheduler's own setting, so that a kept prefix never depends on
+// traffic.
 class Scheduler {
  public:
   struct Counts {
@@ -51,6 +59,7 @@ class Scheduler {
     int64_t prompt_tokens = 0;     // computed, those of resumed jobs again
     int64_t generated_tokens = 0;  // chosen
     int64_t reused_tokens = 0;     // of prompts, that a kept prefix held
+    int64_t repruned = 0;          // times that a cache went down the ladder
   };
 
   Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions options);
@@ -110,14 +119,18 @@ class Scheduler {
   int64_t will_leave(const Job& other, const Job& job) const;
   int64_t least_bytes(const Job& job) const;
   int64_t needed_bytes(const Job& job, const std::vector<JobPtr>& group);
-  bool fits(const Job& job, const std::vector<JobPtr>& group);
+  // sparser: caches may go down the ladder for it.
+  bool fits(const Job& job, const std::vector<JobPtr>& group, bool sparser);
+  int64_t free_bytes() const;  // for pages of the scheduler's own setting
+  int64_t later_bytes(const Job& job) const;
+  int64_t growth(const Job& job) const;  // until it is a block longer
   // Makes room by pausing the youngest; false where only one job is left.
   bool pause_youngest();
   void pause(JobPtr job);
   // Repeats a call that fails for want of memory, and then has changed nothing, as long as prefixes
-  // can make room. pinned_too: pinned ones as well.
+  // can make room.
   template <typename Call>
-  auto with_room(const Call& call, bool pinned_too = true) {
+  auto with_room_of_prefixes(const Call& call, bool pinned_too) {
     for (;;) {
       try {
         return call();
@@ -126,6 +139,26 @@ class Scheduler {
       }
     }
   }
+  // Likewise, or as long as caches that decode can: in their place others may be there afterwards,
+  // and jobs of active_ paused or gone.
+  template <typename Call>
+  auto with_room(const Call& call) {
+    for (;;) {
+      try {
+        return with_room_of_prefixes(call, /*pinned_too=*/true);
+      } catch (const OutOfMemory&) {
+        if (!make_sparser(missing_to_grow())) throw;
+      }
+    }
+  }
+
+  // scheduler_pressure.cc
+  size_t rung_of(const Job& job) const;
+  bool at_own_setting(const Job& job) const { return &job.cache->spec() == spec_.get(); }
+  int64_t missing_to_grow() const;
+  int64_t most_from_ladder() const;
+  bool make_sparser(int64_t missing);
+  void step_down(std::span<const JobPtr> jobs, size_t rung);
 
   // scheduler_prompts.cc
   void run_group(std::span<const JobPtr> group);
@@ -144,6 +177,11 @@ class Scheduler {
   const SchedulerOptions options_;
   const std::shared_ptr<const CacheSpec> spec_;
   const std::shared_ptr<BlockPool> pool_;
+  struct Rung {
+    std::shared_ptr<const CacheSpec> spec;
+    std::shared_ptr<BlockPool> pool;
+  };
+  std::vector<Rung> rungs_;                     // the scheduler's own setting, then the ladder's
   std::optional<ForwardBuffers> step_buffers_;  // of decode steps and of prompts in one call
   std::optional<ForwardBuffers> long_buffers_;
   int64_t counted_workspace_ = 0;

@@ -12,6 +12,10 @@ namespace {
 // Tokens that a sequence is expected to grow by before others make room.
 constexpr int64_t kAheadTokens = kBlockTokens;
 
+int64_t later_tokens(const Job& job) {
+  return std::min(static_cast<int64_t>(job.tokens.size()) + kAheadTokens, job.most_tokens);
+}
+
 }  // namespace
 
 // A job that runs alone is admitted whatever it needs, and then takes just this.
@@ -55,7 +59,9 @@ PrefixTree::Common Scheduler::find_prefix(const Job& job) {
   PrefixTree::Common best = prefixes_.find_common(wanted, job.long_rope);
   for (const auto* jobs : {&active_, &begun_}) {
     for (const JobPtr& other : *jobs) {
-      if (!other->cache || other->cache->long_rope() != job.long_rope) continue;
+      if (!other->cache || other->cache->long_rope() != job.long_rope || !at_own_setting(*other)) {
+        continue;
+      }
       const std::span<const int32_t> held(other->tokens.data(), other->cache->length());
       const int64_t n = common_length(wanted, held);
       const int64_t usable = usable_tokens(*other->cache, n);
@@ -111,18 +117,19 @@ bool Scheduler::better_wait(const Job& job, int64_t usable,
          (long_job_ != nullptr && helps(long_job_));
 }
 
+// Bytes that a job's cache holds when it is a block longer; of a job without one, when it begins.
+int64_t Scheduler::later_bytes(const Job& job) const {
+  const CacheSpec& spec = job.cache ? job.cache->spec() : *spec_;
+  return SequenceCache::held_bytes(spec, later_tokens(job));
+}
+
+int64_t Scheduler::growth(const Job& job) const {
+  if (!job.cache) return 0;  // it has ended just now
+  return std::max<int64_t>(0, later_bytes(job) - job.cache->memory().allocated);
+}
+
 // Beside what is held: by a job that has no cache yet, those of its group, and those that run.
 int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group) {
-  const auto later_tokens = [&](const Job& each) {
-    return std::min(static_cast<int64_t>(each.tokens.size()) + kAheadTokens, each.most_tokens);
-  };
-  const auto later = [&](const Job& each) {
-    return SequenceCache::held_bytes(*spec_, later_tokens(each));
-  };
-  const auto growth = [&](const Job& each) {
-    if (!each.cache) return int64_t{0};  // it has ended just now
-    return std::max<int64_t>(0, later(each) - each.cache->memory().allocated);
-  };
   // Of the largest of the calls that are left.
   const auto fresh = [&](const Job& each, int64_t length) {
     int64_t most_rows = 0;
@@ -138,8 +145,8 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
       std::max<int64_t>(0, spec_->compressed(known.n_tokens) / kBlockTokens -
                                spec_->dropped_blocks(later_tokens(job)));
   // A second dense buffer exists while a block leaves the first.
-  int64_t needed =
-      later(job) - shared_pages * spec_->layout.page_bytes + fresh(job, known.usable) + dense_bytes;
+  int64_t needed = later_bytes(job) - shared_pages * spec_->layout.page_bytes +
+                   fresh(job, known.usable) + dense_bytes;
   for (const auto* jobs : {&group, &std::as_const(begun_)}) {
     for (const JobPtr& each : *jobs) {
       if (each->cache) needed += growth(*each) + fresh(*each, each->cache->length());
@@ -152,20 +159,27 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
     const int64_t end = length + long_job_->next_rows(length);
     needed += 2 * dense_bytes;
     if (end < long_job_->n_prompt) {
-      needed += later(*long_job_) - SequenceCache::held_bytes(*spec_, end) + fresh(*long_job_, end);
+      needed +=
+          later_bytes(*long_job_) - SequenceCache::held_bytes(*spec_, end) + fresh(*long_job_, end);
     }
   }
   return needed;
 }
 
-bool Scheduler::fits(const Job& job, const std::vector<JobPtr>& group) {
+int64_t Scheduler::free_bytes() const {
+  return std::min(engine_.budget->available(), engine_.backend->available_bytes()) +
+         pool_->free_pages() * spec_->layout.page_bytes;
+}
+
+bool Scheduler::fits(const Job& job, const std::vector<JobPtr>& group, bool sparser) {
   for (;;) {
-    int64_t free_bytes = std::min(engine_.budget->available(), engine_.backend->available_bytes());
-    free_bytes += pool_->free_pages() * spec_->layout.page_bytes;
-    const int64_t missing = needed_bytes(job, group) - free_bytes;
+    const int64_t missing = needed_bytes(job, group) - free_bytes();
     if (missing <= 0) return true;
-    // Prefixes make room where they have enough. To a job that is alone more will not come.
-    if (missing > prefixes_.bytes() || !prefixes_.drop_oldest()) {
+    // Prefixes and then caches that decode make room where they have enough of it together: nobody
+    // loses bits for a job that has to wait all the same. To a job that is alone more will not
+    // come.
+    const int64_t most = prefixes_.bytes() + (sparser ? most_from_ladder() : 0);
+    if (missing > most || !(prefixes_.drop_oldest() || (sparser && make_sparser(missing)))) {
       return runs_alone() && group.empty();
     }
   }
@@ -203,7 +217,7 @@ std::vector<std::shared_ptr<Job>> Scheduler::begin_same_prompts(const Job& job) 
   for (size_t i = 0; i < waiting_.size() && !blocked_ && n_running() < options_.max_batch;) {
     const JobPtr other = waiting_[i];
     if (other->ended || other->loop->done() || !will_share_result(job, *other) ||
-        !fits(*other, {})) {
+        !fits(*other, {}, /*sparser=*/false)) {  // the job itself would not keep its setting
       i++;
       continue;
     }
@@ -244,8 +258,8 @@ std::vector<std::shared_ptr<Job>> Scheduler::admit() {
   int64_t n_better_wait = 0;
   for (size_t i = 0; i < waiting_.size() && !blocked_;) {
     const JobPtr job = waiting_[i];
-    const auto drop = [&] { waiting_.erase(waiting_.begin() + static_cast<int64_t>(i)); };
-    if (job->loop->done()) {  // nothing to generate
+    const auto drop = [&] { std::erase(waiting_, job); };  // what makes room may pause others
+    if (job->loop->done()) {                               // nothing to generate
       retire(*job);
       drop();
       continue;
@@ -264,7 +278,7 @@ std::vector<std::shared_ptr<Job>> Scheduler::admit() {
       continue;
     }
     if (!is_long && rows + n > options_.prefill_tokens) break;
-    if (!fits(*job, group)) {
+    if (!fits(*job, group, /*sparser=*/true)) {
       blocked_ = true;
       break;
     }

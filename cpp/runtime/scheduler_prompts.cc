@@ -148,6 +148,7 @@ void Scheduler::finish_calls(Prefill& prefill, std::span<const JobPtr> jobs) {
     const bool past_prompt = job.cache->length() == job.n_prompt;
     if (past_prompt) {
       active_.push_back(jobs[i]);
+      if (rungs_.size() > 1) blocked_ = false;  // another one that may make room
     } else {
       begun_.insert(
           std::upper_bound(begun_.begin(), begun_.end(), jobs[i],
@@ -181,7 +182,8 @@ void Scheduler::keep_call(const Job& job) {
   if (!kept_after(job, done - 1)) return;
   const bool pinned = job.calls[done - 1].pinned;
   try {
-    SequenceCache copy = with_room([&] { return job.cache->fork(); }, /*pinned_too=*/pinned);
+    SequenceCache copy =
+        with_room_of_prefixes([&] { return job.cache->fork(); }, /*pinned_too=*/pinned);
     prefixes_.keep(job.prompt().first(job.cache->length()), std::span(job.calls).first(done),
                    std::move(copy), pinned);
   } catch (const OutOfMemory&) {  // then it isn't there for others
@@ -191,6 +193,7 @@ void Scheduler::keep_call(const Job& job) {
 // Keeps the cache itself of a job that has ended well, where any beginning may be used.
 void Scheduler::keep_sequence(Job& job) {
   if (options_.prefix_cache != PrefixCache::kApproximate || !job.cache) return;
+  if (!at_own_setting(job)) return;
   if (job.cache->compressed() == 0) return;
   const auto held = std::span(job.tokens).first(job.cache->length());
   const bool long_rope = job.cache->long_rope();

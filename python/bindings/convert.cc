@@ -223,6 +223,7 @@ py::dict to_dict(const GenerateResult& result) {
   stats["prompt_tokens"] = result.stats.prompt_tokens;
   stats["cached_tokens"] = result.stats.cached_tokens;
   stats["generated_tokens"] = result.stats.generated_tokens;
+  stats["repruned"] = result.stats.repruned;
   stats["prefill_seconds"] = result.stats.prefill_seconds;
   stats["decode_seconds"] = result.stats.decode_seconds;
   py::dict out;

@@ -72,13 +72,15 @@ std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const 
                                                       int32_t max_batch, int32_t max_waiting,
                                                       int32_t prefill_tokens,
                                                       const std::string& prefix_cache,
-                                                      std::optional<int64_t> prefix_bytes) {
+                                                      std::optional<int64_t> prefix_bytes,
+                                                      const std::string& on_pressure) {
   EngineOptions options;
   options.max_batch = max_batch;
   options.max_waiting = max_waiting;
   options.prefill_tokens = prefill_tokens;
   options.prefix_cache = parse_prefix_cache(prefix_cache);
   options.prefix_bytes = prefix_bytes;
+  options.on_pressure = parse_on_pressure(on_pressure);
   const KVConfig config = kv_config_from(kv, model);
   ReleaseGil release;
   return std::unique_ptr<Engine, DeleteWithoutGil>(new Engine(model, config, options));
@@ -142,6 +144,7 @@ py::dict stats_dict(const Engine& engine) {
   d["running"] = stats.running;
   d["waiting"] = stats.waiting;
   d["paused"] = stats.paused;
+  d["repruned"] = stats.repruned;
   d["kv_bytes"] = stats.kv_bytes;
   d["finished"] = stats.finished;
   d["cancelled"] = stats.cancelled;
@@ -179,7 +182,7 @@ void register_engine(py::module_& m) {
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
       .def(py::init(&make_engine), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
            py::arg("max_waiting"), py::arg("prefill_tokens"), py::arg("prefix_cache"),
-           py::arg("prefix_bytes"))
+           py::arg("prefix_bytes"), py::arg("on_pressure"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
            py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"), py::arg("prefixes"))
       .def("pin", &pin, py::arg("prefix"), py::arg("parse_special"))

@@ -259,6 +259,7 @@ class Engine:
         prefill_tokens: int,
         prefix_cache: str,
         prefix_bytes: int | None,
+        on_pressure: str,
     ) -> None: ...
     def submit(
         self,

@@ -20,6 +20,7 @@ from .stream import Closing
 from .types import GenerateResult, KVConfig, SamplingParams, TokenLogprob
 
 PrefixCache = Literal["exact", "approximate", "off"]
+OnPressure = Literal["pause", "sparser"]
 
 # How long a wait may keep Ctrl-C waiting, seconds.
 _SIGNAL_PERIOD = 0.1
@@ -33,6 +34,7 @@ class EngineStats:
         running: Requests that hold a cache.
         waiting: Requests that have not begun.
         paused: Requests that have begun and gave their cache up to older ones.
+        repruned: How often a cache was compressed again to make room.
         kv_bytes: Of all caches of the model, sessions' too.
         finished: Requests that came to their end.
         cancelled: Requests that were cancelled, or whose time was over.
@@ -47,6 +49,7 @@ class EngineStats:
     running: int
     waiting: int
     paused: int
+    repruned: int
     kv_bytes: int
     finished: int
     cancelled: int
@@ -191,7 +194,8 @@ class Engine(Closing):
     Every request gets what :meth:`Session.generate` would give it alone on a new session, whatever
     else runs, in the same calls. Where ``kv_budget`` is too small for all of them, new ones wait,
     and where it runs out the youngest is paused: its cache is dropped, and made again later by the
-    same calls. Sessions of the model may be used at the same time.
+    same calls (``on_pressure`` may say otherwise). Sessions of the model may be used at the same
+    time.
 
     A prompt is computed in one call. Where a request names ``prefixes``, or begins with a pinned
     one, each is a call of its own, as ``Session.prefill`` of it would be: its tokens see each other
@@ -214,9 +218,20 @@ class Engine(Closing):
         prefix_bytes: What is kept may take so many bytes. It counts in ``kv_budget`` and makes
             room for requests, the least recently used first. None: up to ``kv_budget``, or 1 GiB
             where the model has none.
+        on_pressure: What gives way, after kept prefixes, where ``kv_budget`` is used up.
+            ``"pause"``: as said above. ``"sparser"``: before anybody waits or is paused, caches
+            that decode are compressed again at the next smaller preset of ``lossless``,
+            ``balanced`` and ``small``, the youngest first, so that more requests run at once. What
+            such a request gets depends on what else runs, by what the preset loses and a little
+            for being compressed twice; ``result.stats.repruned`` says how often that was. Prompts
+            are computed, prefixes kept and paused requests begun again as ``kv`` says. For
+            ``small`` the model is calibrated the first time, as for that preset, unless
+            ``kv.profile`` is a calibrated one; a model without a tokenizer does without. CPU.
 
     Raises:
-        ValueError: An argument out of range.
+        ValueError: An argument out of range; ``on_pressure="sparser"`` where no preset is smaller
+            than ``kv``.
+        DeviceError: ``on_pressure="sparser"`` on a GPU.
     """
 
     def __init__(
@@ -229,6 +244,7 @@ class Engine(Closing):
         prefill_tokens: int = 512,
         prefix_cache: PrefixCache = "exact",
         prefix_bytes: int | None = None,
+        on_pressure: OnPressure = "pause",
     ) -> None:
         self._model = model
         self._kv = kv or KVConfig()
@@ -240,6 +256,7 @@ class Engine(Closing):
             checks.integer("prefill_tokens", prefill_tokens),
             prefix_cache,
             None if prefix_bytes is None else checks.integer("prefix_bytes", prefix_bytes),
+            on_pressure,
         )
         self._changes = _Changes()
         self._process = os.getpid()

@@ -307,6 +307,8 @@ class GenerateStats:
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Of those, how many an :class:`Engine` had kept and did not compute.
         generated_tokens: Tokens made.
+        repruned: How often an :class:`Engine` compressed the cache again to make room; 0 unless it
+            has ``on_pressure="sparser"``.
         prefill_seconds: Until the prompt was computed.
         decode_seconds: From then to the end.
     """
@@ -314,6 +316,7 @@ class GenerateStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    repruned: int
     prefill_seconds: float
     decode_seconds: float
 

@@ -119,6 +119,37 @@ def test_memory_that_is_short_makes_requests_wait_and_pause(story: Path) -> None
         assert memory.kv_bytes == 0 and memory.kv_peak_bytes <= 3 * need
 
 
+def test_short_memory_may_make_caches_sparser_instead(story: Path) -> None:
+    wide = KVConfig(value_dtype="auto", window=8)
+    prompts = [ids_of(40 + 9 * i, seed=i) for i in range(8)]
+    with mustafar.Model(story, dtype="f32") as model:
+        expected = [alone(model, ids, wide, max_new_tokens=250, **GREEDY) for ids in prompts]
+        one = Session(model, wide)
+        one.prefill(ids_of(360))
+        need = one.memory().allocated
+    budget = 4 * need
+    with mustafar.Model(story, dtype="f32", kv_budget=budget) as model:
+        with Engine(model, wide, on_pressure="sparser") as engine:
+            requests = [engine.submit(ids, max_new_tokens=250, **GREEDY) for ids in prompts]
+            results = [request.result(120) for request in requests]
+            stats = engine.stats()
+        memory = model.memory()
+        assert memory.kv_bytes == 0 and memory.kv_peak_bytes <= budget
+    repruned = [result.stats.repruned for result in results]
+    assert sum(repruned) == stats.repruned > 0
+    assert stats.failed == 0 and stats.prompt_tokens == sum(map(len, prompts))  # nobody was paused
+    assert [result.stats.generated_tokens for result in results] == [250] * 8
+    for result, times, reference in zip(results, repruned, expected):
+        assert times > 0 or same(result, reference)
+
+
+def test_making_caches_sparser_is_refused_where_it_can_not_be(model: mustafar.Model) -> None:
+    with pytest.raises(ValueError, match="no preset|is none|smaller"):
+        Engine(model, KVConfig.preset("small"), on_pressure="sparser")
+    with pytest.raises(ValueError, match='on_pressure is "fail", must be "pause" or "sparser"'):
+        Engine(model, HALF, on_pressure="fail")  # type: ignore[arg-type]
+
+
 def test_what_can_never_fit_is_refused_and_what_grows_too_large_fails(story: Path) -> None:
     with mustafar.Model(story, dtype="f32") as model:
         one = Session(model, HALF)

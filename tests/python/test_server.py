@@ -343,6 +343,7 @@ def test_metrics(url: str, client: openai.OpenAI) -> None:
     assert grown("mustafar_generated_tokens_total") == 7
     assert grown("mustafar_prompt_tokens_total") > 5
     assert grown("mustafar_requests_finished_total") == 1
+    assert after["mustafar_requests_repruned_total"] == 0
     assert grown("mustafar_time_to_first_token_seconds_count") == 1
     assert grown('mustafar_time_to_first_token_seconds_bucket{le="+Inf"}') == 1
     assert grown("mustafar_request_seconds_count") == 1

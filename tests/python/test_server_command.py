@@ -157,6 +157,10 @@ def test_options_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not usual.system_prefix and settings_of(read("--system-prefix")).system_prefix
     assert read("--prefix-cache", "approximate").prefix_cache == "approximate"
     assert read("--prefix-bytes", "64M").prefix_bytes == 64 << 20
+    assert read("--on-pressure", "sparser").on_pressure == "sparser"
+    assert read("-m", "x").on_pressure == "pause"
+    with pytest.raises(SystemExit):
+        read("--on-pressure", "fail")
     with pytest.raises(ValueError, match="max_choices"):
         Settings(max_choices=0)
     with pytest.raises(SystemExit):

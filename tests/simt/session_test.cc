@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "mustafar/calibration.h"
+#include "mustafar/engine.h"
 #include "mustafar/error.h"
 #include "mustafar/profile.h"
 #include "runtime/scorer.h"
@@ -294,6 +295,21 @@ TEST_F(CudaSession, SamplingOnTheDeviceChoosesTheSameTokens) {
     const auto together = model.generate(prompts, params), rows = model.generate(prompts, whole);
     for (size_t i = 0; i < 2; i++) EXPECT_EQ(together[i].token_ids, rows[i].token_ids);
   }
+}
+
+// Nothing there expands a block for another setting.
+TEST_F(CudaSession, CachesThatBecomeSparserAreRefusedByName) {
+  const Model gpu = random_model("cuda", 16, DType::kF32);
+  try {
+    Engine engine(gpu, config_of(0.5), {.on_pressure = OnPressure::kSparser});
+    FAIL() << "it was made";
+  } catch (const DeviceError& error) {
+    const std::string message = error.what();
+    EXPECT_NE(message.find("on_pressure \"sparser\" is not supported on device \"cuda\""),
+              std::string::npos)
+        << message;
+  }
+  EXPECT_NO_THROW(Engine(gpu, config_of(0.5)));
 }
 
 TEST_F(CudaSession, AnInfiniteKeyCannotBeQuantised) {

@@ -11,6 +11,7 @@
 #include "backend/cpu/attention/decode.h"
 #include "backend/cpu/attention/prefill.h"
 #include "backend/cpu/compress/commit.h"
+#include "backend/cpu/compress/expand.h"
 #include "backend/cpu/linear/linear.h"
 #include "backend/cpu/linear/row_scores.h"
 #include "mustafar/error.h"
@@ -410,6 +411,11 @@ void CpuBackend::score_rows(const float* logits, int64_t vocab, std::span<RowSco
 void CpuBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
                         Workspace&) {
   commit_blocks(pool_, isa_, dtype_, steps, first_layer, n_layers);
+}
+
+void CpuBackend::expand(const SequenceStep& step, int32_t block, const KVTransform& to,
+                        uint8_t* out, int32_t out_capacity) {
+  expand_rows(pool_, kernels_, dtype_, step, block, to, out, out_capacity);
 }
 
 }  // namespace mustafar

@@ -24,6 +24,7 @@ class CpuBackend final : public Backend {
   bool codes() const override { return true; }
   bool layers_may_differ() const override { return true; }
   bool windows() const override { return true; }
+  bool expands() const override { return true; }
   ThreadPool* host_pool() override { return &pool_; }
 
   std::unique_ptr<DeviceMemory> allocate(int64_t bytes) override;
@@ -49,6 +50,8 @@ class CpuBackend final : public Backend {
                   Workspace& workspace) override;
   void commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
               Workspace& workspace) override;
+  void expand(const SequenceStep& step, int32_t block, const KVTransform& to, uint8_t* out,
+              int32_t out_capacity) override;
   void synchronize() override {}
 
  private:

@@ -26,6 +26,15 @@ enum class PrefixCache : uint8_t {
   kApproximate,
 };
 
+// What gives way where kv_budget is used up: prefixes, and then
+enum class OnPressure : uint8_t {
+  kPause,  // the youngest request: its cache is dropped, and made again later by the same calls
+  // First the settings of the caches that decode: they are compressed again, at the next smaller
+  // preset of "lossless", "balanced" and "small", for those that wait too. So more run at once, and
+  // what a request gets depends on what else runs: GenerateStats::repruned says whether it did.
+  kSparser,
+};
+
 struct EngineOptions {
   int32_t max_batch = 64;      // requests that hold a cache and decode together
   int32_t max_waiting = 1024;  // requests that may wait to begin; one more is refused
@@ -36,11 +45,14 @@ struct EngineOptions {
   // Bytes of caches kept for prompts that begin alike, at most; they count in kv_budget and make
   // room for requests. None: up to kv_budget, or 1 GiB where there is none.
   std::optional<int64_t> prefix_bytes = {};
+  OnPressure on_pressure = OnPressure::kPause;
 };
 
-// As Python and the server spell it; parse throws std::invalid_argument.
+// As Python and the server spell them; parse throws std::invalid_argument.
 const char* name_of(PrefixCache mode);
 PrefixCache parse_prefix_cache(const std::string& name);
+const char* name_of(OnPressure mode);
+OnPressure parse_on_pressure(const std::string& name);
 
 struct RequestOptions {
   int32_t priority = 0;  // higher ones begin first, equal ones in the order they came
@@ -57,6 +69,7 @@ struct EngineStats {
   int64_t running = 0;    // requests that hold a cache
   int64_t waiting = 0;    // that have not begun
   int64_t paused = 0;     // that have begun, and gave their cache up to older ones
+  int64_t repruned = 0;   // times that a cache was compressed again to make room (OnPressure)
   int64_t kv_bytes = 0;   // of all caches of the model, sessions' too
   int64_t finished = 0;   // since the engine was made, likewise below
   int64_t cancelled = 0;  // timeouts too
@@ -109,11 +122,15 @@ class Request {
 };
 
 // Runs requests on a thread of its own, beside any number of sessions of the model. Every request
-// gets what it would get alone, whatever else runs or ran before (but see PrefixCache). A forked
-// child has no such thread: there, requests and engine throw StateError.
+// gets what it would get alone, whatever else runs or ran before (but see PrefixCache and
+// OnPressure). A forked child has no such thread: there, requests and engine throw StateError.
 class Engine {
  public:
   // Throws std::invalid_argument for options out of range, or as Session for the configuration.
+  // With OnPressure::kSparser also where no preset is smaller than the configuration, and
+  // DeviceError on a device that has no kernels for it; a basis is calibrated for preset "small" as
+  // Profile::resolve("auto") does, unless the configuration's profile codes rows. Without a
+  // tokenizer to calibrate with, that preset is left out.
   explicit Engine(const Model& model, const KVConfig& kv = {}, const EngineOptions& options = {});
   ~Engine();  // as close()
   Engine(Engine&&) noexcept;

@@ -94,6 +94,7 @@ struct GenerateStats {
   int64_t prompt_tokens = 0;  // of this call
   int64_t cached_tokens = 0;  // of those, that an engine had kept and did not compute
   int64_t generated_tokens = 0;
+  int64_t repruned = 0;  // times that an engine compressed the cache again, see OnPressure
   double prefill_seconds = 0;
   double decode_seconds = 0;
 };

@@ -222,6 +222,7 @@ def _engine_numbers(
         "mustafar_requests_finished_total": ("Requests that came to their end.", now.finished),
         "mustafar_requests_cancelled_total": ("Requests cancelled or timed out.", now.cancelled),
         "mustafar_requests_failed_total": ("Requests that ended with an error.", now.failed),
+        "mustafar_requests_repruned_total": ("Caches compressed again for room.", now.repruned),
         "mustafar_generated_tokens_total": ("Tokens made.", now.generated_tokens),
         "mustafar_prompt_tokens_total": ("Tokens of prompts computed.", now.prompt_tokens),
         "mustafar_reused_tokens_total": ("Tokens of prompts that were kept.", now.reused_tokens),

@@ -138,6 +138,7 @@ def _serve(options: argparse.Namespace, kv: KVConfig, settings: Settings) -> int
             prefill_tokens=options.prefill_tokens,
             prefix_cache=options.prefix_cache,
             prefix_bytes=options.prefix_bytes or None,
+            on_pressure=options.on_pressure,
         ) as engine,
     ):
         app = create_app(engine, settings)

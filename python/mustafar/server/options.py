@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     _add_model(_Group(result, "Model"))
     _add_cache(_Group(result, "KV cache"))
     _add_prefixes(_Group(result, "Prefixes"))
+    _add_pressure(_Group(result, "Memory"))
     _add_server(_Group(result, "Server"))
     _add_limits(_Group(result, "Limits"))
     return result
@@ -151,6 +152,17 @@ def _add_prefixes(add: _Group) -> None:
         kind=size,
         metavar="BYTES",
         help="that are kept for prompts to come; 0: up to --kv-budget, or 1G without one",
+    )
+
+
+def _add_pressure(add: _Group) -> None:
+    add.text(
+        "--on-pressure",
+        default="pause",
+        choices=("pause", "sparser"),
+        help="what gives way where --kv-budget is used up: the youngest request, which is computed "
+        "again later; the settings of caches, which are compressed again at the next smaller "
+        "preset, at the cost of results that depend on what else runs",
     )
 
 
