@@ -25,6 +25,7 @@ constexpr ServerOption kServerOptions[] = {
     {"--system-prefix", "What comes before the user's first message is computed once"},
     {"--prefix-bytes", "Bytes kept for prompts to come; 0: up to --kv-budget, or 1G"},
     {"--on-pressure", "What gives way where --kv-budget is used up: pause or sparser"},
+    {"--swap-bytes", "Bytes beside --kv-budget where paused requests keep their caches"},
     {"--host", "Address to listen at"},
     {"--port", "Port to listen at; 0: one that is free"},
     {"--model-name", "What the model is called in requests"},

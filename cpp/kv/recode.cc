@@ -81,8 +81,8 @@ void SequenceCache::recode(std::span<SequenceCache* const> caches,
     backend.expand(first.view_of(first.dense_), static_cast<int32_t>(at[0].index), to,
                    static_cast<uint8_t*>(rows->data()), kBlockTokens);
     put(at, PageRef());  // the old page has gone before the new one is asked for
-    const int64_t end =
-        spec->config.sink_tokens + (static_cast<int64_t>(at[0].index) + 1) * kBlockTokens;
+    const int64_t block = first.dropped_blocks_ + static_cast<int64_t>(at[0].index);
+    const int64_t end = spec->config.sink_tokens + (block + 1) * kBlockTokens;
     try {
       put_carried();
       const PageRef page = std::move(pool->allocate(1)[0]);

@@ -205,6 +205,7 @@ struct Engine::Impl {
              .prefix_bytes = options.prefix_bytes,
              .ladder = options.on_pressure == OnPressure::kSparser ? pressure_ladder(model, kv)
                                                                    : std::vector<KVConfig>(),
+             .swap_bytes = options.swap_bytes,
              .between = [this] {
                std::lock_guard lock(mutex);
                update_stats();
@@ -269,6 +270,7 @@ struct Engine::Impl {
     stats.reused_tokens = counts.reused_tokens;
     stats.prefixes = scheduler.prefixes().size();
     stats.prefix_bytes = scheduler.prefixes().bytes();
+    stats.swap_bytes = scheduler.swapped_bytes();
   }
 
   // Ids of a prefix, checked.

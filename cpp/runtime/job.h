@@ -16,6 +16,7 @@
 #include "kv/sequence_cache.h"
 #include "mustafar/model.h"
 #include "runtime/model_impl.h"
+#include "runtime/paused_cache.h"
 #include "runtime/token_loop.h"
 
 namespace mustafar {
@@ -53,8 +54,9 @@ struct Job {
   // The scheduler's. A cache holds fewer than all tokens: the newest is not in it until the next
   // decode step, and those of a resumed sequence come back step by step.
   std::optional<SequenceCache> cache;
-  int64_t reused_tokens = 0;  // of the prompt, that the cache was first made with
-  int64_t repruned = 0;       // times that its cache went down the ladder
+  int64_t reused_tokens = 0;          // of the prompt, that the cache was first made with
+  std::unique_ptr<PausedCache> kept;  // of a paused one
+  int64_t repruned = 0;               // times that its cache went down the ladder
   bool paused = false;
   bool ended = false;
   std::optional<Clock::time_point> started, first_token;

@@ -48,6 +48,10 @@ Scheduler::Scheduler(Model::Impl& engine, const KVConfig& kv, SchedulerOptions o
     throw std::invalid_argument("prefix_bytes is " + std::to_string(*options_.prefix_bytes) +
                                 ", must be at least 0");
   }
+  if (options_.swap_bytes < 0) {
+    throw std::invalid_argument("swap_bytes is " + std::to_string(options_.swap_bytes) +
+                                ", must be at least 0");
+  }
   rungs_.push_back({spec_, pool_});
   for (const KVConfig& setting : options_.ladder) {
     std::shared_ptr<const CacheSpec> spec = engine.cache_spec(setting);
@@ -102,6 +106,14 @@ int64_t Scheduler::n_running() const {
 int64_t Scheduler::n_paused() const {
   return std::count_if(waiting_.begin(), waiting_.end(),
                        [](const JobPtr& job) { return job->paused && !job->ended; });
+}
+
+int64_t Scheduler::swapped_bytes() const {
+  int64_t bytes = 0;
+  for (const JobPtr& job : waiting_) {
+    if (job->kept != nullptr) bytes += job->kept->bytes();
+  }
+  return bytes;
 }
 
 int64_t Scheduler::n_waiting() const {
@@ -302,6 +314,7 @@ void Scheduler::end(Job& job, std::exception_ptr error) {
   if (&job == long_job_.get()) long_prefill_.reset();
   if (error == nullptr) keep_sequence(job);
   job.cache.reset();
+  job.kept.reset();
   job.ended = true;
   blocked_ = false;
   job.on_text = nullptr;

@@ -29,6 +29,7 @@ struct SchedulerOptions {
   // What caches are brought to where memory is short (OnPressure::kSparser): settings whose pages
   // become smaller, with the sinks and the window of the scheduler's own. Empty: none are.
   std::vector<KVConfig> ladder = {};
+  int64_t swap_bytes = 0;  // see EngineOptions
   // Called between the parts of a round; what it throws ends the round and comes out of it.
   std::function<void()> between = {};
 };
@@ -45,8 +46,9 @@ struct SchedulerOptions {
 // Memory: a job is admitted where what it needs for its prompt and a block more, beside what those
 // that run will hold a block later, is free. Kept prefixes make room first. Where memory runs out
 // in spite of that, the youngest job is paused: its cache is dropped, and made again by the same
-// calls when another job has ended, so that its result stays what it would have been. A job that
-// runs alone and has no room fails with OutOfMemory.
+// calls when another job has ended, or kept as it is in host memory beside the budget where there
+// is room (swap_bytes), so that its result stays what it would have been. A job that runs alone and
+// has no room fails with OutOfMemory.
 //
 // With a ladder, caches that decode are compressed again at its next setting before anybody waits
 // or is paused for lack of memory (make_sparser). Prompts are computed, prefixes are kept and
@@ -79,6 +81,7 @@ class Scheduler {
   int64_t n_running() const;
   int64_t n_waiting() const;  // that have not begun
   int64_t n_paused() const;
+  int64_t swapped_bytes() const;  // of caches that paused jobs keep
 
   const PrefixTree& prefixes() const { return prefixes_; }
   void unpin(std::span<const int32_t> tokens) { prefixes_.unpin(tokens); }
@@ -127,6 +130,8 @@ class Scheduler {
   // Makes room by pausing the youngest; false where only one job is left.
   bool pause_youngest();
   void pause(JobPtr job);
+  bool copying_costs_less(const Job& job);
+  void resume(const JobPtr& job);  // that has kept its cache
   // Repeats a call that fails for want of memory, and then has changed nothing, as long as prefixes
   // can make room.
   template <typename Call>

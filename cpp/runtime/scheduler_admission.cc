@@ -1,5 +1,7 @@
 // Who may hold a cache, what it begins with, and who gives it up.
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <string>
 #include <utility>
 
@@ -119,7 +121,9 @@ bool Scheduler::better_wait(const Job& job, int64_t usable,
 
 // Bytes that a job's cache holds when it is a block longer; of a job without one, when it begins.
 int64_t Scheduler::later_bytes(const Job& job) const {
-  const CacheSpec& spec = job.cache ? job.cache->spec() : *spec_;
+  const CacheSpec& spec = job.cache  ? job.cache->spec()
+                          : job.kept ? *rungs_[job.kept->rung()].spec
+                                     : *spec_;
   return SequenceCache::held_bytes(spec, later_tokens(job));
 }
 
@@ -140,7 +144,12 @@ int64_t Scheduler::needed_bytes(const Job& job, const std::vector<JobPtr>& group
     return spec_->fresh_bytes(most_rows);
   };
   const int64_t dense_bytes = spec_->dense_bytes(spec_->most_dense_tokens);
-  const PrefixTree::Common known = find_prefix(job);
+  PrefixTree::Common known;
+  if (job.kept != nullptr) {
+    known.usable = job.kept->length();
+  } else {
+    known = find_prefix(job);
+  }
   const int64_t shared_pages =
       std::max<int64_t>(0, spec_->compressed(known.n_tokens) / kBlockTokens -
                                spec_->dropped_blocks(later_tokens(job)));
@@ -211,12 +220,23 @@ void Scheduler::note_begun(Job& job) {
   job.paused = false;
 }
 
+void Scheduler::resume(const JobPtr& job) {
+  const std::unique_ptr<PausedCache> kept = std::move(job->kept);
+  try {
+    with_room([&] { job->cache.emplace(kept->restored(engine_, rungs_[kept->rung()].spec)); });
+    job->paused = false;
+  } catch (const OutOfMemory&) {  // pages come in larger pieces than was thought
+    begin(*job);
+  }
+}
+
 // Those that wait with the prompt that a job's cache holds now: they are past it, too.
 std::vector<std::shared_ptr<Job>> Scheduler::begin_same_prompts(const Job& job) {
   std::vector<JobPtr> begun;
   for (size_t i = 0; i < waiting_.size() && !blocked_ && n_running() < options_.max_batch;) {
     const JobPtr other = waiting_[i];
-    if (other->ended || other->loop->done() || !will_share_result(job, *other) ||
+    if (other->ended || other->loop->done() || other->kept != nullptr ||
+        !will_share_result(job, *other) ||
         !fits(*other, {}, /*sparser=*/false)) {  // the job itself would not keep its setting
       i++;
       continue;
@@ -265,6 +285,20 @@ std::vector<std::shared_ptr<Job>> Scheduler::admit() {
       continue;
     }
     if (n_running() + static_cast<int64_t>(group.size()) >= options_.max_batch) break;
+    if (job->kept != nullptr) {
+      if (!fits(*job, group, /*sparser=*/true)) {
+        blocked_ = true;
+        break;
+      }
+      drop();
+      resume(job);
+      if (job->cache->length() >= job->n_prompt) {
+        active_.push_back(job);
+      } else if (!take_call(job, rows, group)) {
+        begun_.push_back(job);
+      }
+      continue;
+    }
     const int64_t usable = find_prefix(*job).usable;
     if (better_wait(*job, usable, group)) {
       if (++n_better_wait >= options_.max_batch) break;
@@ -310,7 +344,29 @@ bool Scheduler::pause_youngest() {
   return true;
 }
 
+// Whether a job's cache is copied out and back in less time than its tokens are computed: a byte
+// is taken to cost what a processor multiplies meanwhile, and a token what its matrices do. Tokens
+// that a kept prefix holds cost nothing.
+bool Scheduler::copying_costs_less(const Job& job) {
+  constexpr double kProductsPerByte = 16;  // about: 10 GB/s beside 160 billion products
+  const ModelConfig& c = engine_.config;
+  const double width = static_cast<double>(c.n_heads) * c.head_dim;
+  const double kv_width = static_cast<double>(c.n_kv_heads) * c.head_dim;
+  const double matrices = c.hidden_size * (2 * width + 2 * kv_width + 3.0 * c.intermediate_size);
+  const auto n_tokens = static_cast<double>(job.cache->length() - find_prefix(job).usable);
+  return 2 * kProductsPerByte * static_cast<double>(PausedCache::bytes_of(*job.cache)) <
+         n_tokens * matrices * c.n_layers;
+}
+
 void Scheduler::pause(JobPtr job) {
+  if (job->cache && options_.swap_bytes > 0 &&
+      PausedCache::bytes_of(*job->cache) <= options_.swap_bytes - swapped_bytes() &&
+      copying_costs_less(*job)) {
+    try {
+      job->kept = std::make_unique<PausedCache>(*engine_.backend, *job->cache, rung_of(*job));
+    } catch (const std::bad_alloc&) {  // then it is computed again
+    }
+  }
   job->cache.reset();
   job->paused = true;
   blocked_ = true;

@@ -10,19 +10,6 @@
 #include "runtime/scheduler.h"
 
 namespace mustafar {
-namespace {
-
-// Whether half of either's pages at least are the same.
-bool shares_half(const SequenceCache& a, const SequenceCache& b) {
-  const auto same = std::mismatch(
-      a.pages().begin(), a.pages().end(), b.pages().begin(), b.pages().end(),
-      [](const PageRef& one, const PageRef& other) { return one.data() == other.data(); });
-  return 2 * (same.first - a.pages().begin()) >=
-         static_cast<int64_t>(std::max(a.pages().size(), b.pages().size()));
-}
-
-}  // namespace
-
 size_t Scheduler::rung_of(const Job& job) const {
   const auto at = std::find_if(rungs_.begin(), rungs_.end(), [&](const Rung& rung) {
     return rung.spec.get() == &job.cache->spec();
@@ -62,9 +49,9 @@ int64_t Scheduler::most_from_ladder() const {
 // of these the youngest of the lowest priority first, as one of them would have been paused; and as
 // many as it takes. How many that is only the pages' slabs tell: one goes back to the budget when
 // nothing of it is used any more, and sequences that decode side by side have pages in the same
-// slabs. Those that share most of their pages, as choices of one prompt do, go together and
-// share the new ones; one by one each would get its own. Jobs whose prompt is being computed stay
-// as they are: their call reads the pages, and what it leaves may be kept for others.
+// slabs. Choices of one prompt go together for the same reason: pages that they share are free when
+// all of them have left. Jobs whose prompt is being computed stay as they are: their call reads the
+// pages, and what it leaves may be kept for others.
 bool Scheduler::make_sparser(int64_t missing) {
   for (size_t rung = 0; rung + 1 < rungs_.size(); rung++) {
     std::vector<JobPtr> jobs;
@@ -73,21 +60,19 @@ bool Scheduler::make_sparser(int64_t missing) {
     }
     std::sort(jobs.begin(), jobs.end(),
               [](const JobPtr& a, const JobPtr& b) { return before(*b, *a); });
-    std::vector<JobPtr> taken;
     std::vector<SequenceCache*> caches;
+    size_t n = 0;  // of them that free the most
     int64_t gain = 0;
-    for (const JobPtr& youngest : jobs) {
+    for (const JobPtr& job : jobs) {
+      caches.push_back(&*job->cache);
+      const int64_t of_all = SequenceCache::recode_gain(caches, *rungs_[rung + 1].pool);
+      if (of_all <= gain) continue;
+      gain = of_all;
+      n = caches.size();
       if (gain >= missing) break;
-      for (const JobPtr& job : jobs) {
-        if (!shares_half(*job->cache, *youngest->cache)) continue;
-        if (std::find(taken.begin(), taken.end(), job) != taken.end()) continue;
-        taken.push_back(job);
-        caches.push_back(&*job->cache);
-      }
-      gain = SequenceCache::recode_gain(caches, *rungs_[rung + 1].pool);
     }
-    if (gain <= 0) continue;
-    step_down(taken, rung + 1);
+    if (n == 0) continue;
+    step_down(std::span(jobs).first(n), rung + 1);
     return true;
   }
   return false;
@@ -105,6 +90,7 @@ void Scheduler::step_down(std::span<const JobPtr> jobs, size_t rung) {
     // Somebody else, a session say, took the room that the old pages left: they are computed again.
     for (const JobPtr& job : jobs) {
       leave(job);
+      job->cache.reset();  // nothing of it can be kept
       pause(job);
     }
   } catch (...) {

@@ -68,12 +68,10 @@ struct DeleteWithoutGil {
   }
 };
 
-std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const py::dict& kv,
-                                                      int32_t max_batch, int32_t max_waiting,
-                                                      int32_t prefill_tokens,
-                                                      const std::string& prefix_cache,
-                                                      std::optional<int64_t> prefix_bytes,
-                                                      const std::string& on_pressure) {
+std::unique_ptr<Engine, DeleteWithoutGil> make_engine(
+    const Model& model, const py::dict& kv, int32_t max_batch, int32_t max_waiting,
+    int32_t prefill_tokens, const std::string& prefix_cache, std::optional<int64_t> prefix_bytes,
+    const std::string& on_pressure, int64_t swap_bytes) {
   EngineOptions options;
   options.max_batch = max_batch;
   options.max_waiting = max_waiting;
@@ -81,6 +79,7 @@ std::unique_ptr<Engine, DeleteWithoutGil> make_engine(const Model& model, const 
   options.prefix_cache = parse_prefix_cache(prefix_cache);
   options.prefix_bytes = prefix_bytes;
   options.on_pressure = parse_on_pressure(on_pressure);
+  options.swap_bytes = swap_bytes;
   const KVConfig config = kv_config_from(kv, model);
   ReleaseGil release;
   return std::unique_ptr<Engine, DeleteWithoutGil>(new Engine(model, config, options));
@@ -154,6 +153,7 @@ py::dict stats_dict(const Engine& engine) {
   d["reused_tokens"] = stats.reused_tokens;
   d["prefixes"] = stats.prefixes;
   d["prefix_bytes"] = stats.prefix_bytes;
+  d["swap_bytes"] = stats.swap_bytes;
   return d;
 }
 
@@ -182,7 +182,7 @@ void register_engine(py::module_& m) {
   py::class_<Engine, std::unique_ptr<Engine, DeleteWithoutGil>>(m, "Engine")
       .def(py::init(&make_engine), py::arg("model"), py::arg("kv"), py::arg("max_batch"),
            py::arg("max_waiting"), py::arg("prefill_tokens"), py::arg("prefix_cache"),
-           py::arg("prefix_bytes"), py::arg("on_pressure"))
+           py::arg("prefix_bytes"), py::arg("on_pressure"), py::arg("swap_bytes"))
       .def("submit", &submit, py::arg("prompt"), py::arg("params"), py::arg("priority"),
            py::arg("timeout"), py::arg("parse_special"), py::arg("own_text"), py::arg("prefixes"))
       .def("pin", &pin, py::arg("prefix"), py::arg("parse_special"))

@@ -260,6 +260,7 @@ class Engine:
         prefix_cache: str,
         prefix_bytes: int | None,
         on_pressure: str,
+        swap_bytes: int,
     ) -> None: ...
     def submit(
         self,

@@ -44,6 +44,7 @@ class EngineStats:
         reused_tokens: Tokens of prompts that were kept from others and not computed.
         prefixes: States of caches that are kept now.
         prefix_bytes: What those hold, a part of kv_bytes.
+        swap_bytes: Of caches that paused requests keep beside ``kv_budget`` now.
     """
 
     running: int
@@ -59,6 +60,7 @@ class EngineStats:
     reused_tokens: int
     prefixes: int
     prefix_bytes: int
+    swap_bytes: int
 
 
 class Step(NamedTuple):
@@ -227,6 +229,9 @@ class Engine(Closing):
             are computed, prefixes kept and paused requests begun again as ``kv`` says. For
             ``small`` the model is calibrated the first time, as for that preset, unless
             ``kv.profile`` is a calibrated one; a model without a tokenizer does without. CPU.
+        swap_bytes: Host memory, beside ``kv_budget``, where paused requests may keep their caches
+            as they are, where copying costs less than computing them again. What has no room there
+            is computed again; no result depends on it.
 
     Raises:
         ValueError: An argument out of range; ``on_pressure="sparser"`` where no preset is smaller
@@ -245,6 +250,7 @@ class Engine(Closing):
         prefix_cache: PrefixCache = "exact",
         prefix_bytes: int | None = None,
         on_pressure: OnPressure = "pause",
+        swap_bytes: int = 0,
     ) -> None:
         self._model = model
         self._kv = kv or KVConfig()
@@ -257,6 +263,7 @@ class Engine(Closing):
             prefix_cache,
             None if prefix_bytes is None else checks.integer("prefix_bytes", prefix_bytes),
             on_pressure,
+            checks.integer("swap_bytes", swap_bytes),
         )
         self._changes = _Changes()
         self._process = os.getpid()

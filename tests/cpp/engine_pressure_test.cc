@@ -636,35 +636,94 @@ TEST(PressureTest, PrefixesKeepTheEnginesOwnSetting) {
   }
 }
 
-// Where any beginning may be used, that of one that runs is while it is as it was made.
+// Where any beginning may be used, that of one that runs is as long as it is as it was made.
 TEST(PressureTest, NobodyBeginsWithWhatWasCompressedAgain) {
-  const Model model = small_model(held_bytes(wide(), 480) * 5 / 4);
+  const Model model = small_model(held_bytes(wide(), 500));
   Model::Impl& impl = *model.impl();
-  std::vector<int64_t> page_bytes;  // by rung
-  for (const KVConfig& kv : settings_of(wide())) {
-    page_bytes.push_back(impl.cache_spec(kv)->layout.page_bytes);
-  }
-  Scheduler scheduler(
-      impl, wide(),
-      {.max_batch = 3, .prefix_cache = PrefixCache::kApproximate, .ladder = ladder_of(wide())});
-  std::vector<std::shared_ptr<Job>> jobs;
-  for (int i = 0; i < 8; i++) {
-    std::vector<int32_t> ids = ids_of(200, 1);
-    for (const int32_t id : ids_of(10, 20 + i)) ids.push_back(id);
-    jobs.push_back(job_of(impl, ids, 120 + 40 * (i % 4), i));
-  }
-  int64_t looked = 0;
-  const Course made = run(impl, scheduler, jobs, [&](const Course& so_far) {
-    for (size_t i = 0; i < so_far.jobs.size(); i++) {
-      const Job& job = *so_far.jobs[i];
-      if (!job.cache || so_far.paused[i]) continue;
-      EXPECT_EQ(job.cache->spec().layout.page_bytes, page_bytes[job.repruned]) << "request " << i;
-      looked += job.repruned > 0 ? 1 : 0;
+  const SpecPtr own = impl.cache_spec(wide());
+  Scheduler scheduler(impl, wide(),
+                      {.prefix_cache = PrefixCache::kApproximate, .ladder = ladder_of(wide())});
+  const std::vector<int32_t> ids = ids_of(150, 1);
+  const auto first = job_of(impl, ids, 430, 0);
+  scheduler.add(first);
+  while (first->repruned == 0 && !scheduler.idle()) scheduler.round();
+  ASSERT_GT(first->repruned, 0);
+  const auto second = job_of(impl, {ids.begin(), ids.begin() + 110}, 5, 1);
+  scheduler.add(second);
+  while (!second->cache && !second->ended) scheduler.round();
+  ASSERT_FALSE(first->ended) << "there is nobody left to begin with";
+  ASSERT_TRUE(second->cache);
+  EXPECT_EQ(second->reused_tokens, 0);
+  EXPECT_EQ(second->cache->spec().layout.page_bytes, own->layout.page_bytes);
+  while (!scheduler.idle()) scheduler.round();
+  EXPECT_EQ(scheduler.counts().finished, 2);
+}
+
+// With room beside the budget a paused cache comes back as it went, whatever its rung: nothing is
+// computed again, and every token is that of a lone sequence.
+TEST(PressureTest, PausedCachesAreKeptWhereThereIsRoom) {
+  const Traffic traffic(10, 590);
+  const Model free = small_model();
+  for (const bool ladder : {false, true}) {
+    SCOPED_TRACE(ladder ? "with a ladder" : "without");
+    const auto settings = ladder ? settings_of(wide()) : std::vector<KVConfig>{wide()};
+    const int64_t budget = held_bytes(settings.back(), 490) * 3;
+    for (const int64_t swap_bytes : {int64_t{0}, int64_t{100}, int64_t{1} << 30}) {
+      SCOPED_TRACE(std::to_string(swap_bytes) + " bytes");
+      const Model model = small_model(budget);
+      Model::Impl& impl = *model.impl();
+      {
+        Scheduler scheduler(impl, wide(),
+                            {.ladder = ladder ? ladder_of(wide()) : std::vector<KVConfig>(),
+                             .swap_bytes = swap_bytes});
+        int64_t most_kept = 0, n_paused = 0;
+        const Course made = run(impl, scheduler, traffic.jobs(impl), [&](const Course&) {
+          most_kept = std::max(most_kept, scheduler.swapped_bytes());
+          n_paused = std::max(n_paused, scheduler.n_paused());
+        });
+        EXPECT_GT(n_paused, 0);
+        EXPECT_LE(most_kept, swap_bytes);
+        EXPECT_EQ(made.counts.finished, 7);
+        EXPECT_EQ(scheduler.swapped_bytes(), 0);
+        if (swap_bytes < 1000) {
+          EXPECT_EQ(most_kept, 0);
+          EXPECT_GT(made.counts.prompt_tokens, traffic.prompt_tokens());
+        } else {
+          EXPECT_GT(most_kept, 0);
+          EXPECT_EQ(made.counts.prompt_tokens, traffic.prompt_tokens()) << "computed again";
+        }
+        for (size_t i = 0; i < made.jobs.size(); i++) {
+          if (ladder && swap_bytes < 1000 && made.paused[i]) continue;  // begun at another setting
+          EXPECT_EQ(made_by(*made.jobs[i]), alone(*free.impl(), settings, traffic.prompts[i],
+                                                  traffic.n_new[i], made.events[i]))
+              << "request " << i;
+        }
+      }
+      EXPECT_EQ(impl.budget->used(), 0);
     }
-  });
-  EXPECT_GT(looked, 0);
-  EXPECT_GT(made.counts.reused_tokens, 0);
-  EXPECT_EQ(made.counts.finished, 8);
+  }
+}
+
+TEST(PressureTest, CancelledWhilePausedNothingIsKept) {
+  const Traffic traffic(10, 590);
+  const Model model = small_model(held_bytes(wide(), 490) * 3);
+  Model::Impl& impl = *model.impl();
+  {
+    Scheduler scheduler(impl, wide(), {.swap_bytes = 1 << 30});
+    int64_t cancelled = 0;
+    const Course made = run(impl, scheduler, traffic.jobs(impl), [&](const Course& so_far) {
+      for (const auto& job : so_far.jobs) {
+        if (job->kept == nullptr || *job->cancelled) continue;
+        EXPECT_GT(scheduler.swapped_bytes(), 0);
+        *job->cancelled = true;
+        cancelled++;
+      }
+    });
+    EXPECT_GT(cancelled, 0);
+    EXPECT_EQ(made.counts.cancelled, cancelled);
+    EXPECT_EQ(scheduler.swapped_bytes(), 0);
+  }
+  EXPECT_EQ(impl.budget->used(), 0);
 }
 
 TEST(PressureTest, TheLadderHasSmallerPresetsThatTheModelCanHave) {
@@ -689,6 +748,7 @@ TEST(PressureTest, TheLadderHasSmallerPresetsThatTheModelCanHave) {
   EXPECT_THROW(Engine(model, setting(kInt4, hadamard()), options), std::invalid_argument);
   EXPECT_THROW(Engine(model, setting(kCoded, calibrated()), options), std::invalid_argument);
   EXPECT_THROW(parse_on_pressure("fail"), std::invalid_argument);
+  EXPECT_THROW(Engine(model, {}, {.swap_bytes = -1}), std::invalid_argument);
   for (const OnPressure mode : {OnPressure::kPause, OnPressure::kSparser}) {
     EXPECT_EQ(parse_on_pressure(name_of(mode)), mode);
   }

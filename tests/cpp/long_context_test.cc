@@ -92,7 +92,7 @@ std::vector<float> logits_behind(const Model& model, const KVConfig& kv, int64_t
   for (int64_t b = 0; b < n_blocks; b++) pages.push_back(some[b % some.size()]);
   const int64_t dense_tokens = cache.length() - cache.compressed();
   SequenceCache longer = engine.new_cache(spec, length);
-  longer.restore(std::move(pages), n_blocks * kBlockTokens + dense_tokens,
+  longer.restore(std::move(pages), /*dropped_blocks=*/0, n_blocks * kBlockTokens + dense_tokens,
                  cache.download_dense().data(), cache.download_query_magnitude().data());
   EXPECT_EQ(spec->compressed(longer.length()), longer.compressed());
 

@@ -143,6 +143,32 @@ def test_short_memory_may_make_caches_sparser_instead(story: Path) -> None:
         assert times > 0 or same(result, reference)
 
 
+def test_paused_caches_may_be_kept_beside_the_budget(story: Path) -> None:
+    prompts = [ids_of(40 + 9 * i, seed=i) for i in range(8)]
+    with mustafar.Model(story, dtype="f32") as model:
+        expected = [alone(model, ids, max_new_tokens=250, **GREEDY) for ids in prompts]
+        one = Session(model, HALF)
+        one.prefill(ids_of(360))
+        need = one.memory().allocated
+    with mustafar.Model(story, dtype="f32", kv_budget=3 * need) as model:
+        with Engine(model, HALF, swap_bytes=64 << 20) as engine:
+            requests = [engine.submit(ids, max_new_tokens=250, **GREEDY) for ids in prompts]
+            most = 0
+            while not all(request.done for request in requests):
+                most = max(most, engine.stats().swap_bytes)
+                time.sleep(0.001)
+            for request, result in zip(requests, expected):
+                assert same(request.result(), result)
+            stats = engine.stats()
+            assert 0 < most <= 64 << 20 and stats.swap_bytes == 0
+            assert stats.prompt_tokens == sum(map(len, prompts))  # nothing was computed again
+        memory = model.memory()
+        assert memory.kv_bytes == 0 and memory.kv_peak_bytes <= 3 * need
+    with mustafar.Model(story, dtype="f32") as model:
+        with pytest.raises(ValueError, match="swap_bytes is -1, must be at least 0"):
+            Engine(model, HALF, swap_bytes=-1)
+
+
 def test_making_caches_sparser_is_refused_where_it_can_not_be(model: mustafar.Model) -> None:
     with pytest.raises(ValueError, match="no preset|is none|smaller"):
         Engine(model, KVConfig.preset("small"), on_pressure="sparser")

@@ -157,6 +157,7 @@ def test_options_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not usual.system_prefix and settings_of(read("--system-prefix")).system_prefix
     assert read("--prefix-cache", "approximate").prefix_cache == "approximate"
     assert read("--prefix-bytes", "64M").prefix_bytes == 64 << 20
+    assert read("--swap-bytes", "2G").swap_bytes == 2 << 30
     assert read("--on-pressure", "sparser").on_pressure == "sparser"
     assert read("-m", "x").on_pressure == "pause"
     with pytest.raises(SystemExit):

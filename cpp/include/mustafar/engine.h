@@ -46,6 +46,10 @@ struct EngineOptions {
   // room for requests. None: up to kv_budget, or 1 GiB where there is none.
   std::optional<int64_t> prefix_bytes = {};
   OnPressure on_pressure = OnPressure::kPause;
+  // Host memory, beside kv_budget, where paused requests may keep their caches as they are, where
+  // copying costs less than computing them again; what has no room there is computed again. Either
+  // way nothing of a result changes.
+  int64_t swap_bytes = 0;
 };
 
 // As Python and the server spell them; parse throws std::invalid_argument.
@@ -79,6 +83,7 @@ struct EngineStats {
   int64_t reused_tokens = 0;  // of prompts, kept from others and not computed
   int64_t prefixes = 0;       // states of caches that are kept now
   int64_t prefix_bytes = 0;   // what they hold, a part of kv_bytes
+  int64_t swap_bytes = 0;     // of caches that paused requests keep beside kv_budget now
 };
 
 // A token that a request made, and where its text ends.

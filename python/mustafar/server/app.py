@@ -216,6 +216,7 @@ def _engine_numbers(
         "mustafar_kv_budget_bytes": ("The most bytes of caches; 0: no limit.", memory.kv_budget),
         "mustafar_prefixes": ("States of caches kept for prompts to come.", now.prefixes),
         "mustafar_prefix_bytes": ("Bytes of those, a part of all.", now.prefix_bytes),
+        "mustafar_swap_bytes": ("Bytes of paused caches beside the budget.", now.swap_bytes),
         "mustafar_weights_bytes": ("Bytes of the model's tensors.", memory.weights_bytes),
     }
     counts = {

@@ -139,6 +139,7 @@ def _serve(options: argparse.Namespace, kv: KVConfig, settings: Settings) -> int
             prefix_cache=options.prefix_cache,
             prefix_bytes=options.prefix_bytes or None,
             on_pressure=options.on_pressure,
+            swap_bytes=options.swap_bytes,
         ) as engine,
     ):
         app = create_app(engine, settings)

@@ -164,6 +164,13 @@ def _add_pressure(add: _Group) -> None:
         "again later; the settings of caches, which are compressed again at the next smaller "
         "preset, at the cost of results that depend on what else runs",
     )
+    add.number(
+        "--swap-bytes",
+        default=0,
+        kind=_size,
+        metavar="BYTES",
+        help="of host memory beside --kv-budget where paused requests keep their caches",
+    )
 
 
 def _add_server(add: _Group) -> None:
