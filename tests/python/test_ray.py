@@ -41,7 +41,7 @@ from support.server import wait_for
 KEY = "secret"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 MESSAGES = [{"role": "user", "content": "What does textwrap.dedent do?"}]
-LONG = {"max_tokens": 900, "n": 8, "seed": 1, "extra_body": {"ignore_eos": True}}
+LONG = {"max_tokens": 600, "n": 8, "seed": 1, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -400,6 +400,7 @@ def test_options() -> None:
     ray_options = scaled.replica_deployment()
     assert "num_replicas" not in ray_options
     assert ray_options["ray_actor_options"] == {"num_cpus": 2}
+    mustafar.ray.build_app(deployment={"autoscaling_config": {"max_replicas": 3}}, gates=2)
     for wrong in (
         {"replica": 2},
         {"replicas": 0},
