@@ -167,7 +167,7 @@ def _add_pressure(add: _Group) -> None:
     add.number(
         "--swap-bytes",
         default=0,
-        kind=_size,
+        kind=size,
         metavar="BYTES",
         help="of host memory beside --kv-budget where paused requests keep their caches",
     )
