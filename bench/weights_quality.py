@@ -107,7 +107,9 @@ def readers(args: argparse.Namespace) -> Iterator[tuple[str, int, Read]]:
     given = [(name, args.model, name) for name in WEIGHTS]
     given += [(name, Path(folder), "auto") for name, folder in args.quantised]
     for name, folder, weights in given:
-        with mustafar.Model(folder, device="cpu", threads=args.threads, weights=weights) as model:
+        with mustafar.Model(
+            folder, device="cpu", threads=args.threads, weights=weights, dtype=args.dtype
+        ) as model:
             size = model.memory().weights_bytes
             yield name, size, in_one_call(model)
             if not args.calls_only:
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--piece", type=int, default=512, help="tokens that see each other")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="f32: activations are not rounded")
     parser.add_argument(
         "--quantised", nargs="+", default=[], type=lambda text: tuple(text.split("=", 1))
     )
