@@ -52,8 +52,7 @@ std::vector<KVConfig> pressure_ladder(const Model& model, const KVConfig& kv) {
   if (ladder.empty()) {
     throw std::invalid_argument(
         "on_pressure \"sparser\" needs a preset that is smaller than the engine's setting, and "
-        "there "
-        "is none: use \"pause\", or a setting with more bits");
+        "there is none: use \"pause\", or a setting with more bits");
   }
   return ladder;
 }

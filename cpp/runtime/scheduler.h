@@ -21,6 +21,13 @@
 
 namespace mustafar {
 
+// Multiply-adds of a token in the matrices of one layer.
+inline double layer_products(const ModelConfig& c) {
+  const double width = static_cast<double>(c.n_heads) * c.head_dim;
+  const double kv_width = static_cast<double>(c.n_kv_heads) * c.head_dim;
+  return c.hidden_size * (2 * width + 2 * kv_width + 3.0 * c.intermediate_size);
+}
+
 struct SchedulerOptions {
   int32_t max_batch = 64;        // sequences that hold a cache
   int32_t prefill_tokens = 512;  // of prompts computed between two decode steps, about

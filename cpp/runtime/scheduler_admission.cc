@@ -350,12 +350,9 @@ bool Scheduler::pause_youngest() {
 bool Scheduler::copying_costs_less(const Job& job) {
   constexpr double kProductsPerByte = 16;  // about: 10 GB/s beside 160 billion products
   const ModelConfig& c = engine_.config;
-  const double width = static_cast<double>(c.n_heads) * c.head_dim;
-  const double kv_width = static_cast<double>(c.n_kv_heads) * c.head_dim;
-  const double matrices = c.hidden_size * (2 * width + 2 * kv_width + 3.0 * c.intermediate_size);
   const auto n_tokens = static_cast<double>(job.cache->length() - find_prefix(job).usable);
   return 2 * kProductsPerByte * static_cast<double>(PausedCache::bytes_of(*job.cache)) <
-         n_tokens * matrices * c.n_layers;
+         n_tokens * layer_products(c) * c.n_layers;
 }
 
 void Scheduler::pause(JobPtr job) {

@@ -10,6 +10,7 @@
 #include "runtime/scheduler.h"
 
 namespace mustafar {
+
 size_t Scheduler::rung_of(const Job& job) const {
   const auto at = std::find_if(rungs_.begin(), rungs_.end(), [&](const Rung& rung) {
     return rung.spec.get() == &job.cache->spec();
@@ -49,9 +50,10 @@ int64_t Scheduler::most_from_ladder() const {
 // of these the youngest of the lowest priority first, as one of them would have been paused; and as
 // many as it takes. How many that is only the pages' slabs tell: one goes back to the budget when
 // nothing of it is used any more, and sequences that decode side by side have pages in the same
-// slabs. Choices of one prompt go together for the same reason: pages that they share are free when
-// all of them have left. Jobs whose prompt is being computed stay as they are: their call reads the
-// pages, and what it leaves may be kept for others.
+// slabs. So sets that grow by the next job are tried until one frees enough, or else the best of
+// them is taken: choices of one prompt, whose shared pages are free when all have left, go
+// together. Jobs whose prompt is being computed stay as they are: their call reads the pages, and
+// what it leaves may be kept for others.
 bool Scheduler::make_sparser(int64_t missing) {
   for (size_t rung = 0; rung + 1 < rungs_.size(); rung++) {
     std::vector<JobPtr> jobs;

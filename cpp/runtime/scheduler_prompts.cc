@@ -12,10 +12,7 @@ namespace {
 // Multiply-adds of a prompt's row in one layer's attention to one token, as a part of those in the
 // layer's matrices.
 double attention_share(const ModelConfig& c) {
-  const double width = static_cast<double>(c.n_heads) * c.head_dim;
-  const double kv_width = static_cast<double>(c.n_kv_heads) * c.head_dim;
-  const double matrices = c.hidden_size * (2 * width + 2 * kv_width + 3.0 * c.intermediate_size);
-  return 2 * width / matrices;
+  return 2.0 * c.n_heads * c.head_dim / layer_products(c);
 }
 
 // The tokens of a job's next call.

@@ -13,12 +13,15 @@
 #include "mustafar/profile.h"
 #include "mustafar/session.h"
 #include "runtime/scheduler.h"
+#include "support/asked.h"
 #include "support/random_model.h"
 #include "support/sampling.h"
 
 namespace mustafar {
 namespace {
 
+using testing::alone;
+using testing::Asked;
 using testing::half;
 using testing::ids_of;
 using Ids = std::vector<int32_t>;
@@ -36,24 +39,6 @@ SamplingParams sampled(int32_t n, uint64_t seed) {
 Ids joined(Ids a, const Ids& b) {
   a.insert(a.end(), b.begin(), b.end());
   return a;
-}
-
-// A prompt that is computed in several calls.
-struct Asked {
-  Ids ids;
-  std::vector<int64_t> prefixes;
-  SamplingParams params;
-};
-
-// What a session makes by the same calls.
-GenerateResult alone(const Model& model, const KVConfig& kv, const Asked& request) {
-  Session session(model, kv);
-  int64_t done = 0;
-  for (const int64_t end : request.prefixes) {
-    session.prefill(std::span(request.ids).subspan(done, end - done));
-    done = end;
-  }
-  return session.generate(Ids(request.ids.begin() + done, request.ids.end()), request.params);
 }
 
 void expect_same(const GenerateResult& a, const GenerateResult& b) {

@@ -14,12 +14,15 @@
 #include "mustafar/engine.h"
 #include "mustafar/session.h"
 #include "runtime/session_impl.h"
+#include "support/asked.h"
 #include "support/random_model.h"
 #include "support/sampling.h"
 
 namespace mustafar {
 namespace {
 
+using testing::alone;
+using testing::Asked;
 using testing::ids_of;
 using Ids = std::vector<int32_t>;
 
@@ -254,22 +257,6 @@ TEST(SlidingWindow, ALongPromptFitsWhereItsStoreWouldNot) {
   Session session(windowed_model(budget), kv), twin(windowed_model(), kv);
   EXPECT_EQ(copy(session.prefill(ids_of(1900))), copy(twin.prefill(ids_of(1900))));
   for (const int32_t id : ids_of(99)) EXPECT_EQ(copy(session.decode(id)), copy(twin.decode(id)));
-}
-
-struct Asked {
-  Ids ids;
-  std::vector<int64_t> prefixes;
-  SamplingParams params;
-};
-
-GenerateResult alone(const Model& model, const KVConfig& kv, const Asked& request) {
-  Session session(model, kv);
-  int64_t done = 0;
-  for (const int64_t end : request.prefixes) {
-    session.prefill(std::span(request.ids).subspan(done, end - done));
-    done = end;
-  }
-  return session.generate(Ids(request.ids.begin() + done, request.ids.end()), request.params);
 }
 
 TEST(SlidingWindow, TheEngineGivesWhatSessionsGive) {

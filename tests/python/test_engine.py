@@ -96,13 +96,20 @@ def test_streams_are_the_result_in_pieces(engine: Engine) -> None:
     assert stopped.result().finish_reason == "stop"
 
 
+def solo_results(
+    story: Path, kv: KVConfig, prompts: list[list[int]]
+) -> tuple[list[GenerateResult], int]:
+    """What each prompt gets alone, and the bytes that a sequence of 360 tokens holds."""
+    with mustafar.Model(story, dtype="f32") as model:
+        expected = [alone(model, ids, kv, max_new_tokens=250, **GREEDY) for ids in prompts]
+        one = Session(model, kv)
+        one.prefill(ids_of(360))
+        return expected, one.memory().allocated
+
+
 def test_memory_that_is_short_makes_requests_wait_and_pause(story: Path) -> None:
     prompts = [ids_of(40 + 9 * i, seed=i) for i in range(8)]
-    with mustafar.Model(story, dtype="f32") as model:
-        expected = [alone(model, ids, max_new_tokens=250, **GREEDY) for ids in prompts]
-        one = Session(model, HALF)
-        one.prefill(ids_of(360))
-        need = one.memory().allocated
+    expected, need = solo_results(story, HALF, prompts)
     with mustafar.Model(story, dtype="f32", kv_budget=3 * need) as model:
         with Engine(model, HALF) as engine:
             requests = [engine.submit(ids, max_new_tokens=250, **GREEDY) for ids in prompts]
@@ -122,11 +129,7 @@ def test_memory_that_is_short_makes_requests_wait_and_pause(story: Path) -> None
 def test_short_memory_may_make_caches_sparser_instead(story: Path) -> None:
     wide = KVConfig(value_dtype="auto", window=8)
     prompts = [ids_of(40 + 9 * i, seed=i) for i in range(8)]
-    with mustafar.Model(story, dtype="f32") as model:
-        expected = [alone(model, ids, wide, max_new_tokens=250, **GREEDY) for ids in prompts]
-        one = Session(model, wide)
-        one.prefill(ids_of(360))
-        need = one.memory().allocated
+    expected, need = solo_results(story, wide, prompts)
     budget = 4 * need
     with mustafar.Model(story, dtype="f32", kv_budget=budget) as model:
         with Engine(model, wide, on_pressure="sparser") as engine:
@@ -145,11 +148,7 @@ def test_short_memory_may_make_caches_sparser_instead(story: Path) -> None:
 
 def test_paused_caches_may_be_kept_beside_the_budget(story: Path) -> None:
     prompts = [ids_of(40 + 9 * i, seed=i) for i in range(8)]
-    with mustafar.Model(story, dtype="f32") as model:
-        expected = [alone(model, ids, max_new_tokens=250, **GREEDY) for ids in prompts]
-        one = Session(model, HALF)
-        one.prefill(ids_of(360))
-        need = one.memory().allocated
+    expected, need = solo_results(story, HALF, prompts)
     with mustafar.Model(story, dtype="f32", kv_budget=3 * need) as model:
         with Engine(model, HALF, swap_bytes=64 << 20) as engine:
             requests = [engine.submit(ids, max_new_tokens=250, **GREEDY) for ids in prompts]
