@@ -335,7 +335,7 @@ def bench(*arguments: object):
 
 ROW_KEYS = {
     "model", "model_size", "model_n_params", "backend", "device", "n_threads", "kv", "kv_config",
-    "kv_bytes", "kv_dense_bytes", "test", "n_prompt", "n_gen", "n_depth", "avg_ns", "median_ns",
+    "kv_bytes", "kv_dense_bytes", "test", "n_prompt", "n_gen", "n_depth", "n_batch", "avg_ns", "median_ns",
     "stddev_ns", "avg_ts", "stddev_ts", "samples_ns", "bytes_per_second", "read_bandwidth",
     "bandwidth_fraction", "working_set_bytes", "replicas",
 }  # fmt: skip
@@ -427,6 +427,20 @@ def test_bench_random_shape():
     )
 
 
+def test_bench_of_sequences_together():
+    rows = json.loads(bench("-b", "1,3", "-d", "96", "--sparsity", "0.5", "-o", "json"))
+    assert [row["test"] for row in rows] == ["pp16 @ d96", "tg4 @ d96", "3 x tg4 @ d96"]
+    one, three = rows[1:]
+    assert (one["n_batch"], three["n_batch"]) == (1, 3)
+    assert three["avg_ts"] == pytest.approx(
+        sum(3 * 4e9 / ns for ns in three["samples_ns"]) / len(three["samples_ns"])
+    )
+    # The weights are read once for all of them, each cache by itself.
+    read = [row["bytes_per_second"] * row["median_ns"] / 1e9 / 4 for row in (one, three)]
+    assert read[0] < read[1] < 3 * read[0]
+    assert one["kv_bytes"] == three["kv_bytes"] > 0
+
+
 def test_bench_break_even():
     rows = json.loads(bench("--break-even", "-d", "0,128,384", "--sparsity", "0.5", "-o", "json"))
     fits = [row for row in rows if row["test"] == "break-even"]
@@ -450,6 +464,8 @@ def test_bench_break_even():
         (["--sparsity", "0.5/"], "--sparsity takes"),
         (["--sparsity", "2"], "sparsity must be"),
         (["-d", "-4"], "-d takes"),
+        (["-b", "0"], "-b takes"),
+        (["-b", "2", "--break-even"], "leave -b out"),
         (["-t", "-1"], "-t must be"),
     ],
 )

@@ -36,9 +36,10 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Json = nlohmann::ordered_json;
 
-// A cache setting's filled sessions, one per replica, and what one of them reads.
+// A cache setting's filled sessions, of each replica as many as decode together, and what one of
+// them reads and holds.
 struct Filled {
-  std::vector<Session> sessions;
+  std::vector<std::vector<Session>> replicas;
   int64_t bytes_read = 0;
   MemoryUsage memory;
 };
@@ -77,10 +78,11 @@ class Bench {
   void run_folder(const std::string& folder);
   void run_model(const std::string& name, const ModelConfig& config,
                  std::shared_ptr<const TensorSource> source);
-  void run_depth(Engine& engine, int64_t depth);
-  Filled fill(Engine& engine, const BenchSetting& setting, int64_t depth);
-  int replicas_for(Engine& engine, const Session& session) const;
-  double measure(std::vector<Session>& bases, const BenchTest& test, int first);
+  void run_depth(Engine& engine, int64_t depth, int64_t n_batch);
+  Filled fill(Engine& engine, const BenchSetting& setting, int64_t depth, int64_t n_batch);
+  int replicas_for(Engine& engine, const Session& session, int64_t n_batch) const;
+  double measure(Filled& filled, const BenchTest& test, int first);
+  double measure_batch(Filled& filled, const BenchTest& test, int first);
   void report(Engine& engine, const BenchSetting& setting, const Filled& filled,
               const BenchTest& test, int64_t depth, std::vector<double> samples);
   void report_break_even(const Engine& engine, const std::vector<int64_t>& depths);
@@ -140,15 +142,17 @@ void Bench::run_model(const std::string& name, const ModelConfig& config,
                                    : std::vector<int64_t>{0};
     }
     step_ns_.assign(settings_.size(), {});
-    for (const int64_t depth : depths) run_depth(engine, depth);
+    for (const int64_t depth : depths) {
+      for (const int64_t n_batch : options_.batches) run_depth(engine, depth, n_batch);
+    }
     if (options_.break_even) report_break_even(engine, depths);
   }
 }
 
-int Bench::replicas_for(Engine& engine, const Session& session) const {
+int Bench::replicas_for(Engine& engine, const Session& session, int64_t n_batch) const {
   constexpr int64_t kMost = 64;
   if (options_.no_rotate || !engine.model().impl()->backend->host_memory()) return 1;
-  const int64_t one = engine.bytes_read_per_step() + cache_bytes_read(session);
+  const int64_t one = engine.bytes_read_per_step() + n_batch * cache_bytes_read(session);
   return static_cast<int>(std::clamp<int64_t>((4 * cache_bytes_ + one - 1) / one, 1, kMost));
 }
 
@@ -168,7 +172,7 @@ std::shared_ptr<const Profile> stand_in_profile(const ModelConfig& config) {
   return profile;
 }
 
-Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth) {
+Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth, int64_t n_batch) {
   Filled filled;
   int replicas = 1;
   for (int i = 0; i < replicas; i++) {
@@ -178,36 +182,40 @@ Filled Bench::fill(Engine& engine, const BenchSetting& setting, int64_t depth) {
     kv.profile = setting.profile == "auto" && !model.has_tokenizer()
                      ? stand_in_profile(model.config())
                      : resolve_profile(setting.profile, model, kv.budgeted());
-    Session session(model, kv);
+    std::vector<Session> sessions;
+    for (int64_t j = 0; j < n_batch; j++) sessions.emplace_back(model, kv);
     if (options_.fill == "prefill" && depth > 0) {
-      session.set_interrupt_check(throw_if_interrupted);
       std::vector<int32_t> ids(depth);
       for (int64_t j = 0; j < depth; j++) {
         ids[j] = static_cast<int32_t>(j * 7919 % model.config().vocab_size);
       }
-      session.prefill(ids);
+      for (Session& session : sessions) {
+        session.set_interrupt_check(throw_if_interrupted);
+        session.prefill(ids);
+      }
     } else {
-      fill_session(session, depth, /*seed=*/static_cast<uint64_t>(i) + 1);
+      fill_sessions(sessions, depth, /*seed=*/static_cast<uint64_t>(i) + 1);
     }
     if (i == 0) {
-      replicas = replicas_for(engine, session);
-      filled.bytes_read = cache_bytes_read(session);
-      filled.memory = session.memory();
+      replicas = replicas_for(engine, sessions[0], n_batch);
+      filled.bytes_read = cache_bytes_read(sessions[0]);
+      filled.memory = sessions[0].memory();
     }
-    filled.sessions.push_back(std::move(session));
+    filled.replicas.push_back(std::move(sessions));
   }
   return filled;
 }
 
 // Nanoseconds of one sample. Works on forks, so that every sample starts from the same depth; steps
 // go round the replicas.
-double Bench::measure(std::vector<Session>& bases, const BenchTest& test, int first) {
+double Bench::measure(Filled& filled, const BenchTest& test, int first) {
   throw_if_interrupted();
-  const int n = static_cast<int>(bases.size());
-  const int32_t vocab = bases[0].model().config().vocab_size;
+  if (test.n_batch > 1) return measure_batch(filled, test, first);
+  const int n = static_cast<int>(filled.replicas.size());
+  const int32_t vocab = filled.replicas[0][0].model().config().vocab_size;
   const auto token = [&](int64_t i) { return static_cast<int32_t>((i * 104729 + 17) % vocab); };
   if (test.n_prompt > 0) {
-    Session session = bases[first % n].fork();
+    Session session = filled.replicas[first % n][0].fork();
     session.set_interrupt_check(throw_if_interrupted);
     std::vector<int32_t> ids(test.n_prompt);
     for (int64_t i = 0; i < test.n_prompt; i++) ids[i] = token(i);
@@ -217,8 +225,8 @@ double Bench::measure(std::vector<Session>& bases, const BenchTest& test, int fi
     return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
   }
   std::vector<Session> sessions;
-  for (const Session& base : bases) {
-    sessions.push_back(base.fork());
+  for (const std::vector<Session>& base : filled.replicas) {
+    sessions.push_back(base[0].fork());
     sessions.back().set_interrupt_check(throw_if_interrupted);
     sessions.back().decode(token(0));  // a fork's first step also makes its scratch memory
   }
@@ -227,27 +235,51 @@ double Bench::measure(std::vector<Session>& bases, const BenchTest& test, int fi
   return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
 }
 
-void Bench::run_depth(Engine& engine, int64_t depth) {
+double Bench::measure_batch(Filled& filled, const BenchTest& test, int first) {
+  const int n = static_cast<int>(filled.replicas.size());
+  std::vector<std::vector<Session>> sessions(n);
+  std::vector<BatchStep> steps;
+  steps.reserve(n);
+  for (int i = 0; i < n; i++) {
+    for (const Session& base : filled.replicas[i]) sessions[i].push_back(base.fork());
+    steps.emplace_back(filled.replicas[i][0].model());
+    // The first step makes scratch memory, a GPU records the second.
+    for (int warm = 0; warm < 2; warm++) steps[i].run(sessions[i], 1);
+  }
+  const auto start = Clock::now();
+  for (int64_t i = 0; i < test.n_gen; i++) {
+    throw_if_interrupted();
+    steps[(first + i) % n].run(sessions[(first + i) % n], 1);
+  }
+  return std::chrono::duration<double, std::nano>(Clock::now() - start).count();
+}
+
+void Bench::run_depth(Engine& engine, int64_t depth, int64_t n_batch) {
   Progress bar("filling to depth " + std::to_string(depth));
   std::vector<Filled> filled;
   for (size_t s = 0; s < settings_.size(); s++) {
     bar.update(static_cast<int64_t>(s), static_cast<int64_t>(settings_.size()));
-    filled.push_back(fill(engine, settings_[s], depth));
+    filled.push_back(fill(engine, settings_[s], depth, n_batch));
   }
   bar.clear();
   for (const BenchTest& test : tests_) {
+    // What is not decode alone is measured once a depth, with the first batch.
+    const bool decodes = test.n_prompt == 0;
+    if (decodes ? test.n_batch != n_batch : n_batch != options_.batches[0]) continue;
     constexpr int64_t kWarmupPrompt = 512;
     std::vector<std::vector<double>> samples(settings_.size());
     Progress progress("measuring");
     for (size_t s = 0; s < settings_.size() && !options_.no_warmup; s++) {
-      measure(filled[s].sessions,
-              {std::min(test.n_prompt, kWarmupPrompt), std::min<int64_t>(test.n_gen, 2)}, 0);
+      measure(
+          filled[s],
+          {std::min(test.n_prompt, kWarmupPrompt), std::min<int64_t>(test.n_gen, 2), test.n_batch},
+          0);
     }
     for (int r = 0; r < options_.repetitions; r++) {
       for (size_t s = 0; s < settings_.size(); s++) {
         progress.update(r * static_cast<int64_t>(settings_.size()) + static_cast<int64_t>(s),
                         options_.repetitions * static_cast<int64_t>(settings_.size()));
-        samples[s].push_back(measure(filled[s].sessions, test, r));
+        samples[s].push_back(measure(filled[s], test, r));
       }
     }
     progress.clear();
@@ -277,11 +309,13 @@ void Bench::report(Engine& engine, const BenchSetting& setting, const Filled& fi
   row.n_prompt = test.n_prompt;
   row.n_gen = test.n_gen;
   row.n_depth = depth;
+  row.n_batch = test.n_batch;
   row.samples_ns = std::move(samples);
-  row.bytes_per_pass = static_cast<double>(engine.bytes_read_per_step() + filled.bytes_read);
+  row.bytes_per_pass =
+      static_cast<double>(engine.bytes_read_per_step() + test.n_batch * filled.bytes_read);
   row.passes = std::ceil(static_cast<double>(test.n_prompt) / rows_together) +
                static_cast<double>(test.n_gen);
-  row.replicas = static_cast<int>(filled.sessions.size());
+  row.replicas = static_cast<int>(filled.replicas.size());
   row.working_set = static_cast<int64_t>(row.bytes_per_pass) * row.replicas;
   row.read_bandwidth = bandwidth_;
   table_.add(row);
@@ -352,6 +386,7 @@ void add_bench(CLI::App& app, Run& run) {
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->allow_extra_args(false);
   list("-d,--n-depth", options->depths, "Tokens in the cache before the test");
+  list("-b,--batch", options->batches, "Sequences that decode together, each -n tokens");
   command->add_option("-r,--repetitions", options->repetitions, "Samples of every test")
       ->capture_default_str();
   command->add_option("-o,--output", options->format, "md, csv, json or jsonl")

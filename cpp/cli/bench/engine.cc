@@ -84,13 +84,10 @@ int64_t Engine::bytes_read_per_step() {
   return sum_layers(weights, bytes_of) + bytes_of(weights.lm_head);
 }
 
-void fill_session(Session& session, int64_t n, uint64_t seed) {
-  if (n == 0) return;
-  Session::Impl& impl = session.impl();
-  impl.check_room(n);
-  Backend& backend = *impl.engine->backend;
-  SequenceCache& cache = *impl.cache;
-  const CacheSpec& spec = cache.spec();
+void fill_sessions(std::span<Session> sessions, int64_t n, uint64_t seed) {
+  if (n == 0 || sessions.empty()) return;
+  Backend& backend = *sessions[0].impl().engine->backend;
+  const CacheSpec& spec = *sessions[0].impl().spec;
 
   // Rows are runs of a table of normal values, at random offsets.
   constexpr int64_t kTable = 1 << 16;
@@ -106,31 +103,54 @@ void fill_session(Session& session, int64_t n, uint64_t seed) {
     const int64_t offset = static_cast<int64_t>(random() % (kTable - spec.head_dim)) * value_bytes;
     std::memcpy(rows.as<char>() + at, table.as<char>() + offset, row_bytes);
   }
-
-  PendingAppend pending = cache.prepare(n, /*in_place=*/false);
   const auto fresh = backend.allocate(spec.fresh_bytes(n));
   backend.upload(fresh->data(), rows.data(), spec.fresh_bytes(n));
-  SequenceStep step = cache.view(pending);
-  step.n_rows = static_cast<int32_t>(n);
-  step.fresh = static_cast<uint8_t*>(fresh->data());
-  step.fresh_capacity = static_cast<int32_t>(n);
-  step.fresh_pos0 = step.pos0;
-  if (step.query_magnitude != nullptr) {
-    const std::vector<float> ones(spec.query_bytes / sizeof(float), 1.0f);
-    backend.upload(step.query_magnitude, ones.data(), spec.query_bytes);
-  }
-  const CommitStep commit = cache.commit_view(pending, step);
-  for (int32_t layer = 0; layer < spec.n_layers; layer++) {
-    backend.commit({&commit, 1}, layer, 1, impl.buffers->workspace());
-  }
-  backend.synchronize();
-  cache.apply(std::move(pending));
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < n; i++) {
-    ids.push_back(static_cast<int32_t>(random() % impl.engine->config.vocab_size));
+    ids.push_back(static_cast<int32_t>(random() % sessions[0].model().config().vocab_size));
   }
-  impl.append_tokens(ids);
-  impl.next.drop();
+
+  for (Session& session : sessions) {
+    Session::Impl& impl = session.impl();
+    impl.check_room(n);
+    SequenceCache& cache = *impl.cache;
+    PendingAppend pending = cache.prepare(n, /*in_place=*/false);
+    SequenceStep step = cache.view(pending);
+    step.n_rows = static_cast<int32_t>(n);
+    step.fresh = static_cast<uint8_t*>(fresh->data());
+    step.fresh_capacity = static_cast<int32_t>(n);
+    step.fresh_pos0 = step.pos0;
+    if (step.query_magnitude != nullptr) {
+      const std::vector<float> ones(spec.query_bytes / sizeof(float), 1.0f);
+      backend.upload(step.query_magnitude, ones.data(), spec.query_bytes);
+    }
+    const CommitStep commit = cache.commit_view(pending, step);
+    for (int32_t layer = 0; layer < spec.n_layers; layer++) {
+      backend.commit({&commit, 1}, layer, 1, impl.buffers->workspace());
+    }
+    backend.synchronize();
+    cache.apply(std::move(pending));
+    impl.append_tokens(ids);
+    impl.next.drop();
+  }
+}
+
+BatchStep::BatchStep(const Model& model) : engine_(model.impl()), buffers_(*engine_->backend) {}
+
+void BatchStep::run(std::span<Session> sessions, int32_t token) {
+  std::vector<SequenceCache*> caches;
+  for (Session& session : sessions) {
+    session.impl().check_room(1);
+    caches.push_back(&*session.impl().cache);
+  }
+  const std::vector<int32_t> tokens(sessions.size(), token);
+  if (NextLogits::top_suffices(*engine_->backend, 1)) {
+    std::vector<TopLogits> top(sessions.size());
+    engine_->llama->decode_top(caches, tokens, 1, top, buffers_);
+  } else {
+    logits_.resize(sessions.size() * engine_->config.vocab_size);
+    engine_->llama->decode(caches, tokens, logits_.data(), buffers_);
+  }
 }
 
 int64_t cache_bytes_read(const Session& session) {

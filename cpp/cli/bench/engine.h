@@ -3,9 +3,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "model/llama.h"
 #include "model/weights.h"
 #include "mustafar/kv_config.h"
 #include "mustafar/model.h"
@@ -36,9 +38,23 @@ class Engine {
   std::vector<Model> models_;
 };
 
-// Appends n tokens with random keys and values, compressed by the session's configuration as those
-// of a prompt are, but without running the model: what a deep context costs does not depend on it.
-void fill_session(Session& session, int64_t n, uint64_t seed);
+// Appends n tokens with random keys and values to sessions of one model and configuration, to each
+// the same, compressed as those of a prompt are, but without running the model: what a deep context
+// costs does not depend on it.
+void fill_sessions(std::span<Session> sessions, int64_t n, uint64_t seed);
+
+// A greedy decode step of sessions of one model, as an engine makes it: where the device finds the
+// largest logit itself, only that leaves it. The sessions' lists of tokens do not grow with it.
+class BatchStep {
+ public:
+  explicit BatchStep(const Model& model);
+  void run(std::span<Session> sessions, int32_t token);
+
+ private:
+  std::shared_ptr<Model::Impl> engine_;
+  ForwardBuffers buffers_;
+  std::vector<float> logits_;  // [sessions][vocab], where they all come to the host
+};
 
 // Bytes of the cache that a decode step reads.
 int64_t cache_bytes_read(const Session& session);

@@ -79,9 +79,20 @@ std::vector<BenchTest> make_tests(const BenchOptions& options) {
     check(n, "-p");
     if (n > 0 && !options.break_even) tests.push_back({n, 0});
   }
+  for (const int64_t batch : options.batches) {
+    if (batch < 1 || batch > 4096) {
+      throw std::invalid_argument("-b takes numbers of sequences from 1 to 4096, not " +
+                                  std::to_string(batch));
+    }
+  }
+  if (options.break_even && options.batches != std::vector<int64_t>{1}) {
+    throw std::invalid_argument("--break-even measures one sequence: leave -b out");
+  }
   for (const int64_t n : options.n_gen) {
     check(n, "-n");
-    if (n > 0) tests.push_back({0, n});
+    for (const int64_t batch : options.batches) {
+      if (n > 0) tests.push_back({0, n, batch});
+    }
   }
   for (const std::string& text : options.prompt_gen) {
     BenchTest test;

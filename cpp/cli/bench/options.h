@@ -20,6 +20,7 @@ struct BenchOptions {
   std::vector<int64_t> n_gen = {128};
   std::vector<std::string> prompt_gen;  // "512,128"
   std::vector<int64_t> depths;
+  std::vector<int64_t> batches = {1};
   int32_t repetitions = 5;
   std::string format = "md";
   std::vector<std::string> presets;                    // instead of the two lists below
@@ -39,6 +40,7 @@ struct BenchOptions {
 struct BenchTest {
   int64_t n_prompt = 0;
   int64_t n_gen = 0;
+  int64_t n_batch = 1;  // sequences that decode together, each n_gen tokens
 };
 
 struct BenchSetting {
@@ -51,7 +53,8 @@ struct BenchSetting {
 // The presets, or every sparsity with every value dtype; with break_even the dense cache among
 // them. Throws std::invalid_argument naming the option.
 std::vector<BenchSetting> make_settings(const BenchOptions& options);
-// Prefill, decode and both; with break_even decode alone. Throws std::invalid_argument.
+// Prefill, decode and both, decode for every number of sequences; with break_even decode alone.
+// Throws std::invalid_argument.
 std::vector<BenchTest> make_tests(const BenchOptions& options);
 
 }  // namespace mustafar::cli

@@ -30,7 +30,7 @@ double deviation(const std::vector<double>& values) {  // of a sample
 std::vector<double> rates(const BenchRow& row) {
   std::vector<double> rates;
   for (const double ns : row.samples_ns) {
-    rates.push_back(static_cast<double>(row.n_prompt + row.n_gen) / (ns * 1e-9));
+    rates.push_back(static_cast<double>(row.n_batch * (row.n_prompt + row.n_gen)) / (ns * 1e-9));
   }
   return rates;
 }
@@ -52,6 +52,7 @@ std::string BenchRow::test() const {
   std::string name;
   if (n_prompt > 0) name = "pp" + std::to_string(n_prompt);
   if (n_gen > 0) name += (name.empty() ? "tg" : "+tg") + std::to_string(n_gen);
+  if (n_batch > 1) name = std::to_string(n_batch) + " x " + name;
   return n_depth > 0 ? name + " @ d" + std::to_string(n_depth) : name;
 }
 
@@ -87,6 +88,7 @@ Json BenchRow::json() const {
           {"n_prompt", n_prompt},
           {"n_gen", n_gen},
           {"n_depth", n_depth},
+          {"n_batch", n_batch},
           {"avg_ns", avg_ns()},
           {"median_ns", median_ns()},
           {"stddev_ns", stddev_ns()},

@@ -18,11 +18,12 @@ struct BenchRow {
   int n_threads = 0;
   std::string kv;  // "bf16 dense", "int8 K.62 V.75"
   nlohmann::ordered_json kv_config;
-  int64_t kv_bytes = 0;        // measured, at the depth
+  int64_t kv_bytes = 0;        // measured, at the depth, of one sequence
   int64_t kv_dense_bytes = 0;  // the same tokens dense, at 2 bytes a value
   int64_t n_prompt = 0;        // tokens
   int64_t n_gen = 0;
   int64_t n_depth = 0;
+  int64_t n_batch = 1;  // sequences together
   std::vector<double> samples_ns;
   double bytes_per_pass = 0;  // what has to be read: by a decode step, or by a prefill call
   double passes = 1;          // of those in one sample
@@ -30,7 +31,7 @@ struct BenchRow {
   int replicas = 1;
   double read_bandwidth = 0;  // of the machine, bytes/s; 0: not measured
 
-  std::string test() const;  // "pp512", "tg128 @ d4096", "pp512+tg128"
+  std::string test() const;  // "pp512", "tg128 @ d4096", "pp512+tg128", "16 x tg128"
   double avg_ns() const;
   double median_ns() const;
   double stddev_ns() const;
