@@ -2,6 +2,7 @@
 
     PYTHONPATH=build/cpu-test/python python bench/serving_curve.py -m FOLDER --json curve.json
     ... --llama-server PROGRAM --gguf FILE    the same traffic at llama.cpp's server, same weights
+    ... --shape llama-3-8b --tokenizer FILE    random weights of a known shape in place of -m
 
 Every setting of the cache serves 1, 4 and 16 clients with the same long prompts; each client waits
 for a reply before it sends its next request. Settings take turns within a number of clients, so
@@ -17,15 +18,19 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from random_llama import SHAPES, parse_shape, write_folder
 
 START_SECONDS = 120
 LLAMA_BYTES = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # of a value in llama.cpp's caches
@@ -110,6 +115,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
         for preset in args.presets:
             print(f"{preset}, {clients} clients", file=sys.stderr)
             serve = ["--kv", preset, "--kv-budget", args.kv_budget, "-t", str(args.threads)]
+            serve += args.serve
             found = measure(args, clients, ["-m", str(args.model)], serve)
             reports.append({"setting": preset, "clients": clients, **found})
         for kind in args.llama_kv if args.llama_server else ():
@@ -130,7 +136,7 @@ def markdown(args: argparse.Namespace, reports: list[dict[str, Any]]) -> str:
     """The reports as a table."""
     lines = [
         f"{args.model.resolve().name}, prompts of {args.prompt} and replies of {args.output} "
-        f"tokens, {args.kv_budget} for caches, {args.threads} threads; "
+        f"tokens, {args.kv_budget} for caches, {args.threads} threads{args.with_options}; "
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}, load {args.load:.2f} before.",
         "",
         "| clients | cache | first token p50 s | between tokens p50, p99 ms | request p50 s "
@@ -161,7 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-m", "--model", type=Path, required=True, help="folder")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("-m", "--model", type=Path, help="folder")
+    model.add_argument("--shape", help=f"{', '.join(SHAPES)}: random bf16 weights of that shape")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json for --shape")
+    parser.add_argument("--folder", type=Path, help="where --shape may write; else a temporary one")
+    parser.add_argument(
+        "--serve", nargs=argparse.REMAINDER, default=[], help="further options of mustafar serve"
+    )
     parser.add_argument("--presets", nargs="+", default=["lossless", "balanced", "small"])
     parser.add_argument("--kv-budget", default="400M", help="for all caches together")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
@@ -178,9 +191,17 @@ def main() -> None:
     args = parser.parse_args()
     args.load = os.getloadavg()[0]
     args.context = args.prompt + args.output + 64
+    args.with_options = ", " + " ".join(args.serve) if args.serve else ""
     if args.llama_server and not args.gguf:
         parser.error("--llama-server needs --gguf")
-    reports = run_all(args)
+    if args.shape and not args.tokenizer:
+        parser.error("--shape needs --tokenizer")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        if args.shape:
+            args.model = Path(folder) / args.shape.replace(":", "-")
+            write_folder(parse_shape(args.shape), args.model)
+            shutil.copy(args.tokenizer, args.model / "tokenizer.json")
+        reports = run_all(args)
     print(markdown(args, reports))
     if args.json:
         args.json.write_text(json.dumps(reports, indent=2) + "\n")

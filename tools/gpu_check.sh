@@ -9,9 +9,10 @@
 #   tools/gpu_check.sh -o "$OUT" -t 280 first
 #   tools/gpu_check.sh -o "$OUT" -t 400 second
 #
-# Stages: environment smoke bench prefill linear torch step kernels sessions model
-# profile more sanitize; "first" (the default) is the first twelve, "second" adds the last two. -n prints what would
-# run. -p: .gpu. -t: seconds in all, 280.
+# Stages: environment smoke bench prefill linear torch step kernels sessions model profile; batch serve
+# more sanitize. "first" (the default) is those before the semicolon, "second" adds more and sanitize.
+# serve wants wheels in the prebuilt folder (tools/gpu_prebuild.sh -w). -n prints what would run.
+# -p: .gpu. -t: seconds in all, 280.
 #
 # A stage that fails, outlives its limit or finds no tool does not stop the next one. Exit status: 0
 # all passed, 1 one failed, 3 none failed but one could not run.
@@ -223,6 +224,32 @@ stage_model() {
     --kv dense,lossless,balanced,small,mustafar
   step model_1b_int4 60 "${bench[@]}" --shape llama-3.2-1b -w int4 -p 2048 -n 48 -d 0,32768 \
     --kv lossless,balanced
+}
+
+# Sequences that decode together: weights are read once for all, caches one by one.
+stage_batch() {
+  program batch mustafar || return
+  local bench=("$bin/mustafar" bench --device cuda --dtype bf16 -r 3 -o md --shape llama-3-8b -p 0
+    -n 24 -d 8192)
+  step batch_dense 90 "${bench[@]}" -b 1,8,16,32 --kv dense
+  step batch 120 "${bench[@]}" -b 1,8,16,32,64 --kv lossless,balanced
+  step batch_int4 120 "${bench[@]}" -w int4 -b 1,8,16,32,64 --kv lossless,balanced
+}
+
+# The server with many clients and a fixed memory for caches: dense beside compressed ones.
+stage_serve() {
+  needs serve "an NVIDIA GPU" has_gpu || return
+  needs serve "Python" test -n "$python" || return
+  needs serve "wheels in $prebuilt/wheels" compgen -G "$prebuilt/wheels/mustafar-*.whl" || return
+  step serve_install 60 "$python" -m pip install -q --no-index --no-deps --no-compile \
+    --target "$scratch/site" "$prebuilt"/wheels/*.whl || return
+  gunzip -c "$prebuilt/wheels/tokenizer.json.gz" > "$scratch/tokenizer.json" || return
+  local curve=(env "PYTHONPATH=$scratch/site" "PATH=$scratch/site/bin:$PATH" "$python"
+    bench/serving_curve.py --tokenizer "$scratch/tokenizer.json" --folder "${MUSTAFAR_FAST_FOLDER:-/dev/shm}")
+  step serve 280 "${curve[@]}" --shape "${MUSTAFAR_SERVE_SHAPE:-llama-3-8b}" \
+    --presets dense lossless balanced --kv-budget "${MUSTAFAR_SERVE_BUDGET:-8G}" \
+    --clients "${MUSTAFAR_SERVE_CLIENTS:-64}" --prompt 4096 --output "${MUSTAFAR_SERVE_OUTPUT:-512}" \
+    --json "$raw/serve.json" --serve --prefill-tokens 2048
 }
 
 # What bounds the kernels, by the hardware's counters.

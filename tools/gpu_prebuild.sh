@@ -3,18 +3,21 @@
 # libraries: programs for one architecture with everything but the driver and cuBLASLt linked in, the
 # checkpoints of the trained tests, and what only the compiler can say (instruction counts).
 #
-#   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs]       folder: .gpu, arch: 90a
+#   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs] [-w python]   folder: .gpu, arch: 90a
 #
-# The folder is made anew; about 20 MiB. CMAKE_ARGS: further arguments of CMake.
+# The folder is made anew; about 20 MiB. -w: a Python of the version that the other machine has: a wheel
+# is built for it and packed with those that the server needs (another 10 MiB). CMAKE_ARGS: further
+# arguments of CMake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=.gpu arch=90a jobs=$(nproc)
-while getopts "o:a:j:" option; do
+out=.gpu arch=90a jobs=$(nproc) wheel_python=''
+while getopts "o:a:j:w:" option; do
   case $option in
     o) out=$OPTARG ;;
     a) arch=$OPTARG ;;
     j) jobs=$OPTARG ;;
+    w) wheel_python=$OPTARG ;;
     *) exit 2 ;;
   esac
 done
@@ -45,6 +48,16 @@ if command -v cuobjdump > /dev/null; then
   python3 tools/sass_count.py "${objects[@]}" --markdown "$out/sass.md" > /dev/null
 else
   echo "no cuobjdump: instructions are not counted"
+fi
+if [ -n "$wheel_python" ]; then
+  mkdir -p "$out/wheels"
+  "$wheel_python" -m pip download -q --no-deps --only-binary=:all: -d "$out/wheels" \
+    anyio==4.16.0 h11==0.16.0 starlette==1.10.0 uvicorn==0.54.0
+  CMAKE_BUILD_PARALLEL_LEVEL=$jobs CMAKE_CXX_COMPILER_LAUNCHER=$(command -v ccache || true) \
+    CMAKE_CUDA_COMPILER_LAUNCHER=$(command -v ccache || true) "$wheel_python" -m pip wheel -q --no-deps \
+    -w "$out/wheels" -C build-dir=build/gpu-wheel -C cmake.define.MUSTAFAR_CUDA=ON \
+    -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$arch" .
+  gzip -c ../shared/data/tokenizers/llama-3/tokenizer.json > "$out/wheels/tokenizer.json.gz"
 fi
 version=$(nvcc --version | sed -n 's/^Cuda compilation tools, //p')
 dirty=$(git status --porcelain --untracked-files=no | head -1)

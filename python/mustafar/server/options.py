@@ -87,7 +87,7 @@ def _add_model(add: _Group) -> None:
         "-w",
         "--weights",
         default="auto",
-        help="weights in memory: auto (as stored), int8 or int4 (CPU), or as int4:64, int8:row",
+        help="weights in memory: auto (as stored), int8 or int4, or as int4:64, int8:row",
     )
     add.number("-t", "--threads", default=0, help="CPU threads; 0: what cores and CPU quota allow")
     add.number(
