@@ -129,7 +129,8 @@ class Request {
 // Runs requests on a thread of its own, beside any number of sessions of the model. Every request
 // gets what it would get alone, whatever else runs or ran before (but see PrefixCache and
 // OnPressure): to the bit on the CPU, and on a GPU where it computes in f32; in f16 and bf16 up to
-// the rounding of cuBLASLt, whose sums depend on how many rows it multiplies. A forked child has no such thread: there, requests and engine throw StateError.
+// the rounding of cuBLASLt, whose sums depend on how many rows it multiplies. A forked child has no
+// such thread: there, requests and engine throw StateError.
 class Engine {
  public:
   // Throws std::invalid_argument for options out of range, or as Session for the configuration.
