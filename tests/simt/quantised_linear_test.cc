@@ -178,7 +178,7 @@ std::vector<Product> gemm_products() {
     int64_t rows, second_rows, cols;
   };
   // Tiles, groups of tiles and blocks of those that are not full; pieces and stages that are not.
-  const Size sizes[] = {{1, 16, 4},   {19, 40, 36},    {33, 5, 164},
+  const Size sizes[] = {{1, 16, 28},  {19, 40, 36},    {33, 5, 164},
                         {64, 1, 512}, {300, 290, 260}, {48, 17, 1060}};
   const int32_t batches[] = {9, 16, 17, 33, 64, 32, 1, 70};
   int turn = 0;
