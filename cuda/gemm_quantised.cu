@@ -47,27 +47,28 @@ constexpr int kTileBytes = kTermBytes + kTileX * 4;  // the same with its sums
 constexpr int kSplitThreads = 256, kSplitColumns = 4 * kSplitThreads;
 static_assert(kStepColumns == 4 * kWarpSize);
 
-// How the product is dealt out: units, which are steps of row blocks, to blocks.
+// How the product is dealt out: units, which are steps of row blocks, in equal shares.
 struct Deal {
   int32_t n_groups;      // of 32 output rows
   int32_t n_row_blocks;  // of groups
   int32_t n_steps;       // of 128 columns
-  int32_t n_blocks;
+  int32_t n_shares;
+  int32_t n_pieces;  // of 32 columns
 
   __device__ __forceinline__ uint32_t n_units() const {
     return uint32_t(n_row_blocks) * uint32_t(n_steps);
   }
-  __device__ __forceinline__ int32_t first_unit(int32_t block) const {
-    return static_cast<int32_t>(uint32_t(block) * n_units() / uint32_t(n_blocks));
+  __device__ __forceinline__ int32_t first_unit(int32_t share) const {
+    return static_cast<int32_t>(uint32_t(share) * n_units() / uint32_t(n_shares));
   }
-  __device__ __forceinline__ int32_t block_of(int32_t unit) const {
-    return static_cast<int32_t>((uint32_t(unit + 1) * uint32_t(n_blocks) - 1) / n_units());
+  __device__ __forceinline__ int32_t share_of(int32_t unit) const {
+    return static_cast<int32_t>((uint32_t(unit + 1) * uint32_t(n_shares) - 1) / n_units());
   }
-  // A block's share of a row block's sums: blocks and row blocks only go up, never both at rest.
-  __device__ __forceinline__ int64_t segment(int32_t block, int32_t row_block) const {
-    return int64_t{block} + row_block;
+  // A share's part of a row block's sums: of the two numbers one or both go up by one, never less.
+  __device__ __forceinline__ int64_t segment(int32_t share, int32_t row_block) const {
+    return int64_t{share} + row_block;
   }
-  int64_t n_segments() const { return int64_t{n_blocks} + n_row_blocks - 1; }
+  int64_t n_segments() const { return int64_t{n_shares} + n_row_blocks - 1; }
 };
 
 constexpr int offset_bytes(Offset offset) {
@@ -170,8 +171,9 @@ struct Source {
 };
 
 // kWide: scales are f32. kTiles: of 8 rows of x each. kResident: blocks of a multiprocessor.
+// kShares: of a block.
 template <int kBits, Offset kOffset, bool kWide, int kTiles, int kRowWarps, int kColumnWarps,
-          int kResident>
+          int kResident, int kShares>
 __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
     gemm_quantised_kernel(const __grid_constant__ LinearArgs args,
                           const __grid_constant__ ScaleGroups groups,
@@ -193,14 +195,16 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
   const int row_warp = warp % kRowWarps, column_warp = warp / kRowWarps;
-  const int32_t n_pieces = static_cast<int32_t>((args.cols + kPiece - 1) / kPiece);
   uint8_t* const memory = shared_memory();
-  const int32_t block = static_cast<int32_t>(blockIdx.x);
   // In stages from here on.
   constexpr int kSplitSteps = kStepPieces / kPieces;
   const int32_t n_stages = deal.n_steps * kSplitSteps;
-  const int32_t first = deal.first_unit(block) * kSplitSteps;
-  const int32_t end = deal.first_unit(block + 1) * kSplitSteps;
+  const auto first_of = [&](int32_t share) { return deal.first_unit(share) * kSplitSteps; };
+  // The block's shares, kShares neighbours.
+  int32_t share = static_cast<int32_t>(blockIdx.x) * kShares;
+  const int32_t first = first_of(share);
+  const int32_t end = first_of(share + kShares < deal.n_shares ? share + kShares : deal.n_shares);
+  int32_t share_end = first_of(share + 1);
   const auto group_of = [&](int32_t row_block) { return row_block * kRowWarps + row_warp; };
 
   // What comes next to shared memory.
@@ -209,19 +213,19 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
   Source<kBits, kOffset, kWide> source;
   const auto move = [&] {
     const int32_t group = group_of(load_row_block);
-    source.move(args, groups, group < deal.n_groups ? group : deal.n_groups - 1, n_pieces);
+    source.move(args, groups, group < deal.n_groups ? group : deal.n_groups - 1, deal.n_pieces);
   };
   const auto load = [&] {
     uint8_t* const to = memory + load_slot * Layout::kBytes;
     // Pieces behind the last repeat it, and meet zeros of x.
     const auto piece_of = [&](int p) {
       const int32_t piece = load_stage * kPieces + p;
-      return piece < n_pieces ? piece : n_pieces - 1;
+      return piece < deal.n_pieces ? piece : deal.n_pieces - 1;
     };
 #pragma unroll
     for (int i = 0; i < kPieces / kColumnWarps; i++) {
       const int p = i * kColumnWarps + column_warp;
-      const uint8_t* const line = source.codes + int64_t{piece_of(p)} * (64 * kBits);
+      const uint8_t* const line = source.codes + static_cast<uint32_t>(piece_of(p)) * (64u * kBits);
 #pragma unroll
       for (int j = 0; j < kWords; j++) {
         cp_async16(
@@ -230,7 +234,7 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
       }
     }
     const int at = row_warp * (kPieces * kRows) + 4 * lane;  // of the lane's four rows
-    const int64_t from = int64_t{scale_group(piece_of(lane / 8), source.rate)} * kTile;
+    const uint32_t from = scale_group(piece_of(lane / 8), source.rate) * kTile;
     if (lane < 8 * kPieces) {
       if (column_warp == 0) {
         if constexpr (kWide) {
@@ -249,7 +253,8 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
       }
     }
     constexpr int kCopies = kPieces * kTiles * kTileBytes / 16;
-    const uint8_t* const x = scratch.x + int64_t{load_stage} * (kPieces * kTiles * kTileBytes);
+    const uint8_t* const x =
+        scratch.x + static_cast<uint32_t>(load_stage) * uint32_t{kPieces * kTiles * kTileBytes};
 #pragma unroll
     for (int i = 0; i < (kCopies + kThreads - 1) / kThreads; i++) {
       const int copy = i * kThreads + static_cast<int>(threadIdx.x);
@@ -397,11 +402,11 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
     }
     slot = slot + 1 == n_slots ? 0 : slot + 1;
 
-    if (++stage < n_stages && unit + 1 < end) continue;
+    if (++stage < n_stages && unit + 1 < share_end) continue;
     const bool exists = group_of(row_block) < deal.n_groups;
     float* const partials =
         scratch.partials +
-        (deal.segment(block, row_block) * kRowWarps + row_warp) * int64_t{n} * kRows + 4 * g;
+        (deal.segment(share, row_block) * kRowWarps + row_warp) * int64_t{n} * kRows + 4 * g;
 #pragma unroll
     for (int t = 0; t < kMine; t++) {
 #pragma unroll
@@ -414,9 +419,12 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
         sums[0][t][i] = sums[0][t][2 + i] = sums[1][t][i] = sums[1][t][2 + i] = 0.0f;
       }
     }
-    stage = 0;
-    row_block++;
-    see_type();
+    if (stage == n_stages) {
+      stage = 0;
+      row_block++;
+      see_type();
+    }
+    if (unit + 1 == share_end && unit + 1 < end) share_end = first_of(++share + 1);
   }
   cp_async_wait<0>();
 }
@@ -430,8 +438,8 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize)
                         int32_t n) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int32_t group = static_cast<int32_t>(blockIdx.x), row_block = group / row_warps;
-  const int32_t first = deal.block_of(row_block * deal.n_steps);
-  const int32_t last = deal.block_of((row_block + 1) * deal.n_steps - 1);
+  const int32_t first = deal.share_of(row_block * deal.n_steps);
+  const int32_t last = deal.share_of((row_block + 1) * deal.n_steps - 1);
   const int64_t stride = int64_t{row_warps} * n * kRows;  // of segments
   const float* const partials = scratch.partials + deal.segment(first, row_block) * stride +
                                 int64_t{group % row_warps} * n * kRows;
@@ -448,9 +456,7 @@ __global__ void __launch_bounds__(kFinishWarps* kWarpSize)
     }
     store_row<kRows>(args, group, lane, first_x + x, scale, [&](int r) {
       float sum = 0.0f;
-      for (int32_t block = 0; block <= last - first; block++) {
-        sum += partials[block * stride + x * kRows + r];
-      }
+      for (int32_t i = 0; i <= last - first; i++) sum += partials[i * stride + x * kRows + r];
       return sum;
     });
   }
@@ -463,13 +469,14 @@ int32_t slots_of(int stage_bytes, int resident) {
   return std::min(kMaxSlots, (share >= 2 * stage_bytes ? share : most) / stage_bytes);
 }
 
-Deal deal_of(const LinearArgs& args, int row_warps, int resident) {
+Deal deal_of(const LinearArgs& args, int row_warps, int shares) {
   Deal deal;
   deal.n_groups = static_cast<int32_t>(row_groups<kRows>(args));
   deal.n_row_blocks = (deal.n_groups + row_warps - 1) / row_warps;
+  deal.n_pieces = static_cast<int32_t>((args.cols + kPiece - 1) / kPiece);
   deal.n_steps = static_cast<int32_t>((args.cols + kStepColumns - 1) / kStepColumns);
-  deal.n_blocks =
-      std::min(deal.n_row_blocks * deal.n_steps, resident * device_properties().n_multiprocessors);
+  deal.n_shares =
+      std::min(deal.n_row_blocks * deal.n_steps, shares * device_properties().n_multiprocessors);
   return deal;
 }
 
@@ -485,10 +492,10 @@ struct ScratchBytes {
 };
 
 // Ways to deal the work out: warps over rows and over x, blocks of a multiprocessor.
-template <int kRowWarpCount, int kColumnWarpCount, int kDealtBlocks>
+template <int kRowWarpCount, int kColumnWarpCount, int kShareCount>
 struct Form {
   static constexpr int kRowWarps = kRowWarpCount, kColumnWarps = kColumnWarpCount;
-  static constexpr int kDealt = kDealtBlocks;  // blocks, for every multiprocessor
+  static constexpr int kShares = kShareCount;  // for every multiprocessor
 };
 
 using DefaultForm = Form<8, 1, 2>;
@@ -514,7 +521,7 @@ constexpr bool kCompiled =
 
 template <typename Shape, int kBits, Offset kOffset, bool kWide>
 void run(const LinearArgs& args, void* memory, Stream stream) {
-  const Deal deal = deal_of(args, Shape::kRowWarps, Shape::kDealt);
+  const Deal deal = deal_of(args, Shape::kRowWarps, Shape::kShares);
   const ScaleGroups groups = scale_groups(args);
   const ScratchBytes bytes(deal, Shape::kRowWarps, args.n);
   uint8_t* const base = static_cast<uint8_t*>(memory);
@@ -523,7 +530,8 @@ void run(const LinearArgs& args, void* memory, Stream stream) {
   // Returns how many rows of x it has taken, none where they do not fit.
   const auto pass = [&](int32_t first, auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    constexpr int kResident = kTiles == kMaxTiles ? 1 : Shape::kDealt;  // for registers
+    constexpr int kResident = kTiles == kMaxTiles ? 1 : Shape::kShares;  // for registers
+    constexpr int kShares = Shape::kShares / kResident;
     constexpr int kStageBytes = Stage<kBits, kOffset, kWide, kTiles, Shape::kRowWarps>::kBytes;
     const int32_t n_slots = slots_of(kStageBytes, kResident);
     if (n_slots < 2) return 0;
@@ -534,9 +542,10 @@ void run(const LinearArgs& args, void* memory, Stream stream) {
            kSplitThreads, 0, stream, args, first, n, kTiles, deal.n_steps, scratch);
     launch("gemm_quantised",
            gemm_quantised_kernel<kBits, kOffset, kWide, kTiles, Shape::kRowWarps,
-                                 Shape::kColumnWarps, kResident>,
-           {deal.n_blocks}, Shape::kRowWarps * Shape::kColumnWarps * kWarpSize,
-           n_slots * kStageBytes, stream, args, groups, deal, scratch, n, n_slots);
+                                 Shape::kColumnWarps, kResident, kShares>,
+           {(deal.n_shares + kShares - 1) / kShares},
+           Shape::kRowWarps * Shape::kColumnWarps * kWarpSize, n_slots * kStageBytes, stream, args,
+           groups, deal, scratch, n, n_slots);
     launch("add_partials", add_partials_kernel,
            {deal.n_groups, (n + kFinishRows - 1) / kFinishRows}, kFinishWarps * kWarpSize, 0,
            stream, args, deal, scratch, Shape::kRowWarps, first, n);
@@ -545,7 +554,11 @@ void run(const LinearArgs& args, void* memory, Stream stream) {
   for (int32_t first = 0; first < args.n;) {
     const int32_t left = args.n - first;
     int32_t taken = 0;
-    if (left > 32) taken = pass(first, std::integral_constant<int, 8>());
+    // One of the forms on trial would spill registers.
+    constexpr bool kSpills = Shape::kRowWarps == 12 && kBits == 8 && kOffset == Offset::kMinimums;
+    if constexpr (!kSpills) {
+      if (left > 32) taken = pass(first, std::integral_constant<int, 8>());
+    }
     if (taken == 0 && left > 16) taken = pass(first, std::integral_constant<int, 4>());
     if (taken == 0) taken = pass(first, std::integral_constant<int, 2>());
     if (taken == 0) throw Error("gemm_quantised: a stage does not fit into shared memory");
@@ -593,16 +606,16 @@ bool gemm_quantised_takes(const LinearArgs& args) {
       reinterpret_cast<uintptr_t>(args.norm) % 16 != 0) {
     return false;
   }
-  const Deal deal = deal_of(args, DefaultForm::kRowWarps, DefaultForm::kDealt);
+  const Deal deal = deal_of(args, DefaultForm::kRowWarps, DefaultForm::kShares);
   const int64_t n_units = int64_t{deal.n_row_blocks} * deal.n_steps;
-  return n_units * (deal.n_blocks + 1) <= 0xffffffff;  // 32-bit arithmetic
+  return n_units * (deal.n_shares + 1) <= 0xffffffff;  // 32-bit arithmetic
 }
 
 int64_t gemm_quantised_scratch_bytes(const LinearArgs& args, GemmForm form) {
   int64_t bytes = 0;
   with_form(form, [&](auto f) {
     using F = decltype(f);
-    const ScratchBytes parts(deal_of(args, F::kRowWarps, F::kDealt), F::kRowWarps, args.n);
+    const ScratchBytes parts(deal_of(args, F::kRowWarps, F::kShares), F::kRowWarps, args.n);
     bytes = parts.x + parts.squares + parts.partials;
   });
   return bytes;
