@@ -1,5 +1,6 @@
 // Linear layers on the GPU at the shapes of Llama 3 8B: GEMV at 1 to 16 rows against the bytes of
-// the weights, of bf16 and of codes, and the products of many rows against each other. Prints JSON
+// the weights, of bf16 and of codes, products with codes of 9 to 128 rows ("gemm", row warps x
+// column warps of a block), and the products of many rows against each other. Prints JSON
 // lines; each result is first held against GEMV in f32 arithmetic, and that against sums in f64.
 // The exit status is 1 if one was wrong.
 //
@@ -127,6 +128,13 @@ class Bench {
     void* const values = values_.ensure<uint16_t>(slice_rows * layer.cols);
     round_to(DType::kBF16, static_cast<const float*>(x_.data()), n * layer.cols, packed, stream_);
     const auto by_gemv = [&](const LinearArgs& args) { gemv(args, stream_); };
+    const auto by_gemm = [&](GemmForm form) {
+      void* const memory =
+          gemm_scratch_.ensure<uint8_t>(gemm_quantised_scratch_bytes(args_of(0, false), form));
+      return [this, form, memory](const LinearArgs& args) {
+        gemm_quantised(args, memory, stream_, form);
+      };
+    };
     const auto by_product = [&](const LinearArgs& args) {
       for (int i = 0; i < args.n_parts; i++) {
         const LinearPart& part = args.parts[i];
@@ -168,8 +176,20 @@ class Bench {
           right ? "true" : "false");
       std::fflush(stdout);
     };
-    if (n <= 64) measure("gemv", by_gemv, 2e-5);
-    if (n >= 8 && product_ != nullptr) measure("expanded", by_product, 1e-2);
+    // Which form is best, and what a few rows more cost, is asked of some layers alone.
+    const bool common = n != 9 && n != 12 && n != 24 && n != 48 && n != 128;
+    if (n <= 64 && common) measure("gemv", by_gemv, 2e-5);
+    if (n > 8 && n <= 128) {
+      measure("gemm 8x1", by_gemm(GemmForm::k8x1), 2e-5);
+      if (common && layer.rows[0] < 100000 && layer.name[0] != 'o') {
+        measure("gemm 8x2", by_gemm(GemmForm::k8x2), 2e-5);
+        measure("gemm 12x1", by_gemm(GemmForm::k12x1), 2e-5);
+        measure("gemm 16x1", by_gemm(GemmForm::k16x1), 2e-5);
+      }
+    }
+    if (n >= 8 && (common || n == 128) && product_ != nullptr) {
+      measure("expanded", by_product, 1e-2);
+    }
     return good;
   }
 
@@ -326,7 +346,7 @@ class Bench {
   std::vector<QuantisedShape> shapes_;  // of the layer's matrices of codes
   std::vector<uint8_t> codes_;
   int64_t copy_values_ = 0, copy_bytes_ = 0, copies_ = 0;
-  DeviceBuffer weights_, x_, y_, packed_, scratch_, values_;
+  DeviceBuffer weights_, x_, y_, packed_, scratch_, values_, gemm_scratch_;
 };
 
 }  // namespace
@@ -361,8 +381,10 @@ int main(int argc, char** argv) {
            {Codes{DType::kInt4, 32, Offset::kMinimums}, Codes{DType::kInt4, 128, Offset::kNone},
             Codes{DType::kInt8, 32, Offset::kMinimums}}) {
         bench.prepare_codes(layer, dtype, group, offset);
-        for (const int32_t n : {1, 2, 8, 16, 32, 64, 512, 2048}) {
+        for (const int32_t n : {1, 2, 8, 9, 12, 16, 24, 32, 48, 64, 128, 512, 2048}) {
           if (n > 64 && layer.rows[0] > 100000) continue;
+          const bool between = n == 9 || n == 12 || n == 24 || n == 48;
+          if (between && (layer.name[0] != 'g' || dtype != DType::kInt4)) continue;
           good = bench.run_codes(layer, n) && good;
         }
       }

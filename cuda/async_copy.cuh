@@ -26,6 +26,16 @@ __device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
 #endif
 }
 
+// Copies 4 bytes, both addresses aligned to 4.
+__device__ __forceinline__ void cp_async4(void* to_shared, const void* from) {
+#if defined(MUSTAFAR_SIMT)
+  simt::cp_async(to_shared, from, 4);
+#else
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#endif
+}
+
 // 16 bytes as cp_async16 does, or 16 zero bytes where there is nothing to copy; from is then not
 // read.
 __device__ __forceinline__ void cp_async16_or_zero(void* to_shared, const void* from, bool copy) {

@@ -17,8 +17,8 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 // found: on an H100 cuBLASLt is level with GEMV at 8 rows and ahead of it at 16.
 constexpr int32_t kGemvBatch = 8;
 // Codes are read at a quarter or half of the bytes, and expanding them costs several times those:
-// passes of GEMV are faster up to more rows.
-constexpr int32_t kQuantisedGemvBatch = 32;
+// passes of 64 rows over the codes are faster than that up to so many.
+constexpr int32_t kQuantisedGemmBatch = 128;
 constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
 constexpr size_t kMaxRecordedSteps = 32;              // graphs that are kept; the oldest goes first
 // Of a device's memory, one part in so many may wait for its next use; on the harness, whose fresh
@@ -155,19 +155,33 @@ const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspac
 
 bool CudaBackend::by_gemv(const LinearArgs& args, bool decode) const {
   if (dtype_ == DType::kF32) return true;
-  if (args.parts[0].quantised()) return args.n <= kQuantisedGemvBatch || args.cols % 8 != 0;
+  if (args.parts[0].quantised()) return args.n <= kGemvBatch || args.cols % 8 != 0;
   if (!gemm_takes(args)) return true;
   return args.n <= (!decode ? 1 : cublaslt_ != nullptr ? kGemvBatch : kGemvRows);
+}
+
+bool CudaBackend::by_gemm_quantised(const LinearArgs& args) const {
+  return args.parts[0].quantised() && args.n > kGemvBatch &&
+         (args.n <= kQuantisedGemmBatch || dtype_ == DType::kF32) && gemm_quantised_takes(args);
+}
+
+bool CudaBackend::in_one_step(const LinearArgs& args, bool decode, CudaWorkspace& workspace) {
+  if (by_gemm_quantised(args)) {
+    gemm_quantised(args, workspace.product.ensure<uint8_t>(gemm_quantised_scratch_bytes(args)),
+                   stream_);
+  } else if (by_gemv(args, decode)) {
+    gemv(args, stream_);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace) {
   if (whole.n == 0) return;
   const auto like_first = [&](const LinearPart& part) { return part.like(whole.parts[0]); };
   const bool alike = std::all_of(whole.parts, whole.parts + whole.n_parts, like_first);
-  if (alike && by_gemv(whole, decode)) {
-    gemv(whole, stream_);
-    return;
-  }
+  if (alike && in_one_step(whole, decode, workspace)) return;
   LinearArgs args = whole;
   if (args.norm != nullptr) {
     args.x = normalise(args.x, args.norm, nullptr, args.n, args.cols, workspace);
@@ -179,11 +193,7 @@ void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& wo
   } else {
     for (int i = 0; i < args.n_parts; i++) {
       const LinearArgs one = part_alone(args, args.parts[i]);
-      if (by_gemv(one, decode)) {
-        gemv(one, stream_);
-      } else {
-        multiply(one, workspace);
-      }
+      if (!in_one_step(one, decode, workspace)) multiply(one, workspace);
     }
   }
   if (whole.gated) {

@@ -85,10 +85,14 @@ class CudaBackend final : public Backend {
     Graph graph = nullptr;
   };
 
-  // Few rows go through gemv; for more, and for matrices that are not alike, what gemv does in one
-  // kernel is done in steps around multiply.
+  // Few rows go through gemv, some tens of rows and matrices of codes through gemm_quantised; for
+  // more, and for matrices that are not alike, what those do at once is done in steps around
+  // multiply.
   void linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace);
   bool by_gemv(const LinearArgs& args, bool decode) const;
+  bool by_gemm_quantised(const LinearArgs& args) const;
+  // By one of the two; false where neither is for these args.
+  bool in_one_step(const LinearArgs& args, bool decode, CudaWorkspace& workspace);
   // The products alone, by tensor cores: only the matrices, biases and x of args count.
   void multiply(const LinearArgs& args, CudaWorkspace& workspace);
   // The same of one matrix; packed: x in the product's type. Codes are expanded some rows at a

@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/code_products.cuh"
 #include "cuda/code_values.cuh"
 #include "cuda/device_ops.cuh"
 #include "cuda/gemv_rows.cuh"
@@ -35,16 +36,13 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kTile = static_cast<int>(kTileRows);
 constexpr int kRows = 2 * kTile;  // output rows of a group
 constexpr int kColumns = 8;       // of a product: two terms of each of kTileX rows of x
 constexpr int kTileX = 4;
-constexpr int kMostX = 8;   // rows of x of a pass
-constexpr int kPiece = 32;  // columns of two products
-constexpr int kTurn = 4;    // pieces of a warp's turn
+constexpr int kMostX = 8;  // rows of x of a pass
+constexpr int kTurn = 4;   // pieces of a warp's turn
 constexpr int kBlockTurn = kWarps * kTurn;
 constexpr int kTerms = 2;
-static_assert(kPiece == kInnerStep);
 
 // Pieces whose codes are on their way.
 template <int kBits, int kMost>
@@ -70,56 +68,6 @@ struct Ahead {
   std::conditional_t<kWide, uint4, uint2> scales;
   uint2 minimums;
   uint32_t zeros;
-};
-
-// code - zero of 8 codes as four words of two bf16: columns (0, 2), (1, 3), (4, 6), (5, 7).
-__device__ __forceinline__ void unpack(uint32_t word, uint32_t zero, uint32_t (&out)[4]) {
-  // A code below 128 in the low bits of the bf16 128 is 128 + code.
-  constexpr uint32_t k128 = 0x43004300u, kOne = 0x3f803f80u;
-  const uint32_t minus = (zero * 0x10001u | k128) ^ 0x80008000u;
-  const uint32_t pairs[4] = {word, word >> 8, word >> 4, word >> 12};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    out[i] = multiply_add_bf16x2(and_or(pairs[i], 0x000f000fu, k128), kOne, minus);
-  }
-}
-__device__ __forceinline__ void unpack(uint32_t low, uint32_t high, uint32_t zero,
-                                       uint32_t (&out)[4]) {
-  // A byte in the low bits of the f32 2^23 is 2^23 + byte.
-  constexpr uint32_t k2To23 = 0x4b000000u;
-  const float minus = -bits_float(k2To23 | zero);
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    float code[4];
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      code[j] = bits_float(byte_permute(i == 0 ? low : high, k2To23, 0x7440u | j)) + minus;
-    }
-    out[2 * i] = pack2<DType::kBF16>(code[0], code[2]);
-    out[2 * i + 1] = pack2<DType::kBF16>(code[1], code[3]);
-  }
-}
-
-__device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
-  return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
-}
-
-__device__ __forceinline__ void floats_of(const uint2& words, bool f16, float (&out)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint16_t bits = static_cast<uint16_t>((i < 2 ? words.x : words.y) >> (16 * (i % 2)));
-    out[i] = f16 ? f16_float(bits) : bf16_float(bits);
-  }
-}
-__device__ __forceinline__ void floats_of(const uint4& words, bool, float (&out)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) out[i] = bits_float(word_of(words, i));
-}
-
-// Groups of scales of each matrix of a launch: how many a row has, and how many a piece times 2^31,
-// rounded up, which is exact while pieces times pieces a group are below 2^31.
-struct ScaleGroups {
-  uint32_t count[kMaxFused], rate[kMaxFused];
 };
 
 // A lane's rows of a group: four neighbours of one tile.
@@ -154,7 +102,7 @@ struct Place {
     const uint8_t* const line = codes + int64_t{piece} * (64 * kBits);
 #pragma unroll
     for (int i = 0; i < kBits / 4; i++) load_streaming_if(wanted, line + 64 * i, ahead.codes[i]);
-    const uint32_t group = multiply_high(2 * static_cast<uint32_t>(piece), rate);
+    const uint32_t group = scale_group(piece, rate);
     load_if(wanted, scales + uint64_t{group} * (kTile * kScaleBytes), ahead.scales);
     if constexpr (kOffset == Offset::kMinimums) {
       load_if(wanted, offsets + uint64_t{group} * (kTile * kScaleBytes), ahead.minimums);
@@ -453,12 +401,7 @@ void run(const LinearArgs& args, Stream stream) {
   const DeviceProperties& device = device_properties();
   const int32_t n_groups = static_cast<int32_t>(row_groups<kRows>(args));
   const Grid grid{std::min(n_groups, device.n_multiprocessors)};
-  ScaleGroups groups = {};
-  for (int i = 0; i < args.n_parts; i++) {
-    const uint32_t cols = static_cast<uint32_t>(args.cols), group = args.parts[i].group;
-    groups.count[i] = (cols + group - 1) / group;
-    groups.rate[i] = groups.count[i] == 1 ? 0 : (0x80000000u - 1) / (group / kPiece) + 1;
-  }
+  const ScaleGroups groups = scale_groups(args);
   for (int32_t first = 0; first < args.n; first += kMostX) {
     const int32_t n = std::min(args.n - first, kMostX);
     const auto start = [&](auto most) {

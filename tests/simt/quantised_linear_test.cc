@@ -97,6 +97,21 @@ void check_product(const Product& p, void (*run)(const LinearArgs&, Stream)) {
   }
 }
 
+template <GemmForm kForm>
+void gemm(const LinearArgs& args, Stream stream) {
+  ASSERT_TRUE(gemm_quantised_takes(args));
+  DeviceMemory scratch(gemm_quantised_scratch_bytes(args, kForm), "scratch");
+  gemm_quantised(args, scratch.device(), stream, kForm);
+  scratch.download();  // finds writes around it
+}
+using GemmRun = void (*)(const LinearArgs&, Stream);
+std::vector<GemmRun> gemms_of(const QuantisedShape& shape) {
+  if (shape.offset == Offset::kZeros || shape.scale_dtype == DType::kF32) {
+    return {gemm<GemmForm::k8x1>};
+  }
+  return {gemm<GemmForm::k8x1>, gemm<GemmForm::k8x2>, gemm<GemmForm::k12x1>, gemm<GemmForm::k16x1>};
+}
+
 class QuantisedGemvTest : public ::testing::TestWithParam<Product> {};
 
 TEST_P(QuantisedGemvTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemv); }
@@ -151,6 +166,94 @@ std::vector<Product> products() {
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products()), name_of);
 
+class QuantisedGemmTest : public ::testing::TestWithParam<Product> {};
+
+TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) {
+  for (const auto run : gemms_of(GetParam().codes)) check_product(GetParam(), run);
+}
+
+std::vector<Product> gemm_products() {
+  std::vector<Product> all;
+  struct Size {
+    int64_t rows, second_rows, cols;
+  };
+  // Tiles, groups of tiles and blocks of those that are not full; pieces and stages that are not.
+  const Size sizes[] = {{1, 16, 28},  {19, 40, 36},    {33, 5, 164},
+                        {64, 1, 512}, {300, 290, 260}, {48, 17, 1060}};
+  const int32_t batches[] = {9, 16, 17, 33, 64, 32, 1, 70};
+  int turn = 0;
+  for (const DType dtype : {DType::kInt4, DType::kInt8}) {
+    for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
+      for (const DType scale : {DType::kF16, DType::kBF16, DType::kF32}) {
+        if (offset == Offset::kMinimums && scale == DType::kF32) continue;
+        for (const Size& size : sizes) {
+          const int32_t groups[] = {32, 64, 96, 128,
+                                    static_cast<int32_t>((size.cols + 31) / 32 * 32)};
+          all.push_back({{dtype, scale, offset, groups[turn % 5], size.rows, size.cols},
+                         size.second_rows,
+                         batches[turn % 8],
+                         turn % 2 == 0,
+                         turn % 3 == 0});
+          turn++;
+        }
+        turn++;  // other pairs of size, group and batch
+      }
+    }
+  }
+#if !defined(MUSTAFAR_SIMT)  // as models have them
+  for (const DType dtype : {DType::kInt4, DType::kInt8}) {
+    for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
+      all.push_back({{dtype, DType::kF16, offset, 128, 4096, 4096}, 1024, 16, false, false});
+      all.push_back({{dtype, DType::kBF16, offset, 32, 512, 14336}, 64, 64, true, false});
+      all.push_back({{dtype, DType::kF16, offset, 64, 1024, 2048}, 512, 40, false, true});
+    }
+  }
+#endif
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemmTest, ::testing::ValuesIn(gemm_products()), name_of);
+
+TEST(QuantisedGemm, ARowDoesNotDependOnTheBatch) {
+  constexpr int32_t kMost = 70;
+  const int64_t rows = 600, cols = 1060;
+  const DeviceCodes w({DType::kInt4, DType::kF16, Offset::kMinimums, 32, rows, cols});
+  for (const GemmRun run : gemms_of(w.shape)) {
+    Values x(kMost * cols, DType::kF32, 2), norm(cols, DType::kF32, 3);
+    Values few(kMost * rows, DType::kF32, 4), all(kMost * rows, DType::kF32, 5);
+    LinearArgs args;
+    args.parts[0] = w.part(all.floats());
+    args.n_parts = 1;
+    args.cols = cols;
+    args.x = x.floats();
+    args.norm = norm.floats();
+    args.eps = 1e-5f;
+    args.n = kMost;
+    run(args, nullptr);
+    all.download();
+    for (const int32_t n : {9, 17, 33}) {
+      const int64_t first = kMost - n;
+      args.n = n;
+      args.x = x.floats() + first * cols;
+      args.parts[0].y = few.floats();
+      run(args, nullptr);
+      few.download();
+      EXPECT_EQ(std::memcmp(few.host(), all.host() + first * rows * 4, n * rows * 4), 0) << n;
+    }
+  }
+}
+
+TEST(QuantisedGemm, RefusesWhatItsLoadsDoNotTake) {
+  const DeviceCodes w({DType::kInt4, DType::kF16, Offset::kNone, 32, 16, 34});
+  Values x(9 * 34, DType::kF32, 1);
+  LinearArgs args;
+  args.parts[0] = w.part(nullptr);
+  args.n_parts = 1;
+  args.cols = 34;
+  args.x = x.floats();
+  args.n = 9;
+  EXPECT_FALSE(gemm_quantised_takes(args));
+}
+
 // Also where a block holds all of one row of x, but a part of many.
 TEST(QuantisedGemv, ARowDoesNotDependOnTheBatch) {
   for (const int64_t cols : {1100, 6400}) {
@@ -202,6 +305,21 @@ TEST(QuantisedGemv, NormAndGateInPassing) {
     check_fused_codes({DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 16, false, run);
     check_fused_codes({DType::kInt8, DType::kF16, Offset::kNone, 64, 20, 75}, 2, true, run);
     check_fused_codes({DType::kInt4, DType::kF16, Offset::kMinimums, 32, 70, 2080}, 6, true, run);
+  }
+}
+
+TEST(QuantisedGemm, NormAndGateInPassing) {
+  struct Case {
+    QuantisedShape shape;
+    int32_t n;
+    bool gated;
+  };
+  for (const Case& c : {Case{{DType::kInt4, DType::kF16, Offset::kMinimums, 32, 50, 264}, 9, true},
+                        Case{{DType::kInt4, DType::kF16, Offset::kNone, 64, 18, 1028}, 17, true},
+                        Case{{DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true},
+                        Case{{DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 40, false},
+                        Case{{DType::kInt8, DType::kF16, Offset::kNone, 64, 300, 140}, 66, true}}) {
+    for (const GemmRun run : gemms_of(c.shape)) check_fused_codes(c.shape, c.n, c.gated, run);
   }
 }
 
