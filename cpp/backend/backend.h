@@ -109,10 +109,11 @@ struct Weights {
 struct SequenceStep : SequenceView {
   const StoreLayout* layout = nullptr;  // host memory
   // [n_layers] host: tokens, its own among them, that a query of a layer sees, 0: all before it.
-  // Null: all layers see all.
+  // Null: all layers see all. Those of the model: of a batch's sequences alike.
   const int32_t* windows = nullptr;
-  int32_t dropped_blocks = 0;  // of the store, the oldest: pages begins after them
-  bool long_rope = false;      // its rows take Weights::long_rope_frequencies
+  bool long_rope = false;  // its rows take Weights::long_rope_frequencies
+
+  int32_t window(int32_t layer) const { return windows == nullptr ? 0 : windows[layer]; }
 };
 
 struct Batch {
