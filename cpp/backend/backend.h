@@ -177,7 +177,6 @@ class Backend {
   virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
-  virtual bool windows() const { return false; }            // SequenceStep::windows is looked at
   virtual bool expands() const { return false; }            // expand() is there
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 
