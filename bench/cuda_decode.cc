@@ -182,7 +182,7 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   AttentionArgs args;
   args.sequences = static_cast<const SequenceView*>(views.data());
   args.n_sequences = args.n_rows = shape.batch;
-  args.max_splits = n_decode_splits(n_blocks, dense_tokens);
+  args.max_splits = seen_tokens(sequences[0], 0).n_splits();
   args.layout = layout;
   args.tail_dtype = DType::kF16;
   args.n_heads = shape.n_heads;

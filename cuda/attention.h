@@ -23,6 +23,7 @@ struct AttentionArgs {
   StoreLayout layout;         // of every sequence
   DType tail_dtype = DType::kBF16;
   int32_t layer = 0;
+  int32_t window = 0;  // tokens that a query sees, its own among them; 0: all before it
   int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
@@ -37,15 +38,43 @@ struct AttentionArgs {
 constexpr int32_t kMinSplitTiles = 4;
 constexpr int32_t kMaxSplits = 64;
 
-// Tiles of a decode step: blocks, then the dense buffer with the new token.
-MUSTAFAR_HOST_DEVICE inline int32_t n_decode_tiles(int32_t n_blocks, int32_t dense_tokens) {
-  return n_blocks + (dense_tokens + 1 + kBlockTokens - 1) / kBlockTokens;
+MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_tiles) {
+  const int32_t splits = (n_tiles + kMinSplitTiles - 1) / kMinSplitTiles;
+  return splits < kMaxSplits ? splits : kMaxSplits;
 }
 
-MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_blocks, int32_t dense_tokens) {
-  const int32_t tiles = n_decode_tiles(n_blocks, dense_tokens);
-  const int32_t splits = (tiles + kMinSplitTiles - 1) / kMinSplitTiles;
-  return splits < kMaxSplits ? splits : kMaxSplits;
+// What a decode step visits of a sequence: blocks, then rows of the dense buffer, the new token's
+// the last. Beginning with what its window sees, a layer's tiles are fewer than the cache has.
+struct SeenTokens {
+  int32_t first_block = 0, n_blocks = 0;
+  int32_t hidden_rows = 0;            // of the first block, before the window
+  int32_t first_row = 0, n_rows = 0;  // of the dense buffer
+
+  MUSTAFAR_HOST_DEVICE int32_t n_tiles() const {
+    return n_blocks + (n_rows + kBlockTokens - 1) / kBlockTokens;
+  }
+  MUSTAFAR_HOST_DEVICE int32_t n_splits() const { return n_decode_splits(n_tiles()); }
+};
+
+MUSTAFAR_HOST_DEVICE inline SeenTokens seen_tokens(const SequenceView& s, int32_t window) {
+  SeenTokens seen;
+  seen.n_blocks = s.n_blocks;
+  seen.n_rows = s.dense_tokens + 1;
+  if (window > 0 && s.pos0 >= window) {
+    const HiddenRows hidden = hidden_before(s, s.pos0 - window + 1);
+    seen.first_block = hidden.store / kBlockTokens;
+    seen.n_blocks -= seen.first_block;
+    seen.hidden_rows = hidden.store % kBlockTokens;
+    seen.first_row = hidden.dense;
+    seen.n_rows -= hidden.dense;
+  }
+  return seen;
+}
+
+// The most splits that a sequence has in a layer of a window, whatever its length: a window's
+// tokens begin at most one tile more than they fill, where store and dense buffer meet.
+MUSTAFAR_HOST_DEVICE inline int32_t most_window_splits(int32_t window) {
+  return n_decode_splits(window / kBlockTokens + 2);
 }
 
 // First tile of split `split` of n_splits; that of split n_splits is the end. Splits differ by one

@@ -3,9 +3,9 @@
 //
 // Grid: x split (decode) or chunk of pairs (prefill), y KV head, z (sequence, and in decode its
 // chunk of pairs). A pair is one query row and query head of the KV head's group; a block takes
-// kPairs of them, each with its own causal limit, through tiles of kTokens tokens. Tokens run
-// store, dense buffer, fresh. Threads: scores, one (pair, token) after another; output, one dim
-// each.
+// kPairs of them, each with its own causal limit and window, through tiles of kTokens tokens.
+// Tokens run store, dense buffer, fresh, but for those before every pair's window. Threads: scores,
+// one (pair, token) after another; output, one dim each.
 //
 // Shared, f32: K and V tiles [kTokens][D + 1], queries [kPairs][D], scores [kPairs][kTokens],
 // softmax state; tables of coded rows [2][D], two words each. Limit: head_dim <= 256 (77 KiB).
@@ -34,26 +34,40 @@ struct Scratch {
   int stride;
 };
 
-// A tile's rows of one kind, store tokens first, then dense ++ fresh.
-__device__ void load_rows(const AttentionArgs& args, const SequenceView& s, const DenseRun& run,
-                          int kind, int kv_head, int32_t first, int32_t n, const CodeDim* codes,
-                          float* out, int stride) {
+// A tile's rows of one kind, store tokens first, then dense ++ fresh, from what is seen on.
+__device__ void load_rows(const AttentionArgs& args, const SequenceView& s, const SeenTokens& seen,
+                          const DenseRun& run, int kind, int kv_head, int32_t first, int32_t n,
+                          const CodeDim* codes, float* out, int stride) {
   const SlotLayout& slot = kind == kKeys ? args.layout.k : args.layout.v;
   const int64_t at = kind == kKeys ? k_slot_offset(args.layout, args.layer, kv_head)
                                    : v_slot_offset(args.layout, args.layer, kv_head);
-  const int32_t stored = s.n_blocks * kBlockTokens;
+  const int32_t stored = seen.n_blocks * kBlockTokens;
   for (int t = static_cast<int>(threadIdx.x) / kWarpSize; t < n; t += kThreads / kWarpSize) {
     const int32_t token = first + t;
     float* row = out + t * stride;
     if (token < stored) {
-      unpack_row(slot, s.pages[token / kBlockTokens] + at, codes, token % kBlockTokens, row);
+      unpack_row(slot, s.pages[seen.first_block + token / kBlockTokens] + at, codes,
+                 token % kBlockTokens, row);
     } else {
-      const uint8_t* from = run.row(token - stored);
+      const uint8_t* from = run.row(seen.first_row + token - stored);
       for (int d = lane_id(); d < args.head_dim; d += kWarpSize) {
         row[d] = load_element(from, args.tail_dtype, d);
       }
     }
   }
+}
+
+// What the rows of a prompt from `position` on see: tiles begin where they would without a window.
+__device__ SeenTokens seen_from(const SequenceView& s, int32_t window, int32_t position) {
+  SeenTokens seen;
+  seen.n_blocks = s.n_blocks;
+  if (window > 0) {
+    const HiddenRows hidden = hidden_before(s, position - window + 1);
+    seen.first_block = hidden.store / kBlockTokens;
+    seen.n_blocks -= seen.first_block;
+    seen.first_row = hidden.dense / kTokens * kTokens;
+  }
+  return seen;
 }
 
 __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionArgs args) {
@@ -71,18 +85,24 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   const int head_dim = args.head_dim;
 
   // Tokens before those of the call, then how many of those a row sees.
-  const int32_t stored = s.n_blocks * kBlockTokens;
-  const int32_t before = stored + s.dense_tokens;
+  const auto position = [&](int32_t pair) { return s.pos0 + pair / heads_per_kv; };
+  const SeenTokens seen =
+      args.decode ? seen_tokens(s, args.window) : seen_from(s, args.window, position(first_pair));
+  const int32_t stored = seen.n_blocks * kBlockTokens;
+  const int32_t before = stored + s.dense_tokens - seen.first_row;
   const auto visible = [&](int32_t pair) {
-    const int32_t position = s.pos0 + pair / heads_per_kv;
-    return args.decode ? before + 1 : before + position - s.fresh_pos0 + 1;
+    return args.decode ? before + 1 : before + position(pair) - s.fresh_pos0 + 1;
+  };
+  const auto hides = [&](int32_t pair, int32_t token) {
+    const HiddenRows hidden = hidden_before(s, position(pair) - args.window + 1);
+    return token < stored ? token + seen.first_block * kBlockTokens < hidden.store
+                          : token - stored + seen.first_row < hidden.dense;
   };
   int32_t first_token = 0;
   int32_t last_token = visible(first_pair + n_pairs - 1);
   const int32_t split = args.decode ? static_cast<int32_t>(blockIdx.x) : 0;
   if (args.decode) {
-    const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-    const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+    const int32_t n_tiles = seen.n_tiles(), n_splits = seen.n_splits();
     if (split >= n_splits) return;
     first_token = split_begin(split, n_splits, n_tiles) * kBlockTokens;
     const int32_t end = split_begin(split + 1, n_splits, n_tiles) * kBlockTokens;
@@ -132,13 +152,14 @@ __global__ void __launch_bounds__(kThreads, 4) attention_plain_kernel(AttentionA
   for (int32_t first = first_token; first < last_token; first += kTokens) {
     const int n = last_token - first < kTokens ? last_token - first : kTokens;
     sync_block();  // all are done with the last tile
-    load_rows(args, s, key_run, kKeys, kv_head, first, n, w.codes[0], w.keys, w.stride);
-    load_rows(args, s, value_run, kValues, kv_head, first, n, w.codes[1], w.values, w.stride);
+    load_rows(args, s, seen, key_run, kKeys, kv_head, first, n, w.codes[0], w.keys, w.stride);
+    load_rows(args, s, seen, value_run, kValues, kv_head, first, n, w.codes[1], w.values, w.stride);
     sync_block();
     for (int i = thread; i < n_pairs * kTokens; i += kThreads) {
       const int pair = i / kTokens, t = i % kTokens;
       float score = -INFINITY;
-      if (t < n && first + t < visible(first_pair + pair)) {
+      if (t < n && first + t < visible(first_pair + pair) &&
+          !(args.window > 0 && hides(first_pair + pair, first + t))) {
         score = 0.0f;
         const float* q = w.queries + pair * head_dim;
         const float* k = w.keys + t * w.stride;

@@ -63,7 +63,7 @@ template <int kWords>
 __global__ void __launch_bounds__(kWarps* kWarpSize) compress_rows_kernel(CompressArgs args) {
   const CommitView& step = args.steps[blockIdx.z];
   const int32_t block = static_cast<int32_t>(blockIdx.x);
-  if (block >= step.n_new_blocks) return;
+  if (!has_new_block(step, block)) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
   const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   if (slot.ragged) return;

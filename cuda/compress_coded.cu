@@ -178,7 +178,7 @@ template <int kTerms>
 __global__ void __launch_bounds__(kWarps* kWarpSize) compress_coded_kernel(CompressArgs args) {
   const CommitView& step = args.steps[blockIdx.z];
   const int32_t block = static_cast<int32_t>(blockIdx.x);
-  if (block >= step.n_new_blocks) return;
+  if (!has_new_block(step, block)) return;
   const SlotPlace at = slot_place(args, step, block, static_cast<int32_t>(blockIdx.y));
   const SlotLayout& slot = at.kind == kKeys ? args.layout.k : args.layout.v;
   const int32_t n = slot.head_dim, n_words = slot.row_bytes / 4;

@@ -140,6 +140,11 @@ __device__ __forceinline__ int stage_kept(const float (&values)[kWords],
   return before;
 }
 
+// Whether there is such a block and some query will see it.
+__device__ __forceinline__ bool has_new_block(const CommitView& step, int32_t block) {
+  return block < step.n_new_blocks && step.new_pages[block] != nullptr;
+}
+
 struct SlotPlace {
   int32_t layer, head, kind;
   uint8_t* slot;

@@ -47,11 +47,17 @@ CudaWorkspace& on_cuda(Workspace& workspace) { return static_cast<CudaWorkspace&
 int32_t split_bound(std::span<const SequenceStep> sequences) {
   int32_t most = 1;
   for (const SequenceStep& s : sequences) {
-    most = std::max(most, n_decode_splits(s.n_blocks, s.dense_tokens));
+    most = std::max(most, seen_tokens(s, 0).n_splits());
   }
   int32_t bound = 1;
   while (bound < most) bound *= 2;
   return bound;
+}
+
+// The same of a layer, whose window may bound them, whatever the lengths.
+int32_t split_bound(std::span<const SequenceStep> sequences, int32_t window) {
+  const int32_t bound = split_bound(sequences);
+  return window > 0 ? std::min(bound, most_window_splits(window)) : bound;
 }
 
 // Most rows of a sequence whose |q| is recorded for pruning.
@@ -319,13 +325,14 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
   args.n_rows = batch.n_rows;
   args.tail_dtype = dtype_;
   args.layer = layer;
+  args.window = batch.sequences[0].window(layer);
   args.n_heads = n_heads_;
   args.n_kv_heads = n_kv_heads_;
   args.head_dim = head_dim_;
   args.q = q;
   args.out = out;
   args.decode = batch.decode;
-  args.max_splits = batch.decode ? split_bound(batch.sequences) : 1;
+  args.max_splits = batch.decode ? split_bound(batch.sequences, args.window) : 1;
   args.partials = ws.partials.ensure<float>(int64_t{batch.n_rows} * n_heads_ * args.max_splits *
                                             (head_dim_ + 2));
   for_layouts(

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs 
   const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
-  const int32_t n_splits = args.decode ? n_decode_splits(s->n_blocks, s->dense_tokens) : 1;
+  const int32_t n_splits = args.decode ? seen_tokens(*s, args.window).n_splits() : 1;
   merge_splits<kCombineThreads, 1>(args, *s, row, head, 1, args.head_dim, n_splits,
                                    kCombineThreads / (args.head_dim / 2),
                                    reinterpret_cast<float*>(shared_memory()));

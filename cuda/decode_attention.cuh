@@ -17,7 +17,9 @@
 // free of bank conflicts in shared memory. Integer values: K codes meet int8 queries in an integer
 // product; V codes become f16, exact, and their scale enters P as an exponent, so that P stays in
 // [0, 1]. Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks,
-// tail, the new token: a few tiles in all) is read directly.
+// tail, the new token: a few tiles in all) is read directly. Where a layer has a window, tiles
+// begin with the block and the dense row that it sees first; of that block the rows before it are
+// hidden.
 //
 // Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K
 // rows and 16 V rows as stored, whose place the warps' results take at the end.
@@ -151,7 +153,8 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
     uint32_t p[Shape::kSets][2];
 #pragma unroll
     for (int set = 0; set < Shape::kSets; set++) {
-      update_softmax<kProduct, kCodes>(scores[set], log_scale, softmax[set], p[set]);
+      update_softmax<kProduct, kCodes>(scores[set], log_scale, softmax[set], p[set],
+                                       HiddenTokens{run.hidden_rows, i, row_token(g)});
     }
     uint32_t words[4][Shape::kTiles];
 #pragma unroll
@@ -240,8 +243,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
   const SequenceView& s = args.sequences[blockIdx.z];
   const int32_t split = static_cast<int32_t>(blockIdx.x);
-  const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
-  const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
+  const SeenTokens seen = seen_tokens(s, args.window);
+  const int32_t n_tiles = seen.n_tiles(), n_splits = seen.n_splits();
   if (split >= n_splits) return;
   const int32_t begin = split_begin(split, n_splits, n_tiles);
   const int32_t until = split_begin(split + 1, n_splits, n_tiles);
@@ -263,6 +266,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     plan.kv_head = of_block;
     plan.first_head = first_head;
     plan.n_heads = n_queries;
+    plan.n_blocks = seen.n_blocks;
+    plan.first_row = seen.first_row;
+    plan.n_rows = seen.n_rows;
   }
   const BlockQueries<Shape> queries = {
       args.q + (int64_t{s.row0} * args.n_heads + first_head) * Shape::kDim, n_queries,
@@ -271,9 +277,10 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   Softmax<Shape::kTiles> softmax[Shape::kSets];
   uint8_t* const stages_of_warps = table + Shape::kStagesAt;
   uint8_t* stages = stages_of_warps + warp * (kStages * stage_bytes + kStageSlack);
-  const int32_t end = until < s.n_blocks ? until : s.n_blocks;
-  const TileRun run = {s.pages + begin, k_slot_offset(args.layout, args.layer, of_block),
-                       end > begin ? end - begin : 0};
+  const int32_t end = until < seen.n_blocks ? until : seen.n_blocks;
+  const TileRun run = {s.pages + seen.first_block + begin,
+                       k_slot_offset(args.layout, args.layer, of_block),
+                       end > begin ? end - begin : 0, begin == 0 ? seen.hidden_rows : 0};
   if (thread == 0) plan.run = run;
   if (thread < run.n && thread < BlockPlan::kListed) {
     plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
@@ -292,23 +299,24 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   // so that it takes no registers in the loop before.
   sync_block();
   const int32_t first = plan.first, last = plan.last, kv_head = plan.kv_head;
+  const int32_t n_blocks = plan.n_blocks, n_rows = plan.n_rows;
   constexpr int64_t kRowBytes = Shape::kDim * 2;
+  const uint8_t* const rows = s.dense + plan.first_row * kRowBytes;
   const uint8_t* keys =
-      s.dense + dense_offset(s, args.layer, kKeys, args.n_kv_heads, kv_head, kRowBytes);
+      rows + dense_offset(s, args.layer, kKeys, args.n_kv_heads, kv_head, kRowBytes);
   const uint8_t* values =
-      s.dense + dense_offset(s, args.layer, kValues, args.n_kv_heads, kv_head, kRowBytes);
-  if (last > s.n_blocks) {
+      rows + dense_offset(s, args.layer, kValues, args.n_kv_heads, kv_head, kRowBytes);
+  if (last > n_blocks) {
     queries.template split<16>();
     sync_block();
   }
-  for (int32_t tile = first > s.n_blocks ? first : s.n_blocks; tile < last; tile++) {
-    const int32_t row = (tile - s.n_blocks) * kBlockTokens + warp * kDecodeTokens;
-    if (row > s.dense_tokens) continue;
+  for (int32_t tile = first > n_blocks ? first : n_blocks; tile < last; tile++) {
+    const int32_t row = (tile - n_blocks) * kBlockTokens + warp * kDecodeTokens;
+    if (row >= n_rows) continue;
     if constexpr (Shape::kQueriesInStage) {
-      attend_dense_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, stages,
-                               softmax);
+      attend_dense_tail<Shape>(keys, values, row, n_rows, queries.shared, stages, softmax);
     } else {
-      attend_tail<Shape>(keys, values, row, s.dense_tokens + 1, queries.shared, softmax);
+      attend_tail<Shape>(keys, values, row, n_rows, queries.shared, softmax);
     }
   }
   float* const merged = reinterpret_cast<float*>(stages_of_warps);

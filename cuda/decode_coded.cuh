@@ -329,7 +329,8 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
       log_scale[r] = log2_approx(fmaxf(v_scale, 0x1p-60f));
     }
     uint32_t p[2];
-    update_softmax<DType::kF16, true>(scores, log_scale, bits, p);
+    update_softmax<DType::kF16, true>(scores, log_scale, bits, p,
+                                      HiddenTokens{run.hidden_rows, i, g});
     add_coded_values<Shape>(stage + kDecodeTokens * Shape::kStride, p, bits);
   }
   cp_async_wait<0>();

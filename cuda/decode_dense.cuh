@@ -216,11 +216,12 @@ __device__ __forceinline__ void add_dense_values(const uint8_t* rows, int32_t pl
   }
 }
 
-// One staged tile: 16 tokens of which the first n_tokens count.
-template <typename Shape>
+// One staged tile: 16 tokens of which the first n_tokens count, but for those hidden.
+template <typename Shape, typename Hidden = NoneHidden>
 __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t place, int n_tokens,
                                                   const DenseQueries<Shape>& q,
-                                                  Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+                                                  Softmax<Shape::kTiles> (&softmax)[Shape::kSets],
+                                                  const Hidden& hidden = {}) {
   using Slots = DenseSlots<Shape>;
   const int g = lane_id() >> 2;
   float scores[Shape::kSets][4];
@@ -239,7 +240,8 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
     for (int i = 0; i < 4; i++) {
       if (g + i / 2 * 8 >= n_tokens) scores[set][i] = -INFINITY;
     }
-    update_softmax<Slots::kProduct, Slots::kCodes>(scores[set], log_scale, softmax[set], p[set]);
+    update_softmax<Slots::kProduct, Slots::kCodes>(scores[set], log_scale, softmax[set], p[set],
+                                                   hidden);
   }
   add_dense_values<Shape>(stage + Slots::kRowsBytes, place, p, softmax);
 }
@@ -275,7 +277,8 @@ __device__ __forceinline__ void attend_dense_store(
   }
   const int32_t place = load_place<Slots::kRowBytes>();
   for (int32_t i = 0; i < run.n; i++) {
-    attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax);
+    attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax,
+                             HiddenTokens{run.hidden_rows, i, lane >> 2});
   }
   cp_async_wait<0>();
 }

@@ -15,30 +15,64 @@ struct Softmax {
   float out[kTiles][4] = {};              // O^T fragments, columns 4-7 to be added to 0-3
 };
 
-// Folds 16 tokens into the softmax and leaves P^T as B fragments of kType. log_scale: of V's scale
-// per token where kScaled, else 0: P carries it.
-template <DType kType, bool kScaled, int kTiles>
-__device__ __forceinline__ void update_softmax(const float (&s)[4], const float (&log_scale)[2],
-                                               Softmax<kTiles>& softmax, uint32_t (&b)[2]) {
-  float p[4], rescale[2];
+// Tokens all of which are seen.
+struct NoneHidden {
+  static constexpr bool kAny = false;
+};
+
+// Begins a softmax anew with those of its first 16 tokens that are not hidden, if any. p: their
+// weights, else 0. scaled: scores that log_scale has been added to.
+template <bool kScaled, int kTiles, typename Hidden>
+__device__ __forceinline__ void begin_softmax(const float (&scaled)[4], const float (&log_scale)[2],
+                                              const Hidden& hidden, Softmax<kTiles>& softmax,
+                                              float (&p)[4]) {
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    const float scaled[2] = {kScaled ? s[n] + log_scale[0] : s[n],
-                             kScaled ? s[2 + n] + log_scale[1] : s[2 + n]};
-    float max = fmaxf(scaled[0], scaled[1]);
+    const float seen[2] = {hidden.hides(0) ? -INFINITY : scaled[n],
+                           hidden.hides(1) ? -INFINITY : scaled[2 + n]};
+    float max = fmaxf(seen[0], seen[1]);
+#pragma unroll
+    for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));
+    softmax.max[n] = max;
+    const float shift = max == -INFINITY ? 0.0f : max;
+    softmax.sum[n] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      p[2 * i + n] = exp2_approx(seen[i] - shift);
+      softmax.sum[n] += kScaled ? exp2_approx(seen[i] - log_scale[i] - shift) : p[2 * i + n];
+    }
+  }
+}
+
+// Folds 16 tokens into the softmax and leaves P^T as B fragments of kType. log_scale: of V's scale
+// per token where kScaled, else 0: P carries it. Only of its first 16 tokens may some be hidden.
+template <DType kType, bool kScaled, int kTiles, typename Hidden = NoneHidden>
+__device__ __forceinline__ void update_softmax(const float (&s)[4], const float (&log_scale)[2],
+                                               Softmax<kTiles>& softmax, uint32_t (&b)[2],
+                                               const Hidden& hidden = {}) {
+  float scaled[4], p[4], rescale[2];
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    scaled[n] = kScaled ? s[n] + log_scale[0] : s[n];
+    scaled[2 + n] = kScaled ? s[2 + n] + log_scale[1] : s[2 + n];
+    float max = fmaxf(scaled[n], scaled[2 + n]);
 #pragma unroll
     for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));
     max = fmaxf(max, softmax.max[n]);
     rescale[n] = exp2_approx(softmax.max[n] - max);
     softmax.max[n] = max;
-    p[n] = exp2_approx(scaled[0] - max);
-    p[2 + n] = exp2_approx(scaled[1] - max);
+    p[n] = exp2_approx(scaled[n] - max);
+    p[2 + n] = exp2_approx(scaled[2 + n] - max);
     const float sum =
         kScaled ? exp2_approx(s[n] - max) + exp2_approx(s[2 + n] - max) : p[n] + p[2 + n];
     softmax.sum[n] = softmax.sum[n] * rescale[n] + sum;
   }
-  // Most tiles do not raise the maximum: then there is nothing to rescale.
+  // Most tiles do not raise the maximum: then there is nothing to rescale. The first always does,
+  // so that the others need not ask for hidden tokens.
   if (ballot(rescale[0] != 1.0f || rescale[1] != 1.0f) != 0) {
+    if constexpr (Hidden::kAny) {
+      if (hidden.any()) begin_softmax<kScaled>(scaled, log_scale, hidden, softmax, p);
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll

@@ -17,6 +17,7 @@ struct TileRun {
   const uint8_t* const* pages;
   int64_t slot_at;  // bytes from a page to the slot of the KV head's keys
   int32_t n;
+  int32_t hidden_rows;  // of the first tile, before the layer's window
 };
 
 // What a block works on. It is kept in shared memory: the loop over the tiles has no registers to
@@ -29,6 +30,8 @@ struct BlockPlan {
   int32_t row, split;
   int32_t first, last, kv_head;  // tiles, the dense buffer's too
   int32_t first_head, n_heads;   // query heads
+  int32_t n_blocks;              // tiles that are the store's
+  int32_t first_row, n_rows;     // of the dense buffer, seen
 
   __device__ __forceinline__ const uint8_t* slot(int32_t i) const {
     if (i < kListed) [[likely]]
@@ -37,6 +40,19 @@ struct BlockPlan {
   }
 };
 constexpr int kPlanBytes = (sizeof(BlockPlan) + 15) / 16 * 16;
+
+// What of a warp's 16 tokens in tile `tile` of a run its layer's window hides. first: this lane's
+// first token of the 16, the second being eight later.
+struct HiddenTokens {
+  static constexpr bool kAny = true;
+  int32_t hidden_rows, tile, first;
+
+  __device__ __forceinline__ bool any() const { return tile == 0 && hidden_rows > 0; }
+  __device__ __forceinline__ bool hides(int i) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    return warp * kDecodeTokens + first + 8 * i < hidden_rows;
+  }
+};
 
 // A run's tiles one after another, copied kStages - 1 ahead. Copy: copy(slot, stage) starts this
 // lane's part of the copy of a tile.

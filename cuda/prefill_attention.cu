@@ -1,5 +1,6 @@
 // Flash attention for many query rows on the tensor cores: prefill, over store, dense buffer and
-// the call's own tokens, causal.
+// the call's own tokens, causal and, in kernels of their own, within a window: tiles that none of a
+// block's pairs sees are left out.
 //
 // Grid: x KV head, y sequence, z chunk of 128 pairs, the last (which see most) first. A pair is one
 // query row and one query head of the KV head's group, so that a compressed tile is expanded once
@@ -71,6 +72,9 @@ class Pairs {
   __device__ __forceinline__ int32_t sees(int32_t pair) const {
     return sees0_ + clamped(pair) / plan_.heads_per_kv;
   }
+  __device__ __forceinline__ int32_t position(const SequenceView& s, int32_t pair) const {
+    return s.pos0 + clamped(pair) / plan_.heads_per_kv;
+  }
   // Of (row, head) in the batch.
   __device__ __forceinline__ int64_t index(const SequenceView& s, int32_t pair) const {
     const int32_t heads = plan_.heads_per_kv;
@@ -106,8 +110,8 @@ __device__ __forceinline__ void load_queries(const float* q, const SequenceView&
 }
 
 // Blocks per multiprocessor are stated: two hide each other's barriers and expansion.
-// kScaled: value tiles hold integer codes, so their scales go to the weights.
-template <DType kType, int kDim, bool kScaled>
+// kScaled: value tiles hold integer codes, so their scales go to the weights. kWindow: args.window.
+template <DType kType, int kDim, bool kScaled, bool kWindow>
 __global__ void __launch_bounds__(kPrefillThreads, 2)
     prefill_attention_kernel(AttentionArgs args, PrefillPlan plan) {
   constexpr int kRowBytes = kDim * 2;
@@ -120,10 +124,19 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   float* scales = reinterpret_cast<float*>(stages + 2 * kStageBytes<kDim>);  // [64], of the values
   uint8_t* table = reinterpret_cast<uint8_t*>(scales + kTileTokens);
   const int32_t end = pairs.sees(pairs.first() + kPairs - 1);
-  TileSource<kType, kDim> source(args, s, plan.store, end, stages,
+  // The first tiles of store and dense rows that the first pair, whose window begins first, sees.
+  int32_t tile = 0, dense_tile = s.n_blocks;
+  if constexpr (kWindow) {
+    const HiddenRows hidden = hidden_before(s, pairs.position(s, pairs.first()) - args.window + 1);
+    dense_tile += hidden.dense / kTileTokens;
+    tile = hidden.store / kTileTokens;
+    if (tile == s.n_blocks) tile = dense_tile;
+  }
+  const auto next_tile = [&] { return kWindow && tile + 1 == s.n_blocks ? dense_tile : tile + 1; };
+  TileSource<kType, kDim> source(args, s, plan.store, tile, end, stages,
                                  reinterpret_cast<DenseRows*>(table + kTableBytes));
   sync_block();
-  source.start(0, 1);
+  source.start(tile, 1);
   load_queries<kDim>(args.q, s, pairs, queries);
   source.fill_table(table);
 
@@ -150,7 +163,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
   const int32_t n_tiles = (end + kTileTokens - 1) / kTileTokens;
   int stage = 1;
 #pragma unroll 1
-  for (int32_t tile = 0; tile < n_tiles; tile++) {
+  for (; tile < n_tiles; tile = next_tile()) {
     const int32_t first = tile * kTileTokens;
     const bool expands = source.expands(tile);
     cp_async_wait<0>();
@@ -160,15 +173,21 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
       source.expand(tile, table, scales);
       sync_block();
       stage = 0;
-    } else if (kScaled && tile == s.n_blocks) {  // dense rows from here on
+    } else if (kScaled && tile == dense_tile) {  // dense rows from here on
       if (threadIdx.x < kTileTokens) scales[threadIdx.x] = 1.0f;
       sync_block();
     }
     const uint8_t* keys = source.stage(stage);
     const uint8_t* values = keys + kTileBytes<kDim>;
     stage ^= 1;
-    if (tile + 1 < n_tiles) source.start(tile + 1, stage);
+    if (next_tile() < n_tiles) source.start(next_tile(), stage);
     if (first >= warp_end) continue;
+    const auto hidden_rows = [&](int32_t pair) {  // of the tile, the first ones
+      const HiddenRows hidden = hidden_before(s, pairs.position(s, pair) - args.window + 1);
+      return tile < s.n_blocks ? hidden.store - first
+                               : hidden.dense - first + s.n_blocks * kTileTokens;
+    };
+    if (kWindow && hidden_rows(warp_pair) >= kTileTokens) continue;
 
     float scores[2][kTileTokens / 8][4] = {};
 #pragma unroll
@@ -200,6 +219,20 @@ __global__ void __launch_bounds__(kPrefillThreads, 2)
 #pragma unroll
           for (int n = 0; n < 2; n++) {
             if (8 * j + n >= sees) scores[r / 2][j][r % 2 * 2 + n] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    if (kWindow && hidden_rows(warp_pair + kWarpPairs - 1) > 0) {
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        const int32_t hidden = hidden_rows(warp_pair + g + 8 * r) - 2 * c;
+#pragma unroll
+        for (int j = 0; j < kTileTokens / 8; j++) {
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            if (8 * j + n < hidden) scores[r / 2][j][r % 2 * 2 + n] = -INFINITY;
           }
         }
       }
@@ -347,10 +380,15 @@ bool prefill_attention_fast(const AttentionArgs& args, Stream stream) {
   };
   const auto run_dim = [&]<int kDim>() {
     const bool scaled = has_scales(args.layout.v.dtype);
-    run(args.tail_dtype == DType::kF16 ? prefill_attention_kernel<DType::kF16, kDim, false>
-        : scaled                       ? prefill_attention_kernel<DType::kBF16, kDim, true>
-                                       : prefill_attention_kernel<DType::kBF16, kDim, false>,
-        kSharedBytes<kDim>, kStageBytes<kDim>);
+    const auto run_window = [&]<bool kWindow>() {
+      run(args.tail_dtype == DType::kF16
+              ? prefill_attention_kernel<DType::kF16, kDim, false, kWindow>
+          : scaled ? prefill_attention_kernel<DType::kBF16, kDim, true, kWindow>
+                   : prefill_attention_kernel<DType::kBF16, kDim, false, kWindow>,
+          kSharedBytes<kDim>, kStageBytes<kDim>);
+    };
+    args.window > 0 ? run_window.template operator()<true>()
+                    : run_window.template operator()<false>();
   };
   args.head_dim == 64 ? run_dim.template operator()<64>() : run_dim.template operator()<128>();
   return true;

@@ -346,10 +346,10 @@ __device__ __forceinline__ void unpack_slot(const SlotLayout& slot, const uint8_
 template <DType kType, int kDim>
 class TileSource {
  public:
-  // rows: in shared memory, filled by one thread; a barrier must follow. They would take many
-  // registers.
+  // first: the first tile. rows: in shared memory, filled by one thread; a barrier must follow.
+  // They would take many registers.
   __device__ __forceinline__ TileSource(const AttentionArgs& args, const SequenceView& s,
-                                        StoreTiles how, int32_t end, uint8_t* stages,
+                                        StoreTiles how, int32_t first, int32_t end, uint8_t* stages,
                                         DenseRows* rows)
       : args_(args),
         s_(s),
@@ -358,7 +358,7 @@ class TileSource {
         end_(end),
         stages_(stages),
         rows_(rows) {
-    if (n_blocks_ > 0) page_ = s.pages[0];
+    if (first < n_blocks_) page_ = s.pages[first];
     if (threadIdx.x == 0) *rows = dense_rows(args, s, kv_head(), kDim * 2);
   }
 
@@ -367,8 +367,8 @@ class TileSource {
   }
   __device__ __forceinline__ uint8_t* stage(int i) const { return stages_ + i * kStageBytes<kDim>; }
 
-  // Starts the copies of a tile. Tiles come in order, stage 1 is given to those of the store that
-  // are expanded.
+  // Starts the copies of a tile. Tiles come in order, the store's one after another, stage 1 is
+  // given to those of the store that are expanded.
   __device__ __forceinline__ void start(int32_t tile, int to) {
     uint8_t* keys = stage(to);
     uint8_t* values = keys + kTileBytes<kDim>;

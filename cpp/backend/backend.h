@@ -109,10 +109,11 @@ struct Weights {
 struct SequenceStep : SequenceView {
   const StoreLayout* layout = nullptr;  // host memory
   // [n_layers] host: tokens, its own among them, that a query of a layer sees, 0: all before it.
-  // Null: all layers see all.
+  // Null: all layers see all. Those of the model: of a batch's sequences alike.
   const int32_t* windows = nullptr;
-  int32_t dropped_blocks = 0;  // of the store, the oldest: pages begins after them
-  bool long_rope = false;      // its rows take Weights::long_rope_frequencies
+  bool long_rope = false;  // its rows take Weights::long_rope_frequencies
+
+  int32_t window(int32_t layer) const { return windows == nullptr ? 0 : windows[layer]; }
 };
 
 struct Batch {
@@ -176,7 +177,6 @@ class Backend {
   virtual int64_t prefill_rows() const { return 512; }
   virtual bool codes() const { return false; }              // coded rows are stored and attended to
   virtual bool layers_may_differ() const { return false; }  // StoreLayout::layers is looked at
-  virtual bool windows() const { return false; }            // SequenceStep::windows is looked at
   virtual bool expands() const { return false; }            // expand() is there
   virtual ThreadPool* host_pool() { return nullptr; }  // the threads it computes on, if the host's
 

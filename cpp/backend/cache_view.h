@@ -62,6 +62,8 @@ struct SequenceView {
   int32_t n_sinks = 0;         // leading dense tokens that never enter the store
   int32_t fresh_capacity = 0;  // tokens
   int32_t fresh_pos0 = 0;
+  int32_t dropped_blocks = 0;  // of the store, the oldest: pages begins after them
+  int32_t unused = 0;          // in place of padding
 
   KVTransform transform;
   CodeTables codes;  // where the store's rows are coded, else null pointers
@@ -78,7 +80,7 @@ struct SequenceView {
 // With no new block and no fresh token it moves the dense tokens to another buffer.
 struct CommitView {
   SequenceView sequence;
-  // [n_new_blocks] page addresses; on the host null for a block that no query will ever see.
+  // [n_new_blocks] page addresses, null for a block that no query will ever see.
   uint8_t* const* new_pages = nullptr;
   uint8_t* dense_out = nullptr;  // as SequenceView::dense, of dense_out_capacity
   int32_t dense_tokens = 0;      // valid now: decode's new row included
@@ -170,6 +172,31 @@ MUSTAFAR_HOST_DEVICE inline uint8_t* new_row(const SequenceView& s, int32_t laye
 MUSTAFAR_HOST_DEVICE inline float* query_slots(const SequenceView& s, int32_t layer,
                                                int32_t n_kv_heads, int32_t head, int32_t head_dim) {
   return s.query_magnitude + head_index(layer, n_kv_heads, head) * s.query_window * head_dim;
+}
+
+// ---- what lies before a layer's window ----
+
+// Rows that a query does not see, of each part of a cache the first ones. Within a part tokens
+// stand in order: sinks, which are older than the store, lead the dense buffer, and what follows
+// them there is newer.
+struct HiddenRows {
+  int32_t store = 0;  // of the held blocks' rows
+  int32_t dense = 0;  // of the dense buffer's with the call's own behind them
+  int32_t fresh = 0;  // of the call's own
+};
+
+// first: the position of the first token that is seen.
+MUSTAFAR_HOST_DEVICE inline HiddenRows hidden_before(const SequenceView& s, int32_t first) {
+  const auto at_least = [](int32_t low, int32_t x) { return x > low ? x : low; };
+  HiddenRows hidden;
+  const int32_t held = s.n_blocks * kBlockTokens;
+  const int32_t before_held = s.dropped_blocks * kBlockTokens;
+  hidden.store = at_least(0, first - s.n_sinks - before_held);
+  if (hidden.store > held) hidden.store = held;
+  hidden.dense =
+      first < s.n_sinks ? at_least(0, first) : at_least(s.n_sinks, first - before_held - held);
+  hidden.fresh = at_least(0, first - s.fresh_pos0);
+  return hidden;
 }
 
 // The sequence that row `row` of a batch belongs to, or null.

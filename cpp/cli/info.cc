@@ -154,12 +154,9 @@ std::string number(const Json& json, const char* field) {
   return std::to_string(json.at(field).get<int64_t>());
 }
 
-// "96 tokens in all layers", "96 tokens in layers 0, 2 to 4 and 6" or that it cuts the context.
+// "96 tokens in all layers", "96 tokens in layers 0, 2 to 4 and 6".
 std::string window_text(const Json& config) {
   std::string text = number(config, "sliding_window") + " tokens";
-  if (config.at("sliding_window") == config.at("max_position_embeddings")) {
-    return text + ", where this device ends the context; beyond it use the device cpu";
-  }
   const auto layers = config.at("sliding_window_layers").get<std::vector<int64_t>>();
   if (std::ssize(layers) == config.at("n_layers").get<int64_t>()) return text + " in all layers";
   std::vector<std::string> spans;

@@ -302,14 +302,4 @@ std::vector<int32_t> ModelConfig::layers_with_windows() const {
   return layers;
 }
 
-void ModelConfig::cut_at_window() {
-  if (sliding_window > 0) max_position_embeddings = sliding_window;
-}
-
-std::string ModelConfig::why_context_ends() const {
-  return sliding_window > 0 && sliding_window == max_position_embeddings
-             ? " (a sliding window, beyond which the device has no kernels: use the device cpu)"
-             : "";
-}
-
 }  // namespace mustafar

@@ -78,8 +78,7 @@ CacheSpec make_cache_spec(const ModelConfig& model, DType tail_dtype, const KVCo
     // Without a window there is still a query to rank by: that of the newest token.
     spec.query_window = std::max(config.window, 1);
   }
-  // A context that ends with the window never gets beyond it.
-  if (model.sliding_window > 0 && model.sliding_window < model.max_position_embeddings) {
+  if (model.sliding_window > 0) {
     spec.widest_window = model.sliding_window;
     for (int32_t layer = 0; layer < model.n_layers; layer++) {
       spec.windows.push_back(model.window_of(layer));
@@ -206,19 +205,22 @@ void SequenceCache::copy_to_grown(const PendingAppend& pending, Workspace& works
   backend_->commit({&move, 1}, 0, spec_->n_layers, workspace);
 }
 
-// The new pages' addresses follow the old ones', where nothing looks for them until apply().
+// The new pages' addresses, null for those never seen, follow the old ones', where nothing looks
+// for them until apply().
 void SequenceCache::prepare_page_table(PendingAppend& pending) const {
   if (backend_->host_memory()) return;
   constexpr int64_t kAddress = sizeof(uint8_t*);
   const int64_t old_bytes = kAddress * static_cast<int64_t>(pages_.size());
-  const int64_t new_bytes = kAddress * static_cast<int64_t>(pending.new_pages.size());
+  const int64_t new_bytes = kAddress * static_cast<int64_t>(pending.new_page_addresses.size());
+  int64_t end = kAddress * table_start_ + old_bytes;
   void* table = page_table_.data();
-  if (page_table_.bytes() < old_bytes + new_bytes) {
+  if (page_table_.bytes() < end + new_bytes) {
     pending.page_table = KVMemory(*backend_, budget_, 2 * (old_bytes + new_bytes));
     table = pending.page_table.data();
+    end = old_bytes;
     if (old_bytes > 0) backend_->upload(table, page_addresses_.data(), old_bytes);
   }
-  backend_->upload(static_cast<uint8_t*>(table) + old_bytes, pending.new_page_addresses.data(),
+  backend_->upload(static_cast<uint8_t*>(table) + end, pending.new_page_addresses.data(),
                    new_bytes);
 }
 
@@ -228,7 +230,7 @@ SequenceStep SequenceCache::view_of(const DenseBuffer& dense) const {
   step.layout = &spec_->layout;
   step.long_rope = long_rope_;
   step.pages = page_table_.data() != nullptr
-                   ? static_cast<const uint8_t* const*>(page_table_.data())
+                   ? static_cast<const uint8_t* const*>(page_table_.data()) + table_start_
                    : page_addresses_.data();
   step.n_blocks = static_cast<int32_t>(pages_.size());
   step.dropped_blocks = static_cast<int32_t>(dropped_blocks_);
@@ -267,8 +269,10 @@ CommitStep SequenceCache::commit_view(const PendingAppend& pending,
   commit.fresh_tokens = step.fresh != nullptr ? n : 0;
   commit.new_pages = pending.new_page_addresses.data();
   if (!backend_->host_memory() && !pending.new_pages.empty()) {
-    const KVMemory& table = pending.page_table.data() != nullptr ? pending.page_table : page_table_;
-    commit.new_pages = static_cast<uint8_t* const*>(table.data()) + pages_.size();
+    const bool moves = pending.page_table.data() != nullptr;
+    const KVMemory& table = moves ? pending.page_table : page_table_;
+    commit.new_pages = static_cast<uint8_t* const*>(table.data()) + (moves ? 0 : table_start_) +
+                       static_cast<int64_t>(pages_.size());
   }
   commit.n_new_blocks = static_cast<int32_t>(pending.new_page_addresses.size());
   commit.end_pos = static_cast<int32_t>(length_) + n;
@@ -288,11 +292,15 @@ void SequenceCache::apply(PendingAppend&& pending) noexcept {
   pages_.erase(pages_.begin(), pages_.begin() + out);
   page_addresses_.erase(page_addresses_.begin(), page_addresses_.begin() + out);
   dropped_blocks_ = dropped;
+  if (pending.page_table.data() != nullptr) {
+    page_table_ = std::move(pending.page_table);
+    table_start_ = 0;
+  }
+  table_start_ += out + std::ssize(pending.new_page_addresses) - std::ssize(pending.new_pages);
   for (PageRef& page : pending.new_pages) {
     page_addresses_.push_back(page.data());
     pages_.push_back(std::move(page));
   }
-  if (pending.page_table.data() != nullptr) page_table_ = std::move(pending.page_table);
   if (pending.dense.capacity > 0) {
     dense_ = std::move(pending.dense);
   } else if (pending.grown.capacity > 0) {
@@ -362,6 +370,7 @@ void SequenceCache::refresh_page_table() {
   page_addresses_.clear();
   for (const PageRef& page : pages_) page_addresses_.push_back(page.data());
   if (backend_->host_memory() || pages_.empty()) return;
+  table_start_ = 0;
   const int64_t bytes = static_cast<int64_t>(pages_.size() * sizeof(uint8_t*));
   if (page_table_.bytes() < bytes) page_table_ = KVMemory(*backend_, budget_, 2 * bytes);
   backend_->upload(page_table_.data(), page_addresses_.data(), bytes);

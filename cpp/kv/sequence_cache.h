@@ -181,6 +181,7 @@ class SequenceCache {
   std::vector<PageRef> pages_;
   std::vector<const uint8_t*> page_addresses_;  // host
   KVMemory page_table_;       // the same on the device, where it needs its own; with room for more
+  int64_t table_start_ = 0;   // address in page_table_ that is the first of pages_
   DenseBuffer dense_;         // none while no token is dense
   KVMemory query_magnitude_;  // none until the first token
   int64_t length_ = 0;

@@ -20,8 +20,7 @@ std::shared_ptr<Job> make_job(const Model::Impl& engine, const Prompt& prompt,
   if (job->n_prompt == 0) throw std::invalid_argument(name + " is empty");
   if (job->n_prompt > context) {
     throw ContextOverflow(name + " has " + std::to_string(job->n_prompt) +
-                          " tokens, more than the model's context of " + std::to_string(context) +
-                          engine.config.why_context_ends());
+                          " tokens, more than the model's context of " + std::to_string(context));
   }
   check_token_ids(job->tokens, engine.config.vocab_size, name + ": ");
   job->loop = std::make_unique<TokenLoop>(params, engine.config, tokenizer);

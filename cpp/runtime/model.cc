@@ -136,7 +136,6 @@ Model make_model(const ModelConfig& config, std::shared_ptr<const TensorSource> 
   impl->dtype = parse_dtype(options.dtype, stored_dtype(config, *impl->source));
   impl->backend = make_backend(config, {options.device, impl->dtype, options.threads});
   impl->weight_format = format;
-  if (!impl->backend->windows()) impl->config.cut_at_window();
   // A device's copy is the reading, and so are quantising and unpacking; else the CPU's weights
   // stay where they are.
   const bool unpacks = impl->source->any_quantised([](const StoredMatrix&) { return true; });

@@ -16,8 +16,7 @@ Session::Impl::Impl(const Model& model, const KVConfig& kv, std::optional<int32_
   if (max_tokens < 1 || max_tokens > context) {
     throw std::invalid_argument("max_tokens is " + std::to_string(max_tokens) +
                                 ", must be between 1 and the model's context of " +
-                                std::to_string(context) + " tokens" +
-                                engine->config.why_context_ends());
+                                std::to_string(context) + " tokens");
   }
   spec = engine->cache_spec(kv);
   cache.emplace(engine->new_cache(spec, max_tokens));

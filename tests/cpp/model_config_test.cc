@@ -226,37 +226,31 @@ TEST(ModelConfigTest, WindowsThatCannotActAreAccepted) {
                                  "layer_types":["full_attention","full_attention"]})"));
 }
 
-TEST(ModelConfigTest, ADeviceWithoutWindowsEndsTheContextWhereOneBegins) {
-  const auto context = [](const std::string& patch) {
-    ModelConfig config = read(changed(patch));
+TEST(ModelConfigTest, TheWindowThatAFamilyHas) {
+  const auto window = [](const std::string& patch) {
+    const ModelConfig config = read(changed(patch));
     EXPECT_EQ(config.max_position_embeddings, 32768);
-    EXPECT_TRUE(config.why_context_ends().empty());
     EXPECT_EQ(config.sliding_window == 0, config.layers_with_windows().empty());
-    config.cut_at_window();
-    EXPECT_EQ(config.sliding_window > 0 ? config.sliding_window : config.max_position_embeddings,
-              config.max_position_embeddings);
-    EXPECT_EQ(config.sliding_window == 0, config.why_context_ends().empty());
-    return config.max_position_embeddings;
+    return config.sliding_window;
   };
   const std::string long_context = R"("max_position_embeddings":32768,)";
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral","sliding_window":32})"), 32);
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral"})"), 4096);  // its default
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"mistral","sliding_window":null})"),
-            32768);
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"phi3"})"), 32768);
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"phi3","sliding_window":2047})"), 2047);
-  EXPECT_EQ(context("{" + long_context + R"("model_type":"granite","sliding_window":32})"), 32768);
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"mistral","sliding_window":32})"), 32);
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"mistral"})"), 4096);  // its default
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"mistral","sliding_window":null})"), 0);
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"phi3"})"), 0);
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"phi3","sliding_window":2047})"), 2047);
+  EXPECT_EQ(window("{" + long_context + R"("model_type":"granite","sliding_window":32})"), 0);
   const std::string qwen3 = long_context + R"("model_type":"qwen3","use_sliding_window":true,)";
-  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,"max_window_layers":1})"), 32);
-  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,"max_window_layers":2})"), 32768);
-  EXPECT_EQ(context("{" + qwen3 + R"("max_window_layers":0})"), 4096);
-  EXPECT_EQ(context("{" + qwen3 + R"("sliding_window":32,
+  EXPECT_EQ(window("{" + qwen3 + R"("sliding_window":32,"max_window_layers":1})"), 32);
+  EXPECT_EQ(window("{" + qwen3 + R"("sliding_window":32,"max_window_layers":2})"), 0);
+  EXPECT_EQ(window("{" + qwen3 + R"("max_window_layers":0})"), 4096);
+  EXPECT_EQ(window("{" + qwen3 + R"("sliding_window":32,
                      "layer_types":["full_attention","sliding_attention"]})"),
             32);
   const std::string smollm3 = long_context + R"("model_type":"smollm3","use_sliding_window":true,)";
-  EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,0]})"), 32);
-  EXPECT_EQ(context("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,1]})"), 32768);
-  EXPECT_EQ(context("{" + smollm3 + R"("no_rope_layers":[1,0]})"), 32768);
+  EXPECT_EQ(window("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,0]})"), 32);
+  EXPECT_EQ(window("{" + smollm3 + R"("sliding_window":32,"no_rope_layers":[1,1]})"), 0);
+  EXPECT_EQ(window("{" + smollm3 + R"("no_rope_layers":[1,0]})"), 0);
 }
 
 TEST(ModelConfigTest, TheLayersWithAWindow) {

@@ -15,6 +15,7 @@
 #include "mustafar/session.h"
 #include "runtime/session_impl.h"
 #include "support/asked.h"
+#include "support/caller.h"
 #include "support/random_model.h"
 #include "support/sampling.h"
 
@@ -23,6 +24,7 @@ namespace {
 
 using testing::alone;
 using testing::Asked;
+using testing::Caller;
 using testing::ids_of;
 using Ids = std::vector<int32_t>;
 
@@ -91,45 +93,13 @@ class SlidingWindowTest : public ::testing::TestWithParam<Case> {
 INSTANTIATE_TEST_SUITE_P(Settings, SlidingWindowTest, ::testing::ValuesIn(cases()),
                          [](const auto& info) { return std::string(info.param.name); });
 
-// Calls of one length after the other, over a cache.
-class Caller {
- public:
-  Caller(const Model& model, std::shared_ptr<const CacheSpec> spec)
-      : engine_(*model.impl()),
-        buffers_(*engine_.backend),
-        cache(engine_.new_cache(spec, kContext)) {}
-
-  std::vector<float> prefill(const Ids& ids) {
-    Prefill call(*engine_.llama, cache, ids, buffers_);
-    while (call.step()) {
-    }
-    std::vector<float> logits(engine_.config.vocab_size);
-    call.logits(static_cast<int64_t>(ids.size()) - 1, 1, logits.data());
-    call.finish();
-    return logits;
-  }
-  std::vector<float> decode(int32_t id) {
-    std::vector<float> logits(engine_.config.vocab_size);
-    SequenceCache* const caches[] = {&cache};
-    engine_.llama->decode(caches, {&id, 1}, logits.data(), buffers_);
-    return logits;
-  }
-
- private:
-  Model::Impl& engine_;
-  ForwardBuffers buffers_;
-
- public:
-  SequenceCache cache;
-};
-
 TEST_P(SlidingWindowTest, WhatIsDroppedIsSeenByNoOne) {
   const Model model = SlidingWindowTest::model();
   const auto spec = model.impl()->cache_spec(GetParam().kv);
   ASSERT_EQ(spec->widest_window, GetParam().window);
   auto keeps = std::make_shared<CacheSpec>(*spec);
   keeps->widest_window = 0;
-  Caller drops(model, spec), whole(model, keeps);
+  Caller drops(model, spec, kContext), whole(model, keeps, kContext);
   uint32_t seed = 0;
   const auto prefill = [&](int64_t n) {
     const Ids ids = ids_of(n, ++seed);
@@ -156,7 +126,7 @@ TEST_P(SlidingWindowTest, WhatIsDroppedIsSeenByNoOne) {
     const int64_t length = drops.cache.length() - back;
     ASSERT_TRUE(drops.cache.can_cut(length) || back > 64) << back;
     if (!drops.cache.can_cut(length)) continue;
-    Caller a(model, spec), b(model, keeps);
+    Caller a(model, spec, kContext), b(model, keeps, kContext);
     a.cache = drops.cache.cut_store(length);
     b.cache = whole.cache.cut_store(length);
     ASSERT_EQ(a.cache.length(), b.cache.length());

@@ -88,10 +88,10 @@ class DeviceCache {
 
 // One decode step, a row per cache; output and partials poisoned and guarded. fast: by the
 // tensor-core kernels (which must take the layout, and merge splits), else by the plain one.
-// transform: its matrices are on the device.
+// transform: its matrices are on the device. window: AttentionArgs::window.
 inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>& caches,
                                         int32_t layer, const std::vector<float>& q, bool fast,
-                                        const KVTransform& transform = {}) {
+                                        const KVTransform& transform = {}, int32_t window = 0) {
   const testing::CacheShape& shape = caches[0]->shape();
   std::vector<std::unique_ptr<DeviceCache>> copies;
   std::vector<SequenceView> sequences;
@@ -102,8 +102,13 @@ inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>
     step.transform = transform;
     copies.push_back(std::make_unique<DeviceCache>(*caches[i]));
     sequences.push_back(copies.back()->view());
-    args.max_splits = std::max(args.max_splits, n_decode_splits(step.n_blocks, step.dense_tokens));
+    args.max_splits = std::max(args.max_splits, seen_tokens(step, 0).n_splits());
+    if (window > 0) {
+      EXPECT_LE(seen_tokens(step, window).n_splits(), most_window_splits(window));
+    }
   }
+  if (window > 0) args.max_splits = std::min(args.max_splits, most_window_splits(window));
+  args.window = window;
   const DeviceArray<SequenceView> views(sequences, "the sequences");
   args.sequences = views.device();
   args.n_sequences = args.n_rows = static_cast<int32_t>(caches.size());

@@ -33,7 +33,7 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
     s.dense_tokens = 10 + row;
     s.transform.v_groups = groups;
     if (matrix) s.transform.v_backward = backward.floats();
-    args.max_splits = std::max(args.max_splits, n_decode_splits(s.n_blocks, s.dense_tokens));
+    args.max_splits = std::max(args.max_splits, seen_tokens(s, 0).n_splits());
   }
   const DeviceArray<SequenceView> views(sequences);
   const int64_t stride = head_dim + 2;
@@ -43,7 +43,7 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
   };
   std::mt19937 random(3);
   for (int32_t row = 0; row < n_rows; row++) {
-    const int32_t n_splits = n_decode_splits(n_blocks[row], sequences[row].dense_tokens);
+    const int32_t n_splits = seen_tokens(sequences[row], 0).n_splits();
     for (int32_t head = 0; head < kHeads; head++) {
       for (int32_t split = 0; split < n_splits; split++) {
         float* partial = partial_of(row, head, split);
@@ -70,7 +70,7 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
   out.download();
 
   for (int32_t row = 0; row < n_rows; row++) {
-    const int32_t n_splits = n_decode_splits(n_blocks[row], sequences[row].dense_tokens);
+    const int32_t n_splits = seen_tokens(sequences[row], 0).n_splits();
     for (int32_t head = 0; head < kHeads; head++) {
       double max = -INFINITY, sum = 0;
       for (int32_t split = 0; split < n_splits; split++) {

@@ -163,6 +163,114 @@ INSTANTIATE_TEST_SUITE_P(Narrow, CodedDecodeTest,
                                            CodedCase{kF16, 128, 2.5, 5}),
                          name_of_coded);
 
+// ---- windows ----
+
+// Decode over caches in which windows of several lengths begin everywhere: inside a block and at
+// its edge, at the dense buffer's first row, behind the sinks or among them, before all there is.
+// Blocks and dense rows that no query sees are NaN. Beside what double precision gives, a result
+// must be what the sequence has alone.
+void check_windows(const CacheShape& shape, bool fast) {
+  struct Cached {
+    int32_t n_blocks, dense_tokens, n_sinks, dropped_blocks;
+  };
+  const std::vector<Cached> all = {{5, 17, 4, 3}, {2, 70, 0, 0}, {0, 40, 9, 0}, {6, 5, 5, 0}};
+  const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
+  const std::vector<float> q = random_queries(row * std::ssize(all), 7);
+  const double bound = std::max(testing::nmse_bound(shape.tail, shape.values),
+                                shape.tail == DType::kF32 ? 1e-10 : 0.0);
+  // Of the first sequence 14 dense tokens are seen without sinks: 78 are a block more.
+  for (const int32_t window : {1, 14, 20, 78, 100, 206, 430, 5000}) {
+    SCOPED_TRACE("window " + std::to_string(window));
+    std::vector<std::unique_ptr<RandomCache>> owned;
+    std::vector<RandomCache*> caches;
+    for (const Cached& c : all) {
+      owned.push_back(std::make_unique<RandomCache>(shape, c.n_blocks, c.dense_tokens,
+                                                    static_cast<uint32_t>(owned.size())));
+      RandomCache& cache = *owned.back();
+      cache.place(c.n_sinks, c.dropped_blocks);
+      const SeenTokens seen = seen_tokens(cache.step(), window);
+      for (int32_t b = 0; b < seen.first_block; b++) {
+        std::memset(cache.page(b), 0xff, cache.layout().page_bytes);
+      }
+      const int64_t row_bytes = dtype_bytes(shape.tail, shape.head_dim);
+      for (int32_t plane = 0; plane < shape.n_layers * 2 * shape.n_kv_heads; plane++) {
+        std::memset(cache.step().dense + plane * cache.step().dense_capacity * row_bytes, 0xff,
+                    seen.first_row * row_bytes);
+      }
+      caches.push_back(&cache);
+    }
+    set_schedule(static_cast<uint32_t>(window));
+    const std::vector<float> out = decode_attend(caches, 0, q, fast, {}, window);
+    for (size_t i = 0; i < caches.size(); i++) {
+      const RandomCache& cache = *caches[i];
+      const int32_t newest = caches[i]->step().pos0;
+      const float* const its_q = q.data() + i * row;
+      const float* const its_out = out.data() + i * row;
+      const auto of_window = [&](int32_t n) {
+        return cache.attend_to(0, its_q,
+                               [&](int32_t token) { return cache.position(token) > newest - n; });
+      };
+      EXPECT_LE(nmse(of_window(window), its_out), bound) << "sequence " << i;
+      bool begins = false;  // with a token that is there
+      for (int32_t t = 0; t < cache.kv_len(); t++) {
+        begins = begins || cache.position(t) == newest - window + 1;
+      }
+      if (window > 1 && begins) {
+        EXPECT_GT(nmse(of_window(window - 1), its_out), bound) << "a token less, sequence " << i;
+      }
+    }
+    const std::vector<float> alone =
+        decode_attend({caches[0]}, 0, {q.begin(), q.begin() + row}, fast, {}, window);
+    EXPECT_TRUE(std::equal(alone.begin(), alone.end(), out.begin()));
+  }
+}
+
+CacheShape window_shape(const Types& types, int32_t head_dim, int32_t n_queries, const Setting& s) {
+  CacheShape shape = shape_of(types, head_dim, n_queries, s);
+  shape.n_kv_heads = kOnDevice ? 2 : 1;
+  return shape;
+}
+
+class WindowDecodeTest : public ::testing::TestWithParam<Variant> {};
+
+TEST_P(WindowDecodeTest, EqualsAttentionToWhatTheWindowSees) {
+  const auto& [types, setting, head_dim, n_queries] = GetParam();
+  check_windows(window_shape(types, head_dim, n_queries, setting), true);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Variants, WindowDecodeTest,
+    ::testing::Values(Variant{{kF16, kF16}, kHalf, 64, 2},
+                      Variant{{kBF16, kBF16}, kFirstClass, 128, 2},
+                      Variant{{kF16, kF16}, kRow, 64, 5}, Variant{{kBF16, kBF16}, kMixed, 64, 1},
+                      Variant{{kF16, kF16}, kDense, 64, 8}, Variant{{kBF16, kBF16}, kDense, 128, 1},
+                      Variant{{kBF16, kInt8}, kFirstClass, 128, 5},
+                      Variant{{kF16, kInt8}, kDense, 64, 2}, Variant{{kF16, kInt4}, kHalf, 128, 1},
+                      Variant{{kBF16, kInt4}, kDense, 64, 8}),
+    name_of_variant);
+
+TEST(WindowDecode, CodedRows) {
+  CacheShape shape = window_shape({kBF16, DType::kCoded}, 64, 3, kDense);
+  shape.k_bits = shape.v_bits = 3.0;
+  check_windows(shape, true);
+  shape.head_dim = 128;
+  if (kOnDevice) check_windows(shape, true);
+}
+
+TEST(WindowDecode, BeginsInsideAContextOfManySplits) {
+  CacheShape shape = window_shape({kF16, kF16}, 64, 4, kHalf);
+  RandomCache cache(shape, 4, 50, 3);
+  cache.repeat_blocks(kOnDevice ? 300 : 40);
+  cache.place(4, 10);
+  const int64_t row = int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim;
+  const std::vector<float> q = random_queries(row, 7);
+  for (const int32_t window : {1000, 2048}) {
+    const std::vector<float> out = decode_attend({&cache}, 0, q, true, {}, window);
+    const auto sees = [&](int32_t t) { return cache.position(t) > cache.step().pos0 - window; };
+    EXPECT_LE(nmse(cache.attend_to(0, q.data(), sees), out.data()), 1e-6) << window;
+  }
+}
+
 TEST(FastDecode, CodedRowsOfEveryLayerAndOfManyTiles) {
   CacheShape shape = shape_of({kBF16, DType::kCoded}, 128, 2, kDense);
   shape.k_bits = shape.v_bits = 3.0;
@@ -363,6 +471,17 @@ TEST(PlainAttention, CodedRows) {
     shape.v_bits = 4.3;
     check_batch(shape, false);
   }
+}
+
+TEST(PlainAttention, Windows) {
+  check_windows(window_shape({kF32, kF32}, 24, 2, kHalf), false);
+  check_windows(window_shape({kBF16, kInt8}, 40, 9, kDense), false);
+  CacheShape ragged = window_shape({kF16, kInt4}, 64, 2, kHalf);
+  ragged.ragged = true;
+  check_windows(ragged, false);
+  CacheShape coded = window_shape({kF32, DType::kCoded}, 24, 2, kDense);
+  coded.k_bits = coded.v_bits = 4.0;
+  check_windows(coded, false);
 }
 
 TEST(PlainAttention, UndoesTheValueTransform) {

@@ -16,9 +16,11 @@ using testing::RandomCache;
 
 // A sequence with `fresh_tokens` tokens in the call, of which rows [first_row, first_row + n_rows)
 // attend: a chunk of a longer prefill.
+// The first n_sinks dense tokens are sinks; of the store dropped_blocks have gone.
 struct Sequence {
   Sequence(const CacheShape& shape, int32_t n_blocks, int32_t dense_tokens, int32_t fresh_tokens,
-           int32_t first_row, int32_t n_rows, uint32_t seed)
+           int32_t first_row, int32_t n_rows, uint32_t seed, int32_t n_sinks = 0,
+           int32_t dropped_blocks = 0)
       : cache(shape, n_blocks, dense_tokens, seed),
         fresh(
             dtype_bytes(shape.tail, int64_t{2} * shape.n_kv_heads * fresh_tokens * shape.head_dim),
@@ -29,12 +31,13 @@ struct Sequence {
       store_float(fresh.host(), shape.tail, i, testing::random_normal(random));
     }
     fresh.upload();
+    cache.place(n_sinks, dropped_blocks);
     SequenceStep& step = cache.step();
     step.n_rows = n_rows;
     step.fresh = fresh.device();
     step.fresh_capacity = fresh_tokens;
-    step.fresh_pos0 = n_blocks * kBlockTokens + dense_tokens;
-    step.pos0 = step.fresh_pos0 + first_row;
+    step.fresh_pos0 = step.pos0;
+    step.pos0 += first_row;
   }
 
   std::vector<float> token(int32_t head, bool is_key, int32_t index) const {
@@ -51,18 +54,30 @@ struct Sequence {
     return row;
   }
 
-  // Attention of row r of the chunk, all heads. q: its queries.
-  std::vector<double> attend(int32_t r, const float* q, int32_t skip = -1) const {
-    const CacheShape& shape = cache.shape();
+  // Tokens up to row r's own, those dropped aside.
+  int32_t tokens_of(int32_t r) const {
     const SequenceStep& step = const_cast<RandomCache&>(cache).step();
-    const int32_t sees = step.pos0 + r + 1;  // positions count every cached token here
+    return cache.kv_len() + step.pos0 - step.fresh_pos0 + r;
+  }
+  int32_t position(int32_t token) const {
+    const int32_t in_call = token - (cache.kv_len() - 1);
+    const SequenceStep& step = const_cast<RandomCache&>(cache).step();
+    return in_call < 0 ? cache.position(token) : step.fresh_pos0 + in_call;
+  }
+
+  // Attention of row r of the chunk, all heads. q: its queries. window: tokens it sees, 0: all.
+  std::vector<double> attend(int32_t r, const float* q, int32_t skip = -1,
+                             int32_t window = 0) const {
+    const CacheShape& shape = cache.shape();
+    const int32_t sees = tokens_of(r);
+    const int32_t newest = position(sees - 1);
     std::vector<double> out(size_t{1} * shape.n_kv_heads * shape.n_queries * shape.head_dim);
     for (int32_t head = 0; head < shape.n_kv_heads; head++) {
       for (int32_t i = 0; i < shape.n_queries; i++) {
         const int64_t at = (int64_t{head} * shape.n_queries + i) * shape.head_dim;
         double sum = 0;
         for (int32_t t = 0; t < sees; t++) {
-          if (t == skip) continue;
+          if (t == skip || (window > 0 && position(t) <= newest - window)) continue;
           const std::vector<float> k = token(head, true, t), v = token(head, false, t);
           double score = 0;
           for (int32_t d = 0; d < shape.head_dim; d++) score += double{q[at + d]} * k[d];
@@ -84,12 +99,14 @@ struct Sequence {
 // blocks and 9 dense tokens, and a prompt of 3 rows.
 struct Chunk {
   int32_t n_blocks = 2, fresh_tokens = 40, first_row = 13, n_rows = 21;
+  int32_t window = 0, n_sinks = 0, dropped_blocks = 0;
 };
 
 // By the tensor-core kernel where there is one for the shape, which must then take it.
 void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
   const bool fast = (shape.head_dim == 64 || shape.head_dim == 128) && shape.tail != DType::kF32;
-  Sequence a(shape, chunk.n_blocks, 9, chunk.fresh_tokens, chunk.first_row, chunk.n_rows, 1);
+  Sequence a(shape, chunk.n_blocks, 9, chunk.fresh_tokens, chunk.first_row, chunk.n_rows, 1,
+             chunk.n_sinks, chunk.dropped_blocks);
   Sequence b(shape, 0, 0, 3, 0, 3, 2);
   std::vector<std::unique_ptr<DeviceCache>> copies;
   std::vector<SequenceView> sequences;
@@ -114,6 +131,7 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
   args.n_heads = shape.n_kv_heads * shape.n_queries;
   args.head_dim = shape.head_dim;
   args.decode = false;
+  args.window = chunk.window;
   const DeviceArray<float> queries(q, "the queries");
   DeviceArray<float> partials(int64_t{rows} * args.n_heads * (shape.head_dim + 2), "the partials");
   DeviceArray<float> out(rows * width, "the output");
@@ -131,7 +149,10 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
   out.download();
   double bound = testing::nmse_bound(shape.tail, shape.values);
   if (shape.values == DType::kCoded) {  // values of many sizes: a dropped token is noticed less
-    bound = shape.tail == DType::kF32 ? 1e-10 : shape.tail == DType::kF16 ? 2e-6 : 9e-6;
+    bound = shape.tail == DType::kF32   ? 1e-10
+            : shape.tail == DType::kF16 ? 2e-6
+            : chunk.window > 0          ? 1.2e-5
+                                        : 9e-6;
   }
   for (Sequence* s : {&a, &b}) {
     const SequenceStep& step = s->cache.step();
@@ -142,11 +163,17 @@ void check_prefill(const CacheShape& shape, const Chunk& chunk = {}) {
     for (int32_t r = 0; r < step.n_rows; r += r + stride < step.n_rows ? stride : 1) {
       const float* row_q = q.data() + (step.row0 + r) * width;
       const float* row_out = out.host() + (step.row0 + r) * width;
-      ASSERT_LE(testing::nmse(s->attend(r, row_q), row_out), bound) << "row " << r;
-      if (r % 10 == 0 && s == &a) {
+      const int32_t window = chunk.window;
+      const double error = testing::nmse(s->attend(r, row_q, -1, window), row_out);
+      ASSERT_LE(error, bound) << "row " << r;
+      if (r % 10 != 0 || s != &a) continue;
+      if (window == 0) {
         EXPECT_GT(testing::nmse(s->attend(r, row_q, std::min(70, step.pos0)), row_out), bound)
             << "a token dropped";
-        EXPECT_GT(testing::nmse(s->attend(r, row_q, step.pos0 + r), row_out), bound);
+        EXPECT_GT(testing::nmse(s->attend(r, row_q, s->tokens_of(r) - 1), row_out), bound);
+      } else if (window > 1 && window <= step.pos0 + r) {
+        EXPECT_GT(testing::nmse(s->attend(r, row_q, -1, window - 1), row_out), 2 * error)
+            << "a token less, row " << r;
       }
     }
   }
@@ -279,6 +306,52 @@ INSTANTIATE_TEST_SUITE_P(
                       Variant{Case{kF16, kF32, 64, 2}, 0.5, 0.5, true},       // of a third type
                       Variant{Case{kBF16, kF16, 128, 3}, 0.625, 0.75, true}),
     [](const auto& info) { return name_of_variant(info) + "_" + std::to_string(info.index); });
+
+// Windows that begin in the store, in the dense buffer, behind sinks or among them, in the call's
+// own tokens: inside a tile and at its edge. Rows begin at position 64 * (3 + n_blocks) + 9 +
+// first_row.
+void check_windows(const CacheShape& shape) {
+  for (const int32_t window : {1, 7, 22, 31, 64, 95, 140, 1000}) {
+    SCOPED_TRACE("window " + std::to_string(window));
+    check_prefill(shape, {3, 60, 15, 45, window, 4, window < 150 ? 3 : 0});
+  }
+  SCOPED_TRACE("no store");
+  check_prefill(shape, {0, 150, 0, 150, 20, 5, 0});
+}
+
+class WindowPrefillTest : public ::testing::TestWithParam<Variant> {};
+
+TEST_P(WindowPrefillTest, EqualsCausalAttentionToWhatTheWindowSees) {
+  CacheShape shape = shape_of(GetParam());
+  shape.n_kv_heads = kOnDevice ? 2 : 1;
+  check_windows(shape);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Types, WindowPrefillTest,
+    ::testing::Values(Variant{Case{kF16, kF16, 64, 2}, 0.5, 0.5, true},
+                      Variant{Case{kBF16, kBF16, 128, 1}, 0, 0, true},
+                      Variant{Case{kBF16, DType::kInt8, 64, 5}, 0.625, 0.75, true},
+                      Variant{Case{kF16, DType::kInt4, 128, 1}, 0, 0, true},
+                      Variant{Case{kF32, kF32, 24, 3}, 0.5, 0.5, true},
+                      Variant{Case{kBF16, DType::kInt8, 80, 1}, 0.7, 0.7, false}),
+    name_of_variant);
+
+TEST(Prefill, WindowsOverCodedAndRaggedRows) {
+  CacheShape shape;
+  shape.n_kv_heads = 1;
+  shape.values = DType::kCoded;
+  shape.tail = kBF16;
+  shape.head_dim = 64;
+  check_windows(shape);
+  shape.tail = kF32;
+  shape.head_dim = 24;
+  check_windows(shape);
+  shape.tail = shape.values = kF16;
+  shape.head_dim = 64;
+  shape.ragged = true;
+  check_windows(shape);
+}
 
 TEST(Prefill, CodedRows) {
   CacheShape shape;

@@ -19,6 +19,7 @@
 #include "mustafar/profile.h"
 #include "runtime/scorer.h"
 #include "runtime/session_impl.h"
+#include "support/caller.h"
 #include "support/random_model.h"
 
 namespace mustafar {
@@ -213,28 +214,127 @@ TEST_F(CudaSession, ScoresSideBySide) {
   EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[2]), expected[2].log_probs), 1e-4);
 }
 
-// The kernels know no sliding windows: up to where one would act, and no further.
-TEST_F(CudaSession, TheContextEndsWithASlidingWindow) {
-  ModelConfig config = small_config(16);
-  config.sliding_window = 150;
-  const Model cpu = testing::random_model(config, "cpu", 1, DType::kF32);
-  const Model gpu = testing::random_model(config, "cuda", 1, DType::kF32);
-  EXPECT_EQ(cpu.config().max_position_embeddings, config.max_position_embeddings);
-  EXPECT_EQ(gpu.config().max_position_embeddings, 150);
-  EXPECT_EQ(gpu.fingerprint(), cpu.fingerprint());
-  try {
-    Session(gpu, config_of(0.5), 151);
-    FAIL() << "a context beyond the window";
-  } catch (const std::invalid_argument& error) {
-    EXPECT_NE(std::string(error.what()).find("sliding window"), std::string::npos);
+// ---- sliding windows ----
+
+ModelConfig windowed_config(int32_t head_dim, const std::vector<bool>& layers = {},
+                            int32_t window = 60) {
+  ModelConfig config = small_config(head_dim);
+  config.sliding_window = window;
+  config.traits.window_layers = layers;
+  return config;
+}
+
+// A prompt whose first blocks no one sees once it is over, steps in which a block is dropped, then
+// more of both.
+void compare_windows(const ModelConfig& config, DType dtype, const KVConfig& kv, double tolerance) {
+  const Model cpu = testing::random_model(config, "cpu", 1, dtype);
+  const Model gpu = testing::random_model(config, "cuda", 1, dtype);
+  EXPECT_EQ(gpu.config().max_position_embeddings, config.max_position_embeddings);
+  Session a(cpu, kv), b(gpu, kv);
+  const auto prefill = [&](int64_t n, uint32_t seed) {
+    const std::vector<int32_t> ids = ids_of(n, seed);
+    EXPECT_LE(largest_difference(a.prefill(ids), b.prefill(ids)), tolerance) << "prompt " << seed;
+  };
+  const auto decode = [&](int64_t n, uint32_t seed) {
+    for (const int32_t id : ids_of(n, seed)) {
+      ASSERT_LE(largest_difference(a.decode(id), b.decode(id)), tolerance) << a.position();
+    }
+  };
+  prefill(250, 1);
+  decode(66, 2);
+  prefill(70, 3);
+  decode(2, 4);
+  EXPECT_EQ(a.memory().compressed_tokens, b.memory().compressed_tokens);
+  EXPECT_EQ(a.impl().cache->dropped_blocks(), b.impl().cache->dropped_blocks());
+  EXPECT_EQ(b.impl().cache->dropped_blocks() > 0, config.traits.window_layers.empty());
+}
+
+TEST_F(CudaSession, WindowsInAllLayersEqualTheCpu) {
+  compare_windows(windowed_config(16), DType::kF32, config_of(0.5, 4), 1e-4);
+  compare_windows(windowed_config(16, {}, 20), DType::kF32, config_of(0), 1e-4);
+}
+
+TEST_F(CudaSession, WindowsInSomeLayersEqualTheCpu) {
+  compare_windows(windowed_config(16, {true, false}), DType::kF32, config_of(0.5), 1e-4);
+}
+
+TEST_F(CudaSession, WindowsEqualTheCpuOnTensorCores) {
+  compare_windows(windowed_config(64, {false, true}, 64), DType::kBF16, config_of(0.5, 2), 2e-2);
+  compare_windows(windowed_config(64), DType::kF16, config_of(0, 4, ValueType::kInt8), 1e-2);
+}
+
+TEST_F(CudaSession, WindowsOverRaggedRowsAndQueryMagnitudesEqualTheCpu) {
+  KVConfig kv = config_of(0.6, 3);
+  kv.k_policy = PrunePolicy::kChannelOutputAware;
+  kv.v_policy = PrunePolicy::kChannelMagnitude;
+  compare_windows(windowed_config(16), DType::kF32, kv, 1e-4);
+}
+
+TEST_F(CudaSession, WindowsOverCodedRowsEqualTheCpu) {
+  const ModelConfig config = windowed_config(16);
+  const Prompt text = ids_of(400, 9);
+  KVConfig kv;
+  kv.value_dtype = ValueType::kCoded;
+  kv.bits = 3.0;
+  kv.sink_tokens = 3;
+  kv.profile = std::make_shared<const Profile>(
+      calibrate(testing::random_model(config, "cpu", 1, DType::kF32), {&text, 1}, {}));
+  compare_windows(config, DType::kF32, kv, 1e-4);
+}
+
+// Bit for bit, on either kind of kernels.
+TEST_F(CudaSession, WhatWindowsDropIsSeenByNoOne) {
+  for (const DType dtype : {DType::kF32, DType::kF16}) {
+    const ModelConfig config = windowed_config(dtype == DType::kF32 ? 16 : 64);
+    const Model model = testing::random_model(config, "cuda", 1, dtype);
+    const auto spec = model.impl()->cache_spec(config_of(0.5, 4));
+    auto keeps = std::make_shared<CacheSpec>(*spec);
+    keeps->widest_window = 0;
+    testing::Caller drops(model, spec, 600), whole(model, keeps, 600);
+    const std::vector<int32_t> prompt = ids_of(220), more = ids_of(50, 3);
+    EXPECT_EQ(drops.prefill(prompt), whole.prefill(prompt));
+    for (const int32_t id : ids_of(50, 2)) EXPECT_EQ(drops.decode(id), whole.decode(id));
+    EXPECT_EQ(drops.prefill(more), whole.prefill(more));
+    EXPECT_EQ(drops.decode(1), whole.decode(1));
+    EXPECT_GT(drops.cache.dropped_blocks(), 0);
+    EXPECT_EQ(whole.cache.dropped_blocks(), 0);
   }
-  Session a(cpu, config_of(0.5)), b(gpu, config_of(0.5));
-  EXPECT_LE(largest_difference(a.prefill(ids_of(120)), b.prefill(ids_of(120))), 1e-4);
-  for (const int32_t id : ids_of(30, 2)) {
-    EXPECT_LE(largest_difference(a.decode(id), b.decode(id)), 1e-4);
+}
+
+TEST_F(CudaSession, WindowsInABatchAndAState) {
+  const Model cpu = testing::random_model(windowed_config(16), "cpu", 1, DType::kF32),
+              gpu = testing::random_model(windowed_config(16), "cuda", 1, DType::kF32);
+  const KVConfig kv = config_of(0.5, 4);
+  SamplingParams params;
+  params.temperature = 0;
+  params.max_new_tokens = 6;
+  params.ignore_eos = true;
+  const std::vector<Prompt> prompts = {ids_of(200, 4), ids_of(30, 5)};
+  const auto together = gpu.generate(prompts, params, kv);
+  for (size_t i = 0; i < prompts.size(); i++) {
+    EXPECT_EQ(gpu.generate({&prompts[i], 1}, params, kv)[0].token_ids, together[i].token_ids);
   }
-  EXPECT_THROW(b.decode(1), ContextOverflow);
-  a.decode(1);
+
+  const std::filesystem::path file =
+      std::filesystem::temp_directory_path() /
+      ("mustafar_windows_" + std::to_string(std::random_device{}()) + ".state");
+  Session made(gpu, kv);
+  made.prefill(ids_of(255));
+  made.save(file);
+  Session read = Session::load(cpu, file), fork = made.fork();
+  std::filesystem::remove(file);
+  EXPECT_GT(read.impl().cache->dropped_blocks(), 0);
+  for (const int32_t id : ids_of(40, 4)) {
+    const auto once = made.decode(id);
+    const std::vector<float> logits(once.begin(), once.end());
+    EXPECT_EQ(largest_difference(fork.decode(id), logits), 0);
+    EXPECT_LE(largest_difference(read.decode(id), logits), 1e-4);
+  }
+  made.rewind(120);  // farther than what is held: from the tokens
+  Session fresh(gpu, kv);
+  const std::vector<int32_t> kept = made.tokens();
+  fresh.prefill(kept);
+  EXPECT_EQ(largest_difference(made.decode(5), fresh.decode(5)), 0);
 }
 
 TEST_F(CudaSession, ForkRewindAndBatch) {

@@ -23,7 +23,6 @@ class CpuBackend final : public Backend {
   bool host_memory() const override { return true; }
   bool codes() const override { return true; }
   bool layers_may_differ() const override { return true; }
-  bool windows() const override { return true; }
   bool expands() const override { return true; }
   ThreadPool* host_pool() override { return &pool_; }
 

@@ -46,7 +46,7 @@ struct ModelConfig {
   int32_t vocab_size = 0;               // rows of the embedding
   int32_t max_position_embeddings = 0;  // tokens of context
   // Tokens, its own among them, that a query sees in the layers which have a window: fewer than
-  // the context, or as many where a device ends that with the window (cut_at_window()). 0: none.
+  // the context. 0: none.
   int32_t sliding_window = 0;
   double rms_norm_eps = 1e-6;
   double rope_theta = 10000.0;
@@ -79,10 +79,6 @@ struct ModelConfig {
   }
   // Layers whose queries do not see all, ascending.
   std::vector<int32_t> layers_with_windows() const;
-  // Ends the context with the sliding window, for a device whose attention knows none.
-  void cut_at_window();
-  // "", or that the context ends with a sliding window, for messages: " (...)".
-  std::string why_context_ends() const;
   // Dims of a head that RoPE turns, the leading ones; even.
   int32_t rope_dims() const { return rotary_dim > 0 ? rotary_dim : head_dim; }
   // Inside the graph x is the residual stream divided by residual_multiplier, so that attention and

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "backend/cpu/attention/decode_kernels.h"
-#include "backend/cpu/attention/window.h"
 
 namespace mustafar {
 namespace {
@@ -132,8 +131,7 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
     Plan& plan = plans[s];
     plan.sequence = &sequence;
     plan.dense_tokens = sequence.dense_tokens + 1;
-    if (const int32_t window = window_of(sequence, args.layer);
-        window > 0 && sequence.pos0 >= window) {
+    if (const int32_t window = sequence.window(args.layer); window > 0 && sequence.pos0 >= window) {
       seen.resize(plans.size());
       hide(sequence, window, seen[s], plan);
     }

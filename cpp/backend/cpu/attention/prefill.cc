@@ -8,8 +8,6 @@
 #include <numbers>
 #include <vector>
 
-#include "backend/cpu/attention/window.h"
-
 namespace mustafar {
 namespace {
 
@@ -113,7 +111,7 @@ class TaskRunner {
 
   // What a window hides from the task's tokens; nothing where it reaches back to the first.
   void find_hidden() {
-    const int32_t window = window_of(step_, args_.layer);
+    const int32_t window = step_.window(args_.layer);
     const int32_t first = step_.pos0 + task_.token0 - window + 1;
     if (window == 0 || first + task_.n_tokens - 1 <= 0) return;
     for (int32_t i = 0; i < task_.n_tokens; i++) hidden_.push_back(hidden_before(step_, first + i));
