@@ -11,7 +11,7 @@
 #
 # Stages: environment smoke bench prefill linear torch step kernels sessions model profile; batch serve
 # more sanitize. "first" (the default) is those before the semicolon, "second" adds more and sanitize.
-# serve wants wheels in the prebuilt folder (tools/gpu_prebuild.sh -w). -n prints what would run.
+# serve wants the package in the prebuilt folder (tools/gpu_prebuild.sh -w). -n prints what would run.
 # -p: .gpu. -t: seconds in all, 280.
 #
 # A stage that fails, outlives its limit or finds no tool does not stop the next one. Exit status: 0
@@ -238,13 +238,11 @@ stage_batch() {
 
 # The server with many clients and a fixed memory for caches: dense beside compressed ones.
 stage_serve() {
-  needs serve "an NVIDIA GPU" has_gpu || return
+  program serve mustafar || return
   needs serve "Python" test -n "$python" || return
-  needs serve "wheels in $prebuilt/wheels" compgen -G "$prebuilt/wheels/mustafar-*.whl" || return
-  step serve_install 60 "$python" -m pip install -q --no-index --no-deps --no-compile \
-    --target "$scratch/site" "$prebuilt"/wheels/*.whl || return
-  gunzip -c "$prebuilt/wheels/tokenizer.json.gz" > "$scratch/tokenizer.json" || return
-  local curve=(env "PYTHONPATH=$scratch/site" "PATH=$scratch/site/bin:$PATH" "$python"
+  needs serve "$prebuilt/server (tools/gpu_prebuild.sh -w)" test -d "$prebuilt/server" || return
+  gunzip -c "$prebuilt/server/tokenizer.json.gz" > "$scratch/tokenizer.json"
+  local curve=(env "PYTHONPATH=$(realpath "$prebuilt/server")" "PATH=$bin:$PATH" "$python"
     bench/serving_curve.py --tokenizer "$scratch/tokenizer.json" --folder "${MUSTAFAR_FAST_FOLDER:-/dev/shm}")
   step serve 280 "${curve[@]}" --shape "${MUSTAFAR_SERVE_SHAPE:-llama-3-8b}" \
     --presets dense lossless balanced --kv-budget "${MUSTAFAR_SERVE_BUDGET:-8G}" \

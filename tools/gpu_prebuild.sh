@@ -5,9 +5,9 @@
 #
 #   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs] [-w python]   folder: .gpu, arch: 90a
 #
-# The folder is made anew; about 20 MiB. -w: a Python of the version that the other machine has: a wheel
-# is built for it and packed with those that the server needs (another 10 MiB). CMAKE_ARGS: further
-# arguments of CMake.
+# The folder is made anew; about 20 MiB. -w: a Python of the version that the other machine has, with
+# pybind11: the package is built for it and packed with what the server needs (another 15 MiB).
+# CMAKE_ARGS: further arguments of CMake.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,8 +23,14 @@ while getopts "o:a:j:w:" option; do
 done
 build=build/gpu-prebuild
 options=(-DCMAKE_BUILD_TYPE=Release -DMUSTAFAR_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$arch"
-  -DMUSTAFAR_BUILD_TESTS=ON -DMUSTAFAR_BUILD_CLI=ON -DMUSTAFAR_BUILD_PYTHON=OFF
-  -DMUSTAFAR_WERROR=ON "-DCMAKE_EXE_LINKER_FLAGS=-static-libstdc++ -static-libgcc -s")
+  -DMUSTAFAR_BUILD_TESTS=ON -DMUSTAFAR_BUILD_CLI=ON -DMUSTAFAR_WERROR=ON
+  "-DCMAKE_EXE_LINKER_FLAGS=-static-libstdc++ -static-libgcc -s"
+  "-DCMAKE_MODULE_LINKER_FLAGS=-static-libstdc++ -static-libgcc -s")
+if [ -n "$wheel_python" ]; then
+  options+=(-DMUSTAFAR_BUILD_PYTHON=ON "-DPython_EXECUTABLE=$wheel_python")
+else
+  options+=(-DMUSTAFAR_BUILD_PYTHON=OFF)
+fi
 if command -v ccache > /dev/null; then
   options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache -DCMAKE_CUDA_COMPILER_LAUNCHER=ccache)
 fi
@@ -33,6 +39,7 @@ cmake -S . -B $build -G Ninja "${options[@]}" ${CMAKE_ARGS:-} > /dev/null
 programs=(cpp/mustafar tests/mustafar_tests tests/cuda/mustafar_cuda_kernel_tests
   bench/mustafar_cuda_bench bench/mustafar_cuda_prefill_bench bench/mustafar_cuda_linear_bench)
 targets=(mustafar_command "${programs[@]:1}")
+if [ -n "$wheel_python" ]; then targets+=(_core); fi
 cmake --build $build -j "$jobs" --target "${targets[@]##*/}"
 
 rm -rf "$out" $build/bin
@@ -50,14 +57,11 @@ else
   echo "no cuobjdump: instructions are not counted"
 fi
 if [ -n "$wheel_python" ]; then
-  mkdir -p "$out/wheels"
-  "$wheel_python" -m pip download -q --no-deps --only-binary=:all: -d "$out/wheels" \
+  mkdir -p "$out/server"
+  "$wheel_python" -m pip install -q --no-deps --no-compile --target "$out/server" \
     anyio==4.16.0 h11==0.16.0 starlette==1.10.0 uvicorn==0.54.0
-  CMAKE_BUILD_PARALLEL_LEVEL=$jobs CMAKE_CXX_COMPILER_LAUNCHER=$(command -v ccache || true) \
-    CMAKE_CUDA_COMPILER_LAUNCHER=$(command -v ccache || true) "$wheel_python" -m pip wheel -q --no-deps \
-    -w "$out/wheels" -C build-dir=build/gpu-wheel -C cmake.define.MUSTAFAR_CUDA=ON \
-    -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=$arch" .
-  gzip -c ../shared/data/tokenizers/llama-3/tokenizer.json > "$out/wheels/tokenizer.json.gz"
+  cp -rL $build/python/mustafar "$out/server/"
+  gzip -c ../shared/data/tokenizers/llama-3/tokenizer.json > "$out/server/tokenizer.json.gz"
 fi
 version=$(nvcc --version | sed -n 's/^Cuda compilation tools, //p')
 dirty=$(git status --porcelain --untracked-files=no | head -1)
