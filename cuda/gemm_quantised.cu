@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
   // pieces that are.
   constexpr bool kTight = kThreads > 256 && kMine * kThreads >= 4 * 512;
   constexpr int kAtOnce = kMine % 2 == 0 && !kTight ? 2 : 1;
-  [[maybe_unused]] constexpr int kUnrolled = kMine <= 2 && kOffset != Offset::kZeros         ? 4
-                                             : kMine <= 2 || (kMine == 8 && kThreads == 256) ? 2
-                                                                                             : 1;
+  [[maybe_unused]] constexpr int kUnrolled = kMine <= 2 && kOffset != Offset::kZeros && !kWide ? 4
+                                             : kMine <= 2 || (kMine == 8 && kThreads == 256)   ? 2
+                                                                                               : 1;
   constexpr int kWords = kBits / 4;  // uint4 of a lane's share of a piece
   constexpr int kPieces = Layout::kPieces, kScaleBytes = Layout::kScaleBytes;
   static_assert(kTiles % kColumnWarps == 0 && kPieces % kColumnWarps == 0);

@@ -71,7 +71,7 @@ class CudaWorkspace final : public Workspace {
   DeviceBuffer packed;                          // activations in the weights' type
   DeviceBuffer partials;                        // of attention
   DeviceBuffer expanded;                        // a part of a matrix of codes as values
-  DeviceBuffer product;                         // cuBLASLt's
+  DeviceBuffer product;                         // scratch of cuBLASLt and gemm_quantised
   DeviceBuffer top_scratch, top;                // of top_logits
   MirroredArray<SequenceView> sequences;
   MirroredArray<CommitView> commits;
