@@ -14,6 +14,14 @@
 
 namespace mustafar::cuda {
 
+// What a launch of a decode kernel has to do, for splits_per_block. 0: as many splits as max_splits
+// allows, of 8 tiles.
+struct DecodeLoad {
+  int32_t n_splits = 0;     // of all sequences together
+  int32_t split_tiles = 0;  // of the longest split
+  bool operator==(const DecodeLoad&) const = default;
+};
+
 struct AttentionArgs {
   const SequenceView* sequences = nullptr;  // [n_sequences] on the device
   int32_t n_sequences = 0;
@@ -27,8 +35,10 @@ struct AttentionArgs {
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
-  bool decode = true;         // one row a sequence, its token in the dense buffer
-  bool writes_out = false;    // prefill_attention_fast writes out itself: no combine follows
+  DecodeLoad load;
+  int32_t splits_per_block = 0;  // of a decode kernel: 1, 2, 4 or 8; 0: by splits_per_block()
+  bool decode = true;            // one row a sequence, its token in the dense buffer
+  bool writes_out = false;       // prefill_attention_fast writes out itself: no combine follows
 };
 
 // A sequence has a split for every kMinSplitTiles tiles of 64 tokens that it begins: enough of them
@@ -55,6 +65,24 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
   const int32_t longer =
       n_tiles - static_cast<int32_t>(each) * n_splits;  // so many, the first ones, have a tile more
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
+}
+
+// How many consecutive splits a block of a decode kernel takes: 1, 2, 4 or 8. A block's start costs
+// as much as 3 tiles and the end of a split as 0.7; n_slots blocks run at once. heads: blocks of a
+// split. Results are the same for any number.
+inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots) {
+  int32_t best = 1;
+  double least = 0.0;
+  for (const int32_t n : {1, 2, 4, 8}) {
+    const int64_t blocks = (load.n_splits + n - 1) / n * heads;
+    const double waves = static_cast<double>((blocks + n_slots - 1) / n_slots);
+    const double cost = waves * (3.0 + n * (load.split_tiles + 0.7));
+    if (n == 1 || cost < least) {
+      least = cost;
+      best = n;
+    }
+  }
+  return best;
 }
 
 // Tensor-core kernels of one decode step (decode_attention.cu), which leave partials; false where

@@ -15,43 +15,56 @@ struct Softmax {
   float out[kTiles][4] = {};              // O^T fragments, columns 4-7 to be added to 0-3
 };
 
+// How far, in base 2, a score may exceed the maximum that P is relative to: most tiles then leave
+// it and what has been summed alone, and P stays below 2^8.
+constexpr float kMaxSlack = 8.0f;
+
 // Folds 16 tokens into the softmax and leaves P^T as B fragments of kType. log_scale: of V's scale
-// per token where kScaled, else 0: P carries it.
-template <DType kType, bool kScaled, int kTiles>
+// per token where kScaled, else 0: P carries it. kTerms: of P; with one, columns 4-7 repeat 0-3.
+template <DType kType, bool kScaled, int kTerms = 2, int kTiles>
 __device__ __forceinline__ void update_softmax(const float (&s)[4], const float (&log_scale)[2],
                                                Softmax<kTiles>& softmax, uint32_t (&b)[2]) {
-  float p[4], rescale[2];
+  float scaled[4], top[2], p[4];
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    const float scaled[2] = {kScaled ? s[n] + log_scale[0] : s[n],
-                             kScaled ? s[2 + n] + log_scale[1] : s[2 + n]};
-    float max = fmaxf(scaled[0], scaled[1]);
-#pragma unroll
-    for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));
-    max = fmaxf(max, softmax.max[n]);
-    rescale[n] = exp2_approx(softmax.max[n] - max);
-    softmax.max[n] = max;
-    p[n] = exp2_approx(scaled[0] - max);
-    p[2 + n] = exp2_approx(scaled[1] - max);
-    const float sum =
-        kScaled ? exp2_approx(s[n] - max) + exp2_approx(s[2 + n] - max) : p[n] + p[2 + n];
-    softmax.sum[n] = softmax.sum[n] * rescale[n] + sum;
+    scaled[n] = kScaled ? s[n] + log_scale[0] : s[n];
+    scaled[2 + n] = kScaled ? s[2 + n] + log_scale[1] : s[2 + n];
+    top[n] = fmaxf(scaled[n], scaled[2 + n]);
   }
-  // Most tiles do not raise the maximum: then there is nothing to rescale.
-  if (ballot(rescale[0] != 1.0f || rescale[1] != 1.0f) != 0) {
+  if (ballot(top[0] > softmax.max[0] + kMaxSlack || top[1] > softmax.max[1] + kMaxSlack) != 0) {
+    float rescale[2];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+      for (int m = 4; m <= 16; m *= 2) top[n] = fmaxf(top[n], shuffle_xor(top[n], m));
+      top[n] = fmaxf(top[n], softmax.max[n]);
+      rescale[n] = exp2_approx(softmax.max[n] - top[n]);
+      softmax.max[n] = top[n];
+      softmax.sum[n] *= rescale[n];
+    }
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) softmax.out[t][i] *= rescale[i & 1];
     }
   }
-  const bool low = (lane_id() & 2) != 0;
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const float max = softmax.max[n];
+    p[n] = exp2_approx(scaled[n] - max);
+    p[2 + n] = exp2_approx(scaled[2 + n] - max);
+    softmax.sum[n] +=
+        kScaled ? exp2_approx(s[n] - max) + exp2_approx(s[2 + n] - max) : p[n] + p[2 + n];
+  }
+  [[maybe_unused]] const bool low = (lane_id() & 2) != 0;
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     uint32_t word = pack2<kType>(p[2 * j], p[2 * j + 1]);
-    const float high[2] = {half_float<kType>(static_cast<uint16_t>(word)),
-                           half_float<kType>(static_cast<uint16_t>(word >> 16))};
-    if (low) word = pack2<kType>(p[2 * j] - high[0], p[2 * j + 1] - high[1]);
+    if constexpr (kTerms == 2) {
+      const float high[2] = {half_float<kType>(static_cast<uint16_t>(word)),
+                             half_float<kType>(static_cast<uint16_t>(word >> 16))};
+      if (low) word = pack2<kType>(p[2 * j] - high[0], p[2 * j + 1] - high[1]);
+    }
     b[j] = transpose_8x8(word);
   }
 }
