@@ -47,6 +47,9 @@ struct AttentionArgs {
 constexpr int32_t kMinSplitTiles = 4;
 constexpr int32_t kMaxSplits = 64;
 
+// A decode block knows the addresses of so many tiles' pages beforehand.
+constexpr int32_t kListedTiles = 64;
+
 // Tiles of a decode step: blocks, then the dense buffer with the new token.
 MUSTAFAR_HOST_DEVICE inline int32_t n_decode_tiles(int32_t n_blocks, int32_t dense_tokens) {
   return n_blocks + (dense_tokens + 1 + kBlockTokens - 1) / kBlockTokens;
@@ -69,11 +72,12 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 
 // How many consecutive splits a block of a decode kernel takes: 1, 2, 4 or 8. A block's start costs
 // as much as 3 tiles and the end of a split as 0.7; n_slots blocks run at once. heads: blocks of a
-// split. Results are the same for any number.
+// split. No more than have kListedTiles tiles. Results are the same for any number.
 inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots) {
   int32_t best = 1;
   double least = 0.0;
   for (const int32_t n : {1, 2, 4, 8}) {
+    if (n > 1 && n * load.split_tiles > kListedTiles) break;
     const int64_t blocks = (load.n_splits + n - 1) / n * heads;
     const double waves = static_cast<double>((blocks + n_slots - 1) / n_slots);
     const double cost = waves * (3.0 + n * (load.split_tiles + 0.7));

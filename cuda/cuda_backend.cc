@@ -63,7 +63,7 @@ int32_t rounded_up(int32_t x) {
 
 // What a decode step has to do for sequences that share launches, rounded up for the same reason.
 DecodeLoad decode_load(std::span<const SequenceStep> sequences) {
-  int32_t n_splits = 0, split_tiles = 1;
+  int32_t n_splits = 0, split_tiles = kMinSplitTiles;
   for (const SequenceStep& s : sequences) {
     const int32_t splits = n_decode_splits(s.n_blocks, s.dense_tokens);
     const int32_t tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);

@@ -81,9 +81,10 @@ struct DecodeShape {
 // Attends to the store's tiles and finishes the splits that end among them. plan: lists the tiles'
 // slots once the block has passed a barrier.
 template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const BlockPlan& plan,
-                             const BlockQueries<Shape>& queries, uint8_t* table, uint8_t* stages,
-                             int32_t stage_bytes, Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const FirstSlots& first,
+                             const BlockPlan& plan, const BlockQueries<Shape>& queries,
+                             uint8_t* table, uint8_t* stages, int32_t stage_bytes,
+                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
   const SlotLayout& k_slot = args.layout.k;
@@ -97,7 +98,7 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
-  TileStream stream(run, plan, stages, stage_bytes, copy);
+  TileStream stream(run, first, plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   fill_expand_table(table);  // while the first copies are under way
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const int32_t n_tiles = n_decode_tiles(s.n_blocks, s.dense_tokens);
   const int32_t n_splits = n_decode_splits(s.n_blocks, s.dense_tokens);
   if (first_split >= n_splits) return;
+  const int32_t row0 = s.row0;
   const int32_t splits_left = n_splits - first_split;
   const int32_t block_splits =
       splits_left < args.splits_per_block ? splits_left : args.splits_per_block;
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
   if (thread <= block_splits) plan.begins[thread] = begin_of(thread);
   if (thread == 0) {
-    plan.row = s.row0;
+    plan.row = row0;
     plan.first_split = first_split;
     plan.n_splits = block_splits;
     plan.kv_head = of_block;
@@ -288,22 +290,23 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   const TileRun run = {s.pages + begin, k_slot_offset(args.layout, args.layer, of_block),
                        end > begin ? end - begin : 0};
   if (thread == 0) plan.run = run;
-  if (thread < run.n && thread < BlockPlan::kListed) {
-    plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
-  }
   if (run.n > 0) {
-    const BlockQueries<Shape> queries = queries_of(s.row0, first_head, n_queries);
+    const FirstSlots first(run);
+    if (thread < run.n && thread < BlockPlan::kListed) {
+      plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
+    }
+    const BlockQueries<Shape> queries = queries_of(row0, first_head, n_queries);
     if constexpr (Shape::kCoded) {
-      attend_coded_store<Shape>(args, s.codes, of_block, run, plan, queries, table, stages,
+      attend_coded_store<Shape>(args, s.codes, of_block, run, first, plan, queries, table, stages,
                                 reinterpret_cast<float*>(stages_of_warps));
     } else if constexpr (Shape::kDense) {
-      attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax,
-                                [&](int32_t split, int32_t used) {
+      attend_dense_store<Shape>(run, first, plan, args.layout.k.slot_bytes, queries, stages,
+                                softmax, [&](int32_t split, int32_t used) {
                                   finish_split<Shape>(args, plan, split, table, Shape::kStageBytes,
                                                       used, softmax);
                                 });
     } else {
-      attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
+      attend_store<Shape>(args, run, first, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
   // The splits with tiles of the dense buffer. From here on no warp reads the queries of the store.
@@ -327,10 +330,10 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   }
   if constexpr (Shape::kFixed || Shape::kDense) stage_bytes = Shape::kStageBytes;
   sync_block();
-  int32_t tile = plan.begins[0] > plan.n_blocks ? plan.begins[0] : plan.n_blocks;
   const BlockPlan* now = &plan;
 #pragma unroll 1
-  for (; tile < now->begins[now->n_splits]; tile++) {
+  for (int32_t tile = plan.begins[0] > plan.n_blocks ? plan.begins[0] : plan.n_blocks;
+       tile < now->begins[now->n_splits]; tile++) {
     now = &plan + kept(0);
     const int32_t row = (tile - now->n_blocks) * kBlockTokens + warp * kDecodeTokens;
     const int32_t n_rows = now->dense_tokens + 1;

@@ -223,12 +223,11 @@ __device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTabl
   sync_block();
 }
 
-// Eight times the sums of bits' weights over 16 staged K rows.
+// Eight times the sums of bits' weights over 16 staged K rows. rows: word c of row g.
 template <typename Shape>
-__device__ __forceinline__ void coded_scores(const uint8_t* stage, const uint4* weights,
+__device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* weights,
                                              float (&scores)[4]) {
-  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
-  const uint8_t* const rows = stage + g * Shape::kStride + 4 * c;
+  const int lane = lane_id();
   int32_t sums[4][4] = {};  // of bit j of half bytes: 2^j times its weights
 #pragma unroll
   for (int n = 0; n < Shape::kChunks; n++) {
@@ -401,13 +400,13 @@ __device__ __forceinline__ void merge_bits(Softmax<Shape::kBitTiles + 1>& bits, 
 // the tiles' slots once the block has passed a barrier.
 template <typename Shape>
 __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& tables, int kv_head,
-                                   const TileRun& run, const BlockPlan& plan,
-                                   const BlockQueries<Shape>& queries, uint8_t* shared,
-                                   uint8_t* stages, float* rest) {
+                                   const TileRun& run, const FirstSlots& first,
+                                   const BlockPlan& plan, const BlockQueries<Shape>& queries,
+                                   uint8_t* shared, uint8_t* stages, float* rest) {
   const int g = lane_id() >> 2, c = lane_id() & 3;
   const CodedCopier<Shape> copier(args.layout.k);
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
-  TileStream stream(run, plan, stages, Shape::kStageBytes, copy);
+  TileStream stream(run, first, plan, stages, Shape::kStageBytes, copy);
 
   // While the first copies are under way. The queries' place is free until the dense buffer's turn,
   // the merging area until a split's end.
@@ -426,10 +425,11 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
     q_offset[n] = scales[kSetQueries + 2 * c % 4 + n];
   }
 
+  const int place = kept(g * Shape::kStride + 4 * c);
   Softmax<Shape::kBitTiles + 1> bits;
   const auto attend = [&](const uint8_t* stage) {
     float scores[4], log_scale[2];
-    coded_scores<Shape>(stage, weights, scores);
+    coded_scores<Shape>(stage + place, weights, scores);
     const uint16_t* const row_scales =
         reinterpret_cast<const uint16_t*>(stage + 2 * kDecodeTokens * Shape::kStride);
 #pragma unroll

@@ -247,8 +247,8 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
 // Attends to the store's tiles, dense slots; finish(split, used stage) at the end of a split there.
 // plan: lists the tiles' slots once the block has passed a barrier.
 template <typename Shape, typename Finish>
-__device__ __forceinline__ void attend_dense_store(const TileRun& run, const BlockPlan& plan,
-                                                   int32_t slot_bytes,
+__device__ __forceinline__ void attend_dense_store(const TileRun& run, const FirstSlots& first,
+                                                   const BlockPlan& plan, int32_t slot_bytes,
                                                    const BlockQueries<Shape>& queries,
                                                    uint8_t* stages,
                                                    Softmax<Shape::kTiles> (&softmax)[Shape::kSets],
@@ -267,7 +267,7 @@ __device__ __forceinline__ void attend_dense_store(const TileRun& run, const Blo
       if (lane < 4) cp_async16(stage + 2 * Slots::kRowsBytes + lane * 16, k + scales);
     }
   };
-  TileStream stream(run, plan, stages, Slots::kStageBytes, copy);
+  TileStream stream(run, first, plan, stages, Slots::kStageBytes, copy);
   queries.template split<Slots::kCodes ? 8 : 16>();
   sync_block();
   const DenseQueries<Shape> q(queries.shared);

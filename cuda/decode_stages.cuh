@@ -21,10 +21,23 @@ struct TileRun {
   int32_t n;
 };
 
+// The slots of a run's first tiles, where it has any: loaded all at once, with the list of a plan,
+// before anything waits for one of them.
+struct FirstSlots {
+  const uint8_t* slots[kStages - 1];
+
+  __device__ __forceinline__ explicit FirstSlots(const TileRun& run) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) {
+      slots[i] = load_constant_pointer(run.pages + (i < run.n ? i : 0)) + run.slot_at;
+    }
+  }
+};
+
 // What a block works on. It is kept in shared memory: the loop over the tiles has no registers to
 // spare, and would wait at every tile if it fetched the page's address from global memory.
 struct BlockPlan {
-  static constexpr int kListed = 64;
+  static constexpr int kListed = kListedTiles;
 
   const uint8_t* slots[kListed];    // of the KV head's keys, in the first tiles
   TileRun run;                      // all of them
@@ -62,8 +75,9 @@ template <typename Copy>
 class TileStream {
  public:
   // Starts the first copies, for which the list of slots need not be ready.
-  __device__ __forceinline__ TileStream(const TileRun& run, const BlockPlan& plan, uint8_t* stages,
-                                        int32_t stage_bytes, const Copy& copy)
+  __device__ __forceinline__ TileStream(const TileRun& run, const FirstSlots& first,
+                                        const BlockPlan& plan, uint8_t* stages, int32_t stage_bytes,
+                                        const Copy& copy)
       : plan_(plan),
         n_(run.n),
         stage_bytes_(stage_bytes),
@@ -72,8 +86,7 @@ class TileStream {
         copy_(copy) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; i++) {
-      if (i < n_)
-        copy_(load_constant_pointer(run.pages + i) + run.slot_at, stages_ + i * stage_bytes);
+      if (i < n_) copy_(first.slots[i], stages_ + i * stage_bytes);
       cp_async_commit();
     }
   }

@@ -360,6 +360,7 @@ TEST(FastDecode, SplitsOfABlockByTheModel) {
   EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 4), 1);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4), 8);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 3), 4);
+  EXPECT_EQ(splits_per_block({512, 16}, 8, 132 * 4), 4);  // 64K tokens: 64 tiles
   // One long sequence among short ones is not left to few blocks.
   EXPECT_EQ(splits_per_block({64 + 31 * 4, 32}, 8, 132 * 4), 1);
 }
