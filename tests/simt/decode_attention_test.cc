@@ -358,6 +358,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, SplitsPerBlockTest,
 TEST(FastDecode, SplitsOfABlockByTheModel) {
   // One sequence: every split a block of its own. Eight of 32K tokens: as many as fill the device.
   EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 4), 1);
+  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 2), 1);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4), 8);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 3), 4);
   EXPECT_EQ(splits_per_block({512, 16}, 8, 132 * 4), 4);  // 64K tokens: 64 tiles
