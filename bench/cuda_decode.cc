@@ -2,11 +2,12 @@
 // compressed caches, each checked against the plain kernel first. Prints JSON lines; one that could
 // not be measured has an "error". The exit status is 1 if there was one, or a wrong result.
 //
-//   mustafar_cuda_bench [-s setting] [seconds per measurement] [shape ...]
+//   mustafar_cuda_bench [-s setting] [-r splits] [seconds per measurement] [shape ...]
 //
-// shape: batch,context,heads,kv_heads[,layers]; setting: part of a name, such as "int8". A step is
-// a graph of one attend per layer over layers whose pages exceed the L2 many times, so that every
-// layer is read cold. A context that does not fit the device is an error of its row alone.
+// shape: batch,context,heads,kv_heads[,layers]; setting: part of a name, such as "int8"; splits: of
+// a block, 1, 2, 4 or 8 instead of what the model chooses. A step is a graph of one attend per
+// layer over layers whose pages exceed the L2 many times, so that every layer is read cold. A
+// context that does not fit the device is an error of its row alone.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -91,8 +92,8 @@ class Codes {
 };
 
 // Whether the result was right.
-bool run(const Shape& shape, const Setting& setting, double bandwidth, double budget,
-         Stream stream) {
+bool run(const Shape& shape, const Setting& setting, int32_t splits_per_block, double bandwidth,
+         double budget, Stream stream) {
   const bool coded = setting.values == DType::kCoded;
   const auto slot = [&](bool is_key, double sparsity) {
     if (coded) return make_coded_layout(kHeadDim, setting.bits);
@@ -182,7 +183,11 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
   AttentionArgs args;
   args.sequences = static_cast<const SequenceView*>(views.data());
   args.n_sequences = args.n_rows = shape.batch;
-  args.max_splits = seen_tokens(sequences[0], 0).n_splits();
+  const SeenTokens seen = seen_tokens(sequences[0], 0);
+  args.max_splits = seen.n_splits();
+  args.load = {shape.batch * args.max_splits,
+               (seen.n_tiles() + args.max_splits - 1) / args.max_splits};
+  args.splits_per_block = splits_per_block;
   args.layout = layout;
   args.tail_dtype = DType::kF16;
   args.n_heads = shape.n_heads;
@@ -229,10 +234,11 @@ bool run(const Shape& shape, const Setting& setting, double bandwidth, double bu
                                                               (dense_tokens + 1) * kHeadDim * 2;
   std::printf(
       "{\"kernel\": \"decode_attention\", \"setting\": \"%s\", \"batch\": %d, \"context\": %d, "
-      "\"heads\": %d, \"kv_heads\": %d, \"layers\": %d, \"us_per_layer\": %.3f, \"bytes\": %.0f, "
+      "\"heads\": %d, \"kv_heads\": %d, \"layers\": %d, \"splits_per_block\": %d, "
+      "\"us_per_layer\": %.3f, \"bytes\": %.0f, "
       "\"bandwidth\": %.4g, \"of_copy\": %.3f, \"nmse\": %.3g, \"nmse_ok\": %s}\n",
       setting.name, shape.batch, shape.context, shape.n_heads, shape.n_kv_heads, n_layers,
-      seconds * 1e6, bytes, bytes / seconds, bytes / seconds / bandwidth, nmse,
+      splits_per_block, seconds * 1e6, bytes, bytes / seconds, bytes / seconds / bandwidth, nmse,
       nmse <= tolerance ? "true" : "false");
   std::fflush(stdout);
   return nmse <= tolerance;
@@ -244,22 +250,28 @@ int main(int argc, char** argv) {
   try {
     double budget = 0.3;
     std::string only;
+    int32_t splits_per_block = 0;
     std::vector<Shape> shapes;
     for (int i = 1; i < argc; i++) {
       const std::string argument = argv[i];
       Shape s{};
       if (argument == "-s" && i + 1 < argc) {
         only = argv[++i];
+      } else if (argument == "-r" && i + 1 < argc &&
+                 std::string(" 1 2 4 8 ").find(" " + std::string(argv[i + 1]) + " ") !=
+                     std::string::npos) {
+        splits_per_block = std::atoi(argv[++i]);
       } else if (argument.find(',') == std::string::npos && std::atof(argv[i]) > 0) {
         budget = std::atof(argv[i]);
       } else if (std::sscanf(argv[i], "%d,%d,%d,%d,%d", &s.batch, &s.context, &s.n_heads,
                              &s.n_kv_heads, &s.n_layers) >= 4) {
         shapes.push_back(s);
       } else {
-        std::fprintf(stderr,
-                     "usage: %s [-s setting] [seconds] [batch,context,heads,kv_heads[,layers] "
-                     "...], not %s\n",
-                     argv[0], argv[i]);
+        std::fprintf(
+            stderr,
+            "usage: %s [-s setting] [-r 1|2|4|8] [seconds] [batch,context,heads,kv_heads[,layers] "
+            "...], not %s\n",
+            argv[0], argv[i]);
         return 2;
       }
     }
@@ -278,14 +290,16 @@ int main(int argc, char** argv) {
     for (const Shape& shape : shapes) {
       for (const Setting& setting : kSettings) {
         if (std::string(setting.name).find(only) == std::string::npos) continue;
-        all_good = measured({{"kernel", "decode_attention"},
-                             {"setting", setting.name},
-                             {"batch", shape.batch},
-                             {"context", shape.context},
-                             {"heads", shape.n_heads},
-                             {"kv_heads", shape.n_kv_heads}},
-                            [&] { return run(shape, setting, bandwidth, budget, stream); }) &&
-                   all_good;
+        all_good =
+            measured(
+                {{"kernel", "decode_attention"},
+                 {"setting", setting.name},
+                 {"batch", shape.batch},
+                 {"context", shape.context},
+                 {"heads", shape.n_heads},
+                 {"kv_heads", shape.n_kv_heads}},
+                [&] { return run(shape, setting, splits_per_block, bandwidth, budget, stream); }) &&
+            all_good;
       }
     }
     destroy_stream(stream);

@@ -14,6 +14,14 @@
 
 namespace mustafar::cuda {
 
+// What a launch of a decode kernel has to do, for splits_per_block. 0: as many splits as max_splits
+// allows, of 8 tiles.
+struct DecodeLoad {
+  int32_t n_splits = 0;     // of all sequences together
+  int32_t split_tiles = 0;  // of the longest split
+  bool operator==(const DecodeLoad&) const = default;
+};
+
 struct AttentionArgs {
   const SequenceView* sequences = nullptr;  // [n_sequences] on the device
   int32_t n_sequences = 0;
@@ -28,8 +36,10 @@ struct AttentionArgs {
   const float* q = nullptr;   // [n_rows][n_heads * head_dim], rotated and transformed
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
-  bool decode = true;         // one row a sequence, its token in the dense buffer
-  bool writes_out = false;    // prefill_attention_fast writes out itself: no combine follows
+  DecodeLoad load;
+  int32_t splits_per_block = 0;  // of a decode kernel: 1, 2, 4 or 8; 0: by splits_per_block()
+  bool decode = true;            // one row a sequence, its token in the dense buffer
+  bool writes_out = false;       // prefill_attention_fast writes out itself: no combine follows
 };
 
 // A sequence has a split for every kMinSplitTiles tiles of 64 tokens that it begins: enough of them
@@ -37,6 +47,9 @@ struct AttentionArgs {
 // heads, splits grow instead.
 constexpr int32_t kMinSplitTiles = 4;
 constexpr int32_t kMaxSplits = 64;
+
+// A decode block knows the addresses of so many tiles' pages beforehand.
+constexpr int32_t kListedTiles = 64;
 
 MUSTAFAR_HOST_DEVICE inline int32_t n_decode_splits(int32_t n_tiles) {
   const int32_t splits = (n_tiles + kMinSplitTiles - 1) / kMinSplitTiles;
@@ -71,10 +84,13 @@ MUSTAFAR_HOST_DEVICE inline SeenTokens seen_tokens(const SequenceView& s, int32_
   return seen;
 }
 
-// The most splits that a sequence has in a layer of a window, whatever its length: a window's
-// tokens begin at most one tile more than they fill, where store and dense buffer meet.
+// The most tiles and splits that a sequence has in a layer of a window, whatever its length: a
+// window's tokens begin at most one tile more than they fill, where store and dense buffer meet.
+MUSTAFAR_HOST_DEVICE inline int32_t most_window_tiles(int32_t window) {
+  return window / kBlockTokens + 2;
+}
 MUSTAFAR_HOST_DEVICE inline int32_t most_window_splits(int32_t window) {
-  return n_decode_splits(window / kBlockTokens + 2);
+  return n_decode_splits(most_window_tiles(window));
 }
 
 // First tile of split `split` of n_splits; that of split n_splits is the end. Splits differ by one
@@ -84,6 +100,29 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
   const int32_t longer =
       n_tiles - static_cast<int32_t>(each) * n_splits;  // so many, the first ones, have a tile more
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
+}
+
+// How many consecutive splits a block of a decode kernel takes: 1, 2, 4 or 8. A block's start costs
+// as much as 3 tiles and the end of a split as 0.7; n_slots blocks run at once. heads: blocks of a
+// split. One where two rounds of blocks take all splits, as at batch 1, and never so many that a
+// tenth of the slots stays empty or that they have more than kListedTiles tiles. Results are the
+// same for any number.
+inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots) {
+  int32_t best = 1;
+  double least = 0.0;
+  for (const int32_t n : {1, 2, 4, 8}) {
+    if (n > 1 && n * load.split_tiles > kListedTiles) break;
+    const int64_t blocks = (load.n_splits + n - 1) / n * heads;
+    if (n == 1 && blocks <= 2 * n_slots) return 1;
+    if (n > 1 && 10 * blocks < 9 * n_slots) break;
+    const double waves = static_cast<double>((blocks + n_slots - 1) / n_slots);
+    const double cost = waves * (3.0 + n * (load.split_tiles + 0.7));
+    if (n == 1 || cost < least) {
+      least = cost;
+      best = n;
+    }
+  }
+  return best;
 }
 
 // Tensor-core kernels of one decode step (decode_attention.cu), which leave partials; false where

@@ -60,6 +60,36 @@ int32_t split_bound(std::span<const SequenceStep> sequences, int32_t window) {
   return window > 0 ? std::min(bound, most_window_splits(window)) : bound;
 }
 
+// x rounded up to three leading bits.
+int32_t rounded_up(int32_t x) {
+  int32_t unit = 1;
+  while (x > 8 * unit) unit *= 2;
+  return (x + unit - 1) / unit * unit;
+}
+
+// What a decode step has to do for sequences that share launches, rounded up for the same reason.
+DecodeLoad decode_load(std::span<const SequenceStep> sequences) {
+  int32_t n_splits = 0, split_tiles = kMinSplitTiles;
+  for (const SequenceStep& s : sequences) {
+    const SeenTokens seen = seen_tokens(s, 0);
+    const int32_t splits = seen.n_splits();
+    n_splits += splits;
+    split_tiles = std::max(split_tiles, (seen.n_tiles() + splits - 1) / splits);
+  }
+  return {rounded_up(n_splits), rounded_up(split_tiles)};
+}
+
+// The same of a layer, likewise.
+DecodeLoad decode_load(std::span<const SequenceStep> sequences, int32_t window) {
+  DecodeLoad load = decode_load(sequences);
+  if (window > 0) {
+    const int32_t tiles = most_window_tiles(window), splits = most_window_splits(window);
+    load.n_splits = std::min(load.n_splits, static_cast<int32_t>(sequences.size()) * splits);
+    load.split_tiles = std::min(load.split_tiles, (tiles + splits - 1) / splits);
+  }
+  return load;
+}
+
 // Most rows of a sequence whose |q| is recorded for pruning.
 int32_t newest_magnitudes(const Batch& batch) {
   int32_t newest = 0;
@@ -343,6 +373,9 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
         args.layout = *batch.sequences[first].layout;
         args.max_row_count = 1;
         args.writes_out = !args.decode;
+        if (args.decode) {
+          args.load = decode_load(batch.sequences.subspan(first, count), args.window);
+        }
         bool undo = false;
         for (int32_t i = first; i < first + count; i++) {
           args.max_row_count = std::max(args.max_row_count, batch.sequences[i].n_rows);
@@ -511,6 +544,7 @@ void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token
       batch.sequences, [](const SequenceStep& s) -> const StoreLayout& { return *s.layout; },
       [&](int32_t first, int32_t count) {
         key.runs.emplace_back(*batch.sequences[first].layout, count);
+        key.loads.push_back(decode_load(batch.sequences.subspan(first, count)));
       });
   key.magnitudes = newest_magnitudes(batch) > 0;
   // What changes from step to step goes to the device before the step, recorded or not.

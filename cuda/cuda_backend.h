@@ -77,7 +77,8 @@ class CudaBackend final : public Backend {
     int32_t max_splits = 0;
     // Neighbours of one layout share launches. In order: the layout, how many sequences have it.
     std::vector<std::pair<StoreLayout, int32_t>> runs;
-    bool magnitudes = false;  // |q| is recorded for some sequence's pruning
+    std::vector<DecodeLoad> loads;  // of the runs
+    bool magnitudes = false;        // |q| is recorded for some sequence's pruning
     bool operator==(const StepKey&) const = default;
   };
   struct RecordedStep {

@@ -1,10 +1,12 @@
 // The tensor-core decode kernel: one query row per sequence over compressed blocks and dense tail.
 //
-// Grid: x split, y (chunk of query heads, KV head), z sequence; 4 warps. A chunk is one or two sets
-// of 4 query heads: a KV head's rows are expanded once for up to 8 query heads, and a larger
-// group's next chunk finds them in the L2. Every warp takes 16 of each tile's 64 tokens and keeps
-// its own online softmax; nothing is shared between warps before the end, so the loop has no block
-// barrier. With g = lane / 4, c = lane % 4:
+// Grid: x splits_per_block consecutive splits, y (chunk of query heads, KV head), z sequence; 4
+// warps. A chunk is one or two sets of 4 query heads: a KV head's rows are expanded once for up to
+// 8 query heads, and a larger group's next chunk finds them in the L2. Every warp takes 16 of each
+// tile's 64 tokens and keeps its own online softmax; nothing is shared between warps before a
+// split's end, so the loop over its tiles has no block barrier. There its partial is written and
+// the softmax starts anew, while the copies of the next split's tiles go on: a partial does not
+// depend on how many splits a block has. With g = lane / 4, c = lane % 4:
 //   S^T = K Q^T   K rows are the A operand. A dot product ignores the order of dims, so lane (g, c)
 //                 owns dims [c D/4, (c+1) D/4) of two tokens: one contiguous run of kept values
 //                 each, expanded in registers. B holds a set of 4 queries in columns 0-3 and,
@@ -21,8 +23,9 @@
 // begin with the block and the dense row that it sees first; of that block the rows before it are
 // hidden.
 //
-// Shared: expansion table 2 KiB; the block's plan; its queries; per warp kStages stages of 16 K
-// rows and 16 V rows as stored, whose place the warps' results take at the end.
+// Shared: expansion table 2 KiB; the block's plan; its queries; where small stages have no room for
+// them, the warps' results of a split; per warp kStages stages of 16 K rows and 16 V rows as
+// stored.
 #pragma once
 
 #include "cuda/async_copy.cuh"
@@ -72,15 +75,18 @@ struct DecodeShape {
                                                                           : 2;
   // Of a warp's 16 rows of K and V when compiled in: masks, values, scales.
   static constexpr int kStageBytes =
-      16 * (2 * kDim / 8 + (4 * kKRunWords + 8 * kVRunWords) * 4 + (kBits == 16 ? 0 : 4));
+      16 * ((kDense ? 2 * kDim * kBits / 8 : 2 * kDim / 8 + (4 * kKRunWords + 8 * kVRunWords) * 4) +
+            (kBits == 16 ? 0 : 4));
   static constexpr int kTiles = kDim / 16;  // 16-dim output tiles
 };
 
-// Attends to the store's tiles. plan: lists their slots once the block has passed a barrier.
+// Attends to the store's tiles and finishes the splits that end among them. plan: lists the tiles'
+// slots once the block has passed a barrier.
 template <typename Shape>
-__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const BlockPlan& plan,
-                             const BlockQueries<Shape>& queries, uint8_t* table, uint8_t* stages,
-                             int32_t stage_bytes, Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+__device__ void attend_store(const AttentionArgs& args, const TileRun& run, const FirstSlots& first,
+                             const BlockPlan& plan, const BlockQueries<Shape>& queries,
+                             uint8_t* table, uint8_t* stages, int32_t stage_bytes,
+                             Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
   const SlotLayout& k_slot = args.layout.k;
@@ -94,7 +100,7 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
                                    k_slot.slot_bytes, v_slot.values_offset, v_slot.scales_offset,
                                    warp});
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
-  TileStream stream(run, plan, stages, stage_bytes, copy);
+  TileStream stream(run, first, plan, stages, stage_bytes, copy);
 
   constexpr bool kCodes = Shape::kBits != 16;
   fill_expand_table(table);  // while the first copies are under way
@@ -117,8 +123,7 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
   // tile costs 8 instructions.
   const int k_token = Shape::kSets == 1 ? kept(row_token(g)) : row_token(g);
   const int v_token = Shape::kSets == 1 ? kept(c) : c;
-  for (int32_t i = 0; i < run.n; i++) {
-    const uint8_t* const k_stage = stream.next(i);
+  const auto attend = [&](const uint8_t* k_stage, int32_t i) {
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
@@ -171,7 +176,11 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
       }
     }
     add_values<kProduct, Shape::kSets>(words, p, softmax);
-  }
+  };
+  for_splits(plan, run.n, stream, attend, [&](int32_t split, bool whole) {
+    if (!whole) return;
+    finish_split<Shape>(args, plan, split, table, stage_bytes, stream.used(), softmax);
+  });
   cp_async_wait<0>();
 }
 
@@ -242,12 +251,16 @@ template <typename Shape>
 __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMultiprocessor)
     decode_attention_kernel(AttentionArgs args, int32_t stage_bytes) {
   const SequenceView& s = args.sequences[blockIdx.z];
-  const int32_t split = static_cast<int32_t>(blockIdx.x);
+  const int32_t first_split = static_cast<int32_t>(blockIdx.x) * args.splits_per_block;
   const SeenTokens seen = seen_tokens(s, args.window);
   const int32_t n_tiles = seen.n_tiles(), n_splits = seen.n_splits();
-  if (split >= n_splits) return;
-  const int32_t begin = split_begin(split, n_splits, n_tiles);
-  const int32_t until = split_begin(split + 1, n_splits, n_tiles);
+  if (first_split >= n_splits) return;
+  const int32_t row0 = s.row0;
+  const int32_t splits_left = n_splits - first_split;
+  const int32_t block_splits =
+      splits_left < args.splits_per_block ? splits_left : args.splits_per_block;
+  const auto begin_of = [&](int32_t i) { return split_begin(first_split + i, n_splits, n_tiles); };
+  const int32_t begin = begin_of(0), until = begin_of(block_splits);
   const int of_block = static_cast<int>(blockIdx.y) % args.n_kv_heads;
   const int first_query = static_cast<int>(blockIdx.y) / args.n_kv_heads * Shape::kQueries;
   const int heads_per_kv = args.n_heads / args.n_kv_heads;
@@ -258,11 +271,11 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
   uint8_t* const table = shared_memory();
   BlockPlan& plan = *reinterpret_cast<BlockPlan*>(table + Shape::kTable);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
+  if (thread <= block_splits) plan.begins[thread] = begin_of(thread);
   if (thread == 0) {
-    plan.row = s.row0;
-    plan.split = split;
-    plan.first = begin;
-    plan.last = until;
+    plan.row = row0;
+    plan.first_split = first_split;
+    plan.n_splits = block_splits;
     plan.kv_head = of_block;
     plan.first_head = first_head;
     plan.n_heads = n_queries;
@@ -270,10 +283,12 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     plan.first_row = seen.first_row;
     plan.n_rows = seen.n_rows;
   }
-  const BlockQueries<Shape> queries = {
-      args.q + (int64_t{s.row0} * args.n_heads + first_head) * Shape::kDim, n_queries,
-      table + (Shape::kQueriesInStage ? Shape::kStagesAt + (kStages - 1) * stage_bytes
-                                      : Shape::kQueriesAt)};
+  const auto queries_of = [&](int32_t row, int head, int n) {
+    return BlockQueries<Shape>{
+        args.q + (int64_t{row} * args.n_heads + head) * Shape::kDim, n,
+        table + (Shape::kQueriesInStage ? Shape::kStagesAt + (kStages - 1) * stage_bytes
+                                        : Shape::kQueriesAt)};
+  };
   Softmax<Shape::kTiles> softmax[Shape::kSets];
   uint8_t* const stages_of_warps = table + Shape::kStagesAt;
   uint8_t* stages = stages_of_warps + warp * (kStages * stage_bytes + kStageSlack);
@@ -282,45 +297,75 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
                        k_slot_offset(args.layout, args.layer, of_block),
                        end > begin ? end - begin : 0, begin == 0 ? seen.hidden_rows : 0};
   if (thread == 0) plan.run = run;
-  if (thread < run.n && thread < BlockPlan::kListed) {
-    plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
-  }
   if (run.n > 0) {
+    const FirstSlots first(run);
+    if (thread < run.n && thread < BlockPlan::kListed) {
+      plan.slots[thread] = load_constant_pointer(run.pages + thread) + run.slot_at;
+    }
+    const BlockQueries<Shape> queries = queries_of(row0, first_head, n_queries);
     if constexpr (Shape::kCoded) {
-      attend_coded_store<Shape>(args, s.codes, of_block, run, plan, queries, table, stages,
-                                softmax[0]);
+      attend_coded_store<Shape>(args, s.codes, of_block, run, first, plan, queries, table, stages,
+                                reinterpret_cast<float*>(stages_of_warps));
     } else if constexpr (Shape::kDense) {
-      attend_dense_store<Shape>(run, plan, args.layout.k.slot_bytes, queries, stages, softmax);
+      attend_dense_store<Shape>(run, first, plan, args.layout.k.slot_bytes, queries, stages,
+                                softmax, [&](int32_t split, int32_t used) {
+                                  finish_split<Shape>(args, plan, split, table, Shape::kStageBytes,
+                                                      used, softmax);
+                                });
     } else {
-      attend_store<Shape>(args, run, plan, queries, table, stages, stage_bytes, softmax);
+      attend_store<Shape>(args, run, first, plan, queries, table, stages, stage_bytes, softmax);
     }
   }
-  // From here on no warp reads the queries of the store. The plan is read again from shared memory,
-  // so that it takes no registers in the loop before.
+  // The splits with tiles of the dense buffer. From here on no warp reads the queries of the store.
+  // What was known before the store is read again, so that it takes no registers in the loop there;
+  // so is the plan at every tile of this loop.
   sync_block();
-  const int32_t first = plan.first, last = plan.last, kv_head = plan.kv_head;
-  const int32_t n_blocks = plan.n_blocks, n_rows = plan.n_rows;
-  constexpr int64_t kRowBytes = Shape::kDim * 2;
-  const uint8_t* const rows = s.dense + plan.first_row * kRowBytes;
-  const uint8_t* keys =
-      rows + dense_offset(s, args.layer, kKeys, args.n_kv_heads, kv_head, kRowBytes);
-  const uint8_t* values =
-      rows + dense_offset(s, args.layer, kValues, args.n_kv_heads, kv_head, kRowBytes);
-  if (last > n_blocks) {
-    queries.template split<16>();
-    sync_block();
-  }
-  for (int32_t tile = first > n_blocks ? first : n_blocks; tile < last; tile++) {
-    const int32_t row = (tile - n_blocks) * kBlockTokens + warp * kDecodeTokens;
-    if (row >= n_rows) continue;
-    if constexpr (Shape::kQueriesInStage) {
-      attend_dense_tail<Shape>(keys, values, row, n_rows, queries.shared, stages, softmax);
-    } else {
-      attend_tail<Shape>(keys, values, row, n_rows, queries.shared, softmax);
+  {
+    const SequenceView& again = args.sequences[kept(static_cast<int>(blockIdx.z))];
+    if (plan.begins[plan.n_splits] <= plan.n_blocks) return;
+    if (thread == 0) {
+      const auto rows = [&](int kind) {
+        constexpr int64_t kRowBytes = Shape::kDim * 2;
+        return again.dense +
+               dense_offset(again, args.layer, kind, args.n_kv_heads, plan.kv_head, kRowBytes) +
+               plan.first_row * kRowBytes;
+      };
+      plan.keys = rows(kKeys);
+      plan.values = rows(kValues);
     }
+    queries_of(plan.row, plan.first_head, plan.n_heads).template split<16>();
   }
-  float* const merged = reinterpret_cast<float*>(stages_of_warps);
-  write_partials<Shape>(args, plan, softmax, merged);
+  if constexpr (Shape::kFixed || Shape::kDense) stage_bytes = Shape::kStageBytes;
+  sync_block();
+  const BlockPlan* now = &plan;
+#pragma unroll 1
+  for (int32_t tile = plan.begins[0] > plan.n_blocks ? plan.begins[0] : plan.n_blocks;
+       tile < now->begins[now->n_splits]; tile++) {
+    now = &plan + kept(0);
+    const int32_t row = (tile - now->n_blocks) * kBlockTokens + warp * kDecodeTokens;
+    const int32_t n_rows = now->n_rows;
+    uint8_t* const split_queries = queries_of(0, 0, 0).shared;
+    if (row < n_rows) {
+      if constexpr (Shape::kQueriesInStage) {
+        attend_dense_tail<Shape>(now->keys, now->values, row, n_rows, split_queries, stages,
+                                 softmax);
+      } else {
+        attend_tail<Shape>(now->keys, now->values, row, n_rows, split_queries, softmax);
+      }
+    }
+    int32_t split = 0;
+#pragma unroll 1
+    while (now->begins[split + 1] <= tile) split++;
+    if (now->begins[split + 1] > tile + 1) continue;
+    MergingArea area = merging_area<Shape>(table, stage_bytes, stage_bytes);
+    if constexpr (Shape::kCoded) {
+      if (now->begins[split] < now->n_blocks) {
+        area.before = reinterpret_cast<const float*>(stages_of_warps);
+      }
+    }
+    write_partials<Shape>(args, plan, split, softmax, area);
+    reset(softmax);
+  }
 }
 
 template <typename Shape>
@@ -331,13 +376,22 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
   };
   int32_t stage_bytes = piece_bytes(args.layout.k) + piece_bytes(args.layout.v);
   if constexpr (Shape::kCoded) stage_bytes = Shape::kStageBytes;
-  const int64_t staging = int64_t{kDecodeWarps} * (kStages * stage_bytes + kStageSlack);
-  const int64_t merging = merging_bytes<Shape>;
   const int64_t heads_per_kv = args.n_heads / args.n_kv_heads;
-  const int64_t chunks = (heads_per_kv + Shape::kQueries - 1) / Shape::kQueries;
+  const int64_t heads = args.n_kv_heads * ((heads_per_kv + Shape::kQueries - 1) / Shape::kQueries);
+  AttentionArgs chosen = args;
+  if (chosen.splits_per_block == 0) {
+    const DecodeLoad load =
+        args.load.n_splits > 0 ? args.load : DecodeLoad{args.n_sequences * args.max_splits, 8};
+    chosen.splits_per_block = splits_per_block(
+        load, heads,
+        int64_t{device_properties().n_multiprocessors} * Shape::kBlocksPerMultiprocessor);
+  }
   launch("decode_attention", decode_attention_kernel<Shape>,
-         {args.max_splits, args.n_kv_heads * chunks, args.n_sequences}, kDecodeWarps * kWarpSize,
-         Shape::kStagesAt + (staging > merging ? staging : merging), stream, args, stage_bytes);
+         {(args.max_splits + chosen.splits_per_block - 1) / chosen.splits_per_block, heads,
+          args.n_sequences},
+         kDecodeWarps * kWarpSize,
+         stages_end<Shape>(stage_bytes) + own_merging_bytes<Shape>(stage_bytes), stream, chosen,
+         stage_bytes);
 }
 
 template <DType kTail, int kBits, int kDim, int kKeepK, int kKeepV>

@@ -10,11 +10,14 @@
 //   O^T = V^T P^T The transposed load of ldmatrix gives units of 16 bits of a row, two tokens in a
 //                 word, and (unit & 1 << j) is a subnormal f16, 2^(j - 24) or 0, to which products
 //                 are exact. Output rows are bits: tile (n, j) holds bits j (row g) and j + 8 (row
-//                 g + 8) of unit g of a row's n-th 16 bytes; one tile more sums P. They become
-//                 dims when the store is done.
+//                 g + 8) of unit g of a row's n-th 16 bytes; one tile more sums P. P is rounded to
+//                 f16 once, far finer than codes are. At a split's end the block's warps are
+//                 merged in bits, which then become dims.
 //
 // Rows lie in a stage an odd number of 16 bytes apart: free of bank conflicts.
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
@@ -40,13 +43,18 @@ struct CodedShape {
   static constexpr int kStride = (kChunks | 1) * 16;     // of rows in a stage
   static constexpr int kStageBytes = 2 * kDecodeTokens * kStride + 4 * kDecodeTokens;
   static constexpr int kBitTiles = 8 * kChunks;
-  // Shared memory: tables of dims, K and V; bit weights of the queries; their scales and offsets;
-  // then as in DecodeShape.
-  static constexpr int kWeightsAt = 2 * kDim * static_cast<int>(sizeof(CodeDim));
+  // Shared memory: the values' table of dims; bit weights of the queries; their scales and offsets;
+  // then as in DecodeShape, the merging area for bits.
+  static constexpr int kWeightsAt = kDim * static_cast<int>(sizeof(CodeDim));
   static constexpr int kScalesAt = kWeightsAt + kChunks * 2 * kWarpSize * 16;
   static constexpr int kTable = kScalesAt + 2 * kSetQueries * 4;
   static constexpr int kQueriesAt = kTable + kPlanBytes;
-  static constexpr int kStagesAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
+  static constexpr int kMergeAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
+  // A warp's sums of bits, of 4 queries each, 16 bytes left out after every eight; then the
+  // queries' max, sum, sum of P.
+  static constexpr int kSumsBytes = (kBitTiles * 16 + kBitTiles * 2) * 16;
+  static constexpr int kPartBytes = kSumsBytes + 3 * 16;
+  static constexpr int kStagesAt = kMergeAt + kDecodeWarps * kPartBytes;
   // As many as registers allow without spilling.
   static constexpr int kBlocksPerMultiprocessor = kChunks <= 2                          ? 4
                                                   : kChunks == 3 && kRowBytes % 16 == 0 ? 3
@@ -54,6 +62,7 @@ struct CodedShape {
   // What attend_tail takes for the dense buffer's rows.
   static constexpr int kBits = 16;
   static constexpr bool kDense = false;
+  static constexpr bool kFixed = true;
   static constexpr bool kQueriesInStage = false;
   static constexpr int kKDims = kDim / 4;
   static constexpr int kVDims = kDim / 8;
@@ -110,30 +119,55 @@ class CodedCopier {
   int32_t to_[kCopies];
 };
 
-// Byte of the first term of a bit's weight for query `query` among the weights, which lane (g, c)
-// reads 16 bytes at a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3,
-// four bytes' weights in a word. The second term is kSecondTerm further on.
-__device__ __forceinline__ uint32_t weight_place(uint32_t bit, uint32_t query) {
-  const uint32_t word = bit / 32, byte = bit % 32 / 8, half = bit % 8 / 4, j = bit % 4;
-  const uint32_t n = word / 4, c = word % 4;
-  return ((2 * n + j / 2) * kWarpSize + 4 * query + c) * 16 + (j % 2 * 2 + half) * 4 + byte;
+// The number of bits of the dims before this lane's, of which there are kLaneDims neighbours.
+template <int kLaneDims>
+__device__ __forceinline__ uint32_t bits_before(const uint32_t (&widths)[kLaneDims]) {
+  const int lane = lane_id();
+  uint32_t mine = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneDims; i++) mine += widths[i];
+  uint32_t end = mine;
+#pragma unroll
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const uint32_t other = shuffle(end, lane - step);
+    if (lane >= step) end += other;
+  }
+  return end - mine;
 }
-constexpr uint32_t kSecondTerm = 4 * kSetQueries * 16;
 
-// Weights, scale and offset of query `warp`, by its warp; weights were zero. A score is (scale * 8
-// times the weighted sum of bits + offset) * the key's scale.
+// Bit weights, scales and offsets of the queries, and the values' table. A score is (scale * 8
+// times the weighted sum of bits + offset) * the key's scale. Lane (g, c) reads weights 16 bytes at
+// a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3, four bytes' weights
+// in a word. The second terms are kSecondTerm further on. scaled: scratch, [kSetQueries][kDim] f32;
+// dim_of: scratch, a word for every bit. By the whole block; ends with a barrier.
 template <typename Shape>
-__device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* weights,
-                           float* scales) {
-  constexpr int kLaneDims = Shape::kDim / kWarpSize;
+__device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTable& values,
+                                           const BlockQueries<Shape>& queries, CodeDim* value_dims,
+                                           float* scaled, uint16_t* dim_of, uint8_t* weights,
+                                           float* scales) {
+  constexpr int kLaneDims = Shape::kDim / kWarpSize, kBits = Shape::kRowBytes * 8;
+  constexpr int kSecondTerm = 4 * kSetQueries * 16;
   const float softmax_scale = kLog2E / sqrtf(static_cast<float>(Shape::kDim));
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
-  float x[kLaneDims], largest = 0.0f, offset = 0.0f;  // x: weights of the lowest bits
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = lane_id();
+  const int first = lane * kLaneDims;
+  static_assert(kMaxWidth < 8);
+  const float lane_step = coded_step(lane & 7);
+  const auto step_of = [&](uint32_t width, float sigma) {
+    return multiply_rounded(shuffle(lane_step, static_cast<int>(width & 7)), sigma);
+  };
+  // Query `warp`, by its warp; x: weights of the lowest bits.
+  uint32_t widths[kLaneDims];
+  float sigmas[kLaneDims], x[kLaneDims], largest = 0.0f, offset = 0.0f;
 #pragma unroll
   for (int i = 0; i < kLaneDims; i++) {
-    const int d = i * kWarpSize + lane;
-    x[i] = query == nullptr ? 0.0f : query[d] * softmax_scale * dims[d].step;
-    const float half = 0.5f * static_cast<float>(1u << dims[d].width());
+    widths[i] = keys.widths[first + i];
+    sigmas[i] = keys.sigmas[first + i];
+    x[i] = warp < queries.n ? queries.from[warp * Shape::kDim + first + i] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kLaneDims; i++) {
+    x[i] *= softmax_scale * step_of(widths[i], sigmas[i]);
+    const float half = 0.5f * static_cast<float>(1u << widths[i]);
     largest = fmaxf(largest, fabsf(x[i]) * half);
     offset += x[i] * (0.5f - half);
   }
@@ -141,29 +175,59 @@ __device__ void weigh_bits(const float* query, const CodeDim* dims, uint8_t* wei
   offset = warp_sum(offset);
   const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
 #pragma unroll
-  for (int i = 0; i < kLaneDims; i++) {
-    const CodeDim& dim = dims[i * kWarpSize + lane];
-    float weight = x[i] * inverse;
-#pragma unroll 1
-    for (uint32_t b = 0; b < dim.width(); b++, weight *= 2.0f) {
-      const TwoTerms terms = two_terms(weight);
-      uint8_t* const at = weights + weight_place(dim.first_bit() + b, static_cast<uint32_t>(warp));
-      at[0] = terms.first;
-      at[kSecondTerm] = terms.second;
-    }
-  }
+  for (int i = 0; i < kLaneDims; i++) scaled[warp * Shape::kDim + first + i] = x[i] * inverse;
   if (lane == 0) {
     scales[warp] = 0.125f * largest / kTopWhole;
     scales[kSetQueries + warp] = offset;
   }
+  if (warp == 0) {
+    uint32_t bit = bits_before(widths);
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) {
+#pragma unroll
+      for (uint32_t b = 0; b < kMaxWidth; b++) {
+        if (b < widths[i]) dim_of[bit + b] = static_cast<uint16_t>((first + i) | b << 8);
+      }
+      bit += widths[i];
+    }
+  } else if (warp == 1) {
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) {
+      widths[i] = values.widths[first + i];
+      sigmas[i] = values.sigmas[first + i];
+    }
+    uint32_t bit = bits_before(widths);
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) {
+      value_dims[first + i] = {step_of(widths[i], sigmas[i]), bit | widths[i] << 16};
+      bit += widths[i];
+    }
+  }
+  sync_block();
+  // A bit of every chunk a thread, for all queries: bit lane of word `warp`.
+  uint8_t* const to = weights + lane % 4 / 2 * kWarpSize * 16 + warp * 16 +
+                      (lane % 2 * 2 + lane % 8 / 4) * 4 + lane / 8;
+#pragma unroll
+  for (int n = 0; n < Shape::kChunks; n++) {
+    const int bit = n * kDecodeWarps * kWarpSize + thread;
+    const uint32_t place = bit < kBits ? dim_of[bit] : 0u;
+    const float power = bit < kBits ? bits_float((127 + (place >> 8)) << 23) : 0.0f;
+#pragma unroll
+    for (int query = 0; query < kSetQueries; query++) {
+      const TwoTerms terms = two_terms(scaled[query * Shape::kDim + (place & 0xff)] * power);
+      uint8_t* const at = to + n * 2 * kWarpSize * 16 + query * 4 * 16;
+      at[0] = terms.first;
+      at[kSecondTerm] = terms.second;
+    }
+  }
+  sync_block();
 }
 
-// Eight times the sums of bits' weights over 16 staged K rows.
+// Eight times the sums of bits' weights over 16 staged K rows. rows: word c of row g.
 template <typename Shape>
-__device__ __forceinline__ void coded_scores(const uint8_t* stage, const uint4* weights,
+__device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* weights,
                                              float (&scores)[4]) {
-  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
-  const uint8_t* const rows = stage + g * Shape::kStride + 4 * c;
+  const int lane = lane_id();
   int32_t sums[4][4] = {};  // of bit j of half bytes: 2^j times its weights
 #pragma unroll
   for (int n = 0; n < Shape::kChunks; n++) {
@@ -224,85 +288,136 @@ __device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint
   mma_16x8x16<DType::kF16>(softmax.out[Shape::kBitTiles], ones, p);
 }
 
-// The sums of bits as those of dims, in the order of output_dim. memory: of this warp, [2][16 *
-// kBitTiles] f32.
+// Where a split's result goes: query i's output, max and sum to `to` + i * stride, the first
+// n_queries of them.
+struct PartialRows {
+  float* to;
+  int32_t stride;
+  int n_queries;
+};
+
+// Merges the warps' sums of bits and turns them into sums of dims. A thread has one dim of
+// kThreadQueries queries. dims: the values' table; area: kDecodeWarps parts (CodedShape). Barriers
+// as in write_partials.
 template <typename Shape>
-__device__ void bits_to_dims(const Softmax<Shape::kBitTiles + 1>& bits, const CodeDim* dims,
-                             float* memory, Softmax<Shape::kTiles>& softmax) {
-  constexpr int kBits = 16 * Shape::kBitTiles;
-  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
-  // Of the two lanes that have a query, c < 2 takes the even tiles of dims, the other the odd ones.
-  const int odd = c >> 1;
-  float* const mine = memory + (c & 1) * kBits;
+__device__ __forceinline__ void merge_bits(Softmax<Shape::kBitTiles + 1>& bits, const CodeDim* dims,
+                                           uint8_t* area, const PartialRows& rows) {
+  const int thread = kept(static_cast<int>(threadIdx.x));
+  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const int g = lane >> 2, c = lane & 3, odd = c >> 1;
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    const auto both_terms = [](float x) { return x + shuffle_xor(x, 2); };
-    sync_warp();
+#pragma unroll
+    for (int m = 4; m <= 16; m *= 2) bits.sum[n] += shuffle_xor(bits.sum[n], m);
+  }
+  sync_block();  // the parts of before have been read
+  {
+    // Lanes c and c + 2 have the same: one gives row g, the other row g + 8.
+    uint8_t* const mine = area + warp * Shape::kPartBytes + (c & 1) * 8;
+    uint8_t* const sums = mine + (2 * g + odd) * 9 * 16;
 #pragma unroll
     for (int t = 0; t < Shape::kBitTiles; t++) {
-      // The products were of subnormals: a set bit counted as 2^(t % 8 - 24).
-      const float unit = static_cast<float>(1 << (24 - t % 8));
-      const float low = both_terms(bits.out[t][n]), high = both_terms(bits.out[t][2 + n]);
-      mine[16 * t + 8 * odd + g] = (odd == 0 ? low : high) * unit;
+      const auto& out = bits.out[t];
+      *reinterpret_cast<float2*>(sums + (t / 8 * 16 * 9 + t % 8) * 16) = {
+          odd == 0 ? out[0] : out[2], odd == 0 ? out[1] : out[3]};
     }
-    const float p_sum = both_terms(bits.out[Shape::kBitTiles][n]);
-    sync_warp();
+    if (lane < 2) {
+      float2* const state = reinterpret_cast<float2*>(mine + Shape::kSumsBytes);
+      state[0] = {bits.max[0], bits.max[1]};
+      state[2] = {bits.sum[0], bits.sum[1]};
+      state[4] = {bits.out[Shape::kBitTiles][0], bits.out[Shape::kBitTiles][1]};
+    }
+  }
+  sync_block();
+  constexpr int kThreadQueries = kSetQueries * Shape::kDim / (kDecodeWarps * kWarpSize);
+  using Floats = std::conditional_t<kThreadQueries == 4, float4, float2>;
+  const int d = thread % Shape::kDim, first_query = thread / Shape::kDim * kThreadQueries;
+  const uint8_t* const parts = area + first_query * 4;
+  const auto load = [](const uint8_t* from, float(&to)[kThreadQueries]) {
+    const Floats vector = *reinterpret_cast<const Floats*>(from);
+    to[0] = vector.x;
+    to[1] = vector.y;
+    if constexpr (kThreadQueries == 4) {
+      to[2] = vector.z;
+      to[3] = vector.w;
+    }
+  };
+  float weight[kDecodeWarps][kThreadQueries], max[kThreadQueries];
+  float sum[kThreadQueries] = {}, p_sum[kThreadQueries] = {}, value[kThreadQueries] = {};
 #pragma unroll
-    for (int t = 0; t < Shape::kTiles; t += 2) {
-      float value[2];
+  for (int w = 0; w < kDecodeWarps; w++) {
+    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes, weight[w]);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const CodeDim dim = dims[g * Shape::kVDims + 2 * (t + odd) + h];
-        float sum = (0.5f - 0.5f * static_cast<float>(1u << dim.width())) * p_sum;
-        float weight = 1.0f;
+    for (int q = 0; q < kThreadQueries; q++) {
+      max[q] = w == 0 ? weight[w][q] : fmaxf(max[q], weight[w][q]);
+    }
+  }
+#pragma unroll
+  for (int w = 0; w < kDecodeWarps; w++) {
+    float of_sum[kThreadQueries], of_p[kThreadQueries];
+    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes + 16, of_sum);
+    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes + 32, of_p);
+#pragma unroll
+    for (int q = 0; q < kThreadQueries; q++) {
+      weight[w][q] = exp2_approx(weight[w][q] - max[q]);  // every warp has tokens of a store's tile
+      sum[q] += weight[w][q] * of_sum[q];
+      p_sum[q] += weight[w][q] * of_p[q];
+    }
+  }
+  // A set bit counted as 2^(its place in a byte - 24): from the highest bit down, times 256 where a
+  // byte ends.
+  const CodeDim dim = dims[d];
+  uint32_t bit = dim.first_bit() + dim.width();
 #pragma unroll 1
-        for (uint32_t bit = dim.first_bit(); bit < dim.first_bit() + dim.width(); bit++) {
-          const uint32_t tile = bit / 128 * 8 + bit % 8;
-          sum += weight * mine[16 * tile + (bit & 8) + bit / 16 % 8];
-          weight *= 2.0f;
-        }
-        value[h] = sum * dim.step;
-      }
+  for (; bit > dim.first_bit();) {
+    bit--;
+    const float above = bit % 8 == 7 ? 256.0f : 1.0f;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        softmax.out[t][2 * h + n] = odd == 0 ? value[h] : 0.0f;
-        softmax.out[t + 1][2 * h + n] = odd == 0 ? 0.0f : value[h];
-      }
+    for (int q = 0; q < kThreadQueries; q++) value[q] *= above;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; w++) {
+      float of_bit[kThreadQueries];
+      load(parts + w * Shape::kPartBytes + (bit + bit / 8) * 16, of_bit);
+#pragma unroll
+      for (int q = 0; q < kThreadQueries; q++) value[q] += weight[w][q] * of_bit[q];
     }
-    softmax.max[n] = bits.max[n];
-    softmax.sum[n] = bits.sum[n];
+  }
+  const float unit = bits_float((127 + 24 - bit % 8) << 23);
+  const float middle = 0.5f - 0.5f * static_cast<float>(1u << dim.width());
+  float* to = rows.to + first_query * rows.stride;
+#pragma unroll
+  for (int q = 0; q < kThreadQueries; q++) {
+    if (first_query + q < rows.n_queries) {
+      to[d] = (value[q] * unit + middle * p_sum[q]) * dim.step;
+      if (d == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max[q], sum[q]};
+    }
+    to += rows.stride;
   }
 }
 
-// Attends to the store's tiles. table: Shape::kTable bytes; plan: lists their slots once the block
-// has passed a barrier.
+// Attends to the store's tiles and finishes the splits that end among them; of one that goes on,
+// the block's result is left at `rest`, kPartialFloats a query. shared: the block's; plan: lists
+// the tiles' slots once the block has passed a barrier.
 template <typename Shape>
 __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& tables, int kv_head,
-                                   const TileRun& run, const BlockPlan& plan,
-                                   const BlockQueries<Shape>& queries, uint8_t* table,
-                                   uint8_t* stages, Softmax<Shape::kTiles>& softmax) {
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize;
-  const int lane = lane_id(), g = lane >> 2, c = lane & 3;
+                                   const TileRun& run, const FirstSlots& first,
+                                   const BlockPlan& plan, const BlockQueries<Shape>& queries,
+                                   uint8_t* shared, uint8_t* stages, float* rest) {
+  const int g = lane_id() >> 2, c = lane_id() & 3;
   const CodedCopier<Shape> copier(args.layout.k);
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
-  TileStream stream(run, plan, stages, Shape::kStageBytes, copy);
+  TileStream stream(run, first, plan, stages, Shape::kStageBytes, copy);
 
-  // While the first copies are under way.
-  CodeDim* const dims = reinterpret_cast<CodeDim*>(table);
-  uint4* const weights = reinterpret_cast<uint4*>(table + Shape::kWeightsAt);
-  float* const scales = reinterpret_cast<float*>(table + Shape::kScalesAt);
-  if (warp < 2) {
-    load_code_dims(code_table(tables, args.layout, args.layer, kv_head, warp == 0), Shape::kDim,
-                   dims + warp * Shape::kDim);
-  } else {
-    for (int i = thread - 2 * kWarpSize; i < Shape::kChunks * 2 * kWarpSize; i += 2 * kWarpSize) {
-      weights[i] = {0u, 0u, 0u, 0u};
-    }
-  }
-  sync_block();
-  weigh_bits<Shape>(warp < queries.n ? queries.from + warp * Shape::kDim : nullptr, dims,
-                    table + Shape::kWeightsAt, scales);
-  sync_block();
+  // While the first copies are under way. The queries' place is free until the dense buffer's turn,
+  // the merging area until a split's end.
+  CodeDim* const dims = reinterpret_cast<CodeDim*>(shared);
+  const uint4* const weights = reinterpret_cast<const uint4*>(shared + Shape::kWeightsAt);
+  float* const scales = reinterpret_cast<float*>(shared + Shape::kScalesAt);
+  weigh_bits<Shape>(code_table(tables, args.layout, args.layer, kv_head, true),
+                    code_table(tables, args.layout, args.layer, kv_head, false), queries, dims,
+                    reinterpret_cast<float*>(queries.shared),
+                    reinterpret_cast<uint16_t*>(shared + Shape::kMergeAt),
+                    shared + Shape::kWeightsAt, scales);
   float q_scale[2], q_offset[2];  // of queries 2c % 4 and the next
 #pragma unroll
   for (int n = 0; n < 2; n++) {
@@ -310,11 +425,11 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
     q_offset[n] = scales[kSetQueries + 2 * c % 4 + n];
   }
 
+  const int place = kept(g * Shape::kStride + 4 * c);
   Softmax<Shape::kBitTiles + 1> bits;
-  for (int32_t i = 0; i < run.n; i++) {
-    const uint8_t* const stage = stream.next(i);
+  const auto attend = [&](const uint8_t* stage, int32_t i) {
     float scores[4], log_scale[2];
-    coded_scores<Shape>(stage, weights, scores);
+    coded_scores<Shape>(stage + place, weights, scores);
     const uint16_t* const row_scales =
         reinterpret_cast<const uint16_t*>(stage + 2 * kDecodeTokens * Shape::kStride);
 #pragma unroll
@@ -329,13 +444,20 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
       log_scale[r] = log2_approx(fmaxf(v_scale, 0x1p-60f));
     }
     uint32_t p[2];
-    update_softmax<DType::kF16, true>(scores, log_scale, bits, p,
-                                      HiddenTokens{run.hidden_rows, i, g});
+    update_softmax<DType::kF16, true, 1>(scores, log_scale, bits, p,
+                                         HiddenTokens{run.hidden_rows, i, g});
     add_coded_values<Shape>(stage + kDecodeTokens * Shape::kStride, p, bits);
-  }
+  };
+  for_splits(plan, run.n, stream, attend, [&](int32_t split, bool whole) {
+    PartialRows rows = {rest, kPartialFloats<Shape>, kSetQueries};
+    if (whole) {
+      rows = {partial_of<Shape>(args, plan, split, 0), args.max_splits * kPartialFloats<Shape>,
+              plan.n_heads};
+    }
+    merge_bits<Shape>(bits, dims, shared + Shape::kMergeAt, rows);
+    bits = {};
+  });
   cp_async_wait<0>();
-  static_assert(2 * 16 * Shape::kBitTiles * 4 <= kStages * Shape::kStageBytes);
-  bits_to_dims<Shape>(bits, dims + Shape::kDim, reinterpret_cast<float*>(stages), softmax);
 }
 
 }  // namespace mustafar::cuda

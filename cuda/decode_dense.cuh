@@ -246,13 +246,15 @@ __device__ __forceinline__ void attend_dense_tile(const uint8_t* stage, int32_t 
   add_dense_values<Shape>(stage + Slots::kRowsBytes, place, p, softmax);
 }
 
-// Attends to the store's tiles, dense slots. plan: lists their slots once the block has passed a
-// barrier.
-template <typename Shape>
-__device__ __forceinline__ void attend_dense_store(
-    const TileRun& run, const BlockPlan& plan, int32_t slot_bytes,
-    const BlockQueries<Shape>& queries, uint8_t* stages,
-    Softmax<Shape::kTiles> (&softmax)[Shape::kSets]) {
+// Attends to the store's tiles, dense slots; finish(split, used stage) at the end of a split there.
+// plan: lists the tiles' slots once the block has passed a barrier.
+template <typename Shape, typename Finish>
+__device__ __forceinline__ void attend_dense_store(const TileRun& run, const FirstSlots& first,
+                                                   const BlockPlan& plan, int32_t slot_bytes,
+                                                   const BlockQueries<Shape>& queries,
+                                                   uint8_t* stages,
+                                                   Softmax<Shape::kTiles> (&softmax)[Shape::kSets],
+                                                   Finish&& finish) {
   using Slots = DenseSlots<Shape>;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
   // Of the four chunks of scales, two of K and two of V.
@@ -267,7 +269,7 @@ __device__ __forceinline__ void attend_dense_store(
       if (lane < 4) cp_async16(stage + 2 * Slots::kRowsBytes + lane * 16, k + scales);
     }
   };
-  TileStream stream(run, plan, stages, Slots::kStageBytes, copy);
+  TileStream stream(run, first, plan, stages, Slots::kStageBytes, copy);
   queries.template split<Slots::kCodes ? 8 : 16>();
   sync_block();
   const DenseQueries<Shape> q(queries.shared);
@@ -276,10 +278,15 @@ __device__ __forceinline__ void attend_dense_store(
     sync_block();
   }
   const int32_t place = load_place<Slots::kRowBytes>();
-  for (int32_t i = 0; i < run.n; i++) {
-    attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax,
-                             HiddenTokens{run.hidden_rows, i, lane >> 2});
-  }
+  for_splits(
+      plan, run.n, stream,
+      [&](const uint8_t* stage, int32_t i) {
+        attend_dense_tile<Shape>(stage, place, kDecodeTokens, q, softmax,
+                                 HiddenTokens{run.hidden_rows, i, lane >> 2});
+      },
+      [&](int32_t split, bool whole) {
+        if (whole) finish(split, stream.used());
+      });
   cp_async_wait<0>();
 }
 

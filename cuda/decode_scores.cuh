@@ -25,9 +25,10 @@ struct TwoTerms {
   uint8_t first, second;
 };
 
-// x: rounded and cut to [-kTopWhole, kTopWhole].
+// x: in [-kTopWhole, kTopWhole] once it is rounded.
 __device__ __forceinline__ TwoTerms two_terms(float x) {
-  const int whole = static_cast<int>(fminf(fmaxf(rintf(x), -kTopWhole), kTopWhole));
+  // The sum's lowest bits are the whole number.
+  const int whole = static_cast<int>(float_bits(x + 0x1.8p23f)) - 0x4b400000;
   const int high = (whole + 64) >> 7;
   return {static_cast<uint8_t>(high), static_cast<uint8_t>(whole - high * 128)};
 }

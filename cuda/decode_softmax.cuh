@@ -20,58 +20,52 @@ struct NoneHidden {
   static constexpr bool kAny = false;
 };
 
-// Begins a softmax anew with those of its first 16 tokens that are not hidden, if any. p: their
-// weights, else 0. scaled: scores that log_scale has been added to.
-template <bool kScaled, int kTiles, typename Hidden>
-__device__ __forceinline__ void begin_softmax(const float (&scaled)[4], const float (&log_scale)[2],
-                                              const Hidden& hidden, Softmax<kTiles>& softmax,
-                                              float (&p)[4]) {
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const float seen[2] = {hidden.hides(0) ? -INFINITY : scaled[n],
-                           hidden.hides(1) ? -INFINITY : scaled[2 + n]};
-    float max = fmaxf(seen[0], seen[1]);
-#pragma unroll
-    for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));
-    softmax.max[n] = max;
-    const float shift = max == -INFINITY ? 0.0f : max;
-    softmax.sum[n] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      p[2 * i + n] = exp2_approx(seen[i] - shift);
-      softmax.sum[n] += kScaled ? exp2_approx(seen[i] - log_scale[i] - shift) : p[2 * i + n];
-    }
-  }
-}
+// How far, in base 2, a score may exceed the maximum that P is relative to: most tiles then leave
+// it and what has been summed alone, and P stays below 2^8.
+constexpr float kMaxSlack = 8.0f;
+// The maximum of a warp that has seen no token yet, all of its first 16 being hidden.
+constexpr float kLeastMax = -1e30f;
 
 // Folds 16 tokens into the softmax and leaves P^T as B fragments of kType. log_scale: of V's scale
-// per token where kScaled, else 0: P carries it. Only of its first 16 tokens may some be hidden.
-template <DType kType, bool kScaled, int kTiles, typename Hidden = NoneHidden>
+// per token where kScaled, else 0: P carries it. kTerms: of P; with one, columns 4-7 repeat 0-3.
+// hidden: only of its first 16 tokens may some be. Those always raise the maximum, so that the
+// others need not ask.
+template <DType kType, bool kScaled, int kTerms = 2, int kTiles, typename Hidden = NoneHidden>
 __device__ __forceinline__ void update_softmax(const float (&s)[4], const float (&log_scale)[2],
                                                Softmax<kTiles>& softmax, uint32_t (&b)[2],
                                                const Hidden& hidden = {}) {
-  float scaled[4], p[4], rescale[2];
+  float score[4], scaled[4], top[2], p[4];
 #pragma unroll
   for (int n = 0; n < 2; n++) {
-    scaled[n] = kScaled ? s[n] + log_scale[0] : s[n];
-    scaled[2 + n] = kScaled ? s[2 + n] + log_scale[1] : s[2 + n];
-    float max = fmaxf(scaled[n], scaled[2 + n]);
 #pragma unroll
-    for (int m = 4; m <= 16; m *= 2) max = fmaxf(max, shuffle_xor(max, m));
-    max = fmaxf(max, softmax.max[n]);
-    rescale[n] = exp2_approx(softmax.max[n] - max);
-    softmax.max[n] = max;
-    p[n] = exp2_approx(scaled[n] - max);
-    p[2 + n] = exp2_approx(scaled[2 + n] - max);
-    const float sum =
-        kScaled ? exp2_approx(s[n] - max) + exp2_approx(s[2 + n] - max) : p[n] + p[2 + n];
-    softmax.sum[n] = softmax.sum[n] * rescale[n] + sum;
+    for (int i = 0; i < 2; i++) {
+      score[2 * i + n] = s[2 * i + n];
+      scaled[2 * i + n] = kScaled ? s[2 * i + n] + log_scale[i] : s[2 * i + n];
+    }
+    top[n] = fmaxf(scaled[n], scaled[2 + n]);
   }
-  // Most tiles do not raise the maximum: then there is nothing to rescale. The first always does,
-  // so that the others need not ask for hidden tokens.
-  if (ballot(rescale[0] != 1.0f || rescale[1] != 1.0f) != 0) {
+  if (ballot(top[0] > softmax.max[0] + kMaxSlack || top[1] > softmax.max[1] + kMaxSlack) != 0) {
     if constexpr (Hidden::kAny) {
-      if (hidden.any()) begin_softmax<kScaled>(scaled, log_scale, hidden, softmax, p);
+      if (hidden.any()) {
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            if (hidden.hides(i)) score[2 * i + n] = scaled[2 * i + n] = -INFINITY;
+          }
+          top[n] = fmaxf(fmaxf(scaled[n], scaled[2 + n]), kLeastMax);
+        }
+      }
+    }
+    float rescale[2];
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+#pragma unroll
+      for (int m = 4; m <= 16; m *= 2) top[n] = fmaxf(top[n], shuffle_xor(top[n], m));
+      top[n] = fmaxf(top[n], softmax.max[n]);
+      rescale[n] = exp2_approx(softmax.max[n] - top[n]);
+      softmax.max[n] = top[n];
+      softmax.sum[n] *= rescale[n];
     }
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
@@ -79,13 +73,23 @@ __device__ __forceinline__ void update_softmax(const float (&s)[4], const float 
       for (int i = 0; i < 4; i++) softmax.out[t][i] *= rescale[i & 1];
     }
   }
-  const bool low = (lane_id() & 2) != 0;
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const float max = softmax.max[n];
+    p[n] = exp2_approx(scaled[n] - max);
+    p[2 + n] = exp2_approx(scaled[2 + n] - max);
+    softmax.sum[n] +=
+        kScaled ? exp2_approx(score[n] - max) + exp2_approx(score[2 + n] - max) : p[n] + p[2 + n];
+  }
+  [[maybe_unused]] const bool low = (lane_id() & 2) != 0;
 #pragma unroll
   for (int j = 0; j < 2; j++) {
     uint32_t word = pack2<kType>(p[2 * j], p[2 * j + 1]);
-    const float high[2] = {half_float<kType>(static_cast<uint16_t>(word)),
-                           half_float<kType>(static_cast<uint16_t>(word >> 16))};
-    if (low) word = pack2<kType>(p[2 * j] - high[0], p[2 * j + 1] - high[1]);
+    if constexpr (kTerms == 2) {
+      const float high[2] = {half_float<kType>(static_cast<uint16_t>(word)),
+                             half_float<kType>(static_cast<uint16_t>(word >> 16))};
+      if (low) word = pack2<kType>(p[2 * j] - high[0], p[2 * j + 1] - high[1]);
+    }
     b[j] = transpose_8x8(word);
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/async_copy.cuh"
+#include "cuda/attention.h"
 #include "cuda/device_ops.cuh"
 #include "cuda/expand.cuh"
 
@@ -11,6 +12,7 @@ namespace mustafar::cuda {
 constexpr int kDecodeTokens = 16;  // of a tile, per warp
 constexpr int kStages = 3;         // tiles of a warp in shared memory: one in use, two on their way
 constexpr int kStageSlack = 16;    // bytes that a run of any length may read past its row
+constexpr int kMostSplits = 8;     // of a block, one after another
 
 // Some tiles of the store that lie one after another.
 struct TileRun {
@@ -20,18 +22,32 @@ struct TileRun {
   int32_t hidden_rows;  // of the first tile, before the layer's window
 };
 
+// The slots of a run's first tiles, where it has any: loaded all at once, with the list of a plan,
+// before anything waits for one of them.
+struct FirstSlots {
+  const uint8_t* slots[kStages - 1];
+
+  __device__ __forceinline__ explicit FirstSlots(const TileRun& run) {
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) {
+      slots[i] = load_constant_pointer(run.pages + (i < run.n ? i : 0)) + run.slot_at;
+    }
+  }
+};
+
 // What a block works on. It is kept in shared memory: the loop over the tiles has no registers to
 // spare, and would wait at every tile if it fetched the page's address from global memory.
 struct BlockPlan {
-  static constexpr int kListed = 32;
+  static constexpr int kListed = kListedTiles;
 
-  const uint8_t* slots[kListed];  // of the KV head's keys, in the first tiles
-  TileRun run;                    // all of them
-  int32_t row, split;
-  int32_t first, last, kv_head;  // tiles, the dense buffer's too
+  const uint8_t* slots[kListed];    // of the KV head's keys, in the first tiles
+  TileRun run;                      // all of them
+  int32_t begins[kMostSplits + 1];  // of its splits: tiles, the dense buffer's too; then the end
+  int32_t row, first_split, n_splits, kv_head;
   int32_t first_head, n_heads;   // query heads
   int32_t n_blocks;              // tiles that are the store's
   int32_t first_row, n_rows;     // of the dense buffer, seen
+  const uint8_t *keys, *values;  // the first of those rows, when their turn comes
 
   __device__ __forceinline__ const uint8_t* slot(int32_t i) const {
     if (i < kListed) [[likely]]
@@ -54,14 +70,28 @@ struct HiddenTokens {
   }
 };
 
+// Floats of a query's partial: output, max, sum.
+template <typename Shape>
+constexpr int kPartialFloats = Shape::kDim + 2;
+
+// Where the partial of a query of the block goes: of a split, counted from the block's first.
+template <typename Shape>
+__device__ __forceinline__ float* partial_of(const AttentionArgs& args, const BlockPlan& plan,
+                                             int split, int query) {
+  const int64_t head = int64_t{plan.row} * args.n_heads + plan.first_head + query;
+  return args.partials +
+         (head * args.max_splits + plan.first_split + split) * kPartialFloats<Shape>;
+}
+
 // A run's tiles one after another, copied kStages - 1 ahead. Copy: copy(slot, stage) starts this
 // lane's part of the copy of a tile.
 template <typename Copy>
 class TileStream {
  public:
   // Starts the first copies, for which the list of slots need not be ready.
-  __device__ __forceinline__ TileStream(const TileRun& run, const BlockPlan& plan, uint8_t* stages,
-                                        int32_t stage_bytes, const Copy& copy)
+  __device__ __forceinline__ TileStream(const TileRun& run, const FirstSlots& first,
+                                        const BlockPlan& plan, uint8_t* stages, int32_t stage_bytes,
+                                        const Copy& copy)
       : plan_(plan),
         n_(run.n),
         stage_bytes_(stage_bytes),
@@ -70,11 +100,13 @@ class TileStream {
         copy_(copy) {
 #pragma unroll
     for (int i = 0; i < kStages - 1; i++) {
-      if (i < n_)
-        copy_(load_constant_pointer(run.pages + i) + run.slot_at, stages_ + i * stage_bytes);
+      if (i < n_) copy_(first.slots[i], stages_ + i * stage_bytes);
       cp_async_commit();
     }
   }
+
+  // The stage of the last tile, by bytes from the first stage.
+  __device__ __forceinline__ int32_t used() const { return used_; }
 
   // The stage of tile i, which is 0, then one more than before, by the whole warp. It stays until
   // the call after.
@@ -98,6 +130,25 @@ class TileStream {
   uint8_t* stages_;
   const Copy& copy_;
 };
+
+// The tiles of a stream, split after split: attend(stage, i) takes tile i, finish(split, whole)
+// what the tiles of one left, splits counted from the block's first. whole: false where the split
+// goes on in the dense buffer.
+template <typename Stream, typename Attend, typename Finish>
+__device__ __forceinline__ void for_splits(const BlockPlan& plan, int32_t n_tiles, Stream& stream,
+                                           Attend&& attend, Finish&& finish) {
+  int32_t i = 0;
+#pragma unroll 1
+  for (int32_t split = 0; i < n_tiles; split++) {
+    // Read again after the tiles: one register less in their loop.
+    const auto until = [&] { return plan.begins[split + 1] - plan.begins[0]; };
+    const int32_t end = until() < n_tiles ? until() : n_tiles;
+    do {  // no split is empty
+      attend(stream.next(i), i);
+    } while (++i < end);
+    finish(split, until() <= n_tiles);
+  }
+}
 
 // Where a warp's 16 rows of a slot lie in a stage.
 struct Piece {

@@ -326,11 +326,14 @@ __device__ __forceinline__ void cos_sin_pi(float x, float& cosine, float& sine) 
 #endif
 }
 
+// Of a normal x.
 __device__ __forceinline__ float log2_approx(float x) {
 #if defined(MUSTAFAR_SIMT)
   return std::log2(x);
 #else
-  return __log2f(x);
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #endif
 }
 

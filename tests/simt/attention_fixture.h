@@ -88,10 +88,12 @@ class DeviceCache {
 
 // One decode step, a row per cache; output and partials poisoned and guarded. fast: by the
 // tensor-core kernels (which must take the layout, and merge splits), else by the plain one.
-// transform: its matrices are on the device. window: AttentionArgs::window.
+// transform: its matrices are on the device. window: AttentionArgs::window. splits_per_block: 0 is
+// what the kernels choose.
 inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>& caches,
                                         int32_t layer, const std::vector<float>& q, bool fast,
-                                        const KVTransform& transform = {}, int32_t window = 0) {
+                                        const KVTransform& transform = {}, int32_t window = 0,
+                                        int32_t splits_per_block = 0) {
   const testing::CacheShape& shape = caches[0]->shape();
   std::vector<std::unique_ptr<DeviceCache>> copies;
   std::vector<SequenceView> sequences;
@@ -113,6 +115,7 @@ inline std::vector<float> decode_attend(const std::vector<testing::RandomCache*>
   args.sequences = views.device();
   args.n_sequences = args.n_rows = static_cast<int32_t>(caches.size());
   args.layout = caches[0]->layout();
+  args.splits_per_block = splits_per_block;
   args.tail_dtype = shape.tail;
   args.layer = layer;
   args.n_kv_heads = shape.n_kv_heads;

@@ -414,6 +414,66 @@ TEST(FastDecode, ResultsDoNotDependOnTheScheduleOrTheBatch) {
   }
 }
 
+// Nor on how many splits a block takes: splits of unequal length, blocks with fewer of them, the
+// dense buffer in the last split, in several, or in one without tiles of the store.
+using SplitsCase = std::tuple<Types, Setting, int32_t, int32_t>;  // head_dim, query heads
+class SplitsPerBlockTest : public ::testing::TestWithParam<SplitsCase> {};
+
+TEST_P(SplitsPerBlockTest, DoNotChangeResults) {
+  const auto& [types, setting, head_dim, n_queries] = GetParam();
+  CacheShape shape = shape_of(types, head_dim, n_queries, setting);
+  if (types.values == DType::kCoded) shape.k_bits = shape.v_bits = 3.0;
+  shape.n_kv_heads = 1;
+  RandomCache a(shape, 37, 50, 1), b(shape, 0, 7, 2), c(shape, 6, 130, 3), d(shape, 8, 64, 4);
+  const std::vector<RandomCache*> caches = {&a, &b, &c, &d};
+  const int64_t row = int64_t{n_queries} * head_dim;
+  const std::vector<float> q = random_queries(row * 4, 7);
+  set_schedule(0);
+  const std::vector<float> one = decode_attend(caches, 0, q, true, {}, 0, 1);
+  for (size_t i = 0; i < caches.size(); i++) {
+    EXPECT_LE(nmse(caches[i]->attend(0, q.data() + i * row), one.data() + i * row),
+              testing::nmse_bound(shape.tail, shape.values))
+        << "sequence " << i;
+  }
+  for (const int32_t splits : {2, 4, 8}) {
+    set_schedule(static_cast<uint32_t>(splits));
+    const std::vector<float> out = decode_attend(caches, 0, q, true, {}, 0, splits);
+    EXPECT_TRUE(std::equal(one.begin(), one.end(), out.begin())) << splits << " splits";
+  }
+}
+
+std::string name_of_splits(const ::testing::TestParamInfo<SplitsCase>& info) {
+  const auto& [types, setting, head_dim, n_queries] = info.param;
+  return std::string(dtype_name(types.tail)) + "_" + dtype_name(types.values) + "_" + setting.name +
+         "_" + std::to_string(head_dim) + "x" + std::to_string(n_queries);
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, SplitsPerBlockTest,
+                         ::testing::Values(SplitsCase{{kF16, kF16}, kFirstClass, 128, 4},
+                                           SplitsCase{{kBF16, kInt8}, kFirstClass, 128, 4},
+                                           SplitsCase{{kF16, kInt4}, kHalf, 128, 8},
+                                           SplitsCase{{kBF16, kBF16}, kHalf, 128, 6},
+                                           SplitsCase{{kF16, kInt8}, kRow, 64, 3},
+                                           SplitsCase{{kF16, kF16}, kDense, 128, 8},
+                                           SplitsCase{{kBF16, kBF16}, kDense, 64, 4},
+                                           SplitsCase{{kBF16, kInt8}, kDense, 128, 8},
+                                           SplitsCase{{kF16, kInt4}, kDense, 128, 4},
+                                           SplitsCase{{kF16, kInt4}, kDense, 64, 8},
+                                           SplitsCase{{kF16, DType::kCoded}, kDense, 128, 4},
+                                           SplitsCase{{kBF16, DType::kCoded}, kDense, 64, 3}),
+                         name_of_splits);
+
+TEST(FastDecode, SplitsOfABlockByTheModel) {
+  // One sequence: every split a block of its own. Eight of 32K tokens: as many as fill the device.
+  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 4), 1);
+  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 2), 1);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4), 8);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 3), 4);
+  EXPECT_EQ(splits_per_block({512, 16}, 8, 132 * 4), 4);  // 64K tokens: 64 tiles
+  // One long sequence among short ones is not left to few blocks.
+  EXPECT_EQ(splits_per_block({64 + 31 * 4, 32}, 8, 132 * 4), 1);
+}
+
 TEST(FastDecode, RowsOfZerosAndLargeScores) {
   CacheShape shape = shape_of({kBF16, kInt8}, 128, 4, kFirstClass);
   RandomCache cache(shape, 2, 3, 5, /*key_scale=*/8.0f);
