@@ -51,7 +51,12 @@ export MUSTAFAR_SOURCE_DIR=$scratch/repo
 mkdir "$scratch/repo"
 ln -s "$PWD/python" "$scratch/repo/python"
 ln -s "$(realpath -m "$prebuilt")/shared" "$scratch/shared"
-if [ -e "$prebuilt/bin.tar.gz" ]; then tar -xzf "$prebuilt/bin.tar.gz" -C "$scratch"; fi
+for archive in bin server; do
+  archive=$prebuilt/$archive.tar.xz
+  if [ -e "$archive" ] && ! tar -xJf "$archive" -C "$scratch" 2> /dev/null; then
+    "$python" -m tarfile -e "$archive" "$scratch"  # no xz here
+  fi
+done
 
 # note STAGE TEXT: how a stage ended.
 note() { echo "$1: $2" | tee -a "$raw/stages.txt"; }
@@ -151,7 +156,7 @@ has_torch() {
 }
 # program STAGE NAME: whether a GPU and the prebuilt program are there.
 program() {
-  needs "$1" "an NVIDIA GPU" has_gpu && needs "$1" "$2 in $prebuilt/bin.tar.gz (tools/gpu_prebuild.sh)" test -x "$bin/$2"
+  needs "$1" "an NVIDIA GPU" has_gpu && needs "$1" "$2 in $prebuilt/bin.tar.xz (tools/gpu_prebuild.sh)" test -x "$bin/$2"
 }
 
 stage_environment() {
@@ -240,10 +245,9 @@ stage_batch() {
 stage_serve() {
   program serve mustafar || return
   needs serve "Python" test -n "$python" || return
-  needs serve "$prebuilt/server (tools/gpu_prebuild.sh -w)" test -d "$prebuilt/server" || return
-  gunzip -c "$prebuilt/server/tokenizer.json.gz" > "$scratch/tokenizer.json"
-  local curve=(env "PYTHONPATH=$(realpath "$prebuilt/server")" "PATH=$bin:$PATH" "$python"
-    bench/serving_curve.py --tokenizer "$scratch/tokenizer.json" --folder "${MUSTAFAR_FAST_FOLDER:-/dev/shm}")
+  needs serve "the package (tools/gpu_prebuild.sh -w)" test -d "$scratch/server" || return
+  local curve=(env "PYTHONPATH=$scratch/server" "PATH=$bin:$PATH" "$python"
+    bench/serving_curve.py --tokenizer "$scratch/server/tokenizer.json" --folder "${MUSTAFAR_FAST_FOLDER:-/dev/shm}")
   step serve 280 "${curve[@]}" --shape "${MUSTAFAR_SERVE_SHAPE:-llama-3-8b}" \
     --presets dense lossless balanced --kv-budget "${MUSTAFAR_SERVE_BUDGET:-8G}" \
     --clients "${MUSTAFAR_SERVE_CLIENTS:-64}" --prompt 4096 --output "${MUSTAFAR_SERVE_OUTPUT:-512}" \

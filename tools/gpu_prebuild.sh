@@ -5,7 +5,7 @@
 #
 #   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs] [-w python]   folder: .gpu, arch: 90a
 #
-# The folder is made anew; about 20 MiB. -w: a Python of the version that the other machine has, with
+# The folder is made anew; about 35 MiB. -w: a Python of the version that the other machine has, with
 # pybind11: the package is built for it and packed with what the server needs (another 15 MiB).
 # CMAKE_ARGS: further arguments of CMake.
 set -euo pipefail
@@ -46,7 +46,7 @@ rm -rf "$out" $build/bin
 mkdir -p $build/bin
 mkdir -p "$out/shared/data/models"
 for program in "${programs[@]}"; do ln -f "$build/$program" "$build/bin/"; done
-tar -czf "$out/bin.tar.gz" -C "$build" bin
+tar -cf - -C "$build" bin | xz -3 -T "$jobs" > "$out/bin.tar.xz"
 for model in ../shared/data/models/story ../shared/data/models/stories260K; do
   if [ -d "$model" ]; then cp -rL "$model" "$out/shared/data/models/"; fi
 done
@@ -57,11 +57,15 @@ else
   echo "no cuobjdump: instructions are not counted"
 fi
 if [ -n "$wheel_python" ]; then
-  mkdir -p "$out/server"
-  "$wheel_python" -m pip install -q --no-deps --no-compile --target "$out/server" \
+  server=$build/server
+  rm -rf "$server" && mkdir -p "$server"
+  "$wheel_python" -m pip install -q --no-deps --no-compile --target "$server" \
     anyio==4.16.0 h11==0.16.0 starlette==1.10.0 uvicorn==0.54.0
-  cp -rL $build/python/mustafar "$out/server/"
-  gzip -c ../shared/data/tokenizers/llama-3/tokenizer.json > "$out/server/tokenizer.json.gz"
+  cp -rL $build/python/mustafar "$server/"
+  rm -rf "$server/mustafar/models"  # of the tree that is carried along
+  strip --strip-unneeded "$server"/mustafar/_core.*.so
+  cp ../shared/data/tokenizers/llama-3/tokenizer.json "$server/"
+  tar -cf - -C "$build" server | xz -3 -T "$jobs" > "$out/server.tar.xz"
 fi
 version=$(nvcc --version | sed -n 's/^Cuda compilation tools, //p')
 dirty=$(git status --porcelain --untracked-files=no | head -1)

@@ -170,7 +170,7 @@ esac""",
     folder = tmp_path / "prebuilt"
     (folder / "shared").mkdir(parents=True)
     (folder / "build.txt").write_text("commit FIXTURE\n")
-    subprocess.run(["tar", "-czf", folder / "bin.tar.gz", "-C", tmp_path, "bin"], check=True)
+    subprocess.run(["tar", "-cJf", folder / "bin.tar.xz", "-C", tmp_path, "bin"], check=True)
     return folder
 
 
