@@ -128,12 +128,10 @@ class Bench {
     void* const values = values_.ensure<uint16_t>(slice_rows * layer.cols);
     round_to(DType::kBF16, static_cast<const float*>(x_.data()), n * layer.cols, packed, stream_);
     const auto by_gemv = [&](const LinearArgs& args) { gemv(args, stream_); };
-    const auto by_gemm = [&](GemmForm form) {
-      void* const memory =
-          gemm_scratch_.ensure<uint8_t>(gemm_quantised_scratch_bytes(args_of(0, false), form));
-      return [this, form, memory](const LinearArgs& args) {
-        gemm_quantised(args, memory, stream_, form);
-      };
+    void* const gemm_scratch =
+        gemm_scratch_.ensure<uint8_t>(gemm_quantised_scratch_bytes(args_of(0, false)));
+    const auto by_gemm = [&](const LinearArgs& args) {
+      gemm_quantised(args, gemm_scratch, stream_);
     };
     const auto by_product = [&](const LinearArgs& args) {
       for (int i = 0; i < args.n_parts; i++) {
@@ -176,18 +174,9 @@ class Bench {
           right ? "true" : "false");
       std::fflush(stdout);
     };
-    // Which form is best, and what a few rows more cost, is asked of some layers alone.
-    const bool common = n != 9 && n != 12 && n != 24 && n != 48 && n != 128;
-    if (n <= 64 && common) measure("gemv", by_gemv, 2e-5);
-    if (n > 8 && n <= 128) {
-      measure("gemm 8x1", by_gemm(GemmForm::k8x1), 2e-5);
-      if (common && layer.rows[0] < 100000 && layer.name[0] != 'o') {
-        measure("gemm 8x2", by_gemm(GemmForm::k8x2), 2e-5);
-        measure("gemm 12x1", by_gemm(GemmForm::k12x1), 2e-5);
-        measure("gemm 16x1", by_gemm(GemmForm::k16x1), 2e-5);
-      }
-    }
-    if (n >= 8 && (common || n == 128) && product_ != nullptr) {
+    if (n <= 16) measure("gemv", by_gemv, 2e-5);
+    if (n > 8 && n <= 128) measure("gemm", by_gemm, 2e-5);
+    if (n >= 16 && product_ != nullptr) {
       measure("expanded", by_product, 1e-2);
     }
     return good;
@@ -381,10 +370,8 @@ int main(int argc, char** argv) {
            {Codes{DType::kInt4, 32, Offset::kMinimums}, Codes{DType::kInt4, 128, Offset::kNone},
             Codes{DType::kInt8, 32, Offset::kMinimums}}) {
         bench.prepare_codes(layer, dtype, group, offset);
-        for (const int32_t n : {1, 2, 8, 9, 12, 16, 24, 32, 48, 64, 128, 512, 2048}) {
+        for (const int32_t n : {1, 2, 8, 16, 32, 64, 128, 512, 2048}) {
           if (n > 64 && layer.rows[0] > 100000) continue;
-          const bool between = n == 9 || n == 12 || n == 24 || n == 48;
-          if (between && (layer.name[0] != 'g' || dtype != DType::kInt4)) continue;
           good = bench.run_codes(layer, n) && good;
         }
       }

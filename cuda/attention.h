@@ -102,15 +102,16 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
-// How many consecutive splits a block of a decode kernel takes: 1, 2, 4 or 8. A block's start costs
-// as much as 3 tiles and the end of a split as 0.7; n_slots blocks run at once. heads: blocks of a
-// split. One where two rounds of blocks take all splits, as at batch 1, and never so many that a
-// tenth of the slots stays empty or that they have more than kListedTiles tiles. Results are the
-// same for any number.
-inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots) {
+// How many consecutive splits a block of a decode kernel takes: a power of two up to `most`, a
+// constant of the kernel. A block's start costs as much as 3 tiles and the end of a split as 0.7;
+// n_slots blocks run at once. heads: blocks of a split. One where two rounds of blocks take all
+// splits, as at batch 1, and never so many that a tenth of the slots stays empty or that they have
+// more than kListedTiles tiles. Results are the same for any number.
+inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots,
+                                int32_t most) {
   int32_t best = 1;
   double least = 0.0;
-  for (const int32_t n : {1, 2, 4, 8}) {
+  for (int32_t n = 1; n <= most; n *= 2) {
     if (n > 1 && n * load.split_tiles > kListedTiles) break;
     const int64_t blocks = (load.n_splits + n - 1) / n * heads;
     if (n == 1 && blocks <= 2 * n_slots) return 1;

@@ -17,8 +17,8 @@ using Lock = std::lock_guard<std::recursive_mutex>;
 // found: on an H100 cuBLASLt is level with GEMV at 8 rows and ahead of it at 16.
 constexpr int32_t kGemvBatch = 8;
 // Codes are read at a quarter or half of the bytes, and expanding them costs several times those:
-// passes of 64 rows over the codes are faster than that up to so many.
-constexpr int32_t kQuantisedGemmBatch = 128;
+// a pass of 64 rows over the codes is faster, two are not.
+constexpr int32_t kQuantisedGemmBatch = 64;
 constexpr int64_t kProductBytes = int64_t{32} << 20;  // cuBLASLt's scratch
 constexpr size_t kMaxRecordedSteps = 32;              // graphs that are kept; the oldest goes first
 // Of a device's memory, one part in so many may wait for its next use; on the harness, whose fresh

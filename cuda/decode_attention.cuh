@@ -73,6 +73,9 @@ struct DecodeShape {
                                                   : kDim == 64            ? 4
                                                   : kFixed || kBits != 16 ? 3
                                                                           : 2;
+  // Measured on an H200: dense rows wait for memory whatever a block takes, and more than two
+  // splits leave the blocks' ends too uneven.
+  static constexpr int kMostBlockSplits = kDense && kBits != 4 ? 1 : 2;
   // Of a warp's 16 rows of K and V when compiled in: masks, values, scales.
   static constexpr int kStageBytes =
       16 * ((kDense ? 2 * kDim * kBits / 8 : 2 * kDim / 8 + (4 * kKRunWords + 8 * kVRunWords) * 4) +
@@ -384,7 +387,8 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
         args.load.n_splits > 0 ? args.load : DecodeLoad{args.n_sequences * args.max_splits, 8};
     chosen.splits_per_block = splits_per_block(
         load, heads,
-        int64_t{device_properties().n_multiprocessors} * Shape::kBlocksPerMultiprocessor);
+        int64_t{device_properties().n_multiprocessors} * Shape::kBlocksPerMultiprocessor,
+        Shape::kMostBlockSplits);
   }
   launch("decode_attention", decode_attention_kernel<Shape>,
          {(args.max_splits + chosen.splits_per_block - 1) / chosen.splits_per_block, heads,

@@ -55,6 +55,7 @@ struct CodedShape {
   static constexpr int kSumsBytes = (kBitTiles * 16 + kBitTiles * 2) * 16;
   static constexpr int kPartBytes = kSumsBytes + 3 * 16;
   static constexpr int kStagesAt = kMergeAt + kDecodeWarps * kPartBytes;
+  static constexpr int kMostBlockSplits = kMostSplits;  // its blocks' starts are long
   // As many as registers allow without spilling.
   static constexpr int kBlocksPerMultiprocessor = kChunks <= 2                          ? 4
                                                   : kChunks == 3 && kRowBytes % 16 == 0 ? 3

@@ -9,7 +9,7 @@
 // steps of 128. All steps of all row blocks, one row block's after the other's, are dealt out to
 // the blocks in equal runs of neighbours. The next stages of codes, scales and x are on their way
 // to shared memory (cp.async) while this one is multiplied. A warp takes one group of rows and all
-// rows of x, or with kColumnWarps = 2 half of those. As in gemv_quantised.cu, lane (g, c), g = lane
+// rows of x. As in gemv_quantised.cu, lane (g, c), g = lane
 // / 4 and c = lane % 4, unpacks columns 8c to 8c + 7 of a piece of 32 and rows 4g to 4g + 3 of the
 // group's two tiles, of which two at a time are rows g and g + 8 of a product: A is code - zero, B
 // the terms of 8 rows of x, of which the second adds to the first's product. A piece's sum is
@@ -34,13 +34,22 @@ namespace mustafar::cuda {
 namespace {
 
 constexpr int kRows = 2 * kTile;  // output rows of a warp
-constexpr int kTileX = 8;         // rows of x of a product
+constexpr int kRowWarps = 8;
+constexpr int kThreads = kRowWarps * kWarpSize;
+constexpr int kTileX = 8;  // rows of x of a product
 constexpr int kTerms = 2;
 constexpr int kStepPieces = 4;
 constexpr int kStepColumns = kStepPieces * kPiece;
 constexpr int kMaxTiles = 8;  // of rows of x in a pass
 constexpr int kMostX = kMaxTiles * kTileX;
 constexpr int kMaxSlots = 6;  // of stages in shared memory
+constexpr int kShares = 2;    // of the work, for every multiprocessor
+// Blocks that a multiprocessor holds, and shares of each: registers do not allow two blocks of many
+// rows of x.
+template <int kTiles>
+constexpr int kResident = kTiles == kMaxTiles ? 1 : kShares;
+template <int kTiles>
+constexpr int kBlockShares = kShares / kResident<kTiles>;
 
 constexpr int kTermBytes = kTerms * kWarpSize * 16;  // of a piece and tile of rows of x
 constexpr int kTileBytes = kTermBytes + kTileX * 4;  // the same with its sums
@@ -77,7 +86,7 @@ constexpr int offset_bytes(Offset offset) {
 
 // A stage in shared memory: a step of a row block, or half of one where two whole ones are more
 // than some GPUs give a block.
-template <int kBits, Offset kOffset, bool kWide, int kTiles, int kRowWarps>
+template <int kBits, Offset kOffset, bool kWide, int kTiles>
 struct Stage {
   static constexpr int kScaleBytes = kWide ? 4 : 2;
   static constexpr int kPieceCodes = kRows * kPiece * kBits / 8;  // of a row warp
@@ -170,40 +179,34 @@ struct Source {
   }
 };
 
-// kWide: scales are f32. kTiles: of 8 rows of x each. kResident: blocks of a multiprocessor.
-// kShares: of a block.
-template <int kBits, Offset kOffset, bool kWide, int kTiles, int kRowWarps, int kColumnWarps,
-          int kResident, int kShares>
-__global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
+// kWide: scales are f32. kTiles: of 8 rows of x each.
+template <int kBits, Offset kOffset, bool kWide, int kTiles>
+__global__ void __launch_bounds__(kThreads, kResident<kTiles>)
     gemm_quantised_kernel(const __grid_constant__ LinearArgs args,
                           const __grid_constant__ ScaleGroups groups,
                           const __grid_constant__ Deal deal,
                           const __grid_constant__ Scratch scratch, int32_t n, int32_t n_slots) {
-  using Layout = Stage<kBits, kOffset, kWide, kTiles, kRowWarps>;
-  constexpr int kThreads = kRowWarps * kColumnWarps * kWarpSize;
-  constexpr int kMine = kTiles / kColumnWarps;  // tiles of x
-  // What registers allow: tiles of x that are multiplied at once, to have products in flight, and
-  // pieces that are.
-  constexpr bool kTight = kThreads > 256 && kMine * kThreads >= 4 * 512;
-  constexpr int kAtOnce = kMine % 2 == 0 && !kTight ? 2 : 1;
-  [[maybe_unused]] constexpr int kUnrolled = kMine <= 2 && kOffset != Offset::kZeros && !kWide ? 4
-                                             : kMine <= 2 || (kMine == 8 && kThreads == 256)   ? 2
-                                                                                               : 1;
+  using Layout = Stage<kBits, kOffset, kWide, kTiles>;
+  constexpr int kAtOnce = 2;  // tiles of x that are multiplied at once, to have products in flight
+  // Pieces that registers allow to be.
+  [[maybe_unused]] constexpr int kUnrolled = kTiles <= 2 && kOffset != Offset::kZeros && !kWide ? 4
+                                             : kTiles <= 2 || kTiles == 8                       ? 2
+                                                                                                : 1;
   constexpr int kWords = kBits / 4;  // uint4 of a lane's share of a piece
   constexpr int kPieces = Layout::kPieces, kScaleBytes = Layout::kScaleBytes;
-  static_assert(kTiles % kColumnWarps == 0 && kPieces % kColumnWarps == 0);
-  const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  static_assert(kTiles % kAtOnce == 0);
+  const int lane = lane_id(), row_warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int g = lane >> 2, c = lane & 3;
-  const int row_warp = warp % kRowWarps, column_warp = warp / kRowWarps;
   uint8_t* const memory = shared_memory();
   // In stages from here on.
   constexpr int kSplitSteps = kStepPieces / kPieces;
   const int32_t n_stages = deal.n_steps * kSplitSteps;
   const auto first_of = [&](int32_t share) { return deal.first_unit(share) * kSplitSteps; };
-  // The block's shares, kShares neighbours.
-  int32_t share = static_cast<int32_t>(blockIdx.x) * kShares;
+  // The block's shares, neighbours.
+  constexpr int kOwn = kBlockShares<kTiles>;
+  int32_t share = static_cast<int32_t>(blockIdx.x) * kOwn;
   const int32_t first = first_of(share);
-  const int32_t end = first_of(share + kShares < deal.n_shares ? share + kShares : deal.n_shares);
+  const int32_t end = first_of(share + kOwn < deal.n_shares ? share + kOwn : deal.n_shares);
   int32_t share_end = first_of(share + 1);
   const auto group_of = [&](int32_t row_block) { return row_block * kRowWarps + row_warp; };
 
@@ -223,8 +226,7 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
       return piece < deal.n_pieces ? piece : deal.n_pieces - 1;
     };
 #pragma unroll
-    for (int i = 0; i < kPieces / kColumnWarps; i++) {
-      const int p = i * kColumnWarps + column_warp;
+    for (int p = 0; p < kPieces; p++) {
       const uint8_t* const line = source.codes + static_cast<uint32_t>(piece_of(p)) * (64u * kBits);
 #pragma unroll
       for (int j = 0; j < kWords; j++) {
@@ -236,20 +238,16 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
     const int at = row_warp * (kPieces * kRows) + 4 * lane;  // of the lane's four rows
     const uint32_t from = scale_group(piece_of(lane / 8), source.rate) * kTile;
     if (lane < 8 * kPieces) {
-      if (column_warp == 0) {
-        if constexpr (kWide) {
-          cp_async16(to + Layout::kScales + at * 4, source.scales + from * 4);
-        } else {
-          cp_async8(to + Layout::kScales + at * 2, source.scales + from * 2);
-        }
+      if constexpr (kWide) {
+        cp_async16(to + Layout::kScales + at * 4, source.scales + from * 4);
+      } else {
+        cp_async8(to + Layout::kScales + at * 2, source.scales + from * 2);
       }
-      if (column_warp == kColumnWarps - 1) {
-        if constexpr (kOffset == Offset::kMinimums) {
-          cp_async8(to + Layout::kOffsets + at * 2, source.offsets + from * 2);
-        }
-        if constexpr (kOffset == Offset::kZeros) {
-          cp_async4(to + Layout::kOffsets + at, source.offsets + from);
-        }
+      if constexpr (kOffset == Offset::kMinimums) {
+        cp_async8(to + Layout::kOffsets + at * 2, source.offsets + from * 2);
+      }
+      if constexpr (kOffset == Offset::kZeros) {
+        cp_async4(to + Layout::kOffsets + at, source.offsets + from);
       }
     }
     constexpr int kCopies = kPieces * kTiles * kTileBytes / 16;
@@ -285,7 +283,7 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
     f16 = place.part->scale_dtype == DType::kF16;
   };
   see_type();
-  float sums[2][kMine][4] = {};
+  float sums[2][kTiles][4] = {};
   for (int32_t unit = first; unit < end; unit++) {
     // All but the newest n_slots - 2.
     if (n_slots >= 6) {
@@ -350,12 +348,11 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
         }
       }
       const uint8_t* const tiles = here + Layout::kX + p * (kTiles * kTileBytes);
-      const uint4* const x =
-          reinterpret_cast<const uint4*>(tiles + column_warp * (kMine * kTermBytes)) + lane;
-      const float* const sums_x = reinterpret_cast<const float*>(tiles + kTiles * kTermBytes) +
-                                  column_warp * (kMine * kTileX) + 2 * c;
+      const uint4* const x = reinterpret_cast<const uint4*>(tiles) + lane;
+      const float* const sums_x =
+          reinterpret_cast<const float*>(tiles + kTiles * kTermBytes) + 2 * c;
 #pragma unroll
-      for (int t = 0; t < kMine; t += kAtOnce) {
+      for (int t = 0; t < kTiles; t += kAtOnce) {
         uint4 b[kAtOnce][kTerms];
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
@@ -408,10 +405,10 @@ __global__ void __launch_bounds__(kRowWarps* kColumnWarps* kWarpSize, kResident)
         scratch.partials +
         (deal.segment(share, row_block) * kRowWarps + row_warp) * int64_t{n} * kRows + 4 * g;
 #pragma unroll
-    for (int t = 0; t < kMine; t++) {
+    for (int t = 0; t < kTiles; t++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int column = (column_warp * kMine + t) * kTileX + 2 * c + i;
+        const int column = t * kTileX + 2 * c + i;
         if (exists && column < n) {
           *reinterpret_cast<float4*>(partials + column * kRows) = {
               sums[0][t][i], sums[0][t][2 + i], sums[1][t][i], sums[1][t][2 + i]};
@@ -434,15 +431,14 @@ constexpr int kFinishWarps = 8, kFinishRows = 2 * kFinishWarps;
 // Grid: x groups, y sixteens of rows of x; a warp for two of them.
 __global__ void __launch_bounds__(kFinishWarps* kWarpSize)
     add_partials_kernel(const __grid_constant__ LinearArgs args, const __grid_constant__ Deal deal,
-                        const __grid_constant__ Scratch scratch, int32_t row_warps, int32_t first_x,
-                        int32_t n) {
+                        const __grid_constant__ Scratch scratch, int32_t first_x, int32_t n) {
   const int lane = lane_id(), warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int32_t group = static_cast<int32_t>(blockIdx.x), row_block = group / row_warps;
+  const int32_t group = static_cast<int32_t>(blockIdx.x), row_block = group / kRowWarps;
   const int32_t first = deal.share_of(row_block * deal.n_steps);
   const int32_t last = deal.share_of((row_block + 1) * deal.n_steps - 1);
-  const int64_t stride = int64_t{row_warps} * n * kRows;  // of segments
+  const int64_t stride = int64_t{kRowWarps} * n * kRows;  // of segments
   const float* const partials = scratch.partials + deal.segment(first, row_block) * stride +
-                                int64_t{group % row_warps} * n * kRows;
+                                int64_t{group % kRowWarps} * n * kRows;
   for (int i = 0; i < kFinishRows / kFinishWarps; i++) {
     const int32_t x = static_cast<int32_t>(blockIdx.y) * kFinishRows + i * kFinishWarps + warp;
     if (x >= n) return;
@@ -469,14 +465,14 @@ int32_t slots_of(int stage_bytes, int resident) {
   return std::min(kMaxSlots, (share >= 2 * stage_bytes ? share : most) / stage_bytes);
 }
 
-Deal deal_of(const LinearArgs& args, int row_warps, int shares) {
+Deal deal_of(const LinearArgs& args) {
   Deal deal;
   deal.n_groups = static_cast<int32_t>(row_groups<kRows>(args));
-  deal.n_row_blocks = (deal.n_groups + row_warps - 1) / row_warps;
+  deal.n_row_blocks = (deal.n_groups + kRowWarps - 1) / kRowWarps;
   deal.n_pieces = static_cast<int32_t>((args.cols + kPiece - 1) / kPiece);
   deal.n_steps = static_cast<int32_t>((args.cols + kStepColumns - 1) / kStepColumns);
   deal.n_shares =
-      std::min(deal.n_row_blocks * deal.n_steps, shares * device_properties().n_multiprocessors);
+      std::min(deal.n_row_blocks * deal.n_steps, kShares * device_properties().n_multiprocessors);
   return deal;
 }
 
@@ -484,81 +480,45 @@ int64_t rounded_up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 struct ScratchBytes {
   int64_t x, squares, partials;
-  ScratchBytes(const Deal& deal, int row_warps, int32_t n) {
+  ScratchBytes(const Deal& deal, int32_t n) {
     x = rounded_up(int64_t{deal.n_steps} * kStepPieces * kMaxTiles * kTileBytes);
     squares = rounded_up(int64_t{deal.n_steps} * kMostX * 4);
-    partials = deal.n_segments() * row_warps * std::min(n, kMostX) * kRows * 4;
+    partials = deal.n_segments() * kRowWarps * std::min(n, kMostX) * kRows * 4;
   }
 };
 
-// Ways to deal the work out: warps over rows and over x, blocks of a multiprocessor.
-template <int kRowWarpCount, int kColumnWarpCount, int kShareCount>
-struct Form {
-  static constexpr int kRowWarps = kRowWarpCount, kColumnWarps = kColumnWarpCount;
-  static constexpr int kShares = kShareCount;  // for every multiprocessor
-};
-
-using DefaultForm = Form<8, 1, 2>;
-
-template <typename Body>
-void with_form(GemmForm form, Body&& body) {
-  switch (form) {
-    case GemmForm::k8x1:
-      return body(Form<8, 1, 2>());
-    case GemmForm::k8x2:
-      return body(Form<8, 2, 1>());
-    case GemmForm::k12x1:
-      return body(Form<12, 1, 1>());
-    case GemmForm::k16x1:
-      return body(Form<16, 1, 1>());
-  }
-}
-
-// The forms on trial take what the benchmark runs.
-template <typename Shape, Offset kOffset, bool kWide>
-constexpr bool kCompiled =
-    std::is_same_v<Shape, DefaultForm> || (kOffset != Offset::kZeros && !kWide);
-
-template <typename Shape, int kBits, Offset kOffset, bool kWide>
+template <int kBits, Offset kOffset, bool kWide>
 void run(const LinearArgs& args, void* memory, Stream stream) {
-  const Deal deal = deal_of(args, Shape::kRowWarps, Shape::kShares);
+  const Deal deal = deal_of(args);
   const ScaleGroups groups = scale_groups(args);
-  const ScratchBytes bytes(deal, Shape::kRowWarps, args.n);
+  const ScratchBytes bytes(deal, args.n);
   uint8_t* const base = static_cast<uint8_t*>(memory);
   const Scratch scratch{base, reinterpret_cast<float*>(base + bytes.x),
                         reinterpret_cast<float*>(base + bytes.x + bytes.squares)};
   // Returns how many rows of x it has taken, none where they do not fit.
   const auto pass = [&](int32_t first, auto tiles) {
     constexpr int kTiles = decltype(tiles)::value;
-    constexpr int kResident = kTiles == kMaxTiles ? 1 : Shape::kShares;  // for registers
-    constexpr int kShares = Shape::kShares / kResident;
-    constexpr int kStageBytes = Stage<kBits, kOffset, kWide, kTiles, Shape::kRowWarps>::kBytes;
-    const int32_t n_slots = slots_of(kStageBytes, kResident);
+    constexpr int kStageBytes = Stage<kBits, kOffset, kWide, kTiles>::kBytes;
+    constexpr int kOwn = kBlockShares<kTiles>;
+    const int32_t n_slots = slots_of(kStageBytes, kResident<kTiles>);
     if (n_slots < 2) return 0;
     const int32_t n = std::min(args.n - first, kTiles * kTileX);
     launch("split_rows", split_rows_kernel,
            {(int64_t{deal.n_steps} * kStepColumns + kSplitColumns - 1) / kSplitColumns,
             kTiles * kTileX},
            kSplitThreads, 0, stream, args, first, n, kTiles, deal.n_steps, scratch);
-    launch("gemm_quantised",
-           gemm_quantised_kernel<kBits, kOffset, kWide, kTiles, Shape::kRowWarps,
-                                 Shape::kColumnWarps, kResident, kShares>,
-           {(deal.n_shares + kShares - 1) / kShares},
-           Shape::kRowWarps * Shape::kColumnWarps * kWarpSize, n_slots * kStageBytes, stream, args,
+    launch("gemm_quantised", gemm_quantised_kernel<kBits, kOffset, kWide, kTiles>,
+           {(deal.n_shares + kOwn - 1) / kOwn}, kThreads, n_slots * kStageBytes, stream, args,
            groups, deal, scratch, n, n_slots);
     launch("add_partials", add_partials_kernel,
            {deal.n_groups, (n + kFinishRows - 1) / kFinishRows}, kFinishWarps * kWarpSize, 0,
-           stream, args, deal, scratch, Shape::kRowWarps, first, n);
+           stream, args, deal, scratch, first, n);
     return n;
   };
   for (int32_t first = 0; first < args.n;) {
     const int32_t left = args.n - first;
     int32_t taken = 0;
-    // One of the forms on trial would spill registers.
-    constexpr bool kSpills = Shape::kRowWarps == 12 && kBits == 8 && kOffset == Offset::kMinimums;
-    if constexpr (!kSpills) {
-      if (left > 32) taken = pass(first, std::integral_constant<int, 8>());
-    }
+    if (left > 32) taken = pass(first, std::integral_constant<int, 8>());
     if (taken == 0 && left > 16) taken = pass(first, std::integral_constant<int, 4>());
     if (taken == 0) taken = pass(first, std::integral_constant<int, 2>());
     if (taken == 0) throw Error("gemm_quantised: a stage does not fit into shared memory");
@@ -566,36 +526,28 @@ void run(const LinearArgs& args, void* memory, Stream stream) {
   }
 }
 
-template <typename Shape, int kBits, bool kWide>
+template <int kBits, bool kWide>
 void run(const LinearArgs& args, void* memory, Stream stream) {
-  const auto with = [&](auto offset) {
-    constexpr Offset kOffset = decltype(offset)::value;
-    if constexpr (kCompiled<Shape, kOffset, kWide>) {
-      run<Shape, kBits, kOffset, kWide>(args, memory, stream);
-    } else {
-      throw Error("gemm_quantised: this form takes no zeros and no f32 scales");
-    }
-  };
   switch (args.parts[0].offset) {
     case Offset::kZeros:
-      return with(std::integral_constant<Offset, Offset::kZeros>());
+      return run<kBits, Offset::kZeros, kWide>(args, memory, stream);
     case Offset::kMinimums:
       if constexpr (kWide) {
         throw Error("gemm_quantised: minimums are f16 or bf16");
       } else {
-        return with(std::integral_constant<Offset, Offset::kMinimums>());
+        return run<kBits, Offset::kMinimums, kWide>(args, memory, stream);
       }
     default:
-      return with(std::integral_constant<Offset, Offset::kNone>());
+      return run<kBits, Offset::kNone, kWide>(args, memory, stream);
   }
 }
 
-template <typename Shape, int kBits>
+template <int kBits>
 void run(const LinearArgs& args, void* memory, Stream stream) {
   if (args.parts[0].scale_dtype == DType::kF32) {
-    run<Shape, kBits, true>(args, memory, stream);
+    run<kBits, true>(args, memory, stream);
   } else {
-    run<Shape, kBits, false>(args, memory, stream);
+    run<kBits, false>(args, memory, stream);
   }
 }
 
@@ -606,34 +558,27 @@ bool gemm_quantised_takes(const LinearArgs& args) {
       reinterpret_cast<uintptr_t>(args.norm) % 16 != 0) {
     return false;
   }
-  const Deal deal = deal_of(args, DefaultForm::kRowWarps, DefaultForm::kShares);
+  const Deal deal = deal_of(args);
   const int64_t n_units = int64_t{deal.n_row_blocks} * deal.n_steps;
   return n_units * (deal.n_shares + 1) <= 0xffffffff;  // 32-bit arithmetic
 }
 
-int64_t gemm_quantised_scratch_bytes(const LinearArgs& args, GemmForm form) {
-  int64_t bytes = 0;
-  with_form(form, [&](auto f) {
-    using F = decltype(f);
-    const ScratchBytes parts(deal_of(args, F::kRowWarps, F::kShares), F::kRowWarps, args.n);
-    bytes = parts.x + parts.squares + parts.partials;
-  });
-  return bytes;
+int64_t gemm_quantised_scratch_bytes(const LinearArgs& args) {
+  const ScratchBytes parts(deal_of(args), args.n);
+  return parts.x + parts.squares + parts.partials;
 }
 
-void gemm_quantised(const LinearArgs& args, void* scratch, Stream stream, GemmForm form) {
+void gemm_quantised(const LinearArgs& args, void* scratch, Stream stream) {
   for (int i = 1; i < args.n_parts; i++) {
     if (!args.parts[i].like(args.parts[0])) {
       throw Error("gemm_quantised: the matrices of one launch are not alike");
     }
   }
-  with_form(form, [&](auto f) {
-    if (args.parts[0].dtype == DType::kInt4) {
-      run<decltype(f), 4>(args, scratch, stream);
-    } else {
-      run<decltype(f), 8>(args, scratch, stream);
-    }
-  });
+  if (args.parts[0].dtype == DType::kInt4) {
+    run<4>(args, scratch, stream);
+  } else {
+    run<8>(args, scratch, stream);
+  }
 }
 
 }  // namespace mustafar::cuda

@@ -72,11 +72,9 @@ void gemv_codes_plain(const LinearArgs& args, Stream stream);
 // The products of gemv with matrices of codes for some tens of rows of x, to the same accuracy: all
 // that gemv does, reading the codes once for every 64 rows. A row's result does not depend on how
 // many there are. scratch: of so many bytes.
-enum class GemmForm { k8x1, k8x2, k12x1, k16x1 };  // warps over rows of W x warps over rows of x
 bool gemm_quantised_takes(const LinearArgs& args);
-int64_t gemm_quantised_scratch_bytes(const LinearArgs& args, GemmForm form = GemmForm::k8x1);
-void gemm_quantised(const LinearArgs& args, void* scratch, Stream stream,
-                    GemmForm form = GemmForm::k8x1);
+int64_t gemm_quantised_scratch_bytes(const LinearArgs& args);
+void gemm_quantised(const LinearArgs& args, void* scratch, Stream stream);
 
 // Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for
 // it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).

@@ -465,13 +465,15 @@ INSTANTIATE_TEST_SUITE_P(Layouts, SplitsPerBlockTest,
 
 TEST(FastDecode, SplitsOfABlockByTheModel) {
   // One sequence: every split a block of its own. Eight of 32K tokens: as many as fill the device.
-  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 4), 1);
-  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 2), 1);
-  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4), 8);
-  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 3), 4);
-  EXPECT_EQ(splits_per_block({512, 16}, 8, 132 * 4), 4);  // 64K tokens: 64 tiles
+  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 4, 8), 1);
+  EXPECT_EQ(splits_per_block({64, 8}, 8, 132 * 2, 8), 1);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4, 8), 8);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4, 2), 2);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 4, 1), 1);
+  EXPECT_EQ(splits_per_block({512, 8}, 8, 132 * 3, 8), 4);
+  EXPECT_EQ(splits_per_block({512, 16}, 8, 132 * 4, 8), 4);  // 64K tokens: 64 tiles
   // One long sequence among short ones is not left to few blocks.
-  EXPECT_EQ(splits_per_block({64 + 31 * 4, 32}, 8, 132 * 4), 1);
+  EXPECT_EQ(splits_per_block({64 + 31 * 4, 32}, 8, 132 * 4, 8), 1);
 }
 
 TEST(FastDecode, RowsOfZerosAndLargeScores) {

@@ -97,19 +97,11 @@ void check_product(const Product& p, void (*run)(const LinearArgs&, Stream)) {
   }
 }
 
-template <GemmForm kForm>
 void gemm(const LinearArgs& args, Stream stream) {
   ASSERT_TRUE(gemm_quantised_takes(args));
-  DeviceMemory scratch(gemm_quantised_scratch_bytes(args, kForm), "scratch");
-  gemm_quantised(args, scratch.device(), stream, kForm);
+  DeviceMemory scratch(gemm_quantised_scratch_bytes(args), "scratch");
+  gemm_quantised(args, scratch.device(), stream);
   scratch.download();  // finds writes around it
-}
-using GemmRun = void (*)(const LinearArgs&, Stream);
-std::vector<GemmRun> gemms_of(const QuantisedShape& shape) {
-  if (shape.offset == Offset::kZeros || shape.scale_dtype == DType::kF32) {
-    return {gemm<GemmForm::k8x1>};
-  }
-  return {gemm<GemmForm::k8x1>, gemm<GemmForm::k8x2>, gemm<GemmForm::k12x1>, gemm<GemmForm::k16x1>};
 }
 
 class QuantisedGemvTest : public ::testing::TestWithParam<Product> {};
@@ -168,9 +160,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products
 
 class QuantisedGemmTest : public ::testing::TestWithParam<Product> {};
 
-TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) {
-  for (const auto run : gemms_of(GetParam().codes)) check_product(GetParam(), run);
-}
+TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemm); }
 
 std::vector<Product> gemm_products() {
   std::vector<Product> all;
@@ -214,28 +204,26 @@ TEST(QuantisedGemm, ARowDoesNotDependOnTheBatch) {
   constexpr int32_t kMost = 70;
   const int64_t rows = 600, cols = 1060;
   const DeviceCodes w({DType::kInt4, DType::kF16, Offset::kMinimums, 32, rows, cols});
-  for (const GemmRun run : gemms_of(w.shape)) {
-    Values x(kMost * cols, DType::kF32, 2), norm(cols, DType::kF32, 3);
-    Values few(kMost * rows, DType::kF32, 4), all(kMost * rows, DType::kF32, 5);
-    LinearArgs args;
-    args.parts[0] = w.part(all.floats());
-    args.n_parts = 1;
-    args.cols = cols;
-    args.x = x.floats();
-    args.norm = norm.floats();
-    args.eps = 1e-5f;
-    args.n = kMost;
-    run(args, nullptr);
-    all.download();
-    for (const int32_t n : {9, 17, 33}) {
-      const int64_t first = kMost - n;
-      args.n = n;
-      args.x = x.floats() + first * cols;
-      args.parts[0].y = few.floats();
-      run(args, nullptr);
-      few.download();
-      EXPECT_EQ(std::memcmp(few.host(), all.host() + first * rows * 4, n * rows * 4), 0) << n;
-    }
+  Values x(kMost * cols, DType::kF32, 2), norm(cols, DType::kF32, 3);
+  Values few(kMost * rows, DType::kF32, 4), all(kMost * rows, DType::kF32, 5);
+  LinearArgs args;
+  args.parts[0] = w.part(all.floats());
+  args.n_parts = 1;
+  args.cols = cols;
+  args.x = x.floats();
+  args.norm = norm.floats();
+  args.eps = 1e-5f;
+  args.n = kMost;
+  gemm(args, nullptr);
+  all.download();
+  for (const int32_t n : {9, 17, 33}) {
+    const int64_t first = kMost - n;
+    args.n = n;
+    args.x = x.floats() + first * cols;
+    args.parts[0].y = few.floats();
+    gemm(args, nullptr);
+    few.download();
+    EXPECT_EQ(std::memcmp(few.host(), all.host() + first * rows * 4, n * rows * 4), 0) << n;
   }
 }
 
@@ -316,7 +304,7 @@ TEST(QuantisedGemm, NormAndGateInPassing) {
                         Case{{DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true},
                         Case{{DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 40, false},
                         Case{{DType::kInt8, DType::kF16, Offset::kNone, 64, 300, 140}, 66, true}}) {
-    for (const GemmRun run : gemms_of(c.shape)) check_fused_codes(c.shape, c.n, c.gated, run);
+    check_fused_codes(c.shape, c.n, c.gated, gemm);
   }
 }
 
