@@ -165,10 +165,25 @@ def test_nll_is_that_of_transformers(
     our_nll: NDArray[np.float64],
 ) -> None:
     assert len(scored_ids) == SCORED + 1
-    logits = torch.from_numpy(oracle.logits(reference, scored_ids[:-1]))
-    targets = torch.tensor(scored_ids[1:])
+    check_nll(our_nll, reference, scored_ids)
+
+
+def test_the_whole_context_scores_as_in_transformers(model: mustafar.Model, reference: Any) -> None:
+    """As many tokens as the context of the model holds."""
+    context = model.config["max_position_embeddings"]
+    assert context == 8192
+    ids = model.tokenizer.encode(MANUAL[200_000:260_000])[:context]
+    assert len(ids) == context
+    ours = -mustafar.Session(model, DENSE).score(ids).astype(np.float64)
+    check_nll(ours, reference, ids)
+
+
+def check_nll(ours: NDArray[np.float64], reference: Any, ids: list[int]) -> None:
+    """Nats of every token of ids but the first, beside those of transformers."""
+    logits = torch.from_numpy(oracle.logits(reference, ids[:-1]))
+    targets = torch.tensor(ids[1:])
     theirs = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double().numpy()
-    difference = our_nll - theirs
+    difference = ours - theirs
     print(f"NLL {theirs.mean():.6f}: mean {difference.mean():.2e}, ", end="")  # pytest -rP
     print(f"largest {np.abs(difference).max():.2e} of a token")
     assert 0.5 < theirs.mean() < 4  # the model knows English
