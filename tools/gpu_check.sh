@@ -11,7 +11,8 @@
 #
 # Stages: environment smoke bench prefill linear torch step kernels sessions model profile; batch serve
 # more sanitize. "first" (the default) is those before the semicolon, "second" adds more and sanitize.
-# serve wants the package in the prebuilt folder (tools/gpu_prebuild.sh -w). -n prints what would run.
+# serve wants the package in the prebuilt folder (tools/gpu_prebuild.sh -w); MUSTAFAR_SERVE_SHAPE, _BUDGET,
+# _CLIENTS and _OUTPUT change its traffic, MUSTAFAR_FAST_FOLDER where its weights lie. -n prints what would run.
 # -p: .gpu. -t: seconds in all, 280.
 #
 # A stage that fails, outlives its limit or finds no tool does not stop the next one. Exit status: 0
