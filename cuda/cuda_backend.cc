@@ -132,10 +132,12 @@ LinearArgs part_alone(const LinearArgs& args, const LinearPart& part) {
 CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
     : properties_(open_device()),
       dtype_(dtype),
-      eps_(static_cast<float>(config.rms_norm_eps)),
+      eps_(static_cast<float>(config.stream_norm_eps())),
+      branch_eps_(static_cast<float>(config.rms_norm_eps)),
       n_heads_(config.n_heads),
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim),
+      rope_dims_(config.rope_dims()),
       memory_(std::make_shared<MemoryPool>(properties_.memory_bytes / kKeptShare)) {
   if (head_dim_ > kMaxHeadDim) {
     throw DeviceError("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
@@ -297,6 +299,31 @@ void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_i
   } else {
     cuda::embed(table.data, table.dtype, ids, n, table.cols, out, stream_);
   }
+  if (weights.embedding_scale != 1) scale(out, weights.embedding_scale, n * table.cols, stream_);
+}
+
+void CudaBackend::norm_heads(QkNorm kind, const float* weight, int32_t n_heads, int32_t n_rows,
+                             float* x) {
+  if (kind == QkNorm::kNone) return;
+  const bool alone = kind == QkNorm::kHead;
+  const int64_t rows = int64_t{n_rows} * (alone ? n_heads : 1);
+  const int64_t width = int64_t{head_dim_} * (alone ? 1 : n_heads);
+  rms_norm(x, nullptr, weight, branch_eps_, rows, width, x, stream_);
+}
+
+void CudaBackend::add_branch(const LinearArgs& product, const float* norm, int64_t hidden,
+                             bool decode, CudaWorkspace& workspace) {
+  if (norm == nullptr) {
+    linear(product, decode, workspace);
+    return;
+  }
+  LinearArgs args = product;
+  LinearPart& part = args.parts[0];
+  float* const x = part.y;
+  part.y = workspace.branch.ensure<float>(args.n * hidden);
+  part.accumulate = false;
+  linear(args, decode, workspace);
+  rms_norm(part.y, nullptr, norm, branch_eps_, args.n, hidden, x, stream_, /*add=*/true);
 }
 
 void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
@@ -313,6 +340,8 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   products.norm = w.attention_norm;
   products.eps = eps_;
   linear(products, batch.decode, ws);
+  norm_heads(weights.qk_norm, w.q_norm, n_heads_, n, q);
+  norm_heads(weights.qk_norm, w.k_norm, n_kv_heads_, n, k);
 
   RopeArgs rope;
   rope.sequences = send_sequences(batch, ws);
@@ -326,7 +355,12 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   rope.n_kv_heads = n_kv_heads_;
   rope.head_dim = head_dim_;
   rope.tail_dtype = dtype_;
+  rope.rotates = w.rotates;
+  rope.rope_dims = rope_dims_;
+  rope.rope_scale = weights.rope_scale;
+  rope.query_scale = weights.query_scale;
   rope.frequencies = weights.rope_frequencies;
+  rope.long_frequencies = weights.long_rope_frequencies;
   rope.q = q;
   rope.k = k;
   rope.v = v;
@@ -396,8 +430,9 @@ void CudaBackend::project_output(const Weights& weights, int32_t layer, const Ba
                                  const float* attention, float* x, Workspace& workspace) {
   const Lock lock(mutex_);
   const LayerWeights& w = weights.layers[layer];
-  linear(product_of({part_of(w.o, w.o_bias, x, /*add=*/true)}, w.o.cols, attention, batch.n_rows),
-         batch.decode, on_cuda(workspace));
+  add_branch(
+      product_of({part_of(w.o, w.o_bias, x, /*add=*/true)}, w.o.cols, attention, batch.n_rows),
+      w.attention_out_norm, w.o.rows, batch.decode, on_cuda(workspace));
 }
 
 void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
@@ -414,8 +449,8 @@ void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch,
   products.eps = eps_;
   products.gated = true;
   linear(products, batch.decode, ws);
-  linear(product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n),
-         batch.decode, ws);
+  add_branch(product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n),
+             w.mlp_out_norm, w.down.rows, batch.decode, ws);
 }
 
 void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,

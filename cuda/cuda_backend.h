@@ -105,13 +105,18 @@ class CudaBackend final : public Backend {
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
                          int64_t hidden, CudaWorkspace& workspace);
+  void norm_heads(QkNorm kind, const float* weight, int32_t n_heads, int32_t n_rows, float* x);
+  // x += the product of part, normed where there is a norm.
+  void add_branch(const LinearArgs& product, const float* norm, int64_t hidden, bool decode,
+                  CudaWorkspace& workspace);
   const SequenceView* send_sequences(const Batch& batch, CudaWorkspace& workspace);
   const int32_t* send_tokens(std::span<const int32_t> token_ids);
 
   DeviceProperties properties_;
   DType dtype_;
-  float eps_;
-  int32_t n_heads_, n_kv_heads_, head_dim_;
+  float eps_;         // of norms of x, in the units that x has here (ModelConfig::stream_norm_eps)
+  float branch_eps_;  // of all other norms
+  int32_t n_heads_, n_kv_heads_, head_dim_, rope_dims_;
   std::shared_ptr<MemoryPool> memory_;
   Stream stream_ = nullptr;
   std::unique_ptr<CublasLt> cublaslt_;  // null where the library was not found

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
 // Shared: a partial sum per warp.
 __global__ void __launch_bounds__(kThreads)
     rms_norm_kernel(const float* x, const int32_t* rows, const float* weight, float eps,
-                    int64_t hidden, float* out) {
+                    int64_t hidden, bool add, float* out) {
   const int64_t row = rows != nullptr ? rows[blockIdx.x] : static_cast<int64_t>(blockIdx.x);
   const float* from = x + row * hidden;
   float squares = 0.0f;
@@ -39,8 +39,15 @@ __global__ void __launch_bounds__(kThreads)
   for (int w = 0; w < kWarps; w++) total += partial[w];
   const float scale = 1.0f / sqrtf(total / static_cast<float>(hidden) + eps);
   for (int64_t i = thread(); i < hidden; i += kThreads) {
-    out[int64_t{blockIdx.x} * hidden + i] = from[i] * scale * weight[i];
+    float* const to = out + int64_t{blockIdx.x} * hidden + i;
+    const float value = from[i] * scale * weight[i];
+    *to = add ? *to + value : value;
   }
+}
+
+__global__ void __launch_bounds__(kThreads) scale_kernel(float* x, float factor, int64_t count) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + thread();
+  if (i < count) x[i] *= factor;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -70,6 +77,8 @@ struct RopeHead {
         head(kind == 0 ? index : (index - args.n_heads) % args.n_kv_heads),
         kv_head(kind == 0 ? head / (args.n_heads / args.n_kv_heads) : head) {}
 
+  __device__ bool rotates(const RopeArgs& args) const { return kind != 2 && args.rotates; }
+  __device__ float scale(const RopeArgs& args) const { return kind == 0 ? args.query_scale : 1.0f; }
   __device__ const float* from(const RopeArgs& args, int64_t row) const {
     return kind == 0
                ? args.q + (row * args.n_heads + head) * args.head_dim
@@ -106,16 +115,28 @@ struct RopeHead {
   }
 };
 
-// Dims i and i + head_dim / 2 of a row of queries or keys, rotated.
-__device__ __forceinline__ void rotate(const RopeArgs& args, const float* from, int32_t position,
-                                       int i, float* to) {
-  const int half = args.head_dim / 2;
-  const float angle = multiply_rounded(static_cast<float>(position), args.frequencies[i]);
-  float cosine, sine;
-  cos_sin(angle, cosine, sine);
-  const float a = from[i], b = from[i + half];
-  to[i] = a * cosine - b * sine;
-  to[i + half] = b * cosine + a * sine;
+// The i-th pair of dims of a row of a head, rotated where RoPE turns it, queries scaled: pairs are
+// i and i + rope_dims / 2, then neighbours.
+__device__ __forceinline__ void turn(const RopeArgs& args, const RopeHead& head,
+                                     const SequenceView& s, const float* from, int32_t position,
+                                     int i, float* to) {
+  const int half = args.rope_dims / 2;
+  const bool turned = i < half;
+  const int first = turned ? i : 2 * i, second = turned ? i + half : 2 * i + 1;
+  float a = from[first], b = from[second];
+  if (turned && head.rotates(args)) {
+    const bool is_long = s.long_rope != 0 && args.long_frequencies != nullptr;
+    const float frequency = (is_long ? args.long_frequencies : args.frequencies)[i];
+    float cosine, sine;
+    cos_sin(multiply_rounded(static_cast<float>(position), frequency), cosine, sine);
+    cosine *= args.rope_scale;
+    sine *= args.rope_scale;
+    const float x = a;
+    a = x * cosine - b * sine;
+    b = b * cosine + x * sine;
+  }
+  to[first] = a * head.scale(args);
+  to[second] = b * head.scale(args);
 }
 
 // One row a block. Grid: x head, y row. Shared: the head's vector [head_dim], transform_scratch.
@@ -128,12 +149,8 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeArgs args) {
   const RopeHead head(args, static_cast<int>(blockIdx.x));
   const float* const from = head.from(args, row);
   float* const x = reinterpret_cast<float*>(shared_memory());
-  if (head.kind == 2) {
-    for (int d = thread(); d < dims; d += kThreads) x[d] = from[d];
-  } else {
-    for (int i = thread(); i < dims / 2; i += kThreads) {
-      rotate(args, from, s.pos0 + row - s.row0, i, x);
-    }
+  for (int i = thread(); i < dims / 2; i += kThreads) {
+    turn(args, head, s, from, s.pos0 + row - s.row0, i, x);
   }
   sync_block();
   const float* const matrix = head.matrix(args, s);
@@ -162,13 +179,7 @@ __global__ void __launch_bounds__(kBlockThreads) rope_append_block_kernel(RopeAr
   float* const x = reinterpret_cast<float*>(shared_memory());
   for (int i = thread(); i < n * kDims / 2; i += kBlockThreads) {
     const int r = i / (kDims / 2), d = i % (kDims / 2);
-    const float* const from = head.from(args, s.row0 + first + r);
-    if (head.kind == 2) {
-      x[r * kDims + d] = from[d];
-      x[r * kDims + d + kDims / 2] = from[d + kDims / 2];
-    } else {
-      rotate(args, from, s.pos0 + first + r, d, x + r * kDims);
-    }
+    turn(args, head, s, head.from(args, s.row0 + first + r), s.pos0 + first + r, d, x + r * kDims);
   }
   const auto store = [&](int r, int d, float value) {
     if (r < n) head.store(args, s, s.row0 + first + r, d, value);
@@ -256,10 +267,15 @@ void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, 
          dtype, token_ids, hidden, out);
 }
 
-void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int32_t n,
-              int64_t hidden, float* out, Stream stream) {
+void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int64_t n,
+              int64_t hidden, float* out, Stream stream, bool add) {
   launch("rms_norm", rms_norm_kernel, {n}, kThreads, kWarps * 4, stream, x, rows, weight, eps,
-         hidden, out);
+         hidden, add, out);
+}
+
+void scale(float* x, float factor, int64_t count, Stream stream) {
+  launch("scale", scale_kernel, {(count + kThreads - 1) / kThreads}, kThreads, 0, stream, x, factor,
+         count);
 }
 
 void silu_multiply(float* gate, const float* up, int64_t count, Stream stream) {

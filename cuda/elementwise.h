@@ -13,9 +13,13 @@ namespace mustafar::cuda {
 void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, int64_t hidden,
            float* out, Stream stream);
 
-// out [n][hidden] = RMSNorm of x's rows (rows [n] on the device, or null: 0 .. n-1) times weight.
-void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int32_t n,
-              int64_t hidden, float* out, Stream stream);
+// out [n][hidden] = RMSNorm of x's rows (rows [n] on the device, or null: 0 .. n-1) times weight;
+// add: out += that. out may be x where rows is null.
+void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int64_t n,
+              int64_t hidden, float* out, Stream stream, bool add = false);
+
+// x [count] *= factor.
+void scale(float* x, float factor, int64_t count, Stream stream);
 
 // gate [count] = silu(gate) * up.
 void silu_multiply(float* gate, const float* up, int64_t count, Stream stream);
@@ -28,7 +32,12 @@ struct RopeArgs {
   int32_t layer = 0;
   int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   DType tail_dtype = DType::kBF16;
-  const float* frequencies = nullptr;  // [head_dim / 2], radians per token
+  bool rotates = true;                      // queries and keys
+  int32_t rope_dims = 0;                    // of a head, the leading ones
+  float rope_scale = 1;                     // of sines and cosines
+  float query_scale = 1;                    // of queries, once they are rotated
+  const float* frequencies = nullptr;       // [rope_dims / 2], radians per token
+  const float* long_frequencies = nullptr;  // of sequences with long_rope, or null: the same
   float* q = nullptr;        // [n_rows][n_heads * head_dim], rotated and transformed in place
   const float* k = nullptr;  // [n_rows][n_kv_heads * head_dim]
   const float* v = nullptr;

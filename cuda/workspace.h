@@ -68,6 +68,7 @@ class CudaWorkspace final : public Workspace {
   }
 
   DeviceBuffer normed, keys, values, gate, up;  // f32 activations
+  DeviceBuffer branch;                          // what a norm goes over before it is added to x
   DeviceBuffer packed;                          // activations in the weights' type
   DeviceBuffer partials;                        // of attention
   DeviceBuffer expanded;                        // a part of a matrix of codes as values
@@ -80,9 +81,9 @@ class CudaWorkspace final : public Workspace {
   std::shared_ptr<PinnedFlag> bad_row_host = std::make_shared<PinnedFlag>();
 
  private:
-  std::array<const DeviceBuffer*, 9> buffers() const {
+  std::array<const DeviceBuffer*, 10> buffers() const {
     return std::to_array<const DeviceBuffer*>(
-        {&normed, &keys, &values, &gate, &up, &packed, &partials, &expanded, &product});
+        {&normed, &keys, &values, &gate, &up, &branch, &packed, &partials, &expanded, &product});
   }
 };
 

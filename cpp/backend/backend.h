@@ -98,7 +98,7 @@ struct Weights {
   const float* final_norm = nullptr;             // [hidden]
   Matrix lm_head;                                // [vocab, hidden]
   const float* rope_frequencies = nullptr;       // [rope dims / 2]
-  const float* long_rope_frequencies = nullptr;  // of SequenceStep::long_rope, or null: the same
+  const float* long_rope_frequencies = nullptr;  // of SequenceView::long_rope, or null: the same
   float rope_scale = 1;                          // of sines and cosines
   float embedding_scale = 1;                     // of a row of the embedding on its way to x
   float query_scale = 1;                         // of queries, once they are rotated
@@ -111,7 +111,6 @@ struct SequenceStep : SequenceView {
   // [n_layers] host: tokens, its own among them, that a query of a layer sees, 0: all before it.
   // Null: all layers see all. Those of the model: of a batch's sequences alike.
   const int32_t* windows = nullptr;
-  bool long_rope = false;  // its rows take Weights::long_rope_frequencies
 
   int32_t window(int32_t layer) const { return windows == nullptr ? 0 : windows[layer]; }
 };
@@ -271,10 +270,6 @@ struct BackendOptions {
   DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
   int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
 };
-
-// What of a model device "cuda" has no kernels for, such as "norms of queries and keys"; "" where
-// there is nothing.
-std::string missing_on_cuda(const ModelConfig& config);
 
 // "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws
 // DeviceError saying what is missing where a device asked for by name can't be had.

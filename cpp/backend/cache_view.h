@@ -63,7 +63,7 @@ struct SequenceView {
   int32_t fresh_capacity = 0;  // tokens
   int32_t fresh_pos0 = 0;
   int32_t dropped_blocks = 0;  // of the store, the oldest: pages begins after them
-  int32_t unused = 0;          // in place of padding
+  int32_t long_rope = 0;       // its rows take the long frequencies, where a model has some
 
   KVTransform transform;
   CodeTables codes;  // where the store's rows are coded, else null pointers

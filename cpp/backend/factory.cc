@@ -11,31 +11,11 @@
 
 namespace mustafar {
 
-std::string missing_on_cuda(const ModelConfig& config) {
-  const FamilyTraits& traits = config.traits;
-  if (traits.qk_norm != QkNorm::kNone) return "norms of queries and keys";
-  if (traits.norm_after) return "norms after attention and MLP";
-  for (int32_t i = 0; i < config.n_layers; i++) {
-    if (!traits.rotates(i)) return "layers without RoPE";
-  }
-  if (config.rope_dims() != config.head_dim) return "RoPE of a part of each head";
-  if (config.has_long_rope()) return "longrope";
-  if (config.rope_attention_factor != 1) return "RoPE that scales (yarn's attention factor)";
-  if (traits.attention_multiplier != 0) return "an attention multiplier";
-  if (traits.residual_multiplier != 1) return "a residual multiplier";
-  if (traits.embedding_multiplier != 1) return "an embedding multiplier";
-  return "";
-}
-
 namespace {
 
 // Throws DeviceError saying what is missing.
 std::unique_ptr<Backend> make_gpu_backend(const ModelConfig& config,
                                           const BackendOptions& options) {
-  if (const std::string missing = missing_on_cuda(config); !missing.empty()) {
-    throw DeviceError("device \"cuda\" has no kernels yet for " + missing + ", which this " +
-                      config.model_type + " model needs: use the device cpu");
-  }
 #if defined(MUSTAFAR_WITH_CUDA)
   return cuda::make_cuda_backend(config, options.dtype);
 #else

@@ -315,16 +315,3 @@ def test_missing_fields_mean_what_they_mean_to_transformers(
     folder = families.save_family(tmp_path, family, "mha")
     families.change_config(folder, **dict.fromkeys(missing, ...))
     compare(folder)
-
-
-def test_cuda_says_what_it_has_no_kernel_for(tmp_path: Path) -> None:
-    for family, what in {
-        "qwen3": "norms of queries and keys",
-        "olmo2": "norms of queries and keys",
-        "smollm3": "layers without RoPE",
-        "granite": "an attention multiplier",
-        "phi3-partial": "RoPE of a part of each head",
-    }.items():
-        folder = families.save_family(tmp_path / family, family)
-        with pytest.raises(mustafar.DeviceError, match=f"no kernels yet for {what}"):
-            Model(folder, device="cuda")

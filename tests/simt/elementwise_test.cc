@@ -146,6 +146,7 @@ TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
   args.n_kv_heads = kKVHeads;
   args.head_dim = dims;
   args.tail_dtype = c.tail;
+  args.rope_dims = dims;
   args.frequencies = frequencies_copy.device();
   args.q = q.floats();
   args.k = k.floats();

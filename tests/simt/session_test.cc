@@ -8,6 +8,9 @@
 #include <cmath>
 #include <filesystem>
 #include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -212,6 +215,122 @@ TEST_F(CudaSession, ScoresSideBySide) {
     for (const double divergence : scores[i].divergence) EXPECT_LE(divergence, 1e-6);
   }
   EXPECT_LE(largest_difference(Session(gpu, kv).score(texts[2]), expected[2].log_probs), 1e-4);
+}
+
+// ---- other families ----
+
+// Random tensors whose norms are not all ones.
+class UnevenNorms : public TensorSource {
+ public:
+  explicit UnevenNorms(const ModelConfig& config)
+      : source_(random_tensors(config, DType::kF32, /*seed=*/7)) {}
+
+  bool has(const std::string& name) const override { return source_->has(name); }
+  StoredTensor tensor(const std::string& name, const std::vector<int64_t>& shape) const override {
+    if (name.find("norm") == std::string::npos) return source_->tensor(name, shape);
+    const std::lock_guard lock(mutex_);
+    std::vector<float>& values = norms_[name];
+    if (values.empty()) {
+      for (int64_t i = 0; i < shape[0]; i++) {
+        values.push_back(1.0f + 0.3f * std::sin(static_cast<float>(7 * i + name.size())));
+      }
+    }
+    return {values.data(), DType::kF32};
+  }
+
+ private:
+  const std::unique_ptr<TensorSource> source_;
+  mutable std::mutex mutex_;
+  mutable std::map<std::string, std::vector<float>> norms_;
+};
+
+// A prompt, steps and another prompt. max_tokens: of the sessions.
+void compare_family(const char* name, const ModelConfig& config, const KVConfig& kv,
+                    int32_t max_tokens = 300) {
+  SCOPED_TRACE(name);
+  const auto model_on = [&](const char* device) {
+    ModelOptions options;
+    options.device = device;
+    options.threads = 1;
+    return make_model(config, std::make_shared<UnevenNorms>(config), options);
+  };
+  const Model cpu = model_on("cpu"), gpu = model_on("cuda");
+  Session a(cpu, kv, max_tokens), b(gpu, kv, max_tokens);
+  const std::vector<int32_t> prompt = ids_of(43);
+  EXPECT_LE(largest_difference(a.prefill(prompt), b.prefill(prompt)), 1e-4);
+  for (const int32_t id : ids_of(4, 2)) {
+    ASSERT_LE(largest_difference(a.decode(id), b.decode(id)), 1e-4) << a.position();
+  }
+  const std::vector<int32_t> more = ids_of(5, 3);
+  EXPECT_LE(largest_difference(a.prefill(more), b.prefill(more)), 1e-4);
+}
+
+TEST_F(CudaSession, FamiliesEqualTheCpu) {
+  KVConfig kv = config_of(0.5, 2);
+  kv.window = 8;
+  // head_dim 64 has kernels for blocks of a prompt's rows, 16 has not.
+  for (const int32_t head_dim : {16, 64}) {
+    const ModelConfig plain = small_config(head_dim);
+    ModelConfig config = plain;
+    config.traits.qk_norm = QkNorm::kHead;
+    compare_family("norms of heads", config, kv);
+    config.traits.qk_norm = QkNorm::kProjection;
+    config.traits.norm_after = true;
+    compare_family("norms after", config, kv);
+    config = plain;
+    config.traits.rope_layers = {true, false};
+    compare_family("a layer without RoPE", config, kv);
+    config = plain;
+    config.traits.embedding_multiplier = 12;
+    config.traits.residual_multiplier = 0.22;
+    config.traits.attention_multiplier = 0.3;
+    config.traits.logits_scaling = 8;
+    compare_family("multipliers", config, kv);
+    config = plain;
+    config.rotary_dim = head_dim / 2;
+    config.rope_attention_factor = 1.3;
+    compare_family("a part of a head, scaled", config, kv);
+    config = plain;
+    config.rope_scaling = RopeScaling::kLongRope;
+    config.rope_original_context = 100;
+    for (int32_t i = 0; i < head_dim / 2; i++) {
+      config.rope_short_factors.push_back(1.0f + 0.1f * static_cast<float>(i));
+      config.rope_long_factors.push_back(2.0f + 0.3f * static_cast<float>(i));
+    }
+    compare_family("longrope, short", config, kv, 100);
+    compare_family("longrope, long", config, kv, 101);
+  }
+}
+
+// With a transform's matrices, rounded and in a batch with longrope of both kinds.
+TEST_F(CudaSession, FamiliesInABatch) {
+  ModelConfig config = small_config(16);
+  config.traits.qk_norm = QkNorm::kHead;
+  config.rope_scaling = RopeScaling::kLongRope;
+  config.rope_original_context = 100;
+  config.rope_short_factors.assign(8, 1.0f);
+  config.rope_long_factors.assign(8, 3.0f);
+  const Model gpu = testing::random_model(config, "cuda", 1, DType::kF32);
+  KVConfig kv = config_of(0.5);
+  kv.profile = std::make_shared<const Profile>(*Profile::hadamard(config));
+  std::vector<std::vector<float>> alone;
+  std::vector<Session> sessions;
+  for (const int32_t max_tokens : {100, 300, 90}) {
+    Session session(gpu, kv, max_tokens);
+    session.prefill(ids_of(30 + max_tokens / 10));
+    Session fork = session.fork();
+    const auto logits = fork.decode(5);
+    alone.emplace_back(logits.begin(), logits.end());
+    sessions.push_back(std::move(session));
+  }
+  std::vector<Session*> pointers;
+  for (Session& session : sessions) pointers.push_back(&session);
+  const std::vector<int32_t> ids(3, 5);
+  const std::vector<float> together = Session::decode_batch(pointers, ids);
+  const size_t vocab = alone[0].size();
+  for (size_t i = 0; i < 3; i++) {
+    EXPECT_EQ(largest_difference({together.data() + i * vocab, vocab}, alone[i]), 0) << i;
+  }
 }
 
 // ---- sliding windows ----
