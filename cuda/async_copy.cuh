@@ -16,23 +16,16 @@ __device__ __forceinline__ void cp_async16(void* to_shared, const void* from) {
 #endif
 }
 
-// Copies 8 bytes, both addresses aligned to 8.
-__device__ __forceinline__ void cp_async8(void* to_shared, const void* from) {
+// Copies 4 or 8 bytes, both addresses aligned to as many.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_few(void* to_shared, const void* from) {
+  static_assert(kBytes == 4 || kBytes == 8);
 #if defined(MUSTAFAR_SIMT)
-  simt::cp_async(to_shared, from, 8);
+  simt::cp_async(to_shared, from, kBytes);
 #else
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-#endif
-}
-
-// Copies 4 bytes, both addresses aligned to 4.
-__device__ __forceinline__ void cp_async4(void* to_shared, const void* from) {
-#if defined(MUSTAFAR_SIMT)
-  simt::cp_async(to_shared, from, 4);
-#else
-  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+               : "memory");
 #endif
 }
 

@@ -43,6 +43,24 @@ __device__ __forceinline__ uint32_t word_of(const uint4& words, int i) {
   return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
 }
 
+// code - zero of a lane's neighbouring rows 2 pair and 2 pair + 1, as unpack has them. codes: of
+// four rows; zeros: a byte for each of those, looked at where the matrix has zeros.
+template <int kBits, Offset kOffset>
+__device__ __forceinline__ void unpack_pair(const uint4 (&codes)[kBits / 4], uint32_t zeros,
+                                            int pair, uint32_t (&rows)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int r = 2 * pair + i;
+    uint32_t zero = kOffset == Offset::kMinimums ? 0u : 1u << (kBits - 1);
+    if constexpr (kOffset == Offset::kZeros) zero = zeros >> (8 * r) & 255u;
+    if constexpr (kBits == 4) {
+      unpack(word_of(codes[0], r), zero, rows[i]);
+    } else {
+      unpack(word_of(codes[0], r), word_of(codes[1], r), zero, rows[i]);
+    }
+  }
+}
+
 __device__ __forceinline__ void floats_of(const uint2& words, bool f16, float (&out)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {

@@ -99,7 +99,7 @@ class CodedCopier {
         if constexpr (kUnit == 16) {
           cp_async16(to + to_[i], from + i * kWarpSize * kUnit);
         } else {
-          cp_async8(to + to_[i], from + i * kWarpSize * kUnit);
+          cp_async_few<8>(to + to_[i], from + i * kWarpSize * kUnit);
         }
       }
     }

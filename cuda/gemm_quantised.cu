@@ -241,13 +241,13 @@ __global__ void __launch_bounds__(kThreads, kResident<kTiles>)
       if constexpr (kWide) {
         cp_async16(to + Layout::kScales + at * 4, source.scales + from * 4);
       } else {
-        cp_async8(to + Layout::kScales + at * 2, source.scales + from * 2);
+        cp_async_few<8>(to + Layout::kScales + at * 2, source.scales + from * 2);
       }
       if constexpr (kOffset == Offset::kMinimums) {
-        cp_async8(to + Layout::kOffsets + at * 2, source.offsets + from * 2);
+        cp_async_few<8>(to + Layout::kOffsets + at * 2, source.offsets + from * 2);
       }
       if constexpr (kOffset == Offset::kZeros) {
-        cp_async4(to + Layout::kOffsets + at, source.offsets + from);
+        cp_async_few<4>(to + Layout::kOffsets + at, source.offsets + from);
       }
     }
     constexpr int kCopies = kPieces * kTiles * kTileBytes / 16;
@@ -330,17 +330,7 @@ __global__ void __launch_bounds__(kThreads, kResident<kTiles>)
 #pragma unroll
       for (int pair = 0; pair < 2; pair++) {
         uint32_t rows[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int r = 2 * pair + i;
-          uint32_t zero = kOffset == Offset::kMinimums ? 0u : 1u << (kBits - 1);
-          if constexpr (kOffset == Offset::kZeros) zero = zeros >> (8 * r) & 255u;
-          if constexpr (kBits == 4) {
-            unpack(word_of(codes[0], r), zero, rows[i]);
-          } else {
-            unpack(word_of(codes[0], r), word_of(codes[1], r), zero, rows[i]);
-          }
-        }
+        unpack_pair<kBits, kOffset>(codes, zeros, pair, rows);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
 #pragma unroll

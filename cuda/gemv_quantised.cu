@@ -265,17 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
           uint32_t rows[2][4];
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            const int r = 2 * pair + i;
-            uint32_t zero = kOffset == Offset::kMinimums ? 0u : 1u << (kBits - 1);
-            if constexpr (kOffset == Offset::kZeros) zero = mine.zeros >> (8 * r) & 255u;
-            if constexpr (kBits == 4) {
-              unpack(word_of(mine.codes[0], r), zero, rows[i]);
-            } else {
-              unpack(word_of(mine.codes[0], r), word_of(mine.codes[1], r), zero, rows[i]);
-            }
-          }
+          unpack_pair<kBits, kOffset>(mine.codes, mine.zeros, pair, rows);
 #pragma unroll
           for (int t = 0; t < kTiles<kMost>; t++) {
             float product[4] = {};

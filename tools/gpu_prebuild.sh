@@ -7,7 +7,7 @@
 #
 # The folder is made anew; about 35 MiB. -w: a Python of the version that the other machine has, with
 # pybind11: the package is built for it and packed with what the server needs (another 15 MiB).
-# CMAKE_ARGS: further arguments of CMake.
+# CMAKE_ARGS: further arguments of CMake. Needs xz.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import ModuleType
 
@@ -170,7 +171,8 @@ esac""",
     folder = tmp_path / "prebuilt"
     (folder / "shared").mkdir(parents=True)
     (folder / "build.txt").write_text("commit FIXTURE\n")
-    subprocess.run(["tar", "-cJf", folder / "bin.tar.xz", "-C", tmp_path, "bin"], check=True)
+    with tarfile.open(folder / "bin.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "bin", "bin")
     return folder
 
 

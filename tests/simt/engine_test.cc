@@ -8,12 +8,11 @@
 
 #include <algorithm>
 #include <random>
-#include <string>
 #include <vector>
 
-#include "mustafar/error.h"
 #include "mustafar/session.h"
 #include "support/asked.h"
+#include "support/on_cuda.h"
 #include "support/random_model.h"
 #include "support/sampling.h"
 
@@ -36,16 +35,7 @@ Model small_model(int64_t kv_budget = 0, const char* weights = "auto") {
   return testing::random_model(config, "cuda", 1, DType::kF32, kv_budget, weights);
 }
 
-class CudaEngine : public ::testing::Test {
- protected:
-  void SetUp() override {
-    try {
-      small_model();
-    } catch (const DeviceError& error) {
-      GTEST_SKIP() << error.what();
-    }
-  }
-};
+class CudaEngine : public testing::OnCuda {};
 
 KVConfig dense_int8() {
   KVConfig kv;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -112,66 +113,17 @@ TEST_P(QuantisedGemvTest, PlainEqualsTheProductWithItsWeights) {
   check_product(GetParam(), gemv_codes_plain);
 }
 
-std::vector<Product> products() {
+// Rows of both matrices of a launch, columns.
+struct Size {
+  int64_t rows, second_rows, cols;
+};
+
+// Every kind of codes with each of the sizes, in turn with groups and numbers of rows of x. step:
+// turns that are left out after a kind, for other pairs of those with the next one.
+std::vector<Product> every_kind(std::span<const Size> sizes, std::span<const int32_t> batches,
+                                int step) {
   std::vector<Product> all;
-  struct Size {
-    int64_t rows, second_rows, cols;
-  };
-  // Tiles that are not full, odd numbers of tiles; pieces that are not full, columns that fill no
-  // vector.
-  const Size sizes[] = {{1, 16, 1}, {19, 40, 33}, {33, 5, 100}, {64, 1, 300}, {48, 17, 1060}};
-  const int32_t batches[] = {1, 3, 8, 9, 16, 17, 2, 33};
-  int turn = 0;
-  for (const DType dtype : {DType::kInt4, DType::kInt8}) {
-    for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
-      for (const DType scale : {DType::kF16, DType::kBF16, DType::kF32}) {
-        if (offset == Offset::kMinimums && scale == DType::kF32) continue;
-        for (const Size& size : sizes) {
-          const int32_t groups[] = {32, 64, 96, 128,
-                                    static_cast<int32_t>((size.cols + 31) / 32 * 32)};
-          Product p{{dtype, scale, offset, groups[turn % 5], size.rows, size.cols},
-                    size.second_rows,
-                    batches[turn % 8],
-                    turn % 2 == 0,
-                    turn % 3 == 0};
-          all.push_back(p);
-          turn++;
-        }
-        turn += 2;  // other pairs of size, group and batch
-      }
-      // More columns than a block holds of x at once, or than a turn has; several groups a block.
-      all.push_back({{dtype, DType::kF16, offset, 64, 80, 2112}, 130, 7, true, false});
-      all.push_back({{dtype, DType::kBF16, offset, 128, 70, 6300}, 16, 3, false, true});
-      all.push_back({{dtype, DType::kF16, offset, 32, 90, 4100}, 40, 1, false, false});
-    }
-  }
-#if !defined(MUSTAFAR_SIMT)  // as models have them
-  for (const DType dtype : {DType::kInt4, DType::kInt8}) {
-    for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
-      all.push_back({{dtype, DType::kF16, offset, 128, 4096, 4096}, 1024, 1, false, false});
-      all.push_back({{dtype, DType::kBF16, offset, 32, 512, 14336}, 64, 8, true, false});
-      all.push_back({{dtype, DType::kF16, offset, 64, 1024, 2048}, 512, 16, false, true});
-    }
-  }
-#endif
-  return all;
-}
-INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products()), name_of);
-
-class QuantisedGemmTest : public ::testing::TestWithParam<Product> {};
-
-TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemm); }
-
-std::vector<Product> gemm_products() {
-  std::vector<Product> all;
-  struct Size {
-    int64_t rows, second_rows, cols;
-  };
-  // Tiles, groups of tiles and blocks of those that are not full; pieces and stages that are not.
-  const Size sizes[] = {{1, 16, 28},  {19, 40, 36},    {33, 5, 164},
-                        {64, 1, 512}, {300, 290, 260}, {48, 17, 1060}};
-  const int32_t batches[] = {9, 16, 17, 33, 64, 32, 1, 70};
-  int turn = 0;
+  size_t turn = 0;
   for (const DType dtype : {DType::kInt4, DType::kInt8}) {
     for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
       for (const DType scale : {DType::kF16, DType::kBF16, DType::kF32}) {
@@ -181,15 +133,51 @@ std::vector<Product> gemm_products() {
                                     static_cast<int32_t>((size.cols + 31) / 32 * 32)};
           all.push_back({{dtype, scale, offset, groups[turn % 5], size.rows, size.cols},
                          size.second_rows,
-                         batches[turn % 8],
+                         batches[turn % batches.size()],
                          turn % 2 == 0,
                          turn % 3 == 0});
           turn++;
         }
-        turn++;  // other pairs of size, group and batch
+        turn += step;
       }
     }
   }
+  return all;
+}
+
+std::vector<Product> products() {
+  // Tiles that are not full, odd numbers of tiles; pieces that are not full, columns that fill no
+  // vector.
+  const Size sizes[] = {{1, 16, 1}, {19, 40, 33}, {33, 5, 100}, {64, 1, 300}, {48, 17, 1060}};
+  const int32_t batches[] = {1, 3, 8, 9, 16, 17, 2, 33};
+  std::vector<Product> all = every_kind(sizes, batches, 2);
+  for (const DType dtype : {DType::kInt4, DType::kInt8}) {
+    for (const Offset offset : {Offset::kNone, Offset::kZeros, Offset::kMinimums}) {
+      // More columns than a block holds of x at once, or than a turn has; several groups a block.
+      all.push_back({{dtype, DType::kF16, offset, 64, 80, 2112}, 130, 7, true, false});
+      all.push_back({{dtype, DType::kBF16, offset, 128, 70, 6300}, 16, 3, false, true});
+      all.push_back({{dtype, DType::kF16, offset, 32, 90, 4100}, 40, 1, false, false});
+#if !defined(MUSTAFAR_SIMT)  // as models have them
+      all.push_back({{dtype, DType::kF16, offset, 128, 4096, 4096}, 1024, 1, false, false});
+      all.push_back({{dtype, DType::kBF16, offset, 32, 512, 14336}, 64, 8, true, false});
+      all.push_back({{dtype, DType::kF16, offset, 64, 1024, 2048}, 512, 16, false, true});
+#endif
+    }
+  }
+  return all;
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products()), name_of);
+
+class QuantisedGemmTest : public ::testing::TestWithParam<Product> {};
+
+TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemm); }
+
+std::vector<Product> gemm_products() {
+  // Tiles, groups of tiles and blocks of those that are not full; pieces and stages that are not.
+  const Size sizes[] = {{1, 16, 28},  {19, 40, 36},    {33, 5, 164},
+                        {64, 1, 512}, {300, 290, 260}, {48, 17, 1060}};
+  const int32_t batches[] = {9, 16, 17, 33, 64, 32, 1, 70};
+  std::vector<Product> all = every_kind(sizes, batches, 1);
 #if !defined(MUSTAFAR_SIMT)  // as many columns as models have
   for (const DType dtype : {DType::kInt4, DType::kInt8}) {
     all.push_back({{dtype, DType::kF16, Offset::kMinimums, 32, 512, 4096}, 64, 16, false, false});

@@ -23,6 +23,7 @@
 #include "runtime/scorer.h"
 #include "runtime/session_impl.h"
 #include "support/caller.h"
+#include "support/on_cuda.h"
 #include "support/random_model.h"
 
 namespace mustafar {
@@ -63,16 +64,7 @@ void compare(int32_t head_dim, DType dtype, const KVConfig& kv, double tolerance
   EXPECT_GT(a.memory().compressed_tokens, 0);
 }
 
-class CudaSession : public ::testing::Test {
- protected:
-  void SetUp() override {
-    try {
-      random_model("cuda", 16, DType::kF32);
-    } catch (const DeviceError& error) {
-      GTEST_SKIP() << error.what();
-    }
-  }
-};
+class CudaSession : public testing::OnCuda {};
 
 KVConfig config_of(double sparsity, int32_t sinks = 0, ValueType type = ValueType::kAuto,
                    Pattern pattern = Pattern::kGroup) {
@@ -248,21 +240,25 @@ class UnevenNorms : public TensorSource {
 void compare_family(const char* name, const ModelConfig& config, const KVConfig& kv,
                     int32_t max_tokens = 300) {
   SCOPED_TRACE(name);
-  const auto model_on = [&](const char* device) {
+  const auto model_on = [](const char* device, const ModelConfig& config) {
     ModelOptions options;
     options.device = device;
     options.threads = 1;
     return make_model(config, std::make_shared<UnevenNorms>(config), options);
   };
-  const Model cpu = model_on("cpu"), gpu = model_on("cuda");
-  Session a(cpu, kv, max_tokens), b(gpu, kv, max_tokens);
+  constexpr double kBound = 1e-5;
+  const Model cpu = model_on("cpu", config), gpu = model_on("cuda", config);
+  const Model llama = model_on("cpu", small_config(config.head_dim));
+  Session a(cpu, kv, max_tokens), b(gpu, kv, max_tokens), other(llama, kv, max_tokens);
   const std::vector<int32_t> prompt = ids_of(43);
-  EXPECT_LE(largest_difference(a.prefill(prompt), b.prefill(prompt)), 1e-4);
+  EXPECT_LE(largest_difference(a.prefill(prompt), b.prefill(prompt)), kBound);
+  EXPECT_GT(largest_difference(a.logits(), other.prefill(prompt)), 20 * kBound)
+      << "it does nothing";
   for (const int32_t id : ids_of(4, 2)) {
-    ASSERT_LE(largest_difference(a.decode(id), b.decode(id)), 1e-4) << a.position();
+    ASSERT_LE(largest_difference(a.decode(id), b.decode(id)), kBound) << a.position();
   }
   const std::vector<int32_t> more = ids_of(5, 3);
-  EXPECT_LE(largest_difference(a.prefill(more), b.prefill(more)), 1e-4);
+  EXPECT_LE(largest_difference(a.prefill(more), b.prefill(more)), kBound);
 }
 
 TEST_F(CudaSession, FamiliesEqualTheCpu) {

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -141,9 +142,10 @@ void Bench::run_model(const std::string& name, const ModelConfig& config,
       depths = options_.break_even ? std::vector<int64_t>{0, 1024, 4096, 16384}
                                    : std::vector<int64_t>{0};
     }
+    const std::set<int64_t> batches(options_.batches.begin(), options_.batches.end());
     step_ns_.assign(settings_.size(), {});
     for (const int64_t depth : depths) {
-      for (const int64_t n_batch : options_.batches) run_depth(engine, depth, n_batch);
+      for (const int64_t n_batch : batches) run_depth(engine, depth, n_batch);
     }
     if (options_.break_even) report_break_even(engine, depths);
   }
@@ -255,6 +257,13 @@ double Bench::measure_batch(Filled& filled, const BenchTest& test, int first) {
 }
 
 void Bench::run_depth(Engine& engine, int64_t depth, int64_t n_batch) {
+  // What is not decode alone is measured once a depth, with the first batch.
+  std::vector<BenchTest> tests;
+  for (const BenchTest& test : tests_) {
+    const bool decodes = test.n_prompt == 0;
+    if ((decodes ? test.n_batch : options_.batches[0]) == n_batch) tests.push_back(test);
+  }
+  if (tests.empty()) return;
   Progress bar("filling to depth " + std::to_string(depth));
   std::vector<Filled> filled;
   for (size_t s = 0; s < settings_.size(); s++) {
@@ -262,10 +271,7 @@ void Bench::run_depth(Engine& engine, int64_t depth, int64_t n_batch) {
     filled.push_back(fill(engine, settings_[s], depth, n_batch));
   }
   bar.clear();
-  for (const BenchTest& test : tests_) {
-    // What is not decode alone is measured once a depth, with the first batch.
-    const bool decodes = test.n_prompt == 0;
-    if (decodes ? test.n_batch != n_batch : n_batch != options_.batches[0]) continue;
+  for (const BenchTest& test : tests) {
     constexpr int64_t kWarmupPrompt = 512;
     std::vector<std::vector<double>> samples(settings_.size());
     Progress progress("measuring");

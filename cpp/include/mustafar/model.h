@@ -78,7 +78,7 @@ class Model {
   ModelMemory memory() const;
 
   // Continues every prompt, many at a time (continuous batching); results in the prompts' order and
-  // independent of the batch. A failing prompt fails the call.
+  // independent of the batch, as Engine's are. A failing prompt fails the call.
   std::vector<GenerateResult> generate(std::span<const Prompt> prompts,
                                        const SamplingParams& params = {}, const KVConfig& kv = {},
                                        const BatchOptions& options = {}) const;
