@@ -29,6 +29,7 @@ void register_profile(pybind11::module_& m);
 void register_session(pybind11::module_& m);
 void register_engine(pybind11::module_& m);
 void register_chat(pybind11::module_& m);
+void register_tool_calls(pybind11::module_& m);
 void register_format(pybind11::module_& m);
 void register_weights(pybind11::module_& m);
 void register_quantize(pybind11::module_& m);

@@ -18,6 +18,7 @@ PYBIND11_MODULE(_core, m) {
   mustafar::register_session(m);
   mustafar::register_engine(m);
   mustafar::register_chat(m);
+  mustafar::register_tool_calls(m);
   mustafar::register_format(m);
   mustafar::register_weights(m);
   mustafar::register_quantize(m);

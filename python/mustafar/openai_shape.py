@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ._core import Tokenizer
-from .tool_calls import MARKS, ToolCall, ToolCallReader
+from .tool_calls import ToolCall, ToolCallReader
 from .types import GenerateResult, TokenLogprob
 
 _FINISH_REASONS = {
@@ -92,11 +92,6 @@ class ChatAnswer(Answer):
         self.tokenizer = tokenizer
         self.tools = list(tools)
         self.top_logprobs = top_logprobs
-        # What stands before tool calls and, being a special token, has no text.
-        ids = {mark: tokenizer.token_to_id(mark) for mark in MARKS} if self.tools else {}
-        self.marks = {
-            id: mark for mark, id in ids.items() if id is not None and tokenizer.is_special(id)
-        }
 
     def choice(self, index: int) -> ChatChoice:
         """A choice that takes pieces."""
@@ -132,7 +127,7 @@ class ChatChoice:
     def __init__(self, answer: ChatAnswer, index: int) -> None:
         self._answer = answer
         self._index = index
-        self._reader = ToolCallReader(answer.tools)
+        self._reader = ToolCallReader(answer.tools, answer.tokenizer)
         self._said: list[str] = []
         self._held: list[TokenLogprob] = []  # of tokens whose text is not certain yet
         self._sent = 0  # entries of the log-probabilities
@@ -142,14 +137,8 @@ class ChatChoice:
         self._held += piece.logprobs
         if not self._answer.tools:
             return piece.text
-        marked = piece.text + "".join(self._answer.marks.get(id, "") for id in piece.token_ids)
-        text = self._reader.push(marked)
+        text = self._reader.push(piece.text, piece.token_ids)
         self._said.append(text)
-        return self._without_marks(text)
-
-    def _without_marks(self, text: str) -> str:
-        for mark in self._answer.marks.values():
-            text = text.replace(mark, "")
         return text
 
     def _chunk(
@@ -181,8 +170,8 @@ class ChatChoice:
         rest, calls = self._reader.finish()
         del self._held[max(len(result.logprobs) - self._sent, 0) :]  # a stop text's
         chunks = []
-        if text := self._without_marks(rest):
-            chunks.append(self._chunk({"content": text}))
+        if rest:
+            chunks.append(self._chunk({"content": rest}))
         for i, call in enumerate(_in_openai_shape(calls)):
             chunks.append(self._chunk({"tool_calls": [{"index": i, **call}]}))
         chunks.append(self._chunk({}, self._entries(), _reason(result, calls)))
@@ -193,7 +182,7 @@ class ChatChoice:
         rest, calls = self._reader.finish()
         message: dict[str, Any] = {"role": "assistant", "content": result.text}
         if calls:
-            message["content"] = self._without_marks("".join(self._said) + rest) or None
+            message["content"] = "".join(self._said) + rest or None
             message["tool_calls"] = _in_openai_shape(calls)
         return {
             "index": self._index,

@@ -75,6 +75,13 @@ foreach(model ${SOURCE}/python/mustafar/models/demo ${SOURCE}/../shared/data/mod
   endif()
   set(ran TRUE)
 endforeach()
+set(demo ${SOURCE}/python/mustafar/models/demo)
+if(EXISTS ${demo}/config.json)
+  run(${WORK}/build/call_tools ${demo} "What is a list?")
+  if(NOT output MATCHES "[a-z]")
+    message(FATAL_ERROR "the example with tools printed:\n${output}")
+  endif()
+endif()
 
 # Whether the installed library is the one with CUDA shows in what it says where no GPU is visible.
 execute_process(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,43 @@ def test_text_that_cannot_become_a_call_is_not_held_back() -> None:
         said, rest, _ = read(text, 1)
         assert (said, rest) == (text, "")
     assert read("Hello <tool", 1)[:2] == ("Hello", " <tool")
+
+
+def random_value(rng: random.Random, depth: int = 3) -> Any:
+    """A constant of Python that JSON has as well."""
+    kind = rng.randrange(6 if depth == 0 else 8)
+    if kind == 0:
+        return rng.choice([True, False, None])
+    if kind == 1:
+        return rng.randint(-(2**62), 2**62) >> rng.randrange(63)
+    if kind == 2:
+        return rng.choice([0.0, -1.5e-7, 1e22, rng.uniform(-1e3, 1e3), rng.gauss(0, 1) * 1e-300])
+    if kind < 6:
+        return "".join(
+            chr(
+                rng.choice(
+                    [rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]
+                )
+            )
+            for _ in range(rng.randrange(8))
+        )
+    values = [random_value(rng, depth - 1) for _ in range(rng.randrange(4))]
+    if kind == 6:
+        return tuple(values) if rng.random() < 0.3 else values
+    return {
+        random_value(rng, 0) if rng.random() < 0.3 else f"k{i}": v for i, v in enumerate(values)
+    }
+
+
+def test_python_constants_are_what_python_reads() -> None:
+    rng = random.Random(7)
+    for _ in range(3000):
+        value = random_value(rng)
+        reader = ToolCallReader(TOOLS)
+        assert reader.push(f"[add(a={value!r})]") == ""
+        rest, calls = reader.finish()
+        assert (rest, [call.name for call in calls]) == ("", ["add"]), value
+        assert json.loads(calls[0].arguments) == json.loads(json.dumps({"a": value})), value
 
 
 def forced(ids: list[int]) -> Any:
