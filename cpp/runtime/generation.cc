@@ -70,7 +70,7 @@ bool Generation::Impl::make_token(std::string& piece) {
     token = loop_.choose(session->next.top());
   } else {
     session->ensure_logits();
-    token = loop_.choose(session->next.values(), session->tokens);
+    token = loop_.choose(session->next.values(), session->tokens, session->max_tokens - position);
   }
   session->append_decode(token, loop_.top_needed(/*ahead=*/1));
   {

@@ -208,7 +208,8 @@ void Scheduler::take_logits(Job& job, const TopLogits* top, std::span<const floa
     const int64_t context = engine_.config.max_position_embeddings;
     std::string text;
     if (static_cast<int64_t>(job.tokens.size()) < context) {
-      const int32_t token = top->regular ? loop.choose(*top) : loop.choose(row, job.tokens);
+      const int64_t room = context - static_cast<int64_t>(job.tokens.size());
+      const int32_t token = top->regular ? loop.choose(*top) : loop.choose(row, job.tokens, room);
       job.tokens.push_back(token);
       counts_.generated_tokens++;
       text = loop.accept(token);

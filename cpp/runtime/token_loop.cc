@@ -60,14 +60,16 @@ bool TokenLoop::is_end(int32_t token) const {
   return std::find(end_ids_.begin(), end_ids_.end(), token) != end_ids_.end();
 }
 
-void TokenLoop::mark_allowed() {
+void TokenLoop::mark_allowed(int64_t room) {
+  constraint_->set_tokens_left(std::min<int64_t>(params_.max_new_tokens - made_, room));
   std::fill(allowed_.begin(), allowed_.end(), 0);
   if (!constraint_->allow(allowed_)) return;
   for (const int32_t id : end_ids_) allowed_[id / 32] |= uint32_t{1} << (id % 32);
 }
 
-int32_t TokenLoop::choose(std::span<const float> logits, std::span<const int32_t> history) {
-  if (constraint_) mark_allowed();
+int32_t TokenLoop::choose(std::span<const float> logits, std::span<const int32_t> history,
+                          int64_t room) {
+  if (constraint_) mark_allowed(room);
   chosen_ = sampler_.sample(logits, history, made_, allowed_);
   return chosen_->token_id;
 }
@@ -97,7 +99,10 @@ std::string TokenLoop::accept(int32_t token) {
     }
     result.text += text;
   }
-  if (constraint_ && !constraint_->accept(token)) return text + finish(FinishReason::kStop);
+  if (constraint_ && !constraint_->accept(token)) {
+    const bool early = constraint_->ended_early();
+    return text + finish(early ? FinishReason::kLength : FinishReason::kStop);
+  }
   if (made_ >= params_.max_new_tokens) text += finish(FinishReason::kLength);
   return text;
 }

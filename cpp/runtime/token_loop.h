@@ -26,8 +26,9 @@ class TokenLoop {
   // The text made continues that of these tokens.
   void start_after(std::span<const int32_t> before);
 
-  // Chooses the next token. history: the whole sequence so far.
-  int32_t choose(std::span<const float> logits, std::span<const int32_t> history);
+  // Chooses the next token. history: the whole sequence so far; room: tokens that the context has
+  // left.
+  int32_t choose(std::span<const float> logits, std::span<const int32_t> history, int64_t room);
   // The same from the largest logits alone, where top_needed() says how many are enough.
   int32_t choose(const TopLogits& top);
   // How many of the largest logits the choice of a token needs before which `ahead` more are made;
@@ -52,7 +53,7 @@ class TokenLoop {
  private:
   bool is_end(int32_t token) const;
   // Sets allowed_ to what the constraint lets follow.
-  void mark_allowed();
+  void mark_allowed(int64_t room);
   // Takes a token's text; returns what became certain.
   std::string take_text(int32_t token);
 

@@ -21,7 +21,8 @@ namespace {
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;
 using Int64Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
-// A constraint in Python: methods allow(address, n_bytes) and accept(token_id).
+// A constraint in Python: methods allow(address, n_bytes, tokens_left) and accept(token_id), and
+// ended_early.
 class PyConstraint final : public TokenConstraint {
  public:
   explicit PyConstraint(py::object object) : object_(std::move(object)) {}  // with the GIL
@@ -34,16 +35,24 @@ class PyConstraint final : public TokenConstraint {
 
   bool allow(std::span<uint32_t> allowed) override {
     AcquireGil gil;
-    return object_.attr("allow")(reinterpret_cast<uintptr_t>(allowed.data()), allowed.size_bytes())
+    return object_
+        .attr("allow")(reinterpret_cast<uintptr_t>(allowed.data()), allowed.size_bytes(),
+                       tokens_left_)
         .cast<bool>();
   }
   bool accept(int32_t token) override {
     AcquireGil gil;
     return object_.attr("accept")(token).cast<bool>();
   }
+  void set_tokens_left(int64_t n) override { tokens_left_ = n; }
+  bool ended_early() const override {
+    AcquireGil gil;
+    return object_.attr("ended_early").cast<bool>();
+  }
 
  private:
   py::object object_;
+  int64_t tokens_left_ = 0;
 };
 
 // Released under the GIL, wherever the last copy dies.

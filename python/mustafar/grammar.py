@@ -1,11 +1,13 @@
 """Output that follows a grammar, a regular expression or a JSON schema.
 
 llguidance (the extra ``mustafar[grammar]``) says which tokens may come next; the sampler masks the
-others. What it makes of a tokenizer, and of the grammars used last, is kept with the model.
+others. What it makes of a tokenizer, and of the grammars used last, is kept with the model. Before
+a limit on tokens cuts an output, it is closed (closing.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import OrderedDict
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from . import _core
+from .closing import Closing, Walker
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -67,17 +70,18 @@ def constraint_factory(model: _core.Model, name: str, text: str) -> Callable[[],
             first = _kept(model, name, text)
             if first is None:
                 first = _compile(model, name, text)
-    matcher = first
-    return lambda: Constraint(name, matcher.deep_copy())
+    matcher, walker = first
+    return lambda: Constraint(name, matcher.deep_copy(), walker)
 
 
-def _kept(model: _core.Model, name: str, text: str) -> LLMatcher | None:
+def _kept(model: _core.Model, name: str, text: str) -> tuple[LLMatcher, Walker] | None:
     with _lock:
         compiler = _compilers.get(model)
-        return None if compiler is None else compiler.kept(name, text)
+        matcher = None if compiler is None else compiler.kept(name, text)
+        return None if compiler is None or matcher is None else (matcher, compiler.walker)
 
 
-def _compile(model: _core.Model, name: str, text: str) -> LLMatcher:
+def _compile(model: _core.Model, name: str, text: str) -> tuple[LLMatcher, Walker]:
     with _lock:
         compiler = _compilers.get(model)
     if compiler is None:
@@ -87,17 +91,28 @@ def _compile(model: _core.Model, name: str, text: str) -> LLMatcher:
     matcher = compiler.make(name, text)
     with _lock:
         compiler.keep(name, text, matcher)
-    return matcher
+    return matcher, compiler.walker
 
 
 class Constraint:
     """What may follow in one output, as the native code asks for it."""
 
-    def __init__(self, name: str, matcher: LLMatcher) -> None:
+    def __init__(self, name: str, matcher: LLMatcher, walker: Walker) -> None:
         self._name, self._matcher = name, matcher
+        self._closing = Closing(walker)
 
-    def allow(self, address: int, n_bytes: int) -> bool:
+    @property
+    def ended_early(self) -> bool:
+        """Whether the output was closed before a limit would have cut it."""
+        return self._closing.began
+
+    def allow(self, address: int, n_bytes: int, tokens_left: int) -> bool:
         """Writes the bits of tokens that may come next; returns whether the output may end."""
+        self._closing.set_left(tokens_left)
+        if (must := self._closing.next()) is not None:
+            bits = ctypes.cast(address, ctypes.POINTER(ctypes.c_uint32))
+            bits[must // 32] = 1 << must % 32
+            return False
         self._matcher.unsafe_compute_mask_ptr(address, n_bytes)
         self._check()
         return self._matcher.is_accepting()
@@ -106,7 +121,7 @@ class Constraint:
         """Takes the token that came; returns whether more may follow."""
         self._matcher.consume_token(token_id)
         self._check()
-        return not self._matcher.is_stopped()
+        return not self._matcher.is_stopped() and self._closing.took(self._matcher)
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -162,7 +177,9 @@ class _Compiler:
     def __init__(self, model: _core.Model) -> None:
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        self._tokenizer: LLTokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(model)))
+        vocabulary = _Vocabulary(model)
+        self._tokenizer: LLTokenizer = LLTokenizer(TokenizerWrapper(vocabulary))
+        self.walker = Walker(vocabulary.tokens)
         self._matchers: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
 
     def kept(self, name: str, text: str) -> LLMatcher | None:

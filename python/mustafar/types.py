@@ -178,7 +178,8 @@ class SamplingParams:
         grammar: A grammar in llguidance's dialect of Lark; the text made is what ``start`` matches.
             At most one of this and the next two, all of which need the extra
             ``mustafar[grammar]``. The output ends where nothing may follow, and may end wherever
-            it is whole; cut by ``max_new_tokens`` (reason ``"length"``) it is only a beginning.
+            it is whole. Before ``max_new_tokens`` or the context would cut it, it is closed where
+            a short way to do that is found (reason ``"length"``).
         regex: A regular expression (of Rust's regex crate) that the whole text matches.
         json_schema: A JSON schema, a dict or its JSON text (which is what is kept), that the text
             is valid JSON after. ``{}`` is any JSON.

@@ -127,6 +127,45 @@ TEST(ConstraintTest, TheLimitCutsIt) {
   EXPECT_EQ(result.finish_reason, FinishReason::kLength);
 }
 
+// Notes what it is told of the limits, and ends the output where two tokens are left.
+TEST(ConstraintTest, KnowsTheLimitsAndMayEndInTime) {
+  class Counting final : public TokenConstraint {
+   public:
+    explicit Counting(std::vector<int64_t>* left) : left_(*left) {}
+    bool allow(std::span<uint32_t> allowed) override {
+      allow_id(allowed, 5);
+      return false;
+    }
+    bool accept(int32_t) override { return left_.back() > 3; }
+    void set_tokens_left(int64_t n) override { left_.push_back(n); }
+    bool ended_early() const override { return left_.back() <= 3; }
+
+   private:
+    std::vector<int64_t>& left_;
+  };
+  const Model model = small_model();
+  std::vector<int64_t> left;
+  SamplingParams params;
+  params.constraint = [&] { return std::make_unique<Counting>(&left); };
+  params.max_new_tokens = 6;
+  const Prompt prompt(std::vector<int32_t>{1, 2});
+  Session session(model);
+  GenerateResult result = session.generate(prompt, params);
+  EXPECT_EQ(left, (std::vector<int64_t>{6, 5, 4, 3}));
+  EXPECT_EQ(result.token_ids.size(), 4U);
+  EXPECT_EQ(result.finish_reason, FinishReason::kLength);
+
+  left.clear();
+  Session small(model, {}, 7);  // the context ends first
+  result = small.generate(prompt, params);
+  EXPECT_EQ(left, (std::vector<int64_t>{5, 4, 3}));
+  EXPECT_EQ(result.finish_reason, FinishReason::kLength);
+
+  left.clear();
+  EXPECT_EQ(model.generate(std::vector<Prompt>{prompt}, params)[0].token_ids.size(), 4U);
+  EXPECT_EQ(left, (std::vector<int64_t>{6, 5, 4, 3}));
+}
+
 TEST(ConstraintTest, EndsComeWhereTheyMayAlone) {
   const Model model = small_model();
   const int32_t stop = 17;

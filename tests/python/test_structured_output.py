@@ -49,6 +49,62 @@ def test_a_schema_is_kept_at_temperature_one(model: mustafar.Model, seed: int) -
     jsonschema.validate(json.loads(result.text), PERSON)
 
 
+TREE: dict[str, Any] = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z]{3,8}$"},
+                "size": {"type": "number", "minimum": 10},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}, "maxItems": 3},
+            },
+            "required": ["name", "size", "children"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+LONG: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string", "minLength": 200},
+        "kind": {"enum": ["first", "second"]},
+        "more": {"type": "array", "minItems": 2, "items": {"type": "string"}},
+    },
+    "required": ["text", "kind", "more"],
+}
+
+
+@pytest.mark.parametrize("schema", [TREE, LONG, {"type": "object"}, {"type": "array"}])
+def test_a_limit_closes_json_before_it_cuts_it(model: mustafar.Model, schema: Any) -> None:
+    closed = 0
+    for seed in range(8):
+        for limit in (300, 500):
+            params = {**HOT, "json_schema": schema, "seed": seed, "max_new_tokens": limit}
+            result = Session(model).generate("x", **params)
+            jsonschema.validate(json.loads(result.text), schema)
+            assert len(result.token_ids) <= limit
+            if result.finish_reason == "length":
+                closed += 1
+            else:
+                assert result.finish_reason == "stop"
+    assert closed > 0 or schema == {"type": "array"}
+    # So does the context, alone and in the engine.
+    with Session(model, max_tokens=300) as session:
+        result = session.generate("x", json_schema=schema, seed=1, **HOT, max_new_tokens=1000)
+        jsonschema.validate(json.loads(result.text), schema)
+    [result] = model.generate(["x"], json_schema=schema, seed=1, **HOT, max_new_tokens=300)
+    jsonschema.validate(json.loads(result.text), schema)
+
+
+def test_a_limit_that_no_whole_text_fits_cuts_it(model: mustafar.Model) -> None:
+    result = Session(model).generate("x", json_schema=LONG, seed=1, **HOT, max_new_tokens=20)
+    assert (result.finish_reason, len(result.token_ids)) == ("length", 20)
+    result = Session(model).generate("x", regex="[ab]{50}", seed=1, **HOT, max_new_tokens=9)
+    assert result.finish_reason == "length"
+    assert re.fullmatch("[ab]+", result.text)
+
+
 def test_a_regex_matches_the_whole_text(model: mustafar.Model) -> None:
     regex = "(yes|no), [0-9]{3}-[a-f]{2}é?"
     for seed in range(10):

@@ -30,6 +30,12 @@ class TokenConstraint {
   // Takes the token that came, unless it ended the output. Returns false where nothing may follow:
   // then the output ends.
   virtual bool accept(int32_t token) = 0;
+
+  // Told before every allow(): how many tokens the limits leave, the next one included. With that a
+  // constraint can bring the output to an end in time.
+  virtual void set_tokens_left(int64_t) {}
+  // Whether it did so: the finish reason is then kLength, although the output is whole.
+  virtual bool ended_early() const { return false; }
 };
 using ConstraintFactory = std::function<std::unique_ptr<TokenConstraint>()>;
 
