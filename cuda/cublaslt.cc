@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <map>
+#include <new>
 #include <tuple>
 #include <vector>
 
@@ -108,6 +109,7 @@ class LoadedCublasLt final : public CublasLt {
     check(f_.create(&handle_), "cublasLtCreate");
   }
   ~LoadedCublasLt() override {
+    const DeviceScope scope(device_, std::nothrow);
     plans_.clear();
     f_.destroy(handle_);
   }
@@ -165,6 +167,7 @@ class LoadedCublasLt final : public CublasLt {
   }
 
   Functions f_;
+  const int32_t device_ = current_device();
   Handle handle_ = nullptr;
   std::map<Key, std::unique_ptr<Plan>> plans_;
 };

@@ -11,6 +11,7 @@
 
 namespace mustafar::cuda {
 
+// Of the device that is current when it is opened, which is to be so in multiply, too.
 class CublasLt {
  public:
   // Null where no library is found that has the interface and starts on this device.

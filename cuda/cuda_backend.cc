@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 
+#include "backend/device_name.h"
 #include "cuda/compress.h"
 #include "cuda/elementwise.h"
 #include "mustafar/error.h"
 
 namespace mustafar::cuda {
 namespace {
-
-using Lock = std::lock_guard<std::recursive_mutex>;
 
 constexpr size_t kMaxRecordedSteps = 32;  // graphs that are kept; the oldest goes first
 // Of a device's memory, one part in so many may wait for its next use; on the harness, whose fresh
@@ -115,8 +115,9 @@ LinearArgs product_of(std::initializer_list<LinearPart> parts, int64_t cols, con
 
 }  // namespace
 
-CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
-    : properties_(open_device()),
+CudaBackend::CudaBackend(const ModelConfig& config, DType dtype, int32_t device)
+    : device_(device),
+      properties_(open_device(device)),
       dtype_(dtype),
       eps_(static_cast<float>(config.stream_norm_eps())),
       branch_eps_(static_cast<float>(config.rms_norm_eps)),
@@ -124,18 +125,25 @@ CudaBackend::CudaBackend(const ModelConfig& config, DType dtype)
       n_kv_heads_(config.n_kv_heads),
       head_dim_(config.head_dim),
       rope_dims_(config.rope_dims()),
-      memory_(std::make_shared<MemoryPool>(properties_.memory_bytes / kKeptShare)) {
+      memory_(std::make_shared<MemoryPool>(properties_.memory_bytes / kKeptShare, device)) {
   if (head_dim_ > kMaxHeadDim) {
-    throw DeviceError("device \"cuda\" takes a head_dim up to " + std::to_string(kMaxHeadDim) +
-                      ", this model has " + std::to_string(head_dim_));
+    throw DeviceError("device \"" + this->device() + "\" takes a head_dim up to " +
+                      std::to_string(kMaxHeadDim) + ", this model has " +
+                      std::to_string(head_dim_));
   }
-  stream_ = make_stream();
+  const DeviceScope scope(device_);
   cublaslt_ = CublasLt::open();
+  stream_ = make_stream();
 }
 
 CudaBackend::~CudaBackend() {
+  const DeviceScope scope(device_, std::nothrow);
   for (const RecordedStep& step : steps_) destroy_graph(step.graph);
   destroy_stream(stream_);
+}
+
+std::string CudaBackend::device() const {
+  return DeviceName{DeviceName::Kind::kCuda, device_}.text();
 }
 
 std::string CudaBackend::description() const {
@@ -148,23 +156,29 @@ std::unique_ptr<DeviceMemory> CudaBackend::allocate(int64_t bytes) {
 }
 
 void CudaBackend::upload(void* device, const void* host, int64_t bytes) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   copy_to_device(device, host, bytes, stream_);
   cuda::synchronize(stream_);
 }
 
 void CudaBackend::download(void* host, const void* device, int64_t bytes) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   copy_to_host(host, device, bytes, stream_);
   cuda::synchronize(stream_);
 }
 
 void CudaBackend::copy(void* to, const void* from, int64_t bytes) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   copy_on_device(to, from, bytes, stream_);
 }
 
+int64_t CudaBackend::available_bytes() const {
+  const DeviceScope scope(device_);
+  return device_available_bytes() + memory_->kept();
+}
+
 std::unique_ptr<Workspace> CudaBackend::make_workspace() {
+  const DeviceScope scope(device_);
   return std::make_unique<CudaWorkspace>();
 }
 
@@ -178,7 +192,7 @@ const SequenceView* CudaBackend::send_sequences(const Batch& batch, CudaWorkspac
 }
 
 void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_ids, float* out) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   unchecked_.erase(std::this_thread::get_id());  // of a call that was dropped
   const Matrix& table = weights.embedding;
   const int32_t* ids = send_tokens(token_ids);
@@ -193,7 +207,7 @@ void CudaBackend::embed(const Weights& weights, std::span<const int32_t> token_i
 
 void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch& batch,
                               const float* x, float* q, Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
@@ -247,7 +261,7 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
 
 void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, float* out,
                          Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const SequenceView* views = send_sequences(batch, ws);
   AttentionArgs args;
@@ -293,7 +307,7 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
 
 void CudaBackend::project_output(const Weights& weights, int32_t layer, const Batch& batch,
                                  const float* attention, float* x, Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   const LayerWeights& w = weights.layers[layer];
   add_branch(
       product_of({part_of(w.o, w.o_bias, x, /*add=*/true)}, w.o.cols, attention, batch.n_rows),
@@ -302,7 +316,7 @@ void CudaBackend::project_output(const Weights& weights, int32_t layer, const Ba
 
 void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, float* x,
                       Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const LayerWeights& w = weights.layers[layer];
   const int32_t n = batch.n_rows;
@@ -320,7 +334,7 @@ void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch,
 
 void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,
                          const float* x, float* logits, Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const Matrix& head = weights.lm_head;
   const int32_t n = static_cast<int32_t>(rows.size());
@@ -346,7 +360,7 @@ void CudaBackend::top_logits(const float* logits, int64_t vocab, int32_t k,
     throw Error("top_logits takes 1 to " + std::to_string(kMaxTopLogits) + " logits, not " +
                 std::to_string(k));
   }
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const int64_t n = static_cast<int64_t>(out.size());
   k = static_cast<int32_t>(std::min<int64_t>(k, vocab));
@@ -376,7 +390,7 @@ void CudaBackend::top_logits(const float* logits, int64_t vocab, int32_t k,
 
 void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer, int32_t n_layers,
                          Workspace& workspace) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   CudaWorkspace& ws = on_cuda(workspace);
   const std::vector<CommitView> views(steps.begin(), steps.end());
   const CommitView* device_views = ws.commits.send(views, stream_);
@@ -415,7 +429,7 @@ void CudaBackend::commit(std::span<const CommitStep> steps, int32_t first_layer,
 }
 
 void CudaBackend::synchronize() {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   cuda::synchronize(stream_);
   const auto it = unchecked_.find(std::this_thread::get_id());
   if (it == unchecked_.end()) return;
@@ -435,7 +449,7 @@ void CudaBackend::synchronize() {
 void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token_ids,
                               std::span<const void* const> buffers, Workspace& workspace,
                               const std::function<void()>& body) {
-  const Lock lock(mutex_);
+  const Turn turn(*this);
   StepKey key;
   key.buffers.assign(buffers.begin(), buffers.end());
   key.n_rows = batch.n_rows;
@@ -473,8 +487,8 @@ void CudaBackend::decode_step(const Batch& batch, std::span<const int32_t> token
   run_graph(it->graph, stream_);
 }
 
-std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype) {
-  return std::make_unique<CudaBackend>(config, dtype);
+std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype, int32_t device) {
+  return std::make_unique<CudaBackend>(config, dtype, device);
 }
 
 }  // namespace mustafar::cuda

@@ -1,4 +1,6 @@
-// The backend interface on one NVIDIA GPU.
+// The backend interface on one NVIDIA GPU of the machine. Every call makes that device current to
+// its thread and leaves the thread as it was, so that models on several devices, and what else a
+// program does on them, are used from any thread.
 //
 // All work goes into one stream, in the order of the calls; threads that share a model take turns
 // at issuing it. Ops do not wait for the device: only download, upload and synchronize do.
@@ -28,11 +30,12 @@ namespace mustafar::cuda {
 
 class CudaBackend final : public Backend {
  public:
-  // dtype: f32, f16 or bf16, see BackendOptions. Throws Error saying what is missing.
-  CudaBackend(const ModelConfig& config, DType dtype);
+  // dtype: f32, f16 or bf16, see BackendOptions. device: a GPU's number, see DeviceName. Throws
+  // Error saying what is missing.
+  CudaBackend(const ModelConfig& config, DType dtype, int32_t device);
   ~CudaBackend() override;
 
-  std::string device() const override { return "cuda"; }
+  std::string device() const override;
   std::string description() const override;
   bool host_memory() const override { return false; }
   int64_t prefill_rows() const override { return 2048; }
@@ -42,7 +45,7 @@ class CudaBackend final : public Backend {
   void upload(void* device, const void* host, int64_t bytes) override;
   void download(void* host, const void* device, int64_t bytes) override;
   void copy(void* to, const void* from, int64_t bytes) override;
-  int64_t available_bytes() const override { return device_available_bytes() + memory_->kept(); }
+  int64_t available_bytes() const override;
 
   std::unique_ptr<Workspace> make_workspace() override;
 
@@ -85,6 +88,15 @@ class CudaBackend final : public Backend {
     StepKey key;
     Graph graph = nullptr;
   };
+  // The calling thread issues into the stream; nested where decode_step's body calls ops.
+  class Turn {
+   public:
+    explicit Turn(CudaBackend& backend) : lock_(backend.mutex_), scope_(backend.device_) {}
+
+   private:
+    const std::lock_guard<std::recursive_mutex> lock_;
+    const DeviceScope scope_;
+  };
 
   // Few rows go through gemv, some tens of rows and matrices of codes through gemm_quantised; for
   // more, and for matrices that are not alike, what those do at once is done in steps around
@@ -112,6 +124,7 @@ class CudaBackend final : public Backend {
   const SequenceView* send_sequences(const Batch& batch, CudaWorkspace& workspace);
   const int32_t* send_tokens(std::span<const int32_t> token_ids);
 
+  const int32_t device_;
   DeviceProperties properties_;
   DType dtype_;
   float eps_;         // of norms of x, in the units that x has here (ModelConfig::stream_norm_eps)
@@ -127,7 +140,7 @@ class CudaBackend final : public Backend {
   std::map<std::thread::id, std::vector<std::shared_ptr<PinnedFlag>>> unchecked_;
 };
 
-// What make_backend (backend/backend.h) makes for device "cuda".
-std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype);
+// What make_backend (backend/backend.h) makes for device "cuda" or "cuda:N".
+std::unique_ptr<Backend> make_cuda_backend(const ModelConfig& config, DType dtype, int32_t device);
 
 }  // namespace mustafar::cuda

@@ -2,12 +2,21 @@
 //
 // Every call is checked but those that release: nothing could be done about their failing, and an
 // error that stays comes back from the next call.
+//
+// A device's context is entered with the driver's calls: cudaSetDevice back to the device that was
+// current before would make a context there, some hundred MiB, if nobody had used it yet.
 #include "cuda/device.h"
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <exception>
+#include <map>
+#include <mutex>
+#include <new>
 #include <string>
 
+#include "backend/device_name.h"
 #include "cuda/architectures.h"
 
 namespace mustafar::cuda {
@@ -23,40 +32,156 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// The part of the driver's interface that is used; it is not linked, as it may be missing.
+struct Driver {
+  CUresult (*primary_context)(CUcontext*, CUdevice);
+  CUresult (*current)(CUcontext*);
+  CUresult (*push)(CUcontext);
+  CUresult (*pop)(CUcontext*);
+};
+
+template <typename Function>
+void find(const char* name, Function& function) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  check_call(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result),
+             "cudaGetDriverEntryPointByVersion");
+  if (result != cudaDriverEntryPointSuccess || found == nullptr) {
+    throw Error(std::string("CUDA: the driver has no ") + name);
+  }
+  function = reinterpret_cast<Function>(found);
+}
+
+const Driver& driver() {
+  static const Driver functions = [] {
+    Driver d{};
+    find("cuDevicePrimaryCtxRetain", d.primary_context);
+    find("cuCtxGetCurrent", d.current);
+    find("cuCtxPushCurrent", d.push);
+    find("cuCtxPopCurrent", d.pop);
+    return d;
+  }();
+  return functions;
+}
+
+void check_driver(CUresult status, const char* what) {
+  if (status == CUDA_SUCCESS) return;
+  throw Error(std::string("CUDA: ") + what + " failed with CUresult " + std::to_string(status));
+}
+
+// Contexts of used devices, by number; they live as long as the process.
+struct Contexts {
+  std::mutex mutex;
+  std::map<int32_t, CUcontext> of_device;
+};
+
+Contexts& contexts() {
+  static Contexts& all = *new Contexts;  // memory may be released after all that is static
+  return all;
+}
+
+// Makes it where this is the first use of the device. Throws Error.
+CUcontext context_of(int32_t device) {
+  Contexts& all = contexts();
+  const std::lock_guard lock(all.mutex);
+  const auto it = all.of_device.find(device);
+  if (it != all.of_device.end()) return it->second;
+  CUcontext context = nullptr;
+  check_driver(driver().primary_context(&context, device), "cuDevicePrimaryCtxRetain");
+  all.of_device.emplace(device, context);
+  return context;
+}
+
+// Whether it was not current already, and is to be left.
+bool enter(int32_t device) {
+  const CUcontext context = context_of(device);
+  CUcontext current = nullptr;
+  check_driver(driver().current(&current), "cuCtxGetCurrent");
+  if (current == context) return false;
+  check_driver(driver().push(context), "cuCtxPushCurrent");
+  return true;
+}
+
 }  // namespace
 
-DeviceProperties open_device() {
+DeviceScope::DeviceScope(int32_t device) : entered_(enter(device)) {}
+
+DeviceScope::DeviceScope(int32_t device, std::nothrow_t) noexcept {
+  try {
+    entered_ = enter(device);
+  } catch (const std::exception&) {  // as said
+  }
+}
+
+DeviceScope::~DeviceScope() {
+  CUcontext left = nullptr;
+  if (entered_) driver().pop(&left);
+}
+
+int32_t current_device() {
+  CUcontext current = nullptr;
+  check_driver(driver().current(&current), "cuCtxGetCurrent");
+  {
+    Contexts& all = contexts();
+    const std::lock_guard lock(all.mutex);
+    for (const auto& [device, context] : all.of_device) {
+      if (context == current) return device;
+    }
+  }
+  int device = 0;  // nobody of ours has been there
+  check_call(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+const DeviceProperties& device_properties() {
+  static std::mutex mutex;
+  static std::map<int32_t, DeviceProperties> known;
+  const int32_t device = current_device();
+  const std::lock_guard lock(mutex);
+  const auto it = known.find(device);
+  if (it != known.end()) return it->second;
+  return known.emplace(device, open_device(device)).first->second;
+}
+
+DeviceProperties open_device(int32_t device) {
+  const std::string prefix =
+      "device \"" + DeviceName{DeviceName::Kind::kCuda, device}.text() + "\": ";
   int driver = 0, runtime = 0, count = 0;
   check_call(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
     throw DeviceError(
-        "device \"cuda\": the NVIDIA driver (libcuda.so.1) was not found; this build needs one for "
-        "CUDA " +
+        prefix + "the NVIDIA driver (libcuda.so.1) was not found; this build needs one for CUDA " +
         version_text(runtime) + " or newer");
   }
   cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorInsufficientDriver) {
-    throw DeviceError("device \"cuda\": the NVIDIA driver (libcuda.so.1) supports CUDA " +
+    throw DeviceError(prefix + "the NVIDIA driver (libcuda.so.1) supports CUDA " +
                       version_text(driver) + ", this build needs " + version_text(runtime) +
                       " or newer");
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
-    throw DeviceError(
-        "device \"cuda\": the driver finds no NVIDIA GPU (is one installed, and not hidden by "
-        "CUDA_VISIBLE_DEVICES?)");
+    throw DeviceError(prefix +
+                      "the driver finds no NVIDIA GPU (is one installed, and not hidden by "
+                      "CUDA_VISIBLE_DEVICES?)");
+  }
+  if (status == cudaSuccess && device >= count) {
+    throw DeviceError(prefix + "the driver finds " + std::to_string(count) +
+                      (count == 1 ? " NVIDIA GPU" : " NVIDIA GPUs") +
+                      ", numbered from 0 (are others hidden by CUDA_VISIBLE_DEVICES?)");
   }
   // Makes the context: the first call that needs the device itself.
-  if (status == cudaSuccess) status = cudaSetDevice(0);
+  if (status == cudaSuccess) status = cudaInitDevice(device, 0, 0);
   if (status != cudaSuccess) {
-    throw DeviceError(std::string("device \"cuda\": the GPU can't be used: ") +
-                      cudaGetErrorName(status) + ", " + cudaGetErrorString(status));
+    throw DeviceError(prefix + "the GPU can't be used: " + cudaGetErrorName(status) + ", " +
+                      cudaGetErrorString(status));
   }
+  const DeviceScope scope(device);
   cudaDeviceProp p{};
-  check_call(cudaGetDeviceProperties(&p, 0), "cudaGetDeviceProperties");
+  check_call(cudaGetDeviceProperties(&p, device), "cudaGetDeviceProperties");
   if (!has_code_for_device()) {
-    throw DeviceError("device \"cuda\": this build has no code for " + std::string(p.name) +
-                      " (sm_" + std::to_string(p.major) + std::to_string(p.minor) +
-                      "); it was built for " + MUSTAFAR_CUDA_ARCHITECTURES);
+    throw DeviceError(prefix + "this build has no code for " + std::string(p.name) + " (sm_" +
+                      std::to_string(p.major) + std::to_string(p.minor) + "); it was built for " +
+                      MUSTAFAR_CUDA_ARCHITECTURES);
   }
   DeviceProperties properties;
   properties.name = p.name;

@@ -1,9 +1,14 @@
-// What the CUDA backend needs of the runtime: memory, one stream, graphs. device.cc implements it
-// on cudart; the host SIMT harness (tests/simt) has its own. No CUDA header is included here.
+// What the CUDA backend needs of the runtime: devices, memory, one stream, graphs. device.cc
+// implements it on cudart; the host SIMT harness (tests/simt) has its own. No CUDA header is
+// included here.
+//
+// A thread has a current device, the first unless it says otherwise. Memory is allocated on that
+// one, streams are made on it, and both are to be used and released while their device is current.
 #pragma once
 
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <string>
 
 #include "mustafar/error.h"
@@ -24,15 +29,30 @@ struct DeviceProperties {
   int64_t memory_bytes = 0;
 };
 
-// Makes the first device the calling process's. Throws DeviceError saying what is missing: a
-// driver, a device, or code for the device's architecture in this build.
-DeviceProperties open_device();
+// Prepares a device, counted from 0 as CUDA_VISIBLE_DEVICES leaves them, for this process; what is
+// current stays. Throws DeviceError saying what is missing: a driver, a device of that number, or
+// code for its architecture in this build.
+DeviceProperties open_device(int32_t device = 0);
 
-// The same, asked for once.
-inline const DeviceProperties& device_properties() {
-  static const DeviceProperties properties = open_device();
-  return properties;
-}
+// Of the current device, asked for once.
+const DeviceProperties& device_properties();
+
+// Makes an opened device the calling thread's current one for as long as this lives, and leaves the
+// thread as it was, also one that has not used any device.
+class DeviceScope {
+ public:
+  explicit DeviceScope(int32_t device);  // throws Error
+  // For who releases: where it fails, as at the end of the process, so does what follows.
+  DeviceScope(int32_t device, std::nothrow_t) noexcept;
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  bool entered_ = false;
+};
+
+int32_t current_device();
 
 // Every function throws Error naming what was called and CUDA's own words; the allocating ones
 // throw OutOfMemory with the need and, on the device, what is free.

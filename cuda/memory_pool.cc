@@ -1,6 +1,7 @@
 #include "cuda/memory_pool.h"
 
 #include <exception>
+#include <new>
 
 #include "cuda/device.h"
 #include "mustafar/error.h"
@@ -17,6 +18,7 @@ void* MemoryPool::take(int64_t bytes) {
       return memory;
     }
   }
+  const DeviceScope scope(device_);
   try {
     return device_allocate(bytes);
   } catch (const OutOfMemory&) {
@@ -36,6 +38,7 @@ void MemoryPool::give(void* memory, int64_t bytes) noexcept {
     }
   } catch (const std::exception&) {  // no room to note it down
   }
+  const DeviceScope scope(device_, std::nothrow);
   device_free(memory);
 }
 
@@ -46,6 +49,8 @@ int64_t MemoryPool::kept() const {
 
 void MemoryPool::release() noexcept {
   const std::lock_guard lock(mutex_);
+  if (free_.empty()) return;
+  const DeviceScope scope(device_, std::nothrow);
   for (const auto& [bytes, memory] : free_) device_free(memory);
   free_.clear();
   kept_ = 0;

@@ -8,11 +8,13 @@
 
 namespace mustafar::cuda {
 
-// Thread-safe. What is taken may still be read by work under way for whom it was before: its new
-// owner writes it in the same stream.
+// Of one device, whichever is current to the callers. Thread-safe. What is taken may still be read
+// by work under way for whom it was before: its new owner writes it in the same stream.
 class MemoryPool {
  public:
-  explicit MemoryPool(int64_t most_kept) : most_kept_(most_kept) {}
+  // most_kept: bytes.
+  explicit MemoryPool(int64_t most_kept, int32_t device = 0)
+      : most_kept_(most_kept), device_(device) {}
   ~MemoryPool() { release(); }
   MemoryPool(const MemoryPool&) = delete;
   MemoryPool& operator=(const MemoryPool&) = delete;
@@ -26,6 +28,7 @@ class MemoryPool {
   void release() noexcept;  // everything, to the driver
 
   const int64_t most_kept_;
+  const int32_t device_;
   mutable std::mutex mutex_;
   std::multimap<int64_t, void*> free_;  // by size
   int64_t kept_ = 0;

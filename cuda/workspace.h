@@ -40,19 +40,25 @@ class MirroredArray {
   DeviceBuffer device_;
 };
 
-// Host memory that a copy from the device may end in after the workspace that asked for it is gone.
+// Host memory that a copy from the current device may end in after the workspace that asked for it
+// is gone.
 class PinnedFlag {
  public:
   PinnedFlag() : value_(static_cast<int32_t*>(pinned_allocate(sizeof(int32_t)))) {}
-  ~PinnedFlag() { pinned_free(value_); }
+  ~PinnedFlag() {
+    const DeviceScope scope(device_, std::nothrow);
+    pinned_free(value_);
+  }
   PinnedFlag(const PinnedFlag&) = delete;
   PinnedFlag& operator=(const PinnedFlag&) = delete;
   int32_t* value() const { return value_; }
 
  private:
+  const int32_t device_ = current_device();
   int32_t* value_;
 };
 
+// Made, and used, while its device is current; destroyed by any thread.
 class CudaWorkspace final : public Workspace {
  public:
   int64_t bytes() const override {

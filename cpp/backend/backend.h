@@ -168,7 +168,7 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  virtual std::string device() const = 0;       // "cpu" or "cuda"
+  virtual std::string device() const = 0;       // "cpu", "cuda", "cuda:1"
   virtual std::string description() const = 0;  // e.g. "AVX-512 BF16, 2 threads"
   virtual bool host_memory() const = 0;         // device pointers can be read by the host
   // Rows of a prompt that pass through a layer together: enough for the matrix products to run at
@@ -266,13 +266,13 @@ class Backend {
 };
 
 struct BackendOptions {
-  std::string device = "auto";  // "auto", "cpu", "cuda"
+  std::string device = "auto";  // as DeviceName::parse has it
   DType dtype = DType::kF32;    // arithmetic of prefill, and the tail's type
   int32_t threads = 0;          // 0: default_threads() (core/available_cores.h)
 };
 
-// "auto" is the GPU where this build, the machine and the model allow it, else the CPU. Throws
-// DeviceError saying what is missing where a device asked for by name can't be had.
+// "auto" is the first GPU where this build, the machine and the model allow it, else the CPU.
+// Throws DeviceError saying what is missing where a device asked for by name can't be had.
 std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOptions& options);
 
 }  // namespace mustafar

@@ -4,6 +4,7 @@
 
 #include "backend/backend.h"
 #include "backend/cpu/cpu_backend.h"
+#include "backend/device_name.h"
 #include "mustafar/error.h"
 #if defined(MUSTAFAR_WITH_CUDA)
 #include "cuda/cuda_backend.h"
@@ -14,14 +15,14 @@ namespace mustafar {
 namespace {
 
 // Throws DeviceError saying what is missing.
-std::unique_ptr<Backend> make_gpu_backend(const ModelConfig& config,
-                                          const BackendOptions& options) {
+std::unique_ptr<Backend> make_gpu_backend(const ModelConfig& config, const DeviceName& device,
+                                          DType dtype) {
 #if defined(MUSTAFAR_WITH_CUDA)
-  return cuda::make_cuda_backend(config, options.dtype);
+  return cuda::make_cuda_backend(config, dtype, device.number);
 #else
-  (void)config, (void)options;
-  throw DeviceError(
-      "device \"cuda\": this build has no CUDA; rebuild with MUSTAFAR_CUDA=ON and nvcc on PATH");
+  (void)config, (void)dtype;
+  throw DeviceError("device \"" + device.text() +
+                    "\": this build has no CUDA; rebuild with MUSTAFAR_CUDA=ON and nvcc on PATH");
 #endif
 }
 
@@ -36,14 +37,13 @@ std::unique_ptr<Backend> make_backend(const ModelConfig& config, const BackendOp
     throw std::invalid_argument("threads: expected 0 (the default) or more, got " +
                                 std::to_string(options.threads));
   }
-  if (options.device == "cuda") return make_gpu_backend(config, options);
-  if (options.device != "auto" && options.device != "cpu") {
-    throw std::invalid_argument("device: expected auto, cpu or cuda, got \"" + options.device +
-                                "\"");
+  const DeviceName device = DeviceName::parse(options.device);
+  if (device.kind == DeviceName::Kind::kCuda) {
+    return make_gpu_backend(config, device, options.dtype);
   }
-  if (options.device == "auto") {
+  if (device.kind == DeviceName::Kind::kAuto) {
     try {
-      return make_gpu_backend(config, options);
+      return make_gpu_backend(config, {DeviceName::Kind::kCuda}, options.dtype);
     } catch (const DeviceError&) {  // no GPU to be had: the CPU
     }
   }

@@ -9,6 +9,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "backend/device_name.h"
 #include "cli/demo_model.h"
 #include "cli/interrupt.h"
 #include "cli/terminal.h"
@@ -76,6 +77,17 @@ std::string unescape(const std::string& text) {
 
 }  // namespace
 
+CLI::Option* add_device_option(CLI::App& command, std::string& device) {
+  const auto check = [](const std::string& given) {
+    return DeviceName::find(given)
+               ? std::string()
+               : std::string("expected ") + DeviceName::kForms + ", got \"" + given + "\"";
+  };
+  return command.add_option("--device", device, DeviceName::kForms)
+      ->check(CLI::Validator(check, ""))
+      ->capture_default_str();
+}
+
 CLI::Option* add_weights_option(CLI::App& command, std::string& weights) {
   return command
       .add_option("-w,--weights", weights,
@@ -91,10 +103,7 @@ void ModelFlags::add_to(CLI::App& command) {
           "Model folder (config.json, safetensors, tokenizer.json), or ORGANISATION/NAME of "
           "a model in the Hugging Face cache; without: the small demo model")
       ->group(kModelGroup);
-  command.add_option("--device", device, "auto, cpu or cuda")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
-      ->capture_default_str()
-      ->group(kModelGroup);
+  add_device_option(command, device)->group(kModelGroup);
   command
       .add_option("--dtype", dtype, "Arithmetic and dense tail: auto (as stored), f32, f16, bf16")
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))

@@ -30,6 +30,9 @@ struct ModelFlags {
   Model load() const;  // with a progress bar; Ctrl-C throws Cancelled
 };
 
+// --device
+CLI::Option* add_device_option(CLI::App& command, std::string& device);
+
 // -w
 CLI::Option* add_weights_option(CLI::App& command, std::string& weights);
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "backend/device_name.h"
 #include "mustafar/error.h"
 
 namespace mustafar {
@@ -43,11 +44,35 @@ TEST(DeviceChoice, AutoIsTheGpuWhereThereIsOne) {
 }
 
 TEST(DeviceChoice, AnUnknownNameListsTheKnownOnes) {
+  for (const std::string name :
+       {"gpu", "", "CUDA", "cuda1", "cuda:", "cuda:x", "cuda:-1", "cuda:+1", "cuda: 1", "cuda:1x",
+        "cuda:0,1", "cuda:99999999999", "cpu:0", "auto:1"}) {
+    try {
+      open(name);
+      FAIL() << "device " << name << " was taken";
+    } catch (const std::invalid_argument& error) {
+      EXPECT_EQ(error.what(),
+                "device: expected auto, cpu, cuda or cuda:N (the GPU of number N, from 0), got \"" +
+                    name + "\"");
+    }
+  }
+}
+
+TEST(DeviceChoice, NamesAreReadAsTheyAreWritten) {
+  for (const std::string name : {"auto", "cpu", "cuda", "cuda:1", "cuda:12"}) {
+    EXPECT_EQ(DeviceName::parse(name).text(), name);
+  }
+  EXPECT_EQ(DeviceName::parse("cuda:0").text(), "cuda");
+  EXPECT_EQ(DeviceName::parse("cuda:12").number, 12);
+}
+
+// Also where there are GPUs: none has so many.
+TEST(DeviceChoice, TheRefusalNamesTheNumber) {
   try {
-    open("gpu");
-    FAIL() << "device gpu was taken";
-  } catch (const std::invalid_argument& error) {
-    EXPECT_STREQ(error.what(), "device: expected auto, cpu or cuda, got \"gpu\"");
+    open("cuda:1000");
+    FAIL() << "device cuda:1000 was taken";
+  } catch (const DeviceError& error) {
+    EXPECT_EQ(std::string(error.what()).find("device \"cuda:1000\": "), 0u) << error.what();
   }
 }
 

@@ -32,13 +32,19 @@ constexpr int kInvalid = 7, kUnsupported = 15;  // cublasStatus_t
 
 extern "C" {
 
+// The program's (fake_runtime.h).
+int fake_cuda_current_device();
+bool fake_cuda_check_device(int device, const char* what);
+
 int cublasLtCreate(void** handle) {
   if (std::getenv("FAKE_CUBLASLT_BROKEN") != nullptr) return 1;  // not initialised
-  *handle = std::malloc(1);
+  *handle = new int(fake_cuda_current_device());
   return 0;
 }
 int cublasLtDestroy(void* handle) {
-  std::free(handle);
+  int* const device = static_cast<int*>(handle);
+  fake_cuda_check_device(*device, "cublasLtDestroy");
+  delete device;
   return 0;
 }
 size_t cublasLtGetVersion() { return 130205; }
@@ -97,9 +103,10 @@ int cublasLtMatmulAlgoGetHeuristic(void*, void*, void* a, void*, void*, void*, v
 }
 
 // D = alpha op(A) B + beta C.
-int cublasLtMatmul(void*, void* product, const void* alpha, const void* a, void* a_layout,
+int cublasLtMatmul(void* handle, void* product, const void* alpha, const void* a, void* a_layout,
                    const void* b, void* b_layout, const void* beta, const void* c, void* c_layout,
                    void* d, void* d_layout, const void* algorithm, void*, size_t, void*) {
+  if (!fake_cuda_check_device(*static_cast<int*>(handle), "cublasLtMatmul")) return kInvalid;
   if (*static_cast<const uint64_t*>(algorithm) != kAlgorithm) return kInvalid;
   const Layout &la = *static_cast<Layout*>(a_layout), &lb = *static_cast<Layout*>(b_layout),
                &lc = *static_cast<Layout*>(c_layout), &ld = *static_cast<Layout*>(d_layout);

@@ -77,7 +77,7 @@ TEST_F(CudaHost, ADeviceThatCannotBeUsed) {
   runtime().device_count_status = cudaErrorSystemNotReady;
   EXPECT_NE(refusal().find(expected), std::string::npos) << refusal();
   runtime().device_count_status = cudaSuccess;
-  runtime().set_device_status = cudaErrorDevicesUnavailable;
+  runtime().init_device_status = cudaErrorDevicesUnavailable;
   EXPECT_NE(refusal().find(expected), std::string::npos) << refusal();
 }
 

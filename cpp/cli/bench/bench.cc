@@ -299,7 +299,7 @@ void Bench::report(Engine& engine, const BenchSetting& setting, const Filled& fi
                    const BenchTest& test, int64_t depth, std::vector<double> samples) {
   const Model& model = engine.model();
   // Rows of a prompt that share one reading of the weights (Backend::prefill_rows).
-  const double rows_together = model.device() == "cuda" ? 2048 : 512;
+  const double rows_together = model.device() == "cpu" ? 512 : 2048;
   BenchRow row;
   row.model = engine.name();
   row.model_size = engine.stored_bytes();
@@ -378,9 +378,7 @@ void add_bench(CLI::App& app, Run& run) {
   list("-m,--model", options->models, "Model folders; without: the demo model, unless --shape");
   list("--shape", options->shapes,
        "Random weights of a known shape: llama-3.2-1b, or llama-3-8b:2 for two layers");
-  command->add_option("--device", options->device, "auto, cpu or cuda")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
-      ->capture_default_str();
+  add_device_option(*command, options->device);
   command->add_option("--dtype", options->dtype, "auto, f32, f16, bf16; of a shape's weights, too")
       ->check(CLI::IsMember({"auto", "f32", "f16", "bf16"}))
       ->capture_default_str();

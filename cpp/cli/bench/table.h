@@ -13,7 +13,7 @@ struct BenchRow {
   std::string model;
   int64_t model_size = 0;  // bytes
   int64_t model_n_params = 0;
-  std::string backend;  // "cpu", "cuda"
+  std::string backend;  // "cpu", "cuda", "cuda:1"
   std::string device;   // its description
   int n_threads = 0;
   std::string kv;  // "bf16 dense", "int8 K.62 V.75"

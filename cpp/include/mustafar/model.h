@@ -20,8 +20,10 @@
 namespace mustafar {
 
 struct ModelOptions {
-  // "cpu", "cuda" (DeviceError where it can't be had), or "auto": the GPU where there is one that
-  // this build has code for, else the CPU.
+  // "cpu"; "cuda:1", a GPU by its number, from 0 among those that CUDA_VISIBLE_DEVICES leaves;
+  // "cuda", the first; or "auto": the first where there is one that this build has code for, else
+  // the CPU. Throws DeviceError where a GPU asked for can't be had, std::invalid_argument for
+  // another name.
   std::string device = "auto";
   std::string dtype = "auto";  // "auto": as stored; "f32", "f16", "bf16": arithmetic and tail type
   // What matrices are in memory. "auto": as stored; "int8", "int4": rounded on loading, with a
@@ -69,7 +71,7 @@ class Model {
   bool has_tokenizer() const;
   const Tokenizer& tokenizer() const;  // throws TokenizerError where the folder has none
   const std::filesystem::path& folder() const;
-  std::string device() const;              // "cpu" or "cuda"
+  std::string device() const;              // "cpu", "cuda" (the first GPU) or "cuda:1"
   std::string dtype() const;               // "f32", "f16" or "bf16"
   std::string weights() const;             // as asked for, with the group: "auto", "int4:32"
   std::string device_description() const;  // the instruction set in use, threads
