@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -87,6 +88,48 @@ TEST_F(CudaSession, EqualsTheCpuInBf16) { compare(64, DType::kBF16, config_of(0.
 
 TEST_F(CudaSession, EqualsTheCpuInF16WithInt8) {
   compare(64, DType::kF16, config_of(0.5, 0, ValueType::kInt8), 1e-2);
+}
+
+// Models on two devices, used by turns and released in the other order: each gets what it gets
+// alone.
+TEST_F(CudaSession, TwoDevicesByTurns) {
+  const KVConfig kv = config_of(0.5, 2, ValueType::kInt8);
+  const Model first = random_model("cuda", 16, DType::kF32);
+  std::optional<Model> second;
+  try {
+    second = random_model("cuda:1", 16, DType::kF32);
+  } catch (const DeviceError& error) {
+    GTEST_SKIP() << error.what();
+  }
+  EXPECT_EQ(first.device(), "cuda");
+  EXPECT_EQ(second->device(), "cuda:1");
+  const std::vector<int32_t> prompt = ids_of(101), rest = ids_of(70, 2);
+  std::vector<std::vector<float>> alone;
+  const auto note = [&](std::span<const float> logits) {
+    alone.emplace_back(logits.begin(), logits.end());
+  };
+  {
+    Session session(first, kv);
+    note(session.prefill(prompt));
+    for (const int32_t id : rest) note(session.decode(id));
+  }
+  Session a(first, kv);
+  {
+    Session b(*second, kv);
+    const auto expect_as_alone = [&](std::span<const float> logits, size_t step) {
+      EXPECT_EQ(largest_difference(logits, alone[step]), 0) << "step " << step;
+    };
+    expect_as_alone(b.prefill(prompt), 0);
+    expect_as_alone(a.prefill(prompt), 0);
+    for (size_t i = 0; i < rest.size(); i++) {
+      expect_as_alone(a.decode(rest[i]), i + 1);
+      expect_as_alone(b.decode(rest[i]), i + 1);
+    }
+    EXPECT_GT(b.memory().compressed_tokens, 0);
+    second.reset();
+    b.decode(1);
+  }
+  a.decode(1);
 }
 
 // A prompt longer than what is multiplied with codes as they are, where values are 2 bytes wide,
