@@ -48,8 +48,9 @@ class Model(Closing):
             Face hub (``"organisation/name"``): from the local cache, and where it is not there
             downloaded with a progress bar if huggingface_hub is installed (``mustafar[hub]``).
             None takes the small demo model that ships with the package.
-        device: ``"cpu"``, ``"cuda"``, or ``"auto"``: the GPU where there is one that this build
-            has code for, else the CPU.
+        device: ``"cpu"``; ``"cuda:1"``, a GPU by its number, from 0 among those that
+            CUDA_VISIBLE_DEVICES leaves; ``"cuda"``, the first; or ``"auto"``: the first where
+            there is one that this build has code for, else the CPU.
         dtype: Arithmetic and type of the dense tail: ``"auto"`` (as stored), ``"f32"``, ``"f16"``
             or ``"bf16"``.
         weights: What matrices are in memory: ``"auto"`` (as stored), ``"int8"`` or ``"int4"``:
@@ -69,7 +70,8 @@ class Model(Closing):
     Raises:
         ModelError: A file or field that can't be used, named; a FileNotFoundError too where there
             is no such folder or file.
-        DeviceError: ``device="cuda"`` where it can't be had; the message says what is missing.
+        DeviceError: A GPU that can't be had; the message says what is missing, or how many
+            there are.
         OutOfMemory: Weights that do not fit the GPU as they would be there; found before
             anything is uploaded.
         TokenizerError: A tokenizer.json that can't be used.
@@ -112,7 +114,7 @@ class Model(Closing):
 
     @property
     def device(self) -> str:
-        """``"cpu"`` or ``"cuda"``."""
+        """``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:1"``."""
         return self._core.device()
 
     @property

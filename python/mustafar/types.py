@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from . import _core, checks, grammar
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = str  # "auto", "cpu", "cuda" (the first GPU) or "cuda:1"
 DType = Literal["auto", "f32", "f16", "bf16"]
 Weights = Literal[
     "auto",

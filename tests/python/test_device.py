@@ -72,6 +72,22 @@ def test_the_command_says_what_is_missing() -> None:
     assert any(text in result.stderr for text in EXPECTED), result.stderr
 
 
+def test_a_gpu_is_named_by_its_number() -> None:
+    result = python(
+        "import mustafar\n"
+        "try:\n"
+        "    mustafar.Model(device='cuda:1')\n"
+        "except mustafar.DeviceError as error:\n"
+        "    print(error)\n"
+    )
+    assert result.stdout.startswith('device "cuda:1": '), result.stderr
+    assert any(text in result.stdout for text in EXPECTED), result.stdout
+    for run_it in (("generate", "-p", "x", "-n", "1"), ("bench", "-p", "8", "-n", "0")):
+        result = without_gpu(command(), *run_it, "--device", "cuda:1")
+        assert result.returncode == 1
+        assert 'device "cuda:1": ' in result.stderr, result.stderr
+
+
 def test_the_command_falls_back_to_the_cpu() -> None:
     result = without_gpu(command(), "info", "--device", "auto", "--json")
     assert result.returncode == 0, result.stderr
@@ -79,5 +95,7 @@ def test_the_command_falls_back_to_the_cpu() -> None:
 
 
 def test_an_unknown_device_is_a_bad_argument() -> None:
-    with pytest.raises(ValueError, match="expected auto, cpu or cuda"):
-        mustafar.Model(device="gpu")
+    for name in ("gpu", "cuda:", "cuda:x", "cuda:-1"):
+        expected = f'expected auto, cpu, cuda or cuda:N .*, got "{name}"'
+        with pytest.raises(ValueError, match=expected):
+            mustafar.Model(device=name)

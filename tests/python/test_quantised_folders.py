@@ -478,7 +478,7 @@ def test_devices_are_chosen_as_for_other_folders(tmp_path: Path) -> None:
 
     def device_or_refusal(device: str, folder: Path | None) -> str:
         try:
-            with mustafar.Model(folder, device=device) as model:  # type: ignore[arg-type]
+            with mustafar.Model(folder, device=device) as model:
                 return model.device
         except mustafar.DeviceError as error:
             return str(error)

@@ -125,6 +125,16 @@ def read(*arguments: str) -> Any:
     return parser().parse_args(arguments)
 
 
+def test_options_name_a_device(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("auto", "cpu", "cuda", "cuda:0", "cuda:12"):
+        assert read("--device", device).device == device
+    for device in ("gpu", "cuda:", "cuda:x", "cuda:-1", "cuda:1\n"):
+        with pytest.raises(SystemExit):
+            read("--device", device)
+        assert "--device: " in capsys.readouterr().err
+    assert read().device == "auto"
+
+
 def test_options_of_the_cache() -> None:
     assert kv_of(read()) == KVConfig()
     assert kv_of(read("--kv", "balanced")) == KVConfig.preset("balanced")

@@ -37,7 +37,8 @@ class Options(BaseModel):
         cpus: Cores that Ray sets aside for one of them; it starts only where they are free.
         threads: CPU threads of one of them; 0: as many as ``cpus``, and at least one.
         device, dtype, weights: As of :class:`mustafar.Model`. For ``"cuda"`` set a GPU aside:
-            ``deployment={"ray_actor_options": {"num_gpus": 1}}``.
+            ``deployment={"ray_actor_options": {"num_gpus": 1}}``. Ray shows a process no
+            other GPU, so that on machines of several, too, it is ``"cuda"``, the first.
         kv_budget: Bytes of KV caches of one process at most, also as ``"512M"``; 0: no limit.
         kv: The cache's setting: a preset's name, fields with or without ``preset``, or a
             :class:`mustafar.KVConfig`.

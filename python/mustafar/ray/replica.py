@@ -35,8 +35,8 @@ class Replica:
         logging.getLogger("mustafar.server").setLevel(logging.INFO)
         self._model = Model(
             options.model,
-            options.device,  # type: ignore[arg-type]  # which Model checks
-            options.dtype,  # type: ignore[arg-type]
+            options.device,
+            options.dtype,  # type: ignore[arg-type]  # which Model checks
             options.threads or max(1, int(options.cpus)),
             weights=options.weights,  # type: ignore[arg-type]
             kv_budget=options.kv_budget or None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -76,7 +77,12 @@ def _add_model(add: _Group) -> None:
         "--model",
         help="folder, or ORGANISATION/NAME of the Hugging Face hub; without: the demo model",
     )
-    add.text("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where it runs")
+    add.text(
+        "--device",
+        default="auto",
+        type=_device,
+        help="where it runs: auto, cpu, cuda, or cuda:1 for a GPU by its number, from 0",
+    )
     add.text(
         "--dtype",
         default="auto",
@@ -240,6 +246,13 @@ def size(text: str) -> int:
     if not 0 <= n_bytes < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range")
     return int(n_bytes)
+
+
+def _device(text: str) -> str:
+    """One of the devices that there may be; raises ArgumentTypeError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda and cuda:N")
+    return text
 
 
 def kv_of(options: argparse.Namespace) -> KVConfig:
