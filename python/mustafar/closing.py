@@ -20,10 +20,11 @@ _LONGEST_WALK = 1024  # tokens
 # begins, say.
 _GROWTH = 16
 _MARGIN = 32  # tokens left beside the walk where it begins; an eighth of a limit at most
-# What ends the most comes first. In a string that is its end, elsewhere what brackets opened.
-_ENDS = b'}]":,0123456789ntf{['
-_STRING_ENDS = b'"'
-_OTHERS = b"eabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_. "
+# Between strings, what ends the most comes first.
+_ENDS = b'}]":,'
+# Else, as in a string that may not end yet, for its pattern's sake: what was taken least so far,
+# signs before letters, so that no part of a pattern is repeated for ever.
+_PARTS = b"@.:-/+TZ0123456789ntf{[abcdeghijklmopqrsuvwxyzABCDEFGHIJKLMNOPQRSUVWXY_ "
 
 
 class Walker:
@@ -36,8 +37,7 @@ class Walker:
     def __init__(self, tokens: list[bytes]) -> None:
         single = {token[0]: id for id, token in enumerate(tokens) if len(token) == 1}
         self._ends = [single[byte] for byte in _ENDS if byte in single]
-        self._in_string = [single[byte] for byte in _STRING_ENDS + _ENDS if byte in single]
-        self._others = [single[byte] for byte in _OTHERS if byte in single]
+        self._parts = [single[byte] for byte in _PARTS if byte in single]
         self._letter, self._quote = single.get(ord("a")), single.get(ord('"'))
         self._n_words = (len(tokens) + 31) // 32
 
@@ -47,8 +47,9 @@ class Walker:
         matcher = matcher.deep_copy()
         walk: list[int] = []
         mask = np.empty(self._n_words, np.uint32)
+        taken: dict[int, int] = {}  # how often each part was
         while not matcher.is_accepting():
-            step = matcher.compute_ff_tokens() or self._choice(matcher, mask)
+            step = matcher.compute_ff_tokens() or self._choice(matcher, mask, taken)
             if not step or len(walk) + len(step) > most:
                 return None
             if matcher.try_consume_tokens(step) != len(step):
@@ -56,17 +57,29 @@ class Walker:
             walk += step
         return walk
 
-    def _choice(self, matcher: LLMatcher, mask: NDArray[np.uint32]) -> list[int]:
-        """One token that may follow; mask is overwritten."""
+    def _choice(
+        self, matcher: LLMatcher, mask: NDArray[np.uint32], taken: dict[int, int]
+    ) -> list[int]:
+        """One token that may follow, or none where none was thought of; mask is overwritten."""
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
             return []
-        in_string = _allows(mask, self._letter) and _allows(mask, self._quote)
-        for id in (*(self._in_string if in_string else self._ends), *self._others):
-            if _allows(mask, id):
-                return [id]
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-        return [int(id) for id in np.flatnonzero(bits)[:1]]
+        if _allows(mask, self._letter):  # in a string
+            if self._quote is not None and _allows(mask, self._quote):
+                return [self._quote]
+        else:
+            for id in self._ends:
+                if _allows(mask, id):
+                    return [id]
+        parts = [id for id in self._parts if _allows(mask, id)]
+        if not parts:
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            parts = [int(id) for id in np.flatnonzero(bits)[:64]]
+        if not parts:
+            return []
+        part = min(parts, key=lambda id: taken.get(id, 0))
+        taken[part] = taken.get(part, 0) + 1
+        return [part]
 
 
 def _allows(mask: NDArray[np.uint32], id: int | None) -> bool:
