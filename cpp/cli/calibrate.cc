@@ -71,6 +71,10 @@ void add_calibrate(CLI::App& app, Run& run) {
       ->add_option("--skip", calibration.skip_tokens,
                    "First tokens of every text to leave out (attention sinks)")
       ->capture_default_str();
+  command
+      ->add_option("-c,--context", calibration.context,
+                   "Contexts that it is for, in tokens; 0: the model's own")
+      ->capture_default_str();
   command->add_flag("--budget", calibration.budget,
                     "Also measure what errors in every layer cost: for --kv-bytes-per-token and "
                     "--max-kld");

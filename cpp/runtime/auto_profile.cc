@@ -23,7 +23,7 @@ namespace fs = std::filesystem;
 
 // Part of a kept profile's file name, as the text's hash is: to be raised when auto_options()
 // change, so that releases which calibrate differently each keep their own file.
-constexpr const char* kVersion = "1";
+constexpr const char* kVersion = "2";
 constexpr int64_t kCalibrationTokens = 8192;
 
 CalibrationOptions auto_options() {

@@ -8,12 +8,15 @@
 //              balance, F = M^(a/2) U with U the eigenvectors of M^(a/2) S M^(a/2), and
 //              B = U^T M^(-a/2).
 //
-// Columns of F stand by falling eigenvalue, which is the dim's energy: F^T S F is diagonal.
+// Columns of F stand by falling eigenvalue, which is the dim's energy: F^T S F is diagonal. RoPE
+// moves the energy of keys between dims with position, so where contexts are longer than the texts
+// a dim's energy is the most that it has anywhere, and columns stand by that.
 #include "mustafar/calibration.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -28,6 +31,7 @@
 #include "runtime/kv_statistics.h"
 #include "runtime/layer_costs.h"
 #include "runtime/model_impl.h"
+#include "runtime/position_energies.h"
 
 namespace mustafar {
 namespace {
@@ -111,6 +115,22 @@ Basis basis_of(int32_t d, const Square& moment, Square metric, double balance) {
   return basis;
 }
 
+// Gives dims other energies [d], and sorts them by these.
+void set_energies(int32_t d, const std::vector<double>& energy, Basis& basis) {
+  std::vector<int32_t> order(d);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return energy[a] > energy[b]; });
+  const Basis old = basis;
+  for (int32_t i = 0; i < d; i++) {
+    basis.energy[i] = energy[order[i]];
+    for (int32_t j = 0; j < d; j++) {
+      basis.forward[int64_t{j} * d + i] = old.forward[int64_t{j} * d + order[i]];
+      basis.backward[int64_t{i} * d + j] = old.backward[int64_t{order[i]} * d + j];
+    }
+  }
+}
+
 // Where one head's part of a profile goes.
 struct HeadOut {
   float *forward, *backward;  // [d][d]
@@ -141,6 +161,13 @@ void write_head(int32_t d, const Basis& basis, double scale_power, const HeadOut
   }
 }
 
+// Of CalibrationOptions::context. longrope has other frequencies beyond its original context, which
+// texts that end before it don't show.
+int64_t longest_context(const ModelConfig& c, int64_t context) {
+  if (context == 0) context = c.max_position_embeddings;
+  return c.has_long_rope() ? std::min<int64_t>(context, c.rope_original_context) : context;
+}
+
 void check(const CalibrationOptions& options) {
   const auto refuse = [](const std::string& what, const std::string& must) {
     throw std::invalid_argument(what + ", must be " + must);
@@ -159,6 +186,9 @@ void check(const CalibrationOptions& options) {
   }
   if (options.skip_tokens < 0) {
     refuse("skip_tokens is " + std::to_string(options.skip_tokens), "0 or more");
+  }
+  if (options.context < 0) {
+    refuse("context is " + std::to_string(options.context), "0 (the model's) or more");
   }
 }
 
@@ -236,6 +266,7 @@ Profile calibrate(const Model& model, std::span<const Prompt> texts,
   }
 
   const double balance = options.kind == "balanced" ? options.balance : 0.0;
+  const std::vector<int64_t> offsets = text_offsets(longest_context(c, options.context));
   const auto head_task = [&](int64_t head, bool is_key) {
     const auto part = [&](const std::vector<double>& all) {
       return Square(all.begin() + head * square, all.begin() + (head + 1) * square);
@@ -250,7 +281,11 @@ Profile calibrate(const Model& model, std::span<const Prompt> texts,
                     std::to_string(head % c.n_kv_heads) + " are not finite on this text");
       }
     }
-    const Basis basis = basis_of(c.head_dim, moment, std::move(metric), balance);
+    Basis basis = basis_of(c.head_dim, moment, std::move(metric), balance);
+    if (is_key && offsets.size() > 1 &&
+        c.traits.rotates(static_cast<int32_t>(head / c.n_kv_heads))) {
+      set_energies(c.head_dim, most_energies(c, offsets, moment, basis.forward), basis);
+    }
     std::vector<float>& weight = is_key ? profile.k_weight : profile.v_weight;
     write_head(c.head_dim, basis, options.scale_power,
                {(is_key ? profile.k_forward : profile.v_forward).data() + head * square,

@@ -101,7 +101,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
                                            const std::string& kind, double balance,
                                            double scale_power, int64_t max_tokens,
                                            int32_t skip_tokens, const py::object& progress,
-                                           bool budget) {
+                                           bool budget, int64_t context) {
   const std::vector<Prompt> native = prompts_from(texts);
   CalibrationOptions options;
   options.kind = kind;
@@ -111,6 +111,7 @@ std::shared_ptr<Profile> calibrate_profile(const Model& model, const py::list& t
   options.skip_tokens = skip_tokens;
   options.progress = progress_reporter(progress);
   options.budget = budget;
+  options.context = context;
   ReleaseGil release;
   return std::make_shared<Profile>(calibrate(model, native, options));
 }
@@ -195,7 +196,7 @@ void register_profile(py::module_& m) {
   m.def("symmetric_eigen", &eigen_of, py::arg("matrix"));
   m.def("calibrate", &calibrate_profile, py::arg("model"), py::arg("texts"), py::arg("kind"),
         py::arg("balance"), py::arg("scale_power"), py::arg("max_tokens"), py::arg("skip_tokens"),
-        py::arg("progress"), py::arg("budget") = false);
+        py::arg("progress"), py::arg("budget") = false, py::arg("context") = 0);
   py::class_<Profile, std::shared_ptr<Profile>>(m, "Profile")
       .def(py::init(&make_profile), py::arg("k_forward"), py::arg("k_backward"),
            py::arg("v_forward"), py::arg("v_backward"), py::arg("k_weight"), py::arg("v_weight"),

@@ -327,6 +327,7 @@ def calibrate(
     skip_tokens: int,
     progress: Callable[[int, int], None] | None,
     budget: bool = False,
+    context: int = 0,
 ) -> Profile: ...
 def quantize(
     model: str | PathLike[str],

@@ -24,6 +24,7 @@ def calibrate(
     scale_power: float = 0.0,
     max_tokens: int | None = 16384,
     skip_tokens: int = 4,
+    context: int | None = None,
     budget: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Profile:
@@ -38,6 +39,10 @@ def calibrate(
             before they are quantised, ranking undone: about 0.5 helps int4, 0 is off.
         max_tokens: Use at most this many tokens; None: all.
         skip_tokens: First tokens of every piece that statistics leave out (attention sinks).
+        context: Contexts that the profile is for, in tokens. RoPE moves the energy of keys between
+            dims with position: a dim counts with the most that it has where the texts begin at 0,
+            1024, 1536, 2048, 3072 and so on, below this. None: the model's own context; 1: where
+            the texts stand.
         budget: Also measure what errors in every layer's keys and values cost, for settings with
             ``budget_bytes_per_token`` or ``max_kld``: 2 n_layers + 2 scorings of the first 1,024
             tokens of the longest text (at least 200). Not for ``"hadamard"``.
@@ -63,6 +68,7 @@ def calibrate(
         skip_tokens,
         progress,
         budget,
+        0 if context is None else context,
     )
 
 

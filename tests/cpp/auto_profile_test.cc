@@ -65,7 +65,7 @@ class AutoProfileTest : public ::testing::Test {
   }
   fs::path kept(const Model& model) const {
     return cache_.path() / "mustafar" / "profiles" /
-           (model.fingerprint() + "-balanced-1.safetensors");
+           (model.fingerprint() + "-balanced-2.safetensors");
   }
   // Files below the cache folder.
   int files() const {

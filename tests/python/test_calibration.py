@@ -13,6 +13,7 @@ from mustafar import KVConfig, Session, _core
 from support.calibration_reference import Transform, transforms
 from support.sessions import ids_of
 
+OFFSETS = [0, 1024, 1536, 2048, 3072, 4096]  # of texts, in a context of 5,000 tokens
 KINDS = ["hadamard", "klt", "balanced"]
 
 
@@ -99,6 +100,36 @@ def test_transforms_equal_those_of_numpy(
             expected.metric,
         )
         check_transforms(ours, expected, moment)
+
+
+def test_keys_have_the_most_energy_of_any_position(model: mustafar.Model) -> None:
+    """The basis is that of where the texts stand; sigmas and the order of dims are not."""
+    ids = model.tokenizer.encode(TEXT * 20)
+    sums = _core.kv_statistics(model._core, [ids], 4)
+    moment, dim = sums["keys"] / sums["tokens"], sums["keys"].shape[-1]
+    angles = np.outer(OFFSETS, 10000.0 ** (-np.arange(0, dim, 2) / dim))
+    turns = np.zeros((len(OFFSETS), dim, dim))
+    i, half = np.arange(dim // 2), dim // 2
+    turns[:, i, i] = turns[:, i + half, i + half] = np.cos(angles)
+    turns[:, i, i + half], turns[:, i + half, i] = np.sin(angles), -np.sin(angles)
+
+    wide = mustafar.calibrate(model, [ids], context=5000)
+    here = mustafar.calibrate(model, [ids], context=1)
+    turned = np.einsum("oia,lhij,ojb->olhab", turns, moment, turns)
+    energy = np.einsum("lhab,olhac,lhcb->olhb", wide.k_forward, turned, wide.k_forward)
+    assert np.allclose(wide.k_sigma, np.sqrt(energy.max(0)), rtol=1e-3)
+    assert (energy.max(0) > 1.05 * energy[0]).any()
+    assert (np.diff(wide.k_sigma) <= 1e-6 * wide.k_sigma[..., :1]).all()
+    for at in np.ndindex(*wide.k_sigma.shape[:2]):
+        for ours, theirs in (
+            (wide.k_forward[at].T, here.k_forward[at].T),
+            (wide.k_backward[at], here.k_backward[at]),
+        ):
+            assert sorted(map(tuple, ours)) == sorted(map(tuple, theirs))
+    assert np.array_equal(wide.v_forward, here.v_forward)
+    assert np.array_equal(wide.v_sigma, here.v_sigma)
+    # The model's own context, 512 tokens, ends before a text could begin elsewhere.
+    assert mustafar.calibrate(model, [ids]).hash() == here.hash()
 
 
 def check_transforms(ours: Transform, expected: Transform, moment: np.ndarray) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from .calibration import Basis, Statistics, make_basis
 from .codec import Codec, Coder, Exact
+from .coded import Coded, CodedSparse
 from .model import Llama, Schedule
 from .product import Affine, Channel, Integers, OutputAwareRow, Pruned, ThinK
 from .published import Gear, Kivi, Kvarn, LowRank, MixedTokens, Spark, oscar_clips
@@ -51,6 +52,7 @@ _RANK = "Published: low rank"
 _DROP = "Published: dropped tokens and streaming heads"
 _GRID = "Sinks and windows"
 _EXPERIMENT = "Experiments on static bits"
+_ON_TOP = "Coded rows, and sparse on top"
 
 
 def all_rows(
@@ -97,6 +99,7 @@ def all_rows(
     yield from _published(dim, half, third, statistics, both, pair, same)
     yield from _dropping(model, statistics, head_order)
     yield from _experiments(model.kv_heads, bases, both, pair)
+    yield from _on_top(bases, both)
     yield from _grid(dim, half, bases)
 
 
@@ -353,6 +356,33 @@ def _experiments(
                 _EXPERIMENT,
                 lambda n=bits, r=before: entropy_coded(bases.pair("fisher", before_rope=r), n),
             )
+
+
+def _on_top(bases: Bases, both: Callable[..., Row]) -> Iterator[Row]:
+    """The runtime's coded rows alone, and fewer bits of them with the largest errors mended."""
+    for bits in (2, 3, 1.5, 2.5):
+        yield both(f"coded {bits} bits", _ON_TOP, lambda b, n=bits: Coded(b, n), "balanced")
+        for weak, keep, value_bits, positions, title in (
+            (0, 4, 3, "bitmap", "bitmap over dims without bits"),
+            (1, 6, 3, "bitmap", "bitmap over dims of 0 or 1 bit"),
+            (0, 4, 3, "ideal", "ideal positions among dims without bits"),
+            (7, 2, 4, "index", "outliers of a row"),
+        ):
+            yield both(
+                f"coded {bits} bits, {title}, {keep} x {value_bits} bits",
+                _ON_TOP,
+                lambda b, n=bits, w=weak, k=keep, v=value_bits, p=positions: CodedSparse(
+                    b, n, weak=w, keep=k, value_bits=v, positions=p
+                ),
+                "balanced",
+            )
+
+    def windowed() -> Codec:
+        key, value = bases.pair("balanced")
+        return Codec(name, _ON_TOP, Coded(key, 2), Coded(value, 2), Schedule(64, 256))
+
+    name = "coded 2 bits; 64 sinks, window 256"
+    yield Row(name, _ON_TOP, windowed)
 
 
 def _grid(dim: int, half: int, bases: Bases) -> Iterator[Row]:

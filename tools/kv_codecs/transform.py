@@ -225,11 +225,15 @@ def _codebooks(basis: Basis, levels: Tensor, log_bits: int, rounds: int = 8) -> 
     return books
 
 
-def lloyd(samples: Tensor, n: int, rounds: int) -> Tensor:
-    """Codebooks [rows, n] of least squares for samples [rows, N] of unit variance."""
+def lloyd(samples: Tensor, n: int, rounds: int, book: Tensor | None = None) -> Tensor:
+    """Codebooks [rows, n] of least squares for samples [rows, N] of unit variance.
+
+    book: [rows, n] to start from, ascending, where the samples are others.
+    """
     if n == 1:
         return torch.zeros(len(samples), 1)
-    book = (torch.linspace(-1, 1, n) * _uniform_span(n)).repeat(len(samples), 1)
+    if book is None:
+        book = (torch.linspace(-1, 1, n) * _uniform_span(n)).repeat(len(samples), 1)
     for _ in range(rounds):
         code = torch.searchsorted(((book[:, 1:] + book[:, :-1]) / 2).contiguous(), samples)
         count = torch.zeros_like(book).scatter_add_(1, code, torch.ones_like(samples))

@@ -24,6 +24,10 @@ struct CalibrationOptions {
   // First tokens of every piece of text that statistics leave out: attention sinks, whose keys are
   // unlike all others.
   int32_t skip_tokens = 4;
+  // Contexts that the profile is for, in tokens. RoPE moves the energy of keys between dims with
+  // position: a dim counts with the most that it has where the texts begin at 0, 1024, 1536, 2048,
+  // 3072 and so on, below this. 0: the model's own context; 1: where the texts stand.
+  int64_t context = 0;
   // Also measures what errors in every layer cost (Profile::k_cost, v_cost), which settings with a
   // budget need: 2 n_layers + 2 scorings of 1,024 tokens of the longest text, of at least 200. Not
   // for hadamard.
