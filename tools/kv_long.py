@@ -6,9 +6,9 @@
 A document is read once with the dense cache. Then, for each setting, its tokens but the first 4 and
 the newest 32 (to whole blocks of 64) are coded as the runtime codes them, and what follows attends
 to that: for `needle` a question after a seven-digit code hidden in the text and the answer, forced;
-for `text` the 128 tokens that come next. A needle is found where every digit is the likeliest token:
-what greedy decoding finds. Settings are profiles of
-`mustafar calibrate`, and int4 with a Hadamard rotation.
+for `text` the 128 tokens that come next. A needle is found where every digit is the likeliest
+token: what greedy decoding finds. Settings are profiles of `mustafar calibrate`, and int4 with a
+Hadamard rotation. Needs torch, safetensors and tokenizers.
 """
 
 from __future__ import annotations
@@ -215,9 +215,8 @@ def main() -> int:
     for name, file in (given.split("=", 1) for given in options.profile):
         tensors = load_file(file)
         for bits in options.bits or (3, 4):
-            settings[f"{name}, {bits:g} bits"] = tuple(
-                Coded(profile_basis(tensors, kind), bits, power=0.5) for kind in "kv"
-            )
+            key, value = (Coded(profile_basis(tensors, kind), bits) for kind in "kv")
+            settings[f"{name}, {bits:g} bits"] = (key, value)
     settings["int4, Hadamard"] = (hadamard_int4, hadamard_int4)
 
     text = options.text.read_text(encoding="utf-8")

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mustafar import reference
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 from kv_codecs.calibration import Basis, Statistics, make_basis
 from kv_codecs.codec import Codec, Exact, Rows, accumulated_attention
+from kv_codecs.coded import Coded, CodedSparse
 from kv_codecs.model import Llama, Rope, Schedule, coded_attention, dense_attention
 from kv_codecs.primitives import affine, group_mask, hadamard, symmetric
 from kv_codecs.product import Channel, Integers, Pruned, ThinK
@@ -207,3 +210,23 @@ def test_forward_equals_transformers(tmp_path):
         expected = theirs(ids[None]).logits[0].log_softmax(-1)
         got = ours.forward(ids, dense_attention)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_coded_rows_are_those_of_the_runtime():
+    """Against the reference's packing, scale by scale: power 0, as profiles without weights are."""
+    generator = torch.Generator().manual_seed(0)
+    sigma = torch.logspace(0, -1.5, DIM)
+    rows = torch.randn(64, DIM, generator=generator) * sigma
+    basis = Basis(*[torch.eye(DIM).expand(1, 1, DIM, DIM)] * 2, torch.zeros(1, 1, 1, DIM),
+                  sigma.expand(1, 1, 1, DIM), rows[None, None])  # fmt: skip
+    coder = Coded(basis, 2.5, power=0.0)
+    widths = reference.deal_widths(sigma.numpy(), 20)
+    assert coder.widths.flatten().tolist() == widths.tolist() and coder.bits == 160 + 16
+    packed = reference.pack_coded_block(rows.numpy(), sigma.numpy(), 2.5)
+    expected = reference.unpack_coded_block(packed, sigma.numpy(), 2.5)
+    got = coder(Rows(0, True, rows[None], rows[None], rows[None], Schedule(), ROPE))[0].numpy()
+    same = np.isclose(got, expected, rtol=1e-4, atol=1e-6).all(1)
+    assert same.mean() > 0.95  # a scale or a level on the border may be another
+    for positions in ("bitmap", "index", "ideal"):
+        mended = CodedSparse(basis, 2.5, weak=7, keep=2, value_bits=4, positions=positions)
+        assert mended.widths.sum() < coder.widths.sum() and mended.bits <= coder.bits
