@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,14 +179,20 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates for text expect them.
 
     Content in parts becomes one text, the parts' texts joined by newlines; the role "developer" is
-    "system" to models that came before it. Raises ValueError for a part that is no text, TypeError
-    for what is no message.
+    "system" to models that came before it. Raises ValueError for a part that is no text and a
+    message without a role, TypeError for what is no message.
     """
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
+        raise TypeError(f"messages must be a list of dicts, not {messages!r}")
     plain = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise TypeError(f"messages[{i}] must be a dict, not {message!r}")
         changed = dict(message)
+        if "role" not in changed:
+            raise ValueError(f"messages[{i}] has no role")
+        if not isinstance(changed["role"], str):
+            raise TypeError(f"messages[{i}].role must be a text, not {changed['role']!r}")
         if changed.get("role") == "developer":
             changed["role"] = "system"
         content = changed.get("content")
@@ -197,6 +203,19 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         elif content is not None and not isinstance(content, str):
             raise TypeError(f"messages[{i}].content must be a text or its parts, not {content!r}")
         plain.append(changed)
+    return plain
+
+
+def plain_tools(tools: Tools | None) -> list[Mapping[str, Any]]:
+    """Tool definitions as they are. Raises TypeError for what is none: dicts with a function, which
+    has a name, or with a name themselves."""
+    if isinstance(tools, (str, bytes, Mapping)) or not isinstance(tools or [], Iterable):
+        raise TypeError(f"tools must be a list of dicts, not {tools!r}")
+    plain = list(tools or [])
+    for i, tool in enumerate(plain):
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise TypeError(f"tools[{i}].function must be an object with a name, not {function!r}")
     return plain
 
 
@@ -223,8 +242,7 @@ def chat_completion(
 ) -> dict[str, Any] | Iterator[dict[str, Any]]:
     """See :meth:`Model.chat_completion`."""
     request = Request.of(params, sampling)
-    if not request.use_tools:
-        tools = None
+    tools = plain_tools(tools) if request.use_tools else None
     chat = native_chat(model, session, tools=tools, chat_template=chat_template)
     read = tools if request.reads_calls else None
     replies = _Replies(model, chat, plain_messages(messages), request, read or ())

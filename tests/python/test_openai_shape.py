@@ -91,6 +91,18 @@ def test_what_is_wrong_is_named(
         complete(model, **{field: value})
 
 
+@pytest.mark.parametrize("messages", [None, 3, "Hi", {"role": "user"}, [3], [{"role": 3}], [{}]])
+def test_messages_of_another_kind_are_named(model: mustafar.Model, messages: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="^messages"):
+        model.chat_completion(messages, max_tokens=1)
+
+
+@pytest.mark.parametrize("tools", [3, "add", [3], [{"function": 3}], {"name": "add"}])
+def test_tools_of_another_kind_are_named(model: mustafar.Model, tools: Any) -> None:
+    with pytest.raises(TypeError, match="^tools"):
+        complete(model, tools=tools)
+
+
 def test_other_number_types_are_as_good(model: mustafar.Model) -> None:
     session = Session(model)
     for sampling in (

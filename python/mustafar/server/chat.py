@@ -83,9 +83,4 @@ def _with_ends(sampling: SamplingParams, ends: tuple[int, ...]) -> SamplingParam
 def _tools(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not body.get("tools"):
         return []
-    tools = list_field(body, "tools")
-    for i, tool in enumerate(tools):
-        function = tool.get("function", tool)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise TypeError(f"tools[{i}].function must be an object with a name, not {function!r}")
-    return tools
+    return completion.plain_tools(list_field(body, "tools"))
