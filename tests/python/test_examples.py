@@ -50,7 +50,10 @@ def test_readme_shows_the_examples(name: str) -> None:
 
 def test_readme_shows_the_cmake_of_the_cpp_example() -> None:
     readme = (ROOT / "README.md").read_text()
-    for line in (EXAMPLES / "cpp" / "CMakeLists.txt").read_text().splitlines()[-3:]:
+    lines = (EXAMPLES / "cpp" / "CMakeLists.txt").read_text().splitlines()
+    shown = [line for line in lines if "find_package" in line or "continue_text" in line]
+    assert len(shown) == 3
+    for line in shown:
         assert line in readme
 
 

@@ -32,6 +32,7 @@ FACES = {
     "quantize.h": "runtime",
     "engine.h": "runtime",
     "chat.h": "runtime",
+    "tool_calls.h": "runtime",
 }
 
 # What no other folder sees, but for the one place that knows which backends there are.
