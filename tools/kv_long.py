@@ -72,24 +72,15 @@ def prefill(model: Llama, ids: Tensor) -> Layers:
 
 def follow(model: Llama, cache: Layers, ids: Tensor) -> Tensor:
     """Log-probabilities [n, vocab] after each of ids [n] that follow what the cache holds."""
-    at = cache[0][0].shape[1]
+    first = cache[0][0].shape[1]
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache[layer]
+        return sdpa(q, torch.cat([keys, k], 1), torch.cat([values, v], 1))
+
     hidden = model.embed(ids)
     for layer in range(model.layers):
-        x = model._norm(hidden, model.weight(layer, "input_layernorm"))
-        q, k, v = (
-            F.linear(x, model.weight(layer, f"self_attn.{name}_proj"))
-            .view(-1, heads, model.head_dim)
-            .transpose(0, 1)
-            for name, heads in (("q", model.heads), ("k", model.kv_heads), ("v", model.kv_heads))
-        )
-        keys = torch.cat([cache[layer][0], model.rope(k, at)], 1)
-        values = torch.cat([cache[layer][1], v], 1)
-        o = sdpa(model.rope(q, at), keys, values).transpose(0, 1).reshape(len(ids), -1)
-        hidden = hidden + F.linear(o, model.weight(layer, "self_attn.o_proj"))
-        x = model._norm(hidden, model.weight(layer, "post_attention_layernorm"))
-        gate = F.silu(F.linear(x, model.weight(layer, "mlp.gate_proj")))
-        up = F.linear(x, model.weight(layer, "mlp.up_proj"))
-        hidden = hidden + F.linear(gate * up, model.weight(layer, "mlp.down_proj"))
+        hidden = model.layer(layer, hidden, attention, first)
     return model.logits(hidden).log_softmax(-1)
 
 

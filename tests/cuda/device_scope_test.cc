@@ -4,16 +4,16 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <exception>
-#include <thread>
-
 #include "cuda/device.h"
+#include "support/on_a_thread.h"
 #if defined(MUSTAFAR_FAKE_CUBLASLT)
 #include "fake_runtime.h"
 #endif
 
 namespace mustafar::cuda {
 namespace {
+
+using testing::on_a_thread;
 
 class DeviceScopeTest : public ::testing::Test {
  protected:
@@ -46,18 +46,6 @@ class DeviceScopeTest : public ::testing::Test {
     EXPECT_EQ(received, sent);
     device_free(memory);
     destroy_stream(stream);
-  }
-
-  // On a thread that has used no device.
-  template <typename Body>
-  static void on_a_thread(Body body) {
-    std::thread([&] {
-      try {
-        body();
-      } catch (const std::exception& error) {
-        ADD_FAILURE() << error.what();
-      }
-    }).join();
   }
 };
 

@@ -14,12 +14,14 @@
 #include "mustafar/engine.h"
 #include "mustafar/error.h"
 #include "mustafar/session.h"
+#include "support/on_a_thread.h"
 #include "support/random_model.h"
 
 namespace mustafar {
 namespace {
 
 using fake_cuda::runtime;
+using testing::on_a_thread;
 
 class CudaDevices : public ::testing::Test {
  protected:
@@ -62,18 +64,6 @@ KVConfig half_int8() {
 void use(Session& session, int n_steps = 12) {
   session.prefill(std::vector<int32_t>(130, 5));
   for (int i = 0; i < n_steps; i++) session.decode(7);
-}
-
-// On a thread that CUDA has not seen; what it throws is a failure of the test.
-template <typename Body>
-void on_a_thread(Body body) {
-  std::thread([&] {
-    try {
-      body();
-    } catch (const std::exception& error) {
-      ADD_FAILURE() << error.what();
-    }
-  }).join();
 }
 
 int current_device() {

@@ -107,8 +107,9 @@ class Llama:
         """ids [T] -> hidden states [T, hidden]."""
         return F.embedding(ids, self.weights["model.embed_tokens.weight"])
 
-    def layer(self, index: int, hidden: Tensor, attention: Attention) -> Tensor:
-        """Hidden states before layer `index` [T, hidden] -> those after it."""
+    def layer(self, index: int, hidden: Tensor, attention: Attention, first: int = 0) -> Tensor:
+        """Hidden states before layer `index` [T, hidden], from position `first` on -> those after
+        it."""
         x = self._norm(hidden, self.weight(index, "input_layernorm"))
         q, k, v = (
             F.linear(x, self.weight(index, f"self_attn.{name}_proj"))
@@ -116,7 +117,7 @@ class Llama:
             .transpose(0, 1)
             for name, heads in (("q", self.heads), ("k", self.kv_heads), ("v", self.kv_heads))
         )
-        o = attention(index, self.rope(q), self.rope(k), v)
+        o = attention(index, self.rope(q, first), self.rope(k, first), v)
         o = o.transpose(0, 1).reshape(len(x), -1)
         hidden = hidden + F.linear(o, self.weight(index, "self_attn.o_proj"))
         x = self._norm(hidden, self.weight(index, "post_attention_layernorm"))
