@@ -334,6 +334,8 @@ std::string ToolCallReader::push(std::string_view piece, std::span<const int32_t
   return self.without_marks(std::move(said));
 }
 
+bool ToolCallReader::reads_tokens() const { return !impl().marks.empty(); }
+
 ToolCallReader::Rest ToolCallReader::finish() const {
   const Impl& self = impl();
   if (self.names.empty()) return {};

@@ -21,6 +21,7 @@ void register_tool_calls(py::module_& m) {
             return self.push(piece, ids);
           },
           py::arg("piece"), py::arg("token_ids"))
+      .def_property_readonly("reads_tokens", &ToolCallReader::reads_tokens)
       .def("finish", [](const ToolCallReader& self) {
         const ToolCallReader::Rest rest = self.finish();
         std::vector<std::pair<std::string, std::string>> calls;

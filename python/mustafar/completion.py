@@ -294,7 +294,7 @@ class _Replies:
 
     def _pieces(self, reply: ChatStream) -> Iterator[Piece]:
         """What is made, step by step; ids and log-probabilities where they are looked at."""
-        if not (self._answer.tools or self._request.logprobs):
+        if not (self._answer.reads_tokens or self._request.logprobs):
             yield from map(Piece, reply)
             return
         seen = 0

@@ -92,6 +92,8 @@ class ChatAnswer(Answer):
         self.tokenizer = tokenizer
         self.tools = list(tools)
         self.top_logprobs = top_logprobs
+        # Whether pieces need their tokens; with log-probabilities they do, too.
+        self.reads_tokens = ToolCallReader(self.tools, tokenizer).reads_tokens
 
     def choice(self, index: int) -> ChatChoice:
         """A choice that takes pieces."""

@@ -42,6 +42,11 @@ class ToolCallReader:
         names = [{"name": function.get("name")} for function in functions]
         self._core = _core.ToolCallReader(json.dumps(names), tokenizer)
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether :meth:`push` looks at tokens."""
+        return self._core.reads_tokens
+
     def push(self, piece: str, token_ids: Sequence[int] = ()) -> str:
         """Takes more of the reply, and the tokens that made it (looked at for marks alone).
 

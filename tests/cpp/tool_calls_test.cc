@@ -170,6 +170,8 @@ TEST(ToolCalls, SpecialTokensWithoutTextAreMarks) {
   const int32_t calls = *tokenizer.token_to_id("[TOOL_CALLS]"),
                 args = *tokenizer.token_to_id("[ARGS]");
   ToolCallReader reader(kTools, tokenizer);
+  EXPECT_TRUE(reader.reads_tokens());
+  EXPECT_FALSE(ToolCallReader(kTools).reads_tokens());
   EXPECT_EQ(reader.push("Yes.", {}), "Yes.");
   EXPECT_EQ(reader.push("", std::vector<int32_t>{calls}), "");
   EXPECT_EQ(reader.push("add", std::vector<int32_t>{args}), "");

@@ -47,6 +47,9 @@ class ToolCallReader {
   // returns text that is no part of a call, whatever follows.
   std::string push(std::string_view piece, std::span<const int32_t> token_ids = {});
 
+  // Whether push() looks at tokens: the tokenizer has such marks.
+  bool reads_tokens() const;
+
   struct Rest {
     std::string text;
     std::vector<ToolCall> calls;

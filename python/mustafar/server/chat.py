@@ -63,7 +63,7 @@ async def begin(service: Service, body: Mapping[str, Any]) -> Reply:
                     generation,
                     answer.choice(index),
                     by_pieces=bool(read),
-                    with_tokens=bool(answer.tools) or request.logprobs,
+                    with_tokens=answer.reads_tokens or request.logprobs,
                     first=index == 0,
                 )
             )
