@@ -17,7 +17,6 @@ namespace mustafar {
 namespace {
 
 using Calls = std::vector<ToolCall>;
-using Json = nlohmann::json;
 
 // What may stand before a call.
 constexpr std::string_view kHermes = "<tool_call>", kMistral = "[TOOL_CALLS]",
@@ -27,8 +26,8 @@ constexpr std::array kMarks = {kHermes, kMistral, kLlama};
 constexpr std::string_view kHermesEnd = "</tool_call>", kMistralId = "[CALL_ID]",
                            kMistralArguments = "[ARGS]";
 // First keys of a call that stands alone.
-constexpr std::array<std::string_view, 5> kKeys = {"name", "type", "function", "parameters",
-                                                   "arguments"};
+constexpr std::array<std::string_view, 5> kFirstKeys = {"name", "type", "function", "parameters",
+                                                        "arguments"};
 constexpr std::string_view kSpace = " \t\n\r\f\v";
 
 std::string_view strip_end(std::string_view text) {
@@ -78,7 +77,8 @@ std::optional<std::string_view> member_text(std::string_view object, std::string
     at = object.find('"', at);
     if (at == std::string_view::npos) return found;
     const size_t key_end = value_end(object, at);
-    const std::string name = Json::parse(object.substr(at, key_end - at)).get<std::string>();
+    const std::string name =
+        nlohmann::json::parse(object.substr(at, key_end - at)).get<std::string>();
     at = object.find_first_not_of(kSpace, object.find(':', key_end) + 1);
     const char first = object[at];
     size_t end = at;
@@ -126,7 +126,7 @@ class StyleReader {
     text = strip(text);
     auto tree = try_parse_json_tree(text);
     if (!tree || !(*tree)->is_object()) return std::nullopt;
-    const Json* value = &**tree;
+    const nlohmann::json* value = &**tree;
     if (value->contains("function") && (*value)["function"].is_object()) {
       text = *member_text(text, "function");
       value = &(*value)["function"];
@@ -136,7 +136,7 @@ class StyleReader {
     if (!offered(name)) return std::nullopt;
     const char* const key = value->contains("arguments") ? "arguments" : "parameters";
     if (!value->contains(key)) return ToolCall{name, "{}"};
-    const Json& arguments = (*value)[key];
+    const nlohmann::json& arguments = (*value)[key];
     if (arguments.is_string()) return with_arguments(name, arguments.get<std::string>());
     if (!arguments.is_object()) return std::nullopt;
     return ToolCall{name, std::string(*member_text(text, key))};
@@ -274,7 +274,8 @@ struct ToolCallReader::Impl {
       });
     }
     if (begin[0] != '{') return false;
-    return rest.empty() || std::any_of(kKeys.begin(), kKeys.end(), [&](std::string_view name) {
+    return rest.empty() ||
+           std::any_of(kFirstKeys.begin(), kFirstKeys.end(), [&](std::string_view name) {
              const std::string key = "\"" + std::string(name) + "\"";
              return key.starts_with(rest) || rest.starts_with(key);
            });
@@ -294,10 +295,10 @@ ToolCallReader::ToolCallReader(std::string_view tools) : impl_(std::make_unique<
   const auto tree = try_parse_json_tree(tools);
   if (!tree) refuse("what is not JSON");
   if (!(*tree)->is_array()) refuse((*tree)->type_name());
-  for (const Json& tool : **tree) {
+  for (const nlohmann::json& tool : **tree) {
     if (!tool.is_object()) refuse("an array with others");
     // Some templates take the function by itself.
-    const Json& function =
+    const nlohmann::json& function =
         tool.contains("function") && tool["function"].is_object() ? tool["function"] : tool;
     if (function.contains("name") && function["name"].is_string()) {
       impl_->names.insert(function["name"].get<std::string>());

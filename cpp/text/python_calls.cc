@@ -11,7 +11,7 @@
 namespace mustafar::text {
 namespace {
 
-constexpr int kMaxDepth = 100;  // levels of brackets
+constexpr int kMaxPythonDepth = 100;  // levels of brackets
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
 bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
@@ -27,7 +27,7 @@ int digit_of(char c) {
 struct NotPython {};
 
 // Members of an object in the order they came first, the last value of each.
-class Members {
+class PythonMembers {
  public:
   void set(std::string key, std::string value) {
     const auto same = std::find_if(members_.begin(), members_.end(),
@@ -54,9 +54,9 @@ class Members {
 
 // Reads from the beginning on. read_ functions start at a token, go on behind what they read, give
 // JSON text and throw NotPython.
-class Reader {
+class PythonCallReader {
  public:
-  explicit Reader(std::string_view text) : text_(text) { skip_space(); }
+  explicit PythonCallReader(std::string_view text) : text_(text) { skip_space(); }
 
   std::vector<PythonCall> read_calls() {
     std::vector<PythonCall> calls;
@@ -87,7 +87,7 @@ class Reader {
   template <typename Read>
   bool read_items(char open, char close, Read&& read) {
     expect(open);
-    if (++depth_ > kMaxDepth) throw NotPython();
+    if (++depth_ > kMaxPythonDepth) throw NotPython();
     bool comma = false;
     while (!skip(close)) {
       read();
@@ -115,7 +115,7 @@ class Reader {
     PythonCall call;
     call.name = read_name();
     while (skip('.')) call.name.append(".").append(read_name());
-    Members arguments;
+    PythonMembers arguments;
     read_items('(', ')', [&] {
       std::string key = read_name();
       expect('=');
@@ -149,7 +149,7 @@ class Reader {
   }
 
   std::string read_dict() {
-    Members members;
+    PythonMembers members;
     read_items('{', '}', [&] {
       // Keys that are no text become it, as json.dumps has it.
       std::string key;
@@ -339,7 +339,7 @@ class Reader {
 
 std::optional<std::vector<PythonCall>> read_python_calls(std::string_view text) {
   try {
-    return Reader(text).read_calls();
+    return PythonCallReader(text).read_calls();
   } catch (const NotPython&) {
     return std::nullopt;
   }
