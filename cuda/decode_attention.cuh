@@ -126,7 +126,8 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
   // tile costs 8 instructions.
   const int k_token = Shape::kSets == 1 ? kept(row_token(g)) : row_token(g);
   const int v_token = Shape::kSets == 1 ? kept(c) : c;
-  const auto attend = [&](const uint8_t* k_stage, int32_t i) {
+  const auto attend = [&](int32_t i) {
+    const uint8_t* const k_stage = stream.next(i);
     const uint8_t* const v_stage = k_stage + k_piece.bytes();
 
     float scores[Shape::kSets][4];
@@ -180,7 +181,7 @@ __device__ void attend_store(const AttentionArgs& args, const TileRun& run, cons
     }
     add_values<kProduct, Shape::kSets>(words, p, softmax);
   };
-  for_splits(plan, run.n, stream, attend, [&](int32_t split, bool whole) {
+  for_splits(plan, run.n, attend, [&](int32_t split, bool whole) {
     if (!whole) return;
     finish_split<Shape>(args, plan, split, table, stage_bytes, stream.used(), softmax);
   });
@@ -307,8 +308,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, Shape::kBlocksPerMult
     }
     const BlockQueries<Shape> queries = queries_of(row0, first_head, n_queries);
     if constexpr (Shape::kCoded) {
-      attend_coded_store<Shape>(args, s.codes, of_block, run, first, plan, queries, table, stages,
-                                reinterpret_cast<float*>(stages_of_warps));
+      attend_coded_store<Shape>(args, s.codes, of_block, run, first, plan, queries, table);
     } else if constexpr (Shape::kDense) {
       attend_dense_store<Shape>(run, first, plan, args.layout.k.slot_bytes, queries, stages,
                                 softmax, [&](int32_t split, int32_t used) {

@@ -8,11 +8,15 @@
 //                 row. Bits of each j are summed apart, those from 4 on come as j - 4. What a
 //                 code's middle takes off is a constant of the query.
 //   O^T = V^T P^T The transposed load of ldmatrix gives units of 16 bits of a row, two tokens in a
-//                 word, and (unit & 1 << j) is a subnormal f16, 2^(j - 24) or 0, to which products
-//                 are exact. Output rows are bits: tile (n, j) holds bits j (row g) and j + 8 (row
-//                 g + 8) of unit g of a row's n-th 16 bytes; one tile more sums P. P is rounded to
-//                 f16 once, far finer than codes are. At a split's end the block's warps are
-//                 merged in bits, which then become dims.
+//                 word. (unit & 1 << j) is an f16, 0 or a power of 2 that j alone tells, to which
+//                 products are exact; only j = 15 would be -0, and is made 1 or -1. Output rows are
+//                 bits: tile (n, j) holds bits j (row g) and j + 8 (row g + 8) of unit g of a row's
+//                 n-th 16 bytes. P is rounded to f16 once, far finer than codes are.
+//
+// A warp takes the keys of its own 16 tokens and hands P to the block: of the values of all 64 it
+// takes bits 2 warp and 2 warp + 1 of every byte. So its sums are few, which leaves registers for
+// more warps, and a split ends without a merge of warps. A tile costs one barrier: P is written
+// as if no score exceeded the maximum by much, and again where one did (kMaxSlack).
 //
 // Rows lie in a stage an odd number of 16 bytes apart: free of bank conflicts.
 #pragma once
@@ -22,6 +26,7 @@
 #include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/coded_rows.cuh"
+#include "cuda/decode_coded_start.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
 #include "cuda/decode_stages.cuh"
@@ -29,6 +34,18 @@
 #include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
+
+// What the warps of a block tell each other.
+struct CodedExchange {
+  // P^T of a tile and of the next as B fragments: lanes (g, c) and (g + 4, c) have column g's words
+  // of all warps, and are 48 bytes from (g, c + 1): few bank conflicts.
+  uint32_t p[2][4 * kSetQueries][3 * kDecodeWarps];
+  int32_t raised[2];  // by turns: the last tile, counted from 1, that has a new maximum
+  float top[kDecodeWarps][kSetQueries];
+  // At a split's end.
+  float max[kSetQueries];
+  float sum[kDecodeWarps][kSetQueries], p_sum[kDecodeWarps][kSetQueries];
+};
 
 // kTailType: kF16 or kBF16. kWords: of a row, of K as of V.
 template <DType kTailType, int kHeadDim, int kWords>
@@ -41,25 +58,28 @@ struct CodedShape {
   static constexpr int kRowBytes = 4 * kWords;
   static constexpr int kChunks = (kRowBytes + 15) / 16;  // of 16 bytes, the last filled or not
   static constexpr int kStride = (kChunks | 1) * 16;     // of rows in a stage
-  static constexpr int kStageBytes = 2 * kDecodeTokens * kStride + 4 * kDecodeTokens;
-  static constexpr int kBitTiles = 8 * kChunks;
+  static constexpr int kStageBytes = 2 * kDecodeTokens * kStride + 4 * kDecodeTokens;  // a warp's
+  static constexpr int kWarpStages = kStages * kStageBytes + kStageSlack;
+  static constexpr int kBitTiles = 2 * kChunks;  // of a warp
   // Shared memory: the values' table of dims; bit weights of the queries; their scales and offsets;
-  // then as in DecodeShape, the merging area for bits.
+  // what warps exchange; then as in DecodeShape, and a split's results.
   static constexpr int kWeightsAt = kDim * static_cast<int>(sizeof(CodeDim));
   static constexpr int kScalesAt = kWeightsAt + kChunks * 2 * kWarpSize * 16;
-  static constexpr int kTable = kScalesAt + 2 * kSetQueries * 4;
+  static constexpr int kExchangeAt = kScalesAt + 2 * kSetQueries * 4;
+  static constexpr int kTable = kExchangeAt + (sizeof(CodedExchange) + 15) / 16 * 16;
   static constexpr int kQueriesAt = kTable + kPlanBytes;
   static constexpr int kMergeAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
-  // A warp's sums of bits, of 4 queries each, 16 bytes left out after every eight; then the
-  // queries' max, sum, sum of P.
-  static constexpr int kSumsBytes = (kBitTiles * 16 + kBitTiles * 2) * 16;
-  static constexpr int kPartBytes = kSumsBytes + 3 * 16;
-  static constexpr int kStagesAt = kMergeAt + kDecodeWarps * kPartBytes;
+  // A split's sums of bits, of 4 queries each, 16 bytes left out after every eight; or the warps'
+  // results of rows of the dense buffer.
+  static constexpr int kSumsBytes = kChunks * 16 * 9 * 16;
+  static constexpr int kTailBytes = kDecodeWarps * kSetQueries * (kDim + 2) * 4;
+  static constexpr int kStagesAt = kMergeAt + (kSumsBytes > kTailBytes ? kSumsBytes : kTailBytes);
   static constexpr int kMostBlockSplits = kMostSplits;  // its blocks' starts are long
   // As many as registers allow without spilling.
-  static constexpr int kBlocksPerMultiprocessor = kChunks <= 2                          ? 4
-                                                  : kChunks == 3 && kRowBytes % 16 == 0 ? 3
-                                                                                        : 2;
+#ifndef CODED_BLOCKS
+#define CODED_BLOCKS 5
+#endif
+  static constexpr int kBlocksPerMultiprocessor = kChunks == 4 ? 4 : CODED_BLOCKS;
   // What attend_tail takes for the dense buffer's rows.
   static constexpr int kBits = 16;
   static constexpr bool kDense = false;
@@ -120,114 +140,11 @@ class CodedCopier {
   int32_t to_[kCopies];
 };
 
-// The number of bits of the dims before this lane's, of which there are kLaneDims neighbours.
-template <int kLaneDims>
-__device__ __forceinline__ uint32_t bits_before(const uint32_t (&widths)[kLaneDims]) {
-  const int lane = lane_id();
-  uint32_t mine = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneDims; i++) mine += widths[i];
-  uint32_t end = mine;
-#pragma unroll
-  for (int step = 1; step < kWarpSize; step *= 2) {
-    const uint32_t other = shuffle(end, lane - step);
-    if (lane >= step) end += other;
-  }
-  return end - mine;
-}
-
-// Bit weights, scales and offsets of the queries, and the values' table. A score is (scale * 8
-// times the weighted sum of bits + offset) * the key's scale. Lane (g, c) reads weights 16 bytes at
-// a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3, four bytes' weights
-// in a word. The second terms are kSecondTerm further on. scaled: scratch, [kSetQueries][kDim] f32;
-// dim_of: scratch, a word for every bit. By the whole block; ends with a barrier.
-template <typename Shape>
-__device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTable& values,
-                                           const BlockQueries<Shape>& queries, CodeDim* value_dims,
-                                           float* scaled, uint16_t* dim_of, uint8_t* weights,
-                                           float* scales) {
-  constexpr int kLaneDims = Shape::kDim / kWarpSize, kBits = Shape::kRowBytes * 8;
-  constexpr int kSecondTerm = 4 * kSetQueries * 16;
-  const float softmax_scale = kLog2E / sqrtf(static_cast<float>(Shape::kDim));
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = lane_id();
-  const int first = lane * kLaneDims;
-  static_assert(kMaxWidth < 8);
-  const float lane_step = coded_step(lane & 7);
-  const auto step_of = [&](uint32_t width, float sigma) {
-    return multiply_rounded(shuffle(lane_step, static_cast<int>(width & 7)), sigma);
-  };
-  // Query `warp`, by its warp; x: weights of the lowest bits.
-  uint32_t widths[kLaneDims];
-  float sigmas[kLaneDims], x[kLaneDims], largest = 0.0f, offset = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLaneDims; i++) {
-    widths[i] = keys.widths[first + i];
-    sigmas[i] = keys.sigmas[first + i];
-    x[i] = warp < queries.n ? queries.from[warp * Shape::kDim + first + i] : 0.0f;
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneDims; i++) {
-    x[i] *= softmax_scale * step_of(widths[i], sigmas[i]);
-    const float half = 0.5f * static_cast<float>(1u << widths[i]);
-    largest = fmaxf(largest, fabsf(x[i]) * half);
-    offset += x[i] * (0.5f - half);
-  }
-  largest = warp_max(largest);
-  offset = warp_sum(offset);
-  const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
-#pragma unroll
-  for (int i = 0; i < kLaneDims; i++) scaled[warp * Shape::kDim + first + i] = x[i] * inverse;
-  if (lane == 0) {
-    scales[warp] = 0.125f * largest / kTopWhole;
-    scales[kSetQueries + warp] = offset;
-  }
-  if (warp == 0) {
-    uint32_t bit = bits_before(widths);
-#pragma unroll
-    for (int i = 0; i < kLaneDims; i++) {
-#pragma unroll
-      for (uint32_t b = 0; b < kMaxWidth; b++) {
-        if (b < widths[i]) dim_of[bit + b] = static_cast<uint16_t>((first + i) | b << 8);
-      }
-      bit += widths[i];
-    }
-  } else if (warp == 1) {
-#pragma unroll
-    for (int i = 0; i < kLaneDims; i++) {
-      widths[i] = values.widths[first + i];
-      sigmas[i] = values.sigmas[first + i];
-    }
-    uint32_t bit = bits_before(widths);
-#pragma unroll
-    for (int i = 0; i < kLaneDims; i++) {
-      value_dims[first + i] = {step_of(widths[i], sigmas[i]), bit | widths[i] << 16};
-      bit += widths[i];
-    }
-  }
-  sync_block();
-  // A bit of every chunk a thread, for all queries: bit lane of word `warp`.
-  uint8_t* const to = weights + lane % 4 / 2 * kWarpSize * 16 + warp * 16 +
-                      (lane % 2 * 2 + lane % 8 / 4) * 4 + lane / 8;
-#pragma unroll
-  for (int n = 0; n < Shape::kChunks; n++) {
-    const int bit = n * kDecodeWarps * kWarpSize + thread;
-    const uint32_t place = bit < kBits ? dim_of[bit] : 0u;
-    const float power = bit < kBits ? bits_float((127 + (place >> 8)) << 23) : 0.0f;
-#pragma unroll
-    for (int query = 0; query < kSetQueries; query++) {
-      const TwoTerms terms = two_terms(scaled[query * Shape::kDim + (place & 0xff)] * power);
-      uint8_t* const at = to + n * 2 * kWarpSize * 16 + query * 4 * 16;
-      at[0] = terms.first;
-      at[kSecondTerm] = terms.second;
-    }
-  }
-  sync_block();
-}
-
-// Eight times the sums of bits' weights over 16 staged K rows. rows: word c of row g.
+// Eight times the sums of bits' weights over 16 staged K rows: of the lane's token (CodedSums) and
+// its two queries. rows: word c of row g.
 template <typename Shape>
 __device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* weights,
-                                             float (&scores)[4]) {
+                                             float (&scores)[2]) {
   const int lane = lane_id();
   int32_t sums[4][4] = {};  // of bit j of half bytes: 2^j times its weights
 #pragma unroll
@@ -249,44 +166,84 @@ __device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* w
       }
     }
   }
-  // A query's two terms lie two lanes apart.
-  const int32_t term = lane & 2 ? 1 : 128;
+  // A query's two terms lie two lanes apart: one of the lanes adds up row g, the other row g + 8.
+  const bool odd = (lane & 2) != 0;
+  const int32_t term = odd ? 1 : 128;
   const int32_t weight[4] = {8 * term, 4 * term, 2 * term, term};
+  int32_t whole[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    int32_t sum = 0;
+    whole[i] = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) sum += sums[j][i] * weight[j];
-    scores[i] = static_cast<float>(sum + shuffle_xor(sum, 2));
+    for (int j = 0; j < 4; j++) whole[i] += sums[j][i] * weight[j];
+  }
+#pragma unroll
+  for (int n = 0; n < 2; n++) {
+    const int32_t other = shuffle_xor(odd ? whole[n] : whole[2 + n], 2);
+    scores[n] = static_cast<float>((odd ? whole[2 + n] : whole[n]) + other);
   }
 }
 
-// O^T += V^T P^T of 16 staged V rows, in bits.
+// A lane's part of a split. Lane (g, c) has token g of its warp's 16, from c = 2 on token g + 8,
+// and queries 2c % 4 and the next.
 template <typename Shape>
-__device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint32_t (&p)[2],
-                                                 Softmax<Shape::kBitTiles + 1>& softmax) {
-  const int lane = lane_id();
-  const uint8_t* const at = rows + (lane & 15) * Shape::kStride + (lane >> 4) * 16;
+struct CodedSums {
+  float max[2] = {-INFINITY, -INFINITY};  // over the block
+  float sum[2] = {0.0f, 0.0f};            // this lane's tokens
+  float p_sum[2] = {0.0f, 0.0f};          // likewise, of P as it is multiplied
+  // O^T fragments of tiles (n, 2 warp) and (n, 2 warp + 1), n from 0 on; columns 4-7 repeat 0-3.
+  float out[Shape::kBitTiles][4] = {};
+};
+
+// The bits of two tokens that a warp multiplies, in four tiles' halves: bit j of a unit, or j + 8.
+struct BitMasks {
+  uint32_t low[2], high[2];
+  uint32_t ones;  // to be set beside bit 15, so that this is a sign, where the warp has it: high[1]
+
+  __device__ __forceinline__ explicit BitMasks(int warp) {
 #pragma unroll
-  for (int n = 0; n < Shape::kChunks; n += 2) {
-    uint32_t units[4];  // tokens 0-7 and 8-15 of the first 16 bytes, then of the second
-    load_matrices<true>(units, at + 16 * n);
+    for (int i = 0; i < 2; i++) {
+      low[i] = 0x00010001u << (2 * warp + i);
+      high[i] = low[i] << 8;
+    }
+    ones = warp == kDecodeWarps - 1 ? 0x3c003c00u : 0u;  // 1.0 twice, in f16
+  }
+
+  // What a sum over bit `bit` of units is to be multiplied by. Bit 15 counted as 1 - 2 bit: half
+  // the sum of P is still to be added.
+  static __device__ __forceinline__ float unit(int bit) {
+    if (bit == 15) return -0.5f;
+    const float power = half_float<DType::kF16>(static_cast<uint16_t>(1u << bit));
+    return bits_float(0x7f000000u - float_bits(power));  // 1 / power
+  }
+};
+
+// O^T += V^T P^T of a tile's 64 staged V rows, in the warp's bits. rows: the row and half chunk of
+// which the lane gives ldmatrix the address; p: the lane's words of CodedExchange.
+template <typename Shape>
+__device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint32_t* p,
+                                                 const BitMasks& masks, CodedSums<Shape>& sums) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      if (n + h >= Shape::kChunks) continue;
-      const uint32_t low[2] = {units[2 * h], units[2 * h + 1]};
-      const uint32_t high[2] = {low[0] >> 8, low[1] >> 8};
+  for (int pair = 0; pair < kDecodeWarps / 2; pair++) {
+    const uint4 four = reinterpret_cast<const uint4*>(p)[pair];
+    const uint32_t b[2][2] = {{four.x, four.y}, {four.z, four.w}};
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const uint32_t bit = 0x00010001u << j;
-        const uint32_t a[4] = {low[0] & bit, high[0] & bit, low[1] & bit, high[1] & bit};
-        mma_16x8x16<DType::kF16>(softmax.out[8 * (n + h) + j], a, p);
+    for (int n = 0; n < Shape::kChunks; n++) {
+      uint32_t units[4];  // tokens 0-7 and 8-15 of a warp's, then of the next warp's
+      load_matrices<true>(units, rows + 2 * pair * Shape::kWarpStages + 16 * n);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const uint32_t set = i == 1 ? masks.ones : 0u;
+          const uint32_t a[4] = {
+              units[2 * h] & masks.low[i], (units[2 * h] & masks.high[i]) | set,
+              units[2 * h + 1] & masks.low[i], (units[2 * h + 1] & masks.high[i]) | set};
+          mma_16x8x16<DType::kF16>(sums.out[2 * n + i], a, b[h]);
+        }
       }
     }
   }
-  constexpr uint32_t kOnes = 0x3c003c00u;  // 1.0 twice, in f16
-  const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
-  mma_16x8x16<DType::kF16>(softmax.out[Shape::kBitTiles], ones, p);
 }
 
 // Where a split's result goes: query i's output, max and sum to `to` + i * stride, the first
@@ -297,45 +254,52 @@ struct PartialRows {
   int n_queries;
 };
 
-// Merges the warps' sums of bits and turns them into sums of dims. A thread has one dim of
-// kThreadQueries queries. dims: the values' table; area: kDecodeWarps parts (CodedShape). Barriers
-// as in write_partials.
+// Turns a split's sums of bits into sums of dims. A thread has one dim of kThreadQueries queries.
+// dims: the values' table; area: kSumsBytes. The whole block has passed a barrier since it read
+// the area or `exchange` at a split's end before.
 template <typename Shape>
-__device__ __forceinline__ void merge_bits(Softmax<Shape::kBitTiles + 1>& bits, const CodeDim* dims,
-                                           uint8_t* area, const PartialRows& rows) {
+__device__ __forceinline__ void write_coded_split(CodedSums<Shape>& sums, const CodeDim* dims,
+                                                  uint8_t* area, CodedExchange& exchange,
+                                                  const PartialRows& rows) {
   const int thread = kept(static_cast<int>(threadIdx.x));
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int g = lane >> 2, c = lane & 3, odd = c >> 1;
 #pragma unroll
   for (int n = 0; n < 2; n++) {
 #pragma unroll
-    for (int m = 4; m <= 16; m *= 2) bits.sum[n] += shuffle_xor(bits.sum[n], m);
-  }
-  sync_block();  // the parts of before have been read
-  {
-    // Lanes c and c + 2 have the same: one gives row g, the other row g + 8.
-    uint8_t* const mine = area + warp * Shape::kPartBytes + (c & 1) * 8;
-    uint8_t* const sums = mine + (2 * g + odd) * 9 * 16;
-#pragma unroll
-    for (int t = 0; t < Shape::kBitTiles; t++) {
-      const auto& out = bits.out[t];
-      *reinterpret_cast<float2*>(sums + (t / 8 * 16 * 9 + t % 8) * 16) = {
-          odd == 0 ? out[0] : out[2], odd == 0 ? out[1] : out[3]};
+    for (int m = 2; m <= 16; m *= 2) {
+      sums.sum[n] += shuffle_xor(sums.sum[n], m);
+      sums.p_sum[n] += shuffle_xor(sums.p_sum[n], m);
     }
-    if (lane < 2) {
-      float2* const state = reinterpret_cast<float2*>(mine + Shape::kSumsBytes);
-      state[0] = {bits.max[0], bits.max[1]};
-      state[2] = {bits.sum[0], bits.sum[1]};
-      state[4] = {bits.out[Shape::kBitTiles][0], bits.out[Shape::kBitTiles][1]};
+  }
+  if (lane < 2) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      exchange.sum[warp][2 * c + n] = sums.sum[n];
+      exchange.p_sum[warp][2 * c + n] = sums.p_sum[n];
+      if (warp == 0) exchange.max[2 * c + n] = sums.max[n];
+    }
+  }
+  // Lanes c and c + 2 have the same: one gives row g, the other row g + 8.
+  uint8_t* const mine = area + (2 * g + odd) * 9 * 16 + (c & 1) * 8;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int bit = 2 * warp + i;
+    const float unit = BitMasks::unit(bit + 8 * odd);
+#pragma unroll
+    for (int n = 0; n < Shape::kChunks; n++) {
+      const auto& out = sums.out[2 * n + i];
+      *reinterpret_cast<float2*>(mine + (n * 16 * 9 + bit) * 16) = {
+          (odd == 0 ? out[0] : out[2]) * unit, (odd == 0 ? out[1] : out[3]) * unit};
     }
   }
   sync_block();
   constexpr int kThreadQueries = kSetQueries * Shape::kDim / (kDecodeWarps * kWarpSize);
   using Floats = std::conditional_t<kThreadQueries == 4, float4, float2>;
   const int d = thread % Shape::kDim, first_query = thread / Shape::kDim * kThreadQueries;
-  const uint8_t* const parts = area + first_query * 4;
-  const auto load = [](const uint8_t* from, float(&to)[kThreadQueries]) {
-    const Floats vector = *reinterpret_cast<const Floats*>(from);
+  const auto load = [&](const void* from, float(&to)[kThreadQueries]) {
+    const Floats vector =
+        *reinterpret_cast<const Floats*>(static_cast<const float*>(from) + first_query);
     to[0] = vector.x;
     to[1] = vector.y;
     if constexpr (kThreadQueries == 4) {
@@ -343,53 +307,39 @@ __device__ __forceinline__ void merge_bits(Softmax<Shape::kBitTiles + 1>& bits, 
       to[3] = vector.w;
     }
   };
-  float weight[kDecodeWarps][kThreadQueries], max[kThreadQueries];
-  float sum[kThreadQueries] = {}, p_sum[kThreadQueries] = {}, value[kThreadQueries] = {};
-#pragma unroll
-  for (int w = 0; w < kDecodeWarps; w++) {
-    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes, weight[w]);
-#pragma unroll
-    for (int q = 0; q < kThreadQueries; q++) {
-      max[q] = w == 0 ? weight[w][q] : fmaxf(max[q], weight[w][q]);
-    }
-  }
+  float max[kThreadQueries], sum[kThreadQueries] = {}, p_sum[kThreadQueries] = {};
+  float value[kThreadQueries] = {};
+  load(exchange.max, max);
 #pragma unroll
   for (int w = 0; w < kDecodeWarps; w++) {
     float of_sum[kThreadQueries], of_p[kThreadQueries];
-    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes + 16, of_sum);
-    load(parts + w * Shape::kPartBytes + Shape::kSumsBytes + 32, of_p);
+    load(exchange.sum[w], of_sum);
+    load(exchange.p_sum[w], of_p);
 #pragma unroll
     for (int q = 0; q < kThreadQueries; q++) {
-      weight[w][q] = exp2_approx(weight[w][q] - max[q]);  // every warp has tokens of a store's tile
-      sum[q] += weight[w][q] * of_sum[q];
-      p_sum[q] += weight[w][q] * of_p[q];
+      sum[q] += of_sum[q];
+      p_sum[q] += of_p[q];
     }
   }
-  // A set bit counted as 2^(its place in a byte - 24): from the highest bit down, times 256 where a
-  // byte ends.
   const CodeDim dim = dims[d];
   uint32_t bit = dim.first_bit() + dim.width();
 #pragma unroll 1
-  for (; bit > dim.first_bit();) {
+  while (bit > dim.first_bit()) {  // from the highest down
     bit--;
-    const float above = bit % 8 == 7 ? 256.0f : 1.0f;
+    float of_bit[kThreadQueries];
+    load(area + (bit + bit / 8) * 16, of_bit);
+    const float still = bit % 16 == 15 ? 0.5f : 0.0f;
 #pragma unroll
-    for (int q = 0; q < kThreadQueries; q++) value[q] *= above;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; w++) {
-      float of_bit[kThreadQueries];
-      load(parts + w * Shape::kPartBytes + (bit + bit / 8) * 16, of_bit);
-#pragma unroll
-      for (int q = 0; q < kThreadQueries; q++) value[q] += weight[w][q] * of_bit[q];
+    for (int q = 0; q < kThreadQueries; q++) {
+      value[q] = 2.0f * value[q] + of_bit[q] + still * p_sum[q];
     }
   }
-  const float unit = bits_float((127 + 24 - bit % 8) << 23);
   const float middle = 0.5f - 0.5f * static_cast<float>(1u << dim.width());
   float* to = rows.to + first_query * rows.stride;
 #pragma unroll
   for (int q = 0; q < kThreadQueries; q++) {
     if (first_query + q < rows.n_queries) {
-      to[d] = (value[q] * unit + middle * p_sum[q]) * dim.step;
+      to[d] = (value[q] + middle * p_sum[q]) * dim.step;
       if (d == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max[q], sum[q]};
     }
     to += rows.stride;
@@ -397,14 +347,17 @@ __device__ __forceinline__ void merge_bits(Softmax<Shape::kBitTiles + 1>& bits, 
 }
 
 // Attends to the store's tiles and finishes the splits that end among them; of one that goes on,
-// the block's result is left at `rest`, kPartialFloats a query. shared: the block's; plan: lists
-// the tiles' slots once the block has passed a barrier.
+// the block's result is left at the first stage, kPartialFloats a query. shared: the block's; plan:
+// lists the tiles' slots once the block has passed a barrier.
 template <typename Shape>
 __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& tables, int kv_head,
                                    const TileRun& run, const FirstSlots& first,
                                    const BlockPlan& plan, const BlockQueries<Shape>& queries,
-                                   uint8_t* shared, uint8_t* stages, float* rest) {
-  const int g = lane_id() >> 2, c = lane_id() & 3;
+                                   uint8_t* shared) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
+  const int g = lane >> 2, c = lane & 3, odd = c >> 1;
+  uint8_t* const all_stages = shared + Shape::kStagesAt;
+  uint8_t* const stages = all_stages + warp * Shape::kWarpStages;
   const CodedCopier<Shape> copier(args.layout.k);
   const auto copy = [&](const uint8_t* slot, uint8_t* stage) { copier.start(slot, stage); };
   TileStream stream(run, first, plan, stages, Shape::kStageBytes, copy);
@@ -414,6 +367,8 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
   CodeDim* const dims = reinterpret_cast<CodeDim*>(shared);
   const uint4* const weights = reinterpret_cast<const uint4*>(shared + Shape::kWeightsAt);
   float* const scales = reinterpret_cast<float*>(shared + Shape::kScalesAt);
+  CodedExchange& exchange = *reinterpret_cast<CodedExchange*>(shared + Shape::kExchangeAt);
+  if (threadIdx.x < 2) exchange.raised[threadIdx.x] = 0;
   weigh_bits<Shape>(code_table(tables, args.layout, args.layer, kv_head, true),
                     code_table(tables, args.layout, args.layer, kv_head, false), queries, dims,
                     reinterpret_cast<float*>(queries.shared),
@@ -426,37 +381,88 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
     q_offset[n] = scales[kSetQueries + 2 * c % 4 + n];
   }
 
-  const int place = kept(g * Shape::kStride + 4 * c);
-  Softmax<Shape::kBitTiles + 1> bits;
-  const auto attend = [&](const uint8_t* stage, int32_t i) {
-    float scores[4], log_scale[2];
-    coded_scores<Shape>(stage + place, weights, scores);
-    const uint16_t* const row_scales =
-        reinterpret_cast<const uint16_t*>(stage + 2 * kDecodeTokens * Shape::kStride);
+  const int k_place = kept(g * Shape::kStride + 4 * c);
+  const int scales_place = 2 * kDecodeTokens * Shape::kStride + 2 * (g + 8 * odd);
+  const int v_place = kept((lane >> 4) * Shape::kWarpStages +
+                           (kDecodeTokens + (lane & 15)) * Shape::kStride);
+  const BitMasks masks(warp);
+  CodedSums<Shape> sums;
+  const auto attend = [&](int32_t i) {
+    const int32_t at = stream.arrive();
+    const uint8_t* const stage = stages + at;
+    float score[2], e[2], p[2];
+    coded_scores<Shape>(stage + k_place, weights, score);
+    const auto row_scale = [&](int kind) {
+      return bf16_float(*reinterpret_cast<const uint16_t*>(stage + scales_place +
+                                                           kind * kDecodeTokens * 2));
+    };
+    const float k_scale = row_scale(kKeys);
+    const float v_scale = fmaxf(row_scale(kValues), 0x1p-60f);  // that of a row of zeros is 0
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-      const float k_scale = bf16_float(row_scales[g + 8 * r]);
-      const float v_scale = bf16_float(row_scales[kDecodeTokens + g + 8 * r]);
+    for (int n = 0; n < 2; n++) score[n] = (score[n] * q_scale[n] + q_offset[n]) * k_scale;
+    uint32_t(&p_of_tile)[4 * kSetQueries][3 * kDecodeWarps] = exchange.p[i & 1];
+    uint32_t word = 0;
+    const auto give_p = [&] {
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-        scores[2 * r + n] = (scores[2 * r + n] * q_scale[n] + q_offset[n]) * k_scale;
+        e[n] = exp2_approx(score[n] - sums.max[n]);
+        p[n] = e[n] * v_scale;
       }
-      // A row of zeros has scale 0: any small one keeps the logarithm finite.
-      log_scale[r] = log2_approx(fmaxf(v_scale, 0x1p-60f));
+      word = pack2<DType::kF16>(p[0], p[1]);
+      p_of_tile[(g & 3) * 4 + c][2 * warp + (g >> 2)] = transpose_8x8(word);
+    };
+    give_p();
+    constexpr float kMost = static_cast<float>(1 << static_cast<int>(kMaxSlack));
+    if (fmaxf(p[0], p[1]) > kMost) exchange.raised[i & 1] = i + 1;
+    sync_block();  // P is written, the rows of all warps are here, all are done with the tile before
+    stream.refill(i);
+    if (exchange.raised[i & 1] == i + 1) {
+      // As in update_softmax, for the block.
+      const HiddenTokens hidden{run.hidden_rows, i, g};
+      if (hidden.any() && hidden.hides(odd)) score[0] = score[1] = -INFINITY;
+      const float log_scale = log2_approx(v_scale);
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        float top = fmaxf(score[n] + log_scale, kLeastMax);
+#pragma unroll
+        for (int m = 2; m <= 16; m *= 2) top = fmaxf(top, shuffle_xor(top, m));
+        if (lane < 2) exchange.top[warp][2 * c + n] = top;
+      }
+      sync_block();
+      float rescale[2];
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        float top = sums.max[n];
+#pragma unroll
+        for (int w = 0; w < kDecodeWarps; w++) top = fmaxf(top, exchange.top[w][2 * c % 4 + n]);
+        rescale[n] = exp2_approx(sums.max[n] - top);
+        sums.max[n] = top;
+        sums.sum[n] *= rescale[n];
+        sums.p_sum[n] *= rescale[n];
+      }
+#pragma unroll
+      for (int t = 0; t < Shape::kBitTiles; t++) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) sums.out[t][k] *= rescale[k & 1];
+      }
+      give_p();
+      sync_block();
     }
-    uint32_t p[2];
-    update_softmax<DType::kF16, true, 1>(scores, log_scale, bits, p,
-                                         HiddenTokens{run.hidden_rows, i, g});
-    add_coded_values<Shape>(stage + kDecodeTokens * Shape::kStride, p, bits);
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      sums.sum[n] += e[n];
+      sums.p_sum[n] += half_float<DType::kF16>(static_cast<uint16_t>(word >> (16 * n)));
+    }
+    add_coded_values<Shape>(all_stages + v_place + at, p_of_tile[(g & 3) * 4 + c], masks, sums);
   };
-  for_splits(plan, run.n, stream, attend, [&](int32_t split, bool whole) {
-    PartialRows rows = {rest, kPartialFloats<Shape>, kSetQueries};
+  for_splits(plan, run.n, attend, [&](int32_t split, bool whole) {
+    PartialRows rows = {reinterpret_cast<float*>(all_stages), kPartialFloats<Shape>, kSetQueries};
     if (whole) {
       rows = {partial_of<Shape>(args, plan, split, 0), args.max_splits * kPartialFloats<Shape>,
               plan.n_heads};
     }
-    merge_bits<Shape>(bits, dims, shared + Shape::kMergeAt, rows);
-    bits = {};
+    write_coded_split<Shape>(sums, dims, shared + Shape::kMergeAt, exchange, rows);
+    sums = {};
   });
   cp_async_wait<0>();
 }

@@ -279,9 +279,9 @@ __device__ __forceinline__ void attend_dense_store(const TileRun& run, const Fir
   }
   const int32_t place = load_place<Slots::kRowBytes>();
   for_splits(
-      plan, run.n, stream,
-      [&](const uint8_t* stage, int32_t i) {
-        attend_dense_tile<Shape>(stage, place, kDecodeTokens, q, softmax,
+      plan, run.n,
+      [&](int32_t i) {
+        attend_dense_tile<Shape>(stream.next(i), place, kDecodeTokens, q, softmax,
                                  HiddenTokens{run.hidden_rows, i, lane >> 2});
       },
       [&](int32_t split, bool whole) {

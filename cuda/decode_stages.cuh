@@ -111,19 +111,34 @@ class TileStream {
   // The stage of tile i, which is 0, then one more than before, by the whole warp. It stays until
   // the call after.
   __device__ __forceinline__ const uint8_t* next(int32_t i) {
+    arrive();
+    refill(i);
+    return stages_ + used_;
+  }
+
+  // next() in two steps, for warps that read each other's stages: all are done with the tile before
+  // when the second is called. arrive() waits for this warp's rows of the tile; returns bytes from
+  // the first stage to its stage.
+  __device__ __forceinline__ int32_t arrive() const {
     cp_async_wait<kStages - 2>();
     sync_warp();  // the copies of all lanes are here, and all are done with the stage to refill
+    return after_used();
+  }
+  __device__ __forceinline__ void refill(int32_t i) {
     const int32_t ahead = i + kStages - 1;
     if (ahead < n_) {
       const uint8_t* slot = plan_.slot(ahead);
       copy_(slot, stages_ + used_);
     }
     cp_async_commit();
-    used_ = used_ == (kStages - 1) * stage_bytes_ ? 0 : used_ + stage_bytes_;
-    return stages_ + used_;
+    used_ = after_used();
   }
 
  private:
+  __device__ __forceinline__ int32_t after_used() const {
+    return used_ == (kStages - 1) * stage_bytes_ ? 0 : used_ + stage_bytes_;
+  }
+
   const BlockPlan& plan_;
   int32_t n_, stage_bytes_;
   int32_t used_;  // bytes to the stage of the last tile
@@ -131,12 +146,12 @@ class TileStream {
   const Copy& copy_;
 };
 
-// The tiles of a stream, split after split: attend(stage, i) takes tile i, finish(split, whole)
-// what the tiles of one left, splits counted from the block's first. whole: false where the split
-// goes on in the dense buffer.
-template <typename Stream, typename Attend, typename Finish>
-__device__ __forceinline__ void for_splits(const BlockPlan& plan, int32_t n_tiles, Stream& stream,
-                                           Attend&& attend, Finish&& finish) {
+// A run's tiles, split after split: attend(i) takes tile i, finish(split, whole) what the tiles of
+// one left, splits counted from the block's first. whole: false where the split goes on in the
+// dense buffer.
+template <typename Attend, typename Finish>
+__device__ __forceinline__ void for_splits(const BlockPlan& plan, int32_t n_tiles, Attend&& attend,
+                                           Finish&& finish) {
   int32_t i = 0;
 #pragma unroll 1
   for (int32_t split = 0; i < n_tiles; split++) {
@@ -144,7 +159,7 @@ __device__ __forceinline__ void for_splits(const BlockPlan& plan, int32_t n_tile
     const auto until = [&] { return plan.begins[split + 1] - plan.begins[0]; };
     const int32_t end = until() < n_tiles ? until() : n_tiles;
     do {  // no split is empty
-      attend(stream.next(i), i);
+      attend(i);
     } while (++i < end);
     finish(split, until() <= n_tiles);
   }
