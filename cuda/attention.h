@@ -37,7 +37,7 @@ struct AttentionArgs {
   float* partials = nullptr;  // [n_rows][n_heads][max_splits][head_dim + 2]: output, max, sum
   float* out = nullptr;       // [n_rows][n_heads * head_dim]
   DecodeLoad load;
-  int32_t splits_per_block = 0;  // of a decode kernel: 1, 2, 4 or 8; 0: by splits_per_block()
+  int32_t splits_per_block = 0;  // of a decode kernel: 1 to 8; 0: by splits_per_block()
   bool decode = true;            // one row a sequence, its token in the dense buffer
   bool writes_out = false;       // prefill_attention_fast writes out itself: no combine follows
 };
@@ -102,18 +102,20 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
   return split * static_cast<int32_t>(each) + (split < longer ? split : longer);
 }
 
-// How many consecutive splits a block of a decode kernel takes: a power of two up to `most`, a
-// constant of the kernel. A block's start costs as much as 3 tiles and the end of a split as 0.7;
-// n_slots blocks run at once. heads: blocks of a split. One where two rounds of blocks take all
-// splits, as at batch 1, and never so many that a tenth of the slots stays empty or that they have
-// more than kListedTiles tiles. Results are the same for any number.
-inline int32_t splits_per_block(const DecodeLoad& load, int64_t heads, int64_t n_slots,
-                                int32_t most) {
+// How many consecutive splits a block of a decode kernel takes, up to `most`, a constant of the
+// kernel. A block's start costs as much as 3 tiles and the end of a split as 0.7; n_slots blocks
+// run at once. heads: blocks of a split; sequences count as equally long. One where two rounds of
+// blocks take all splits, as at batch 1, and never so many that a tenth of the slots stays empty or
+// that they have more than kListedTiles tiles. Results are the same for any number.
+inline int32_t splits_per_block(const DecodeLoad& load, int32_t n_sequences, int64_t heads,
+                                int64_t n_slots, int32_t most) {
+  const int32_t each = (load.n_splits + n_sequences - 1) / n_sequences;
   int32_t best = 1;
   double least = 0.0;
-  for (int32_t n = 1; n <= most; n *= 2) {
+  for (int32_t n = 1; n <= most; n++) {
     if (n > 1 && n * load.split_tiles > kListedTiles) break;
-    const int64_t blocks = (load.n_splits + n - 1) / n * heads;
+    const int64_t of_each = (each + n - 1) / n;
+    const int64_t blocks = (n == 1 ? load.n_splits : of_each * n_sequences) * heads;
     if (n == 1 && blocks <= 2 * n_slots) return 1;
     if (n > 1 && 10 * blocks < 9 * n_slots) break;
     const double waves = static_cast<double>((blocks + n_slots - 1) / n_slots);

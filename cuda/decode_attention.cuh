@@ -386,7 +386,7 @@ void launch_shape(const AttentionArgs& args, Stream stream) {
     const DecodeLoad load =
         args.load.n_splits > 0 ? args.load : DecodeLoad{args.n_sequences * args.max_splits, 8};
     chosen.splits_per_block = splits_per_block(
-        load, heads,
+        load, args.n_sequences, heads,
         int64_t{device_properties().n_multiprocessors} * Shape::kBlocksPerMultiprocessor,
         Shape::kMostBlockSplits);
   }

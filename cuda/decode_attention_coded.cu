@@ -10,7 +10,11 @@ bool launch_words(const AttentionArgs& args, Stream stream) {
   const int words = args.layout.k.row_bytes / 4;
   const auto launch_if = [&]<int kRowWords>() {
     if (words != kRowWords) return false;
-    launch_shape<CodedShape<kTail, kDim, kRowWords>>(args, stream);
+    if (args.n_heads / args.n_kv_heads > kSetQueries) {
+      launch_shape<CodedShape<kTail, kDim, kRowWords, 2>>(args, stream);
+    } else {
+      launch_shape<CodedShape<kTail, kDim, kRowWords, 1>>(args, stream);
+    }
     return true;
   };
   return (launch_if.template operator()<kWords>() || ...);

@@ -36,50 +36,54 @@
 namespace mustafar::cuda {
 
 // What the warps of a block tell each other.
+template <int kQueries>
 struct CodedExchange {
-  // P^T of a tile and of the next as B fragments: lanes (g, c) and (g + 4, c) have column g's words
-  // of all warps, and are 48 bytes from (g, c + 1): few bank conflicts.
-  uint32_t p[2][4 * kSetQueries][3 * kDecodeWarps];
+  // P^T of a tile and of the next as B fragments: lane (g, c) takes words of all warps from
+  // [4 (g % kQueries) + c], 48 bytes apart: few bank conflicts.
+  uint32_t p[2][4 * kQueries][3 * kDecodeWarps];
   int32_t raised[2];  // by turns: the last tile, counted from 1, that has a new maximum
-  float top[kDecodeWarps][kSetQueries];
+  int32_t unused[2];
+  float top[kDecodeWarps][kQueries];
   // At a split's end.
-  float max[kSetQueries];
-  float sum[kDecodeWarps][kSetQueries], p_sum[kDecodeWarps][kSetQueries];
+  float max[kQueries];
+  float sum[kDecodeWarps][kQueries], p_sum[kDecodeWarps][kQueries];
 };
 
-// kTailType: kF16 or kBF16. kWords: of a row, of K as of V.
-template <DType kTailType, int kHeadDim, int kWords>
+// kTailType: kF16 or kBF16. kWords: of a row, of K as of V. kQuerySets: of 4 query heads, 1 or 2.
+template <DType kTailType, int kHeadDim, int kWords, int kQuerySets>
 struct CodedShape {
   static constexpr bool kCoded = true;
   static constexpr DType kTail = kTailType;
   static constexpr int kDim = kHeadDim;
-  static constexpr int kSets = 1;
-  static constexpr int kQueries = kSetQueries;
+  static constexpr int kSets = kQuerySets;
+  static constexpr int kQueries = kSets * kSetQueries;
   static constexpr int kRowBytes = 4 * kWords;
   static constexpr int kChunks = (kRowBytes + 15) / 16;  // of 16 bytes, the last filled or not
   static constexpr int kStride = (kChunks | 1) * 16;     // of rows in a stage
   static constexpr int kStageBytes = 2 * kDecodeTokens * kStride + 4 * kDecodeTokens;  // a warp's
   static constexpr int kWarpStages = kStages * kStageBytes + kStageSlack;
   static constexpr int kBitTiles = 2 * kChunks;  // of a warp
+  using Exchange = CodedExchange<kQueries>;
   // Shared memory: the values' table of dims; bit weights of the queries; their scales and offsets;
   // what warps exchange; then as in DecodeShape, and a split's results.
+  static constexpr int kWeightBytes = kChunks * 2 * kWarpSize * 16;  // of a set
   static constexpr int kWeightsAt = kDim * static_cast<int>(sizeof(CodeDim));
-  static constexpr int kScalesAt = kWeightsAt + kChunks * 2 * kWarpSize * 16;
-  static constexpr int kExchangeAt = kScalesAt + 2 * kSetQueries * 4;
-  static constexpr int kTable = kExchangeAt + (sizeof(CodedExchange) + 15) / 16 * 16;
+  static constexpr int kScalesAt = kWeightsAt + kSets * kWeightBytes;
+  static constexpr int kExchangeAt = kScalesAt + 2 * kQueries * 4;
+  static constexpr int kTable = kExchangeAt + sizeof(Exchange);
   static constexpr int kQueriesAt = kTable + kPlanBytes;
   static constexpr int kMergeAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
-  // A split's sums of bits, of 4 queries each, 16 bytes left out after every eight; or the warps'
+  // A split's sums of bits, of all queries each, one left out after every eight; or the warps'
   // results of rows of the dense buffer.
-  static constexpr int kSumsBytes = kChunks * 16 * 9 * 16;
+  static constexpr int kSumBytes = 4 * kQueries;  // of a bit
+  static constexpr int kSumsBytes = kChunks * 16 * 9 * kSumBytes;
   static constexpr int kTailBytes = kDecodeWarps * kSetQueries * (kDim + 2) * 4;
   static constexpr int kStagesAt = kMergeAt + (kSumsBytes > kTailBytes ? kSumsBytes : kTailBytes);
   static constexpr int kMostBlockSplits = kMostSplits;  // its blocks' starts are long
   // As many as registers allow without spilling.
-#ifndef CODED_BLOCKS
-#define CODED_BLOCKS 5
-#endif
-  static constexpr int kBlocksPerMultiprocessor = kChunks == 4 ? 4 : CODED_BLOCKS;
+  static constexpr int kBlocksPerMultiprocessor = kSets == 2 ? (kDim == 64 ? 4 : 3)
+                                                  : kChunks == 4 || kRowBytes == 40 ? 4
+                                                                                    : 5;
   // What attend_tail takes for the dense buffer's rows.
   static constexpr int kBits = 16;
   static constexpr bool kDense = false;
@@ -103,7 +107,9 @@ class CodedCopier {
 #pragma unroll
     for (int i = 0; i < kCopies; i++) {
       const int n = i * kWarpSize + lane;
-      to_[i] = n / kRowUnits * Shape::kStride + n % kRowUnits * kUnit;
+      to_[i] = Shape::kStride == Shape::kRowBytes
+                   ? n * kUnit
+                   : n / kRowUnits * Shape::kStride + n % kRowUnits * kUnit;
     }
   }
 
@@ -141,12 +147,11 @@ class CodedCopier {
 };
 
 // Eight times the sums of bits' weights over 16 staged K rows: of the lane's token (CodedSums) and
-// its two queries. rows: word c of row g.
+// its two queries of every set. rows: word c of row g; weights: the lane's first.
 template <typename Shape>
-__device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* weights,
-                                             float (&scores)[2]) {
-  const int lane = lane_id();
-  int32_t sums[4][4] = {};  // of bit j of half bytes: 2^j times its weights
+__device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint8_t* weights,
+                                             float (&scores)[Shape::kSets][2]) {
+  int32_t sums[Shape::kSets][4][4] = {};  // of bit j of half bytes: 2^j times its weights
 #pragma unroll
   for (int n = 0; n < Shape::kChunks; n++) {
     const uint32_t words[2] = {
@@ -155,44 +160,59 @@ __device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint4* w
     const uint32_t above[2] = {words[0] >> 4, words[1] >> 4};
 #pragma unroll
     for (int pair = 0; pair < 2; pair++) {
-      const uint4 b = weights[(2 * n + pair) * kWarpSize + lane];
+      uint4 b[Shape::kSets];
+#pragma unroll
+      for (int set = 0; set < Shape::kSets; set++) {
+        b[set] = *reinterpret_cast<const uint4*>(weights + set * Shape::kWeightBytes +
+                                                 (2 * n + pair) * kWarpSize * 16);
+      }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int j = 2 * pair + i;
         const uint32_t bit = 0x01010101u << j;
         const uint32_t a[4] = {words[0] & bit, words[1] & bit, above[0] & bit, above[1] & bit};
-        const uint32_t weight[2] = {i == 0 ? b.x : b.z, i == 0 ? b.y : b.w};
-        mma_16x8x32_s8(sums[j], a, weight);
+#pragma unroll
+        for (int set = 0; set < Shape::kSets; set++) {
+          const uint32_t weight[2] = {i == 0 ? b[set].x : b[set].z, i == 0 ? b[set].y : b[set].w};
+          mma_16x8x32_s8(sums[set][j], a, weight);
+        }
       }
     }
   }
   // A query's two terms lie two lanes apart: one of the lanes adds up row g, the other row g + 8.
-  const bool odd = (lane & 2) != 0;
-  const int32_t term = odd ? 1 : 128;
-  const int32_t weight[4] = {8 * term, 4 * term, 2 * term, term};
-  int32_t whole[4];
+  const bool odd = (lane_id() & 2) != 0;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    whole[i] = 0;
+  for (int set = 0; set < Shape::kSets; set++) {
+    int32_t whole[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) whole[i] += sums[j][i] * weight[j];
-  }
+    for (int i = 0; i < 4; i++) {
+      const auto& of = sums[set];
+      whole[i] = ((of[0][i] * 2 + of[1][i]) * 2 + of[2][i]) * 2 + of[3][i];
+      if (!odd) whole[i] *= 128;
+    }
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const int32_t other = shuffle_xor(odd ? whole[n] : whole[2 + n], 2);
-    scores[n] = static_cast<float>((odd ? whole[2 + n] : whole[n]) + other);
+    for (int n = 0; n < 2; n++) {
+      const int32_t other = shuffle_xor(odd ? whole[n] : whole[2 + n], 2);
+      scores[set][n] = static_cast<float>((odd ? whole[2 + n] : whole[n]) + other);
+    }
   }
 }
 
 // A lane's part of a split. Lane (g, c) has token g of its warp's 16, from c = 2 on token g + 8,
-// and queries 2c % 4 and the next.
+// and queries 2c % 4 and the next of every set.
 template <typename Shape>
 struct CodedSums {
-  float max[2] = {-INFINITY, -INFINITY};  // over the block
-  float sum[2] = {0.0f, 0.0f};            // this lane's tokens
-  float p_sum[2] = {0.0f, 0.0f};          // likewise, of P as it is multiplied
-  // O^T fragments of tiles (n, 2 warp) and (n, 2 warp + 1), n from 0 on; columns 4-7 repeat 0-3.
+  float max[Shape::kSets][2];         // over the block
+  float sum[Shape::kSets][2] = {};    // this lane's tokens
+  float p_sum[Shape::kSets][2] = {};  // likewise, of P as it is multiplied
+  // O^T fragments of tiles (n, 2 warp) and (n, 2 warp + 1), n from 0 on; columns 4-7 are the second
+  // set's or repeat the first's.
   float out[Shape::kBitTiles][4] = {};
+
+  __device__ __forceinline__ CodedSums() {
+#pragma unroll
+    for (int set = 0; set < Shape::kSets; set++) max[set][0] = max[set][1] = -INFINITY;
+  }
 };
 
 // The bits of two tokens that a warp multiplies, in four tiles' halves: bit j of a unit, or j + 8.
@@ -211,7 +231,7 @@ struct BitMasks {
 
   // What a sum over bit `bit` of units is to be multiplied by. Bit 15 counted as 1 - 2 bit: half
   // the sum of P is still to be added.
-  static __device__ __forceinline__ float unit(int bit) {
+  static __device__ __forceinline__ float unit(uint32_t bit) {
     if (bit == 15) return -0.5f;
     const float power = half_float<DType::kF16>(static_cast<uint16_t>(1u << bit));
     return bits_float(0x7f000000u - float_bits(power));  // 1 / power
@@ -236,9 +256,9 @@ __device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const uint32_t set = i == 1 ? masks.ones : 0u;
-          const uint32_t a[4] = {
-              units[2 * h] & masks.low[i], (units[2 * h] & masks.high[i]) | set,
-              units[2 * h + 1] & masks.low[i], (units[2 * h + 1] & masks.high[i]) | set};
+          const uint32_t a[4] = {units[2 * h] & masks.low[i], (units[2 * h] & masks.high[i]) | set,
+                                 units[2 * h + 1] & masks.low[i],
+                                 (units[2 * h + 1] & masks.high[i]) | set};
           mma_16x8x16<DType::kF16>(sums.out[2 * n + i], a, b[h]);
         }
       }
@@ -259,67 +279,90 @@ struct PartialRows {
 // the area or `exchange` at a split's end before.
 template <typename Shape>
 __device__ __forceinline__ void write_coded_split(CodedSums<Shape>& sums, const CodeDim* dims,
-                                                  uint8_t* area, CodedExchange& exchange,
+                                                  uint8_t* area, typename Shape::Exchange& exchange,
                                                   const PartialRows& rows) {
-  const int thread = kept(static_cast<int>(threadIdx.x));
-  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const int g = lane >> 2, c = lane & 3, odd = c >> 1;
+  const uint32_t thread = static_cast<uint32_t>(kept(static_cast<int>(threadIdx.x)));
+  const uint32_t lane = thread % kWarpSize, warp = thread / kWarpSize;
+  const uint32_t g = lane >> 2, c = lane & 3, odd = c >> 1;
 #pragma unroll
-  for (int n = 0; n < 2; n++) {
-#pragma unroll
-    for (int m = 2; m <= 16; m *= 2) {
-      sums.sum[n] += shuffle_xor(sums.sum[n], m);
-      sums.p_sum[n] += shuffle_xor(sums.p_sum[n], m);
-    }
-  }
-  if (lane < 2) {
+  for (int set = 0; set < Shape::kSets; set++) {
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      exchange.sum[warp][2 * c + n] = sums.sum[n];
-      exchange.p_sum[warp][2 * c + n] = sums.p_sum[n];
-      if (warp == 0) exchange.max[2 * c + n] = sums.max[n];
+      float &sum = sums.sum[set][n], &p_sum = sums.p_sum[set][n];
+#pragma unroll
+      for (int m = 2; m <= 16; m *= 2) {
+        sum += shuffle_xor(sum, m);
+        p_sum += shuffle_xor(p_sum, m);
+      }
+      if (lane >= 2) continue;
+      const uint32_t query = set * kSetQueries + 2 * lane + n;
+      exchange.sum[warp][query] = sum;
+      exchange.p_sum[warp][query] = p_sum;
+      if (warp == 0) exchange.max[query] = sums.max[set][n];
     }
   }
-  // Lanes c and c + 2 have the same: one gives row g, the other row g + 8.
-  uint8_t* const mine = area + (2 * g + odd) * 9 * 16 + (c & 1) * 8;
+  // With one set lanes c and c + 2 have the same: one gives row g, the other row g + 8.
+  uint8_t* const mine = area + 2 * g * 9 * Shape::kSumBytes + 2 * c % Shape::kQueries * 4;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int bit = 2 * warp + i;
-    const float unit = BitMasks::unit(bit + 8 * odd);
+    const auto give = [&](uint32_t half, int first) {
+      const uint32_t bit = 2 * warp + i;
+      const float unit = BitMasks::unit(bit + 8 * half);
+      uint8_t* const to = mine + (half * 9 + bit) * Shape::kSumBytes;
 #pragma unroll
-    for (int n = 0; n < Shape::kChunks; n++) {
-      const auto& out = sums.out[2 * n + i];
-      *reinterpret_cast<float2*>(mine + (n * 16 * 9 + bit) * 16) = {
-          (odd == 0 ? out[0] : out[2]) * unit, (odd == 0 ? out[1] : out[3]) * unit};
+      for (int n = 0; n < Shape::kChunks; n++) {
+        const auto& out = sums.out[2 * n + i];
+        const float two[2] = {first >= 0 ? out[first]
+                              : odd == 0 ? out[0]
+                                         : out[2],
+                              first >= 0 ? out[first + 1]
+                              : odd == 0 ? out[1]
+                                         : out[3]};
+        *reinterpret_cast<float2*>(to + n * 16 * 9 * Shape::kSumBytes) = {two[0] * unit,
+                                                                          two[1] * unit};
+      }
+    };
+    if constexpr (Shape::kSets == 1) {
+      give(odd, -1);
+    } else {
+      give(0, 0);
+      give(1, 2);
     }
   }
   sync_block();
-  constexpr int kThreadQueries = kSetQueries * Shape::kDim / (kDecodeWarps * kWarpSize);
-  using Floats = std::conditional_t<kThreadQueries == 4, float4, float2>;
-  const int d = thread % Shape::kDim, first_query = thread / Shape::kDim * kThreadQueries;
+  if (thread < static_cast<uint32_t>(rows.n_queries)) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kDecodeWarps; w++) sum += exchange.sum[w][thread];
+    *reinterpret_cast<float2*>(rows.to + static_cast<int32_t>(thread) * rows.stride +
+                               Shape::kDim) = {exchange.max[thread], sum};
+  }
+  constexpr int kThreadQueries = Shape::kQueries * Shape::kDim / (kDecodeWarps * kWarpSize);
+  constexpr int kLoaded = kThreadQueries < 4 ? kThreadQueries : 4;
+  using Floats = std::conditional_t<kLoaded == 4, float4, float2>;
+  const uint32_t d = thread % Shape::kDim;
+  const int first_query = static_cast<int>(thread / Shape::kDim) * kThreadQueries;
   const auto load = [&](const void* from, float(&to)[kThreadQueries]) {
-    const Floats vector =
-        *reinterpret_cast<const Floats*>(static_cast<const float*>(from) + first_query);
-    to[0] = vector.x;
-    to[1] = vector.y;
-    if constexpr (kThreadQueries == 4) {
-      to[2] = vector.z;
-      to[3] = vector.w;
+    const float* const mine = static_cast<const float*>(from) + first_query;
+#pragma unroll
+    for (int q = 0; q < kThreadQueries; q += kLoaded) {
+      const Floats vector = *reinterpret_cast<const Floats*>(mine + q);
+      to[q] = vector.x;
+      to[q + 1] = vector.y;
+      if constexpr (kLoaded == 4) {
+        to[q + 2] = vector.z;
+        to[q + 3] = vector.w;
+      }
     }
   };
-  float max[kThreadQueries], sum[kThreadQueries] = {}, p_sum[kThreadQueries] = {};
-  float value[kThreadQueries] = {};
-  load(exchange.max, max);
+  float p_sum[kThreadQueries], value[kThreadQueries] = {};
+  load(exchange.p_sum[0], p_sum);
 #pragma unroll
-  for (int w = 0; w < kDecodeWarps; w++) {
-    float of_sum[kThreadQueries], of_p[kThreadQueries];
-    load(exchange.sum[w], of_sum);
-    load(exchange.p_sum[w], of_p);
+  for (int w = 1; w < kDecodeWarps; w++) {
+    float of_warp[kThreadQueries];
+    load(exchange.p_sum[w], of_warp);
 #pragma unroll
-    for (int q = 0; q < kThreadQueries; q++) {
-      sum[q] += of_sum[q];
-      p_sum[q] += of_p[q];
-    }
+    for (int q = 0; q < kThreadQueries; q++) p_sum[q] += of_warp[q];
   }
   const CodeDim dim = dims[d];
   uint32_t bit = dim.first_bit() + dim.width();
@@ -327,7 +370,7 @@ __device__ __forceinline__ void write_coded_split(CodedSums<Shape>& sums, const 
   while (bit > dim.first_bit()) {  // from the highest down
     bit--;
     float of_bit[kThreadQueries];
-    load(area + (bit + bit / 8) * 16, of_bit);
+    load(area + (bit + bit / 8) * Shape::kSumBytes, of_bit);
     const float still = bit % 16 == 15 ? 0.5f : 0.0f;
 #pragma unroll
     for (int q = 0; q < kThreadQueries; q++) {
@@ -335,13 +378,10 @@ __device__ __forceinline__ void write_coded_split(CodedSums<Shape>& sums, const 
     }
   }
   const float middle = 0.5f - 0.5f * static_cast<float>(1u << dim.width());
-  float* to = rows.to + first_query * rows.stride;
+  float* to = rows.to + first_query * rows.stride + d;
 #pragma unroll
   for (int q = 0; q < kThreadQueries; q++) {
-    if (first_query + q < rows.n_queries) {
-      to[d] = (value[q] + middle * p_sum[q]) * dim.step;
-      if (d == 0) *reinterpret_cast<float2*>(to + Shape::kDim) = {max[q], sum[q]};
-    }
+    if (first_query + q < rows.n_queries) *to = (value[q] + middle * p_sum[q]) * dim.step;
     to += rows.stride;
   }
 }
@@ -365,98 +405,129 @@ __device__ void attend_coded_store(const AttentionArgs& args, const CodeTables& 
   // While the first copies are under way. The queries' place is free until the dense buffer's turn,
   // the merging area until a split's end.
   CodeDim* const dims = reinterpret_cast<CodeDim*>(shared);
-  const uint4* const weights = reinterpret_cast<const uint4*>(shared + Shape::kWeightsAt);
   float* const scales = reinterpret_cast<float*>(shared + Shape::kScalesAt);
-  CodedExchange& exchange = *reinterpret_cast<CodedExchange*>(shared + Shape::kExchangeAt);
+  auto& exchange = *reinterpret_cast<typename Shape::Exchange*>(shared + Shape::kExchangeAt);
   if (threadIdx.x < 2) exchange.raised[threadIdx.x] = 0;
   weigh_bits<Shape>(code_table(tables, args.layout, args.layer, kv_head, true),
                     code_table(tables, args.layout, args.layer, kv_head, false), queries, dims,
                     reinterpret_cast<float*>(queries.shared),
                     reinterpret_cast<uint16_t*>(shared + Shape::kMergeAt),
                     shared + Shape::kWeightsAt, scales);
-  float q_scale[2], q_offset[2];  // of queries 2c % 4 and the next
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    q_scale[n] = scales[2 * c % 4 + n];
-    q_offset[n] = scales[kSetQueries + 2 * c % 4 + n];
-  }
+  // Read in every tile: they would take registers that the loop does not have.
+  const float* const q_scales = scales + 2 * c % 4;  // of the lane's queries
+  const uint8_t* const weights = shared + Shape::kWeightsAt + lane * 16;
 
   const int k_place = kept(g * Shape::kStride + 4 * c);
   const int scales_place = 2 * kDecodeTokens * Shape::kStride + 2 * (g + 8 * odd);
-  const int v_place = kept((lane >> 4) * Shape::kWarpStages +
-                           (kDecodeTokens + (lane & 15)) * Shape::kStride);
+  const int v_place =
+      kept((lane >> 4) * Shape::kWarpStages + (kDecodeTokens + (lane & 15)) * Shape::kStride);
   const BitMasks masks(warp);
   CodedSums<Shape> sums;
   const auto attend = [&](int32_t i) {
     const int32_t at = stream.arrive();
     const uint8_t* const stage = stages + at;
-    float score[2], e[2], p[2];
+    float score[Shape::kSets][2], e[Shape::kSets][2];
     coded_scores<Shape>(stage + k_place, weights, score);
     const auto row_scale = [&](int kind) {
-      return bf16_float(*reinterpret_cast<const uint16_t*>(stage + scales_place +
-                                                           kind * kDecodeTokens * 2));
+      return bf16_float(
+          *reinterpret_cast<const uint16_t*>(stage + scales_place + kind * kDecodeTokens * 2));
     };
     const float k_scale = row_scale(kKeys);
     const float v_scale = fmaxf(row_scale(kValues), 0x1p-60f);  // that of a row of zeros is 0
-#pragma unroll
-    for (int n = 0; n < 2; n++) score[n] = (score[n] * q_scale[n] + q_offset[n]) * k_scale;
-    uint32_t(&p_of_tile)[4 * kSetQueries][3 * kDecodeWarps] = exchange.p[i & 1];
-    uint32_t word = 0;
+    uint32_t words[Shape::kSets];
+    auto& p_of_tile = exchange.p[i & 1];
+    // Returns the largest of the lane's P.
     const auto give_p = [&] {
+      float most = 0.0f;
+#pragma unroll
+      for (int set = 0; set < Shape::kSets; set++) {
+        float p[2];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          e[set][n] = exp2_approx(score[set][n] - sums.max[set][n]);
+          p[n] = e[set][n] * v_scale;
+          most = fmaxf(most, p[n]);
+        }
+        words[set] = pack2<DType::kF16>(p[0], p[1]);
+        // Lanes from g = 4 on have the second eight tokens.
+        p_of_tile[(set * kSetQueries + (g & 3)) * 4 + c][2 * warp + (g >> 2)] =
+            transpose_8x8(words[set]);
+      }
+      return most;
+    };
+#pragma unroll
+    for (int set = 0; set < Shape::kSets; set++) {
 #pragma unroll
       for (int n = 0; n < 2; n++) {
-        e[n] = exp2_approx(score[n] - sums.max[n]);
-        p[n] = e[n] * v_scale;
+        const float* const scale = q_scales + set * kSetQueries + n;
+        score[set][n] = (score[set][n] * scale[0] + scale[Shape::kQueries]) * k_scale;
       }
-      word = pack2<DType::kF16>(p[0], p[1]);
-      p_of_tile[(g & 3) * 4 + c][2 * warp + (g >> 2)] = transpose_8x8(word);
-    };
-    give_p();
+    }
     constexpr float kMost = static_cast<float>(1 << static_cast<int>(kMaxSlack));
-    if (fmaxf(p[0], p[1]) > kMost) exchange.raised[i & 1] = i + 1;
-    sync_block();  // P is written, the rows of all warps are here, all are done with the tile before
+    if (give_p() > kMost) exchange.raised[i & 1] = i + 1;
+    sync_block();  // P is written, the rows of all warps are here, all are done with the tile
+                   // before
     stream.refill(i);
     if (exchange.raised[i & 1] == i + 1) {
       // As in update_softmax, for the block.
-      const HiddenTokens hidden{run.hidden_rows, i, g};
-      if (hidden.any() && hidden.hides(odd)) score[0] = score[1] = -INFINITY;
+      const HiddenTokens hidden{plan.run.hidden_rows, i, g};
+      const bool hides = hidden.any() && hidden.hides(odd);
       const float log_scale = log2_approx(v_scale);
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        float top = fmaxf(score[n] + log_scale, kLeastMax);
+      for (int set = 0; set < Shape::kSets; set++) {
 #pragma unroll
-        for (int m = 2; m <= 16; m *= 2) top = fmaxf(top, shuffle_xor(top, m));
-        if (lane < 2) exchange.top[warp][2 * c + n] = top;
+        for (int n = 0; n < 2; n++) {
+          if (hides) score[set][n] = -INFINITY;
+          float top = score[set][n] + log_scale;
+#pragma unroll
+          for (int m = 2; m <= 16; m *= 2) top = fmaxf(top, shuffle_xor(top, m));
+          if (lane < 2) exchange.top[warp][set * kSetQueries + 2 * lane + n] = top;
+        }
       }
       sync_block();
-      float rescale[2];
+      float rescale[Shape::kSets][2];
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        float top = sums.max[n];
+      for (int set = 0; set < Shape::kSets; set++) {
 #pragma unroll
-        for (int w = 0; w < kDecodeWarps; w++) top = fmaxf(top, exchange.top[w][2 * c % 4 + n]);
-        rescale[n] = exp2_approx(sums.max[n] - top);
-        sums.max[n] = top;
-        sums.sum[n] *= rescale[n];
-        sums.p_sum[n] *= rescale[n];
+        for (int n = 0; n < 2; n++) {
+          float top = sums.max[set][n];
+#pragma unroll
+          for (int w = 0; w < kDecodeWarps; w++) {
+            top = fmaxf(top, exchange.top[w][set * kSetQueries + 2 * c % 4 + n]);
+          }
+          rescale[set][n] = exp2_approx(sums.max[set][n] - top);
+          sums.max[set][n] = top;
+          sums.sum[set][n] *= rescale[set][n];
+          sums.p_sum[set][n] *= rescale[set][n];
+        }
       }
 #pragma unroll
-      for (int t = 0; t < Shape::kBitTiles; t++) {
+      for (int n = 0; n < 2; n++) {
+        const float of_column = odd == 0 ? rescale[0][n] : rescale[Shape::kSets - 1][n];
 #pragma unroll
-        for (int k = 0; k < 4; k++) sums.out[t][k] *= rescale[k & 1];
+        for (int t = 0; t < Shape::kBitTiles; t++) {
+          sums.out[t][n] *= of_column;
+          sums.out[t][2 + n] *= of_column;
+        }
       }
       give_p();
       sync_block();
     }
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-      sums.sum[n] += e[n];
-      sums.p_sum[n] += half_float<DType::kF16>(static_cast<uint16_t>(word >> (16 * n)));
+    for (int set = 0; set < Shape::kSets; set++) {
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        sums.sum[set][n] += e[set][n];
+        sums.p_sum[set][n] +=
+            half_float<DType::kF16>(static_cast<uint16_t>(words[set] >> (16 * n)));
+      }
     }
-    add_coded_values<Shape>(all_stages + v_place + at, p_of_tile[(g & 3) * 4 + c], masks, sums);
+    add_coded_values<Shape>(all_stages + v_place + at, p_of_tile[g % Shape::kQueries * 4 + c],
+                            masks, sums);
   };
   for_splits(plan, run.n, attend, [&](int32_t split, bool whole) {
-    PartialRows rows = {reinterpret_cast<float*>(all_stages), kPartialFloats<Shape>, kSetQueries};
+    PartialRows rows = {reinterpret_cast<float*>(all_stages), kPartialFloats<Shape>,
+                        Shape::kQueries};
     if (whole) {
       rows = {partial_of<Shape>(args, plan, split, 0), args.max_splits * kPartialFloats<Shape>,
               plan.n_heads};

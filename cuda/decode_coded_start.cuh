@@ -26,10 +26,11 @@ __device__ __forceinline__ uint32_t bits_before(const uint32_t (&widths)[kLaneDi
 }
 
 // Bit weights, scales and offsets of the queries, and the values' table. A score is (scale * 8
-// times the weighted sum of bits + offset) * the key's scale. Lane (g, c) reads weights 16 bytes at
-// a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3, four bytes' weights
-// in a word. The second terms are kSecondTerm further on. scaled: scratch, [kSetQueries][kDim] f32;
-// dim_of: scratch, a word for every bit. By the whole block; ends with a barrier.
+// times the weighted sum of bits + offset) * the key's scale. Lane (g, c) reads a set's weights 16
+// bytes at a time: of its n-th word the bits 0 and 1 of every byte's half, then 2 and 3, four
+// bytes' weights in a word. The second terms are kSecondTerm further on, another set's
+// kWeightBytes. scaled: scratch, [kQueries][kDim] f32; dim_of: scratch, a word for every bit;
+// scales: [kQueries], then as many offsets. By the whole block; ends with a barrier.
 template <typename Shape>
 __device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTable& values,
                                            const BlockQueries<Shape>& queries, CodeDim* value_dims,
@@ -45,30 +46,40 @@ __device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTabl
   const auto step_of = [&](uint32_t width, float sigma) {
     return multiply_rounded(shuffle(lane_step, static_cast<int>(width & 7)), sigma);
   };
-  // Query `warp`, by its warp; x: weights of the lowest bits.
   uint32_t widths[kLaneDims];
-  float sigmas[kLaneDims], x[kLaneDims], largest = 0.0f, offset = 0.0f;
+  float sigmas[kLaneDims], steps[kLaneDims];
 #pragma unroll
   for (int i = 0; i < kLaneDims; i++) {
     widths[i] = keys.widths[first + i];
     sigmas[i] = keys.sigmas[first + i];
-    x[i] = warp < queries.n ? queries.from[warp * Shape::kDim + first + i] : 0.0f;
   }
 #pragma unroll
-  for (int i = 0; i < kLaneDims; i++) {
-    x[i] *= softmax_scale * step_of(widths[i], sigmas[i]);
-    const float half = 0.5f * static_cast<float>(1u << widths[i]);
-    largest = fmaxf(largest, fabsf(x[i]) * half);
-    offset += x[i] * (0.5f - half);
-  }
-  largest = warp_max(largest);
-  offset = warp_sum(offset);
-  const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
+  for (int i = 0; i < kLaneDims; i++) steps[i] = softmax_scale * step_of(widths[i], sigmas[i]);
+  // Queries `warp` of every set, by their warp; x: weights of the lowest bits.
 #pragma unroll
-  for (int i = 0; i < kLaneDims; i++) scaled[warp * Shape::kDim + first + i] = x[i] * inverse;
-  if (lane == 0) {
-    scales[warp] = 0.125f * largest / kTopWhole;
-    scales[kSetQueries + warp] = offset;
+  for (int set = 0; set < Shape::kSets; set++) {
+    const int query = set * kSetQueries + warp;
+    float x[kLaneDims], largest = 0.0f, offset = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) {
+      x[i] = query < queries.n ? queries.from[query * Shape::kDim + first + i] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) {
+      x[i] *= steps[i];
+      const float half = 0.5f * static_cast<float>(1u << widths[i]);
+      largest = fmaxf(largest, fabsf(x[i]) * half);
+      offset += x[i] * (0.5f - half);
+    }
+    largest = warp_max(largest);
+    offset = warp_sum(offset);
+    const float inverse = largest > 0.0f ? kTopWhole / largest : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLaneDims; i++) scaled[query * Shape::kDim + first + i] = x[i] * inverse;
+    if (lane == 0) {
+      scales[query] = 0.125f * largest / kTopWhole;
+      scales[Shape::kQueries + query] = offset;
+    }
   }
   if (warp == 0) {
     uint32_t bit = bits_before(widths);
@@ -103,9 +114,10 @@ __device__ __forceinline__ void weigh_bits(const CodeTable& keys, const CodeTabl
     const uint32_t place = bit < kBits ? dim_of[bit] : 0u;
     const float power = bit < kBits ? bits_float((127 + (place >> 8)) << 23) : 0.0f;
 #pragma unroll
-    for (int query = 0; query < kSetQueries; query++) {
+    for (int query = 0; query < Shape::kQueries; query++) {
       const TwoTerms terms = two_terms(scaled[query * Shape::kDim + (place & 0xff)] * power);
-      uint8_t* const at = to + n * 2 * kWarpSize * 16 + query * 4 * 16;
+      uint8_t* const at = to + query / kSetQueries * Shape::kWeightBytes + n * 2 * kWarpSize * 16 +
+                          query % kSetQueries * 4 * 16;
       at[0] = terms.first;
       at[kSecondTerm] = terms.second;
     }

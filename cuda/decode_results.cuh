@@ -28,7 +28,7 @@ constexpr int kMergingBytes = kSetQueries * kPartialFloats<Shape> * 4;
 struct MergingArea {
   uint8_t* parts;       // warp 0's
   int32_t part_bytes;   // from a warp's to the next
-  const float* before;  // one part more, of the same layout; null: none
+  const float* before;  // one part more, of the queries of all sets; null: none
 };
 
 // Bytes of the block's shared memory up to the end of the stages.
@@ -116,7 +116,9 @@ __device__ __forceinline__ void write_partials(const AttentionArgs& args, const 
     static_assert(kSetQueries == kDecodeWarps);
     if (set * kSetQueries + warp >= plan.n_heads) continue;
     const auto part = [&](int w) {
-      if (Shape::kCoded && w == kDecodeWarps) return area.before + warp * kStride;
+      if (Shape::kCoded && w == kDecodeWarps) {
+        return area.before + (set * kSetQueries + warp) * kStride;
+      }
       return reinterpret_cast<const float*>(area.parts + w * area.part_bytes) + warp * kStride;
     };
     const int n_parts = Shape::kCoded && area.before == nullptr ? kDecodeWarps : kParts;
