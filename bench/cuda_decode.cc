@@ -5,7 +5,7 @@
 //   mustafar_cuda_bench [-s setting] [-r splits] [seconds per measurement] [shape ...]
 //
 // shape: batch,context,heads,kv_heads[,layers]; setting: part of a name, such as "int8"; splits: of
-// a block, 1, 2, 4 or 8 instead of what the model chooses. A step is a graph of one attend per
+// a block, 1 to 8 instead of what the model chooses. A step is a graph of one attend per
 // layer over layers whose pages exceed the L2 many times, so that every layer is read cold. A
 // context that does not fit the device is an error of its row alone.
 #include <algorithm>

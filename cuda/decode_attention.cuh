@@ -21,7 +21,7 @@
 // [0, 1]. Compressed tiles arrive by cp.async, kStages deep per warp; the dense buffer (sinks,
 // tail, the new token: a few tiles in all) is read directly. Where a layer has a window, tiles
 // begin with the block and the dense row that it sees first; of that block the rows before it are
-// hidden.
+// hidden. Coded rows divide the work between warps otherwise (decode_coded.cuh).
 //
 // Shared: expansion table 2 KiB; the block's plan; its queries; where small stages have no room for
 // them, the warps' results of a split; per warp kStages stages of 16 K rows and 16 V rows as

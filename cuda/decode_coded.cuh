@@ -16,16 +16,18 @@
 // A warp takes the keys of its own 16 tokens and hands P to the block: of the values of all 64 it
 // takes bits 2 warp and 2 warp + 1 of every byte. So its sums are few, which leaves registers for
 // more warps, and a split ends without a merge of warps. A tile costs one barrier: P is written
-// as if no score exceeded the maximum by much, and again where one did (kMaxSlack).
+// as if no score exceeded the maximum by much, and again where one did (kMaxSlack). Up to eight
+// query heads share a row's bits: the second four are columns 4-7 of the values' product, and
+// further products of the keys'.
 //
 // Rows lie in a stage an odd number of 16 bytes apart: free of bank conflicts.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/async_copy.cuh"
 #include "cuda/attention.h"
 #include "cuda/coded_rows.cuh"
+#include "cuda/decode_coded_end.cuh"
+#include "cuda/decode_coded_shape.cuh"
 #include "cuda/decode_coded_start.cuh"
 #include "cuda/decode_scores.cuh"
 #include "cuda/decode_softmax.cuh"
@@ -34,65 +36,6 @@
 #include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
-
-// What the warps of a block tell each other.
-template <int kQueries>
-struct CodedExchange {
-  // P^T of a tile and of the next as B fragments: lane (g, c) takes words of all warps from
-  // [4 (g % kQueries) + c], 48 bytes apart: few bank conflicts.
-  uint32_t p[2][4 * kQueries][3 * kDecodeWarps];
-  int32_t raised[2];  // by turns: the last tile, counted from 1, that has a new maximum
-  int32_t unused[2];
-  float top[kDecodeWarps][kQueries];
-  // At a split's end.
-  float max[kQueries];
-  float sum[kDecodeWarps][kQueries], p_sum[kDecodeWarps][kQueries];
-};
-
-// kTailType: kF16 or kBF16. kWords: of a row, of K as of V. kQuerySets: of 4 query heads, 1 or 2.
-template <DType kTailType, int kHeadDim, int kWords, int kQuerySets>
-struct CodedShape {
-  static constexpr bool kCoded = true;
-  static constexpr DType kTail = kTailType;
-  static constexpr int kDim = kHeadDim;
-  static constexpr int kSets = kQuerySets;
-  static constexpr int kQueries = kSets * kSetQueries;
-  static constexpr int kRowBytes = 4 * kWords;
-  static constexpr int kChunks = (kRowBytes + 15) / 16;  // of 16 bytes, the last filled or not
-  static constexpr int kStride = (kChunks | 1) * 16;     // of rows in a stage
-  static constexpr int kStageBytes = 2 * kDecodeTokens * kStride + 4 * kDecodeTokens;  // a warp's
-  static constexpr int kWarpStages = kStages * kStageBytes + kStageSlack;
-  static constexpr int kBitTiles = 2 * kChunks;  // of a warp
-  using Exchange = CodedExchange<kQueries>;
-  // Shared memory: the values' table of dims; bit weights of the queries; their scales and offsets;
-  // what warps exchange; then as in DecodeShape, and a split's results.
-  static constexpr int kWeightBytes = kChunks * 2 * kWarpSize * 16;  // of a set
-  static constexpr int kWeightsAt = kDim * static_cast<int>(sizeof(CodeDim));
-  static constexpr int kScalesAt = kWeightsAt + kSets * kWeightBytes;
-  static constexpr int kExchangeAt = kScalesAt + 2 * kQueries * 4;
-  static constexpr int kTable = kExchangeAt + sizeof(Exchange);
-  static constexpr int kQueriesAt = kTable + kPlanBytes;
-  static constexpr int kMergeAt = kQueriesAt + cuda::kQueryBytes<kDim, kSets>;
-  // A split's sums of bits, of all queries each, one left out after every eight; or the warps'
-  // results of rows of the dense buffer.
-  static constexpr int kSumBytes = 4 * kQueries;  // of a bit
-  static constexpr int kSumsBytes = kChunks * 16 * 9 * kSumBytes;
-  static constexpr int kTailBytes = kDecodeWarps * kSetQueries * (kDim + 2) * 4;
-  static constexpr int kStagesAt = kMergeAt + (kSumsBytes > kTailBytes ? kSumsBytes : kTailBytes);
-  static constexpr int kMostBlockSplits = kMostSplits;  // its blocks' starts are long
-  // As many as registers allow without spilling.
-  static constexpr int kBlocksPerMultiprocessor = kSets == 2 ? (kDim == 64 ? 4 : 3)
-                                                  : kChunks == 4 || kRowBytes == 40 ? 4
-                                                                                    : 5;
-  // What attend_tail takes for the dense buffer's rows.
-  static constexpr int kBits = 16;
-  static constexpr bool kDense = false;
-  static constexpr bool kFixed = true;
-  static constexpr bool kQueriesInStage = false;
-  static constexpr int kKDims = kDim / 4;
-  static constexpr int kVDims = kDim / 8;
-  static constexpr int kTiles = kDim / 16;
-};
 
 // Copies a warp's 16 rows of K, of V and their scales to a stage.
 template <typename Shape>
@@ -198,46 +141,6 @@ __device__ __forceinline__ void coded_scores(const uint8_t* rows, const uint8_t*
   }
 }
 
-// A lane's part of a split. Lane (g, c) has token g of its warp's 16, from c = 2 on token g + 8,
-// and queries 2c % 4 and the next of every set.
-template <typename Shape>
-struct CodedSums {
-  float max[Shape::kSets][2];         // over the block
-  float sum[Shape::kSets][2] = {};    // this lane's tokens
-  float p_sum[Shape::kSets][2] = {};  // likewise, of P as it is multiplied
-  // O^T fragments of tiles (n, 2 warp) and (n, 2 warp + 1), n from 0 on; columns 4-7 are the second
-  // set's or repeat the first's.
-  float out[Shape::kBitTiles][4] = {};
-
-  __device__ __forceinline__ CodedSums() {
-#pragma unroll
-    for (int set = 0; set < Shape::kSets; set++) max[set][0] = max[set][1] = -INFINITY;
-  }
-};
-
-// The bits of two tokens that a warp multiplies, in four tiles' halves: bit j of a unit, or j + 8.
-struct BitMasks {
-  uint32_t low[2], high[2];
-  uint32_t ones;  // to be set beside bit 15, so that this is a sign, where the warp has it: high[1]
-
-  __device__ __forceinline__ explicit BitMasks(int warp) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      low[i] = 0x00010001u << (2 * warp + i);
-      high[i] = low[i] << 8;
-    }
-    ones = warp == kDecodeWarps - 1 ? 0x3c003c00u : 0u;  // 1.0 twice, in f16
-  }
-
-  // What a sum over bit `bit` of units is to be multiplied by. Bit 15 counted as 1 - 2 bit: half
-  // the sum of P is still to be added.
-  static __device__ __forceinline__ float unit(uint32_t bit) {
-    if (bit == 15) return -0.5f;
-    const float power = half_float<DType::kF16>(static_cast<uint16_t>(1u << bit));
-    return bits_float(0x7f000000u - float_bits(power));  // 1 / power
-  }
-};
-
 // O^T += V^T P^T of a tile's 64 staged V rows, in the warp's bits. rows: the row and half chunk of
 // which the lane gives ldmatrix the address; p: the lane's words of CodedExchange.
 template <typename Shape>
@@ -263,126 +166,6 @@ __device__ __forceinline__ void add_coded_values(const uint8_t* rows, const uint
         }
       }
     }
-  }
-}
-
-// Where a split's result goes: query i's output, max and sum to `to` + i * stride, the first
-// n_queries of them.
-struct PartialRows {
-  float* to;
-  int32_t stride;
-  int n_queries;
-};
-
-// Turns a split's sums of bits into sums of dims. A thread has one dim of kThreadQueries queries.
-// dims: the values' table; area: kSumsBytes. The whole block has passed a barrier since it read
-// the area or `exchange` at a split's end before.
-template <typename Shape>
-__device__ __forceinline__ void write_coded_split(CodedSums<Shape>& sums, const CodeDim* dims,
-                                                  uint8_t* area, typename Shape::Exchange& exchange,
-                                                  const PartialRows& rows) {
-  const uint32_t thread = static_cast<uint32_t>(kept(static_cast<int>(threadIdx.x)));
-  const uint32_t lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const uint32_t g = lane >> 2, c = lane & 3, odd = c >> 1;
-#pragma unroll
-  for (int set = 0; set < Shape::kSets; set++) {
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-      float &sum = sums.sum[set][n], &p_sum = sums.p_sum[set][n];
-#pragma unroll
-      for (int m = 2; m <= 16; m *= 2) {
-        sum += shuffle_xor(sum, m);
-        p_sum += shuffle_xor(p_sum, m);
-      }
-      if (lane >= 2) continue;
-      const uint32_t query = set * kSetQueries + 2 * lane + n;
-      exchange.sum[warp][query] = sum;
-      exchange.p_sum[warp][query] = p_sum;
-      if (warp == 0) exchange.max[query] = sums.max[set][n];
-    }
-  }
-  // With one set lanes c and c + 2 have the same: one gives row g, the other row g + 8.
-  uint8_t* const mine = area + 2 * g * 9 * Shape::kSumBytes + 2 * c % Shape::kQueries * 4;
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    const auto give = [&](uint32_t half, int first) {
-      const uint32_t bit = 2 * warp + i;
-      const float unit = BitMasks::unit(bit + 8 * half);
-      uint8_t* const to = mine + (half * 9 + bit) * Shape::kSumBytes;
-#pragma unroll
-      for (int n = 0; n < Shape::kChunks; n++) {
-        const auto& out = sums.out[2 * n + i];
-        const float two[2] = {first >= 0 ? out[first]
-                              : odd == 0 ? out[0]
-                                         : out[2],
-                              first >= 0 ? out[first + 1]
-                              : odd == 0 ? out[1]
-                                         : out[3]};
-        *reinterpret_cast<float2*>(to + n * 16 * 9 * Shape::kSumBytes) = {two[0] * unit,
-                                                                          two[1] * unit};
-      }
-    };
-    if constexpr (Shape::kSets == 1) {
-      give(odd, -1);
-    } else {
-      give(0, 0);
-      give(1, 2);
-    }
-  }
-  sync_block();
-  if (thread < static_cast<uint32_t>(rows.n_queries)) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kDecodeWarps; w++) sum += exchange.sum[w][thread];
-    *reinterpret_cast<float2*>(rows.to + static_cast<int32_t>(thread) * rows.stride +
-                               Shape::kDim) = {exchange.max[thread], sum};
-  }
-  constexpr int kThreadQueries = Shape::kQueries * Shape::kDim / (kDecodeWarps * kWarpSize);
-  constexpr int kLoaded = kThreadQueries < 4 ? kThreadQueries : 4;
-  using Floats = std::conditional_t<kLoaded == 4, float4, float2>;
-  const uint32_t d = thread % Shape::kDim;
-  const int first_query = static_cast<int>(thread / Shape::kDim) * kThreadQueries;
-  const auto load = [&](const void* from, float(&to)[kThreadQueries]) {
-    const float* const mine = static_cast<const float*>(from) + first_query;
-#pragma unroll
-    for (int q = 0; q < kThreadQueries; q += kLoaded) {
-      const Floats vector = *reinterpret_cast<const Floats*>(mine + q);
-      to[q] = vector.x;
-      to[q + 1] = vector.y;
-      if constexpr (kLoaded == 4) {
-        to[q + 2] = vector.z;
-        to[q + 3] = vector.w;
-      }
-    }
-  };
-  float p_sum[kThreadQueries], value[kThreadQueries] = {};
-  load(exchange.p_sum[0], p_sum);
-#pragma unroll
-  for (int w = 1; w < kDecodeWarps; w++) {
-    float of_warp[kThreadQueries];
-    load(exchange.p_sum[w], of_warp);
-#pragma unroll
-    for (int q = 0; q < kThreadQueries; q++) p_sum[q] += of_warp[q];
-  }
-  const CodeDim dim = dims[d];
-  uint32_t bit = dim.first_bit() + dim.width();
-#pragma unroll 1
-  while (bit > dim.first_bit()) {  // from the highest down
-    bit--;
-    float of_bit[kThreadQueries];
-    load(area + (bit + bit / 8) * Shape::kSumBytes, of_bit);
-    const float still = bit % 16 == 15 ? 0.5f : 0.0f;
-#pragma unroll
-    for (int q = 0; q < kThreadQueries; q++) {
-      value[q] = 2.0f * value[q] + of_bit[q] + still * p_sum[q];
-    }
-  }
-  const float middle = 0.5f - 0.5f * static_cast<float>(1u << dim.width());
-  float* to = rows.to + first_query * rows.stride + d;
-#pragma unroll
-  for (int q = 0; q < kThreadQueries; q++) {
-    if (first_query + q < rows.n_queries) *to = (value[q] + middle * p_sum[q]) * dim.step;
-    to += rows.stride;
   }
 }
 

@@ -144,11 +144,11 @@ TAILS = {1: "f16", 2: "bf16"}  # DType
 def kernel_label(mangled: str) -> str | None:
     """Readable name of a decode kernel's instance; None for other kernels."""
     coded = re.search(
-        r"decode_attention_kernelINS0_10CodedShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)", mangled
+        r"decode_attention_kernelINS0_10CodedShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)", mangled
     )
     if coded is not None:
-        tail, dim, words = (int(x) for x in coded.groups())
-        return f"coded {32 * words / dim:g} bits ({TAILS[tail]} tail) x {dim}, 4 heads"
+        tail, dim, words, sets = (int(x) for x in coded.groups())
+        return f"coded {32 * words / dim:g} bits ({TAILS[tail]} tail) x {dim}, {4 * sets} heads"
     match = re.search(
         r"decode_attention_kernelINS0_11DecodeShapeILNS_5DTypeE(\d)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)"
         r"ELi(\d+)",

@@ -160,6 +160,7 @@ INSTANTIATE_TEST_SUITE_P(Variants, CodedDecodeTest,
 INSTANTIATE_TEST_SUITE_P(Narrow, CodedDecodeTest,
                          ::testing::Values(CodedCase{kF16, 64, 2.0, 4},
                                            CodedCase{kBF16, 128, 2.0, 4},
+                                           CodedCase{kF16, 64, 2.0, 8},
                                            CodedCase{kF16, 128, 2.5, 5}),
                          name_of_coded);
 
@@ -460,6 +461,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, SplitsPerBlockTest,
                                            SplitsCase{{kF16, kInt4}, kDense, 128, 4},
                                            SplitsCase{{kF16, kInt4}, kDense, 64, 8},
                                            SplitsCase{{kF16, DType::kCoded}, kDense, 128, 4},
+                                           SplitsCase{{kBF16, DType::kCoded}, kDense, 128, 8},
                                            SplitsCase{{kBF16, DType::kCoded}, kDense, 64, 3}),
                          name_of_splits);
 
