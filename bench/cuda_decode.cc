@@ -258,7 +258,7 @@ int main(int argc, char** argv) {
       if (argument == "-s" && i + 1 < argc) {
         only = argv[++i];
       } else if (argument == "-r" && i + 1 < argc &&
-                 std::string(" 1 2 4 8 ").find(" " + std::string(argv[i + 1]) + " ") !=
+                 std::string(" 1 2 3 4 5 6 7 8 ").find(" " + std::string(argv[i + 1]) + " ") !=
                      std::string::npos) {
         splits_per_block = std::atoi(argv[++i]);
       } else if (argument.find(',') == std::string::npos && std::atof(argv[i]) > 0) {
@@ -269,7 +269,7 @@ int main(int argc, char** argv) {
       } else {
         std::fprintf(
             stderr,
-            "usage: %s [-s setting] [-r 1|2|4|8] [seconds] [batch,context,heads,kv_heads[,layers] "
+            "usage: %s [-s setting] [-r 1..8] [seconds] [batch,context,heads,kv_heads[,layers] "
             "...], not %s\n",
             argv[0], argv[i]);
         return 2;
