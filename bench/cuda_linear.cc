@@ -219,7 +219,11 @@ class Bench {
       return out;
     };
     const auto by_gemv = [&](const LinearArgs& args) { gemv(args, stream_); };
-    const auto by_gemm = [&](const LinearArgs& args) { gemm(args, packed, stream_); };
+    const auto by_gemm = [&](const LinearArgs& args) {
+      LinearArgs rounded = args;
+      rounded.rounded = packed;
+      gemm(rounded, stream_);
+    };
     const auto by_product = [&](const LinearArgs& args) {
       for (int i = 0; i < args.n_parts; i++) {
         if (!product_->multiply(args.parts[i], packed, n, args.cols, scratch, kScratchBytes,

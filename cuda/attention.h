@@ -40,6 +40,7 @@ struct AttentionArgs {
   int32_t splits_per_block = 0;  // of a decode kernel: 1 to 8; 0: by splits_per_block()
   bool decode = true;            // one row a sequence, its token in the dense buffer
   bool writes_out = false;       // prefill_attention_fast writes out itself: no combine follows
+  bool undoes_values = true;     // combine_attention does, else undo_value_transform is to follow
 };
 
 // A sequence has a split for every kMinSplitTiles tiles of 64 tokens that it begins: enough of them
@@ -141,7 +142,8 @@ bool prefill_attention_fast(const AttentionArgs& args, Stream stream);
 // Any layout, type and head_dim up to 256, f32 arithmetic (attention_plain.cu).
 void attention_plain(const AttentionArgs& args, Stream stream);
 
-// Merges the partials of every row and head into out (merge_splits.cuh).
+// Merges the partials of every row and head into out (merge_splits.cuh), in the order that
+// v_backward wants where that is still to be applied.
 void combine_attention(const AttentionArgs& args, Stream stream);
 
 // |q| of the newest rows into SequenceView::query_magnitude, a KV head's query heads summed.

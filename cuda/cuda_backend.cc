@@ -226,9 +226,6 @@ void CudaBackend::project_qkv(const Weights& weights, int32_t layer, const Batch
   rope.sequences = send_sequences(batch, ws);
   rope.n_sequences = static_cast<int32_t>(batch.sequences.size());
   rope.n_rows = n;
-  for (const SequenceStep& step : batch.sequences) {
-    rope.max_row_count = std::max(rope.max_row_count, step.n_rows);
-  }
   rope.layer = layer;
   rope.n_heads = n_heads_;
   rope.n_kv_heads = n_kv_heads_;
@@ -295,13 +292,14 @@ void CudaBackend::attend(int32_t layer, const Batch& batch, const float* q, floa
           undo = undo || batch.sequences[i].transform.v_backward != nullptr;
         }
         if (!args.decode && prefill_attention_fast(args, stream_)) {
-          if (undo && !undo_value_transform(args, stream_)) {
-            throw Error("no kernel undoes a value transform of this head_dim");
-          }
+          if (undo) undo_value_transform(args, stream_);
           return;
         }
-        if (!args.decode || !decode_attention_fast(args, stream_)) attention_plain(args, stream_);
+        const bool fast = args.decode && decode_attention_fast(args, stream_);
+        if (!fast) attention_plain(args, stream_);
+        args.undoes_values = !(fast && undo && args.n_rows > kFewRows && undoes_values(head_dim_));
         combine_attention(args, stream_);
+        if (!args.undoes_values) undo_value_transform(args, stream_);
       });
 }
 
@@ -326,10 +324,17 @@ void CudaBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch,
       {part_of(w.gate, w.gate_bias, gate), part_of(w.up, w.up_bias, up)}, w.gate.cols, x, n);
   products.norm = w.mlp_norm;
   products.eps = eps_;
-  products.gated = true;
+  LinearArgs down =
+      product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n);
+  // Where both are products on 2-byte operands, the second's is written as such.
+  products.gated = !(by_multiply(products, batch.decode) && by_multiply(down, batch.decode));
   linear(products, batch.decode, ws);
-  add_branch(product_of({part_of(w.down, w.down_bias, x, /*add=*/true)}, w.down.cols, gate, n),
-             w.mlp_out_norm, w.down.rows, batch.decode, ws);
+  if (!products.gated) {
+    void* const rounded = ws.packed.ensure<uint16_t>(n * w.gate.rows);
+    silu_multiply(gate, up, n * w.gate.rows, operand_dtype(down.parts[0]), rounded, stream_);
+    down.rounded = rounded;
+  }
+  add_branch(down, w.mlp_out_norm, w.down.rows, batch.decode, ws);
 }
 
 void CudaBackend::logits(const Weights& weights, const Batch& batch, std::span<const int32_t> rows,

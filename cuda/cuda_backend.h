@@ -106,14 +106,16 @@ class CudaBackend final : public Backend {
   bool by_gemm_quantised(const LinearArgs& args) const;
   // By one of the two; false where neither is for these args.
   bool in_one_step(const LinearArgs& args, bool decode, CudaWorkspace& workspace);
+  // Whether linear() takes the matrices together, rounds x and multiplies.
+  bool by_multiply(const LinearArgs& args, bool decode) const;
+  // The type that x is rounded to for a product with this matrix.
+  DType operand_dtype(const LinearPart& part) const;
   // The products alone, by tensor cores: only the matrices, biases and x of args count.
   void multiply(const LinearArgs& args, CudaWorkspace& workspace);
-  // The same of one matrix; packed: x in the product's type. Codes are expanded some rows at a
-  // time, few enough to stay in a GPU's L2.
-  void multiply_codes(const LinearArgs& args, const LinearPart& part, void* packed,
-                      CudaWorkspace& workspace);
-  void multiply_values(const LinearArgs& args, const LinearPart& part, void* packed,
-                       CudaWorkspace& workspace);
+  // The same of one matrix and args.rounded. Codes are expanded some rows at a time, few enough to
+  // stay in a GPU's L2.
+  void multiply_codes(const LinearArgs& args, const LinearPart& part, CudaWorkspace& workspace);
+  void multiply_values(const LinearArgs& args, const LinearPart& part, CudaWorkspace& workspace);
   // RMSNorm of rows (device; null: the first n) of x, in the workspace.
   const float* normalise(const float* x, const float* weight, const int32_t* rows, int32_t n,
                          int64_t hidden, CudaWorkspace& workspace);

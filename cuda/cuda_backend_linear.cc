@@ -22,6 +22,12 @@ LinearArgs part_alone(const LinearArgs& args, const LinearPart& part) {
   return one;
 }
 
+// Whether one kernel multiplies by all matrices.
+bool alike(const LinearArgs& args) {
+  return std::all_of(args.parts, args.parts + args.n_parts,
+                     [&](const LinearPart& part) { return part.like(args.parts[0]); });
+}
+
 }  // namespace
 
 bool CudaBackend::by_gemv(const LinearArgs& args, bool decode) const {
@@ -50,16 +56,20 @@ bool CudaBackend::in_one_step(const LinearArgs& args, bool decode, CudaWorkspace
 
 void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& workspace) {
   if (whole.n == 0) return;
-  const auto like_first = [&](const LinearPart& part) { return part.like(whole.parts[0]); };
-  const bool alike = std::all_of(whole.parts, whole.parts + whole.n_parts, like_first);
-  if (alike && in_one_step(whole, decode, workspace)) return;
+  const bool together = alike(whole);
+  if (together && in_one_step(whole, decode, workspace)) return;
   LinearArgs args = whole;
-  if (args.norm != nullptr) {
-    args.x = normalise(args.x, args.norm, nullptr, args.n, args.cols, workspace);
-    args.norm = nullptr;
-  }
+  args.norm = nullptr;
   args.gated = false;
-  if (alike) {
+  if (whole.norm != nullptr && together) {
+    void* const rounded = workspace.packed.ensure<uint16_t>(args.n * args.cols);
+    rms_norm_rounded(args.x, whole.norm, eps_, args.n, args.cols, operand_dtype(args.parts[0]),
+                     rounded, stream_);
+    args.rounded = rounded;
+  } else if (whole.norm != nullptr) {
+    args.x = normalise(args.x, whole.norm, nullptr, args.n, args.cols, workspace);
+  }
+  if (together) {
     multiply(args, workspace);
   } else {
     for (int i = 0; i < args.n_parts; i++) {
@@ -68,28 +78,36 @@ void CudaBackend::linear(const LinearArgs& whole, bool decode, CudaWorkspace& wo
     }
   }
   if (whole.gated) {
-    silu_multiply(args.parts[0].y, args.parts[1].y, args.n * args.parts[0].rows, stream_);
+    silu_multiply(args.parts[0].y, args.parts[1].y, args.n * args.parts[0].rows, DType::kF32,
+                  args.parts[0].y, stream_);
   }
 }
 
-void CudaBackend::multiply(const LinearArgs& args, CudaWorkspace& workspace) {
-  const bool quantised = args.parts[0].quantised();
-  void* packed = workspace.packed.ensure<uint16_t>(args.n * args.cols);
-  if (cublaslt_ == nullptr && !quantised) {
-    gemm(args, packed, stream_);
-    return;
+bool CudaBackend::by_multiply(const LinearArgs& args, bool decode) const {
+  return alike(args) && !by_gemm_quantised(args) && !by_gemv(args, decode);
+}
+
+DType CudaBackend::operand_dtype(const LinearPart& part) const {
+  return part.quantised() ? dtype_ : part.dtype;
+}
+
+void CudaBackend::multiply(const LinearArgs& given, CudaWorkspace& workspace) {
+  LinearArgs args = given;
+  if (args.rounded == nullptr) {
+    void* const packed = workspace.packed.ensure<uint16_t>(args.n * args.cols);
+    round_to(operand_dtype(args.parts[0]), args.x, args.n * args.cols, packed, stream_);
+    args.rounded = packed;
   }
-  round_to(quantised ? dtype_ : args.parts[0].dtype, args.x, args.n * args.cols, packed, stream_);
   for (int i = 0; i < args.n_parts; i++) {
-    if (quantised) {
-      multiply_codes(args, args.parts[i], packed, workspace);
+    if (args.parts[i].quantised()) {
+      multiply_codes(args, args.parts[i], workspace);
     } else {
-      multiply_values(args, args.parts[i], packed, workspace);
+      multiply_values(args, args.parts[i], workspace);
     }
   }
 }
 
-void CudaBackend::multiply_codes(const LinearArgs& args, const LinearPart& part, void* packed,
+void CudaBackend::multiply_codes(const LinearArgs& args, const LinearPart& part,
                                  CudaWorkspace& workspace) {
   const int64_t most = std::min(expanded_rows(args.cols), part.rows);
   void* values = workspace.expanded.ensure<uint16_t>(most * args.cols);
@@ -99,16 +117,16 @@ void CudaBackend::multiply_codes(const LinearArgs& args, const LinearPart& part,
     const float* bias = part.bias != nullptr ? part.bias + first : nullptr;
     multiply_values(args,
                     {values, dtype_, rows, bias, part.y + first, part.y_stride, part.accumulate},
-                    packed, workspace);
+                    workspace);
   }
 }
 
-void CudaBackend::multiply_values(const LinearArgs& args, const LinearPart& part, void* packed,
+void CudaBackend::multiply_values(const LinearArgs& args, const LinearPart& part,
                                   CudaWorkspace& workspace) {
-  if (cublaslt_ == nullptr || !cublaslt_->multiply(part, packed, args.n, args.cols,
+  if (cublaslt_ == nullptr || !cublaslt_->multiply(part, args.rounded, args.n, args.cols,
                                                    workspace.product.ensure<uint8_t>(kProductBytes),
                                                    kProductBytes, stream_)) {
-    gemm(part_alone(args, part), packed, stream_);
+    gemm(part_alone(args, part), stream_);
   } else if (part.bias != nullptr) {
     add_bias(part.bias, part.rows, args.n, part.y, part.y_stride, stream_);
   }

@@ -53,7 +53,8 @@ struct CodedShape {
   static constexpr int kSumsBytes = kChunks * 16 * 9 * kSumBytes;
   static constexpr int kTailBytes = kDecodeWarps * kSetQueries * (kDim + 2) * 4;
   static constexpr int kStagesAt = kMergeAt + (kSumsBytes > kTailBytes ? kSumsBytes : kTailBytes);
-  static constexpr int kMostBlockSplits = kMostSplits;  // its blocks' starts are long
+  // Its blocks' starts are long, but with more splits than these, measured, blocks end together.
+  static constexpr int kMostBlockSplits = 4;
   // As many as registers allow without spilling.
   static constexpr int kBlocksPerMultiprocessor = kSets == 2 ? (kDim == 64 ? 4 : 3)
                                                   : kChunks == 4 || kRowBytes == 40 ? 4

@@ -428,6 +428,19 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t i
   }
 }
 
+// Four neighbours, the first at a multiple of four.
+__device__ __forceinline__ void store_four(void* data, DType dtype, int64_t i, const float4& x) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float4*>(static_cast<float*>(data) + i) = x;
+    return;
+  }
+  const auto two = [&](float low, float high) {
+    return dtype == DType::kF16 ? uint32_t{float_f16(high)} << 16 | float_f16(low)
+                                : uint32_t{float_bf16(high)} << 16 | float_bf16(low);
+  };
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(data) + i) = {two(x.x, x.y), two(x.z, x.w)};
+}
+
 // Two f16 in a word: a - b in each half.
 __device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
 #if defined(MUSTAFAR_SIMT)

@@ -21,14 +21,23 @@ void rms_norm(const float* x, const int32_t* rows, const float* weight, float ep
 // x [count] *= factor.
 void scale(float* x, float factor, int64_t count, Stream stream);
 
-// gate [count] = silu(gate) * up.
-void silu_multiply(float* gate, const float* up, int64_t count, Stream stream);
+// The same of rows 0 .. n-1, rounded: out [n][hidden] in f16 or bf16.
+void rms_norm_rounded(const float* x, const float* weight, float eps, int64_t n, int64_t hidden,
+                      DType dtype, void* out, Stream stream);
+
+// out [count] = silu(gate) * up in dtype, f32, f16 or bf16. f32: out may be gate. Arrays begin at
+// 16-byte addresses.
+void silu_multiply(const float* gate, const float* up, int64_t count, DType dtype, void* out,
+                   Stream stream);
+
+// Up to so many rows of a batch are rotated and transformed one by one, in f32; more of them
+// together, matrices and values to within 2^-16 of every product, where the tail has 2 bytes.
+constexpr int32_t kFewRows = 8;
 
 struct RopeArgs {
   const SequenceView* sequences = nullptr;  // [n_sequences] on the device
   int32_t n_sequences = 0;
   int32_t n_rows = 0;
-  int32_t max_row_count = 1;  // most rows of one sequence
   int32_t layer = 0;
   int32_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
   DType tail_dtype = DType::kBF16;
@@ -47,8 +56,9 @@ struct RopeArgs {
 // type, to the sequence's fresh buffer or its dense slot dense_tokens.
 void rope_append(const RopeArgs& args, Stream stream);
 
-// args.out times v_backward, in place, of the sequences that have one. False where no kernel takes
-// the head_dim.
-bool undo_value_transform(const AttentionArgs& args, Stream stream);
+// args.out times v_backward, in place, of the sequences that have one, each product to within
+// 2^-16. Error unless undoes_values(head_dim).
+void undo_value_transform(const AttentionArgs& args, Stream stream);
+bool undoes_values(int32_t head_dim);
 
 }  // namespace mustafar::cuda

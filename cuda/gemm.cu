@@ -107,10 +107,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Four neighbours a thread.
 __global__ void __launch_bounds__(256)
     round_kernel(DType dtype, const float* x, int64_t count, void* packed) {
-  const int64_t i = int64_t{blockIdx.x} * 256 + threadIdx.x;
-  if (i < count) store_element(packed, dtype, i, x[i]);
+  const int64_t first = (int64_t{blockIdx.x} * 256 + threadIdx.x) * 4;
+  if (first + 4 <= count) {
+    store_four(packed, dtype, first, *reinterpret_cast<const float4*>(x + first));
+  } else {
+    for (int64_t i = first; i < count; i++) store_element(packed, dtype, i, x[i]);
+  }
 }
 
 __global__ void __launch_bounds__(256)
@@ -132,7 +137,7 @@ bool gemm_takes(const LinearArgs& args) {
 }
 
 void round_to(DType dtype, const float* x, int64_t count, void* packed, Stream stream) {
-  launch("round", round_kernel, {(count + 255) / 256}, 256, 0, stream, dtype, x, count, packed);
+  launch("round", round_kernel, {(count + 1023) / 1024}, 256, 0, stream, dtype, x, count, packed);
 }
 
 void add_bias(const float* bias, int64_t rows, int32_t n, float* y, int64_t y_stride,
@@ -141,9 +146,8 @@ void add_bias(const float* bias, int64_t rows, int32_t n, float* y, int64_t y_st
          y_stride);
 }
 
-void gemm(const LinearArgs& args, void* packed, Stream stream) {
-  round_to(args.parts[0].dtype, args.x, args.n * args.cols, packed, stream);
-  const uint16_t* x = static_cast<const uint16_t*>(packed);
+void gemm(const LinearArgs& args, Stream stream) {
+  const uint16_t* x = static_cast<const uint16_t*>(args.rounded);
   for (int i = 0; i < args.n_parts; i++) {
     const LinearPart& part = args.parts[i];
     const Grid grid{(part.rows + kTile - 1) / kTile, (args.n + kTile - 1) / kTile};

@@ -54,6 +54,10 @@ struct LinearArgs {
   const float* x = nullptr;  // [n][cols]
   int32_t n = 0;             // rows of the batch
 
+  // x rounded to the weights' type, or to the type that codes are expanded to, where it is at hand:
+  // of the products on 2-byte operands alone, which else round x.
+  const void* rounded = nullptr;
+
   // Of gemv alone: RMSNorm of x before, with these weights [cols] unless null; and with gated, two
   // parts of equal rows of which the first's y becomes silu(first) * second, the second's unused.
   const float* norm = nullptr;
@@ -76,10 +80,10 @@ bool gemm_quantised_takes(const LinearArgs& args);
 int64_t gemm_quantised_scratch_bytes(const LinearArgs& args);
 void gemm_quantised(const LinearArgs& args, void* scratch, Stream stream);
 
-// Products of 2-byte operands with f32 sums: x is rounded to the weights' type. packed: scratch for
-// it, [n][cols]. Needs f16 or bf16 weights and cols a multiple of 8 (gemm_takes).
+// Products of 2-byte operands, args.rounded and the weights, with f32 sums. Needs f16 or bf16
+// weights and cols a multiple of 8 (gemm_takes).
 bool gemm_takes(const LinearArgs& args);
-void gemm(const LinearArgs& args, void* packed, Stream stream);
+void gemm(const LinearArgs& args, Stream stream);
 
 // How many rows of a matrix of codes are expanded to 2-byte values at a time: 32 MiB of them, which
 // stay in a GPU's L2 until they are multiplied. Whole tiles.
@@ -97,7 +101,7 @@ void expand_codes(const LinearPart& part, int64_t cols, int64_t first, int64_t r
 void embed_codes(const LinearPart& table, const int32_t* token_ids, int32_t n, int64_t hidden,
                  float* out, Stream stream);
 
-// packed [count] = x in f16 or bf16.
+// packed [count] = x in f16 or bf16. Both begin at 16-byte addresses.
 void round_to(DType dtype, const float* x, int64_t count, void* packed, Stream stream);
 
 // y [n][y_stride] += bias [rows].

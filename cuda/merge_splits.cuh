@@ -83,7 +83,8 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
   }
   float* const out = args.out + (int64_t{row} * args.n_heads + first_head) * head_dim;
   const int32_t kv_head = first_head / (args.n_heads / args.n_kv_heads);
-  if (s.transform.v_backward != nullptr) {
+  const bool has_matrix = s.transform.v_backward != nullptr;
+  if (has_matrix && args.undoes_values) {
     transform_rows<kThreads, kMaxHeads>(
         merged, n,
         s.transform.v_backward +
@@ -95,7 +96,7 @@ __device__ __forceinline__ void merge_splits(const AttentionArgs& args, const Se
 #pragma unroll 1
   for (int i = thread; i < n * head_dim; i += kThreads) {
     const int d = i % head_dim;
-    out[i] = merged[i - d + stored_index(d, s.transform.v_groups, head_dim)];
+    out[i] = merged[i - d + stored_index(d, has_matrix ? 1 : s.transform.v_groups, head_dim)];
   }
 }
 

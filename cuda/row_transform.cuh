@@ -1,8 +1,10 @@
-// Rows times the matrices of a KV transform: a few rows in the kernels of a decode step, where the
-// matrix is read once and latency counts, and 32 rows a block in prefill, where it is shared.
+// Rows times the matrices of a KV transform: a few rows in f32, where a matrix is read once and
+// latency counts, and 64 rows a block on tensor cores, where they share it.
 #pragma once
 
+#include "backend/cache_view.h"
 #include "cuda/device_ops.cuh"
+#include "cuda/matrix_ops.cuh"
 
 namespace mustafar::cuda {
 
@@ -108,60 +110,140 @@ __device__ __forceinline__ void transform_row_transposed(const float* x, const f
   }
 }
 
-// ---- 32 rows a block ----
+// ---- many rows a block ----
 
-constexpr int kBlockRows = 32;
+constexpr int kBlockRows = 64;
 constexpr int kBlockThreads = 256;
 
-// Floats of shared memory: rows [kBlockRows][dims], then a slab of the matrix.
-MUSTAFAR_HOST_DEVICE constexpr int transform_block_floats(int dims) {
-  return kBlockRows * dims + dims * (kBlockRows + 1);
-}
+// Rows of a batch, each times the matrix of its sequence, on tensor cores: values and matrices are
+// taken as two bf16 terms each, of whose four products three count, which is within 2^-16 of every
+// term. Rows of any sequences stand together; a matrix that several of them share is read once. In
+// shared memory. kDims: a multiple of 16.
+template <int kDims>
+class RowBlock {
+ public:
+  // Of a row: its sequence, null where it has none, and the matrix, null where it keeps its values.
+  struct Row {
+    const SequenceView* sequence;
+    const float* matrix;
+  };
 
-// store(r, d, row r of x times the matrix, or its transpose) for kBlockRows rows of 32 kTiles dims.
-// x: shared as above, complete and visible; the slab follows it. A thread has dims lane + 32 i of
-// rows warp + 8 k.
-template <int kTiles, bool kTransposed, typename Store>
-__device__ __forceinline__ void transform_block(const float* x, const float* matrix,
-                                                Store&& store) {
-  constexpr int kDims = 32 * kTiles, kWarps = kBlockThreads / kWarpSize,
-                kRows = kBlockRows / kWarps;
-  constexpr int kStride = kTransposed ? 33 : kDims;  // of the slab's rows
-  float* const slab = const_cast<float*>(x) + kBlockRows * kDims;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarpSize, lane = lane_id();
-  float sums[kRows][kTiles] = {};
-#pragma unroll 1
-  for (int first = 0; first < kDims; first += 32) {
-    sync_block();  // all are done with the slab before
-    for (int i = thread; i < 32 * kDims; i += kBlockThreads) {
-      if constexpr (kTransposed) {  // matrix[d][first + j] at [d][j]
-        slab[i / 32 * kStride + i % 32] = matrix[i / 32 * kDims + first + i % 32];
-      } else {
-        slab[i] = matrix[first * kDims + i];
-      }
+  // Looks up n rows from `first` on. matrix_of(sequence): the matrix. By the whole block, which has
+  // passed a barrier since it used the rows; ends with one.
+  template <typename MatrixOf>
+  __device__ __forceinline__ void find(const SequenceView* sequences, int32_t n_sequences,
+                                       int32_t first, int n, MatrixOf&& matrix_of) {
+    const int thread = static_cast<int>(threadIdx.x);
+    for (int r = thread; r < kBlockRows; r += kBlockThreads) {
+      const SequenceView* const s =
+          r < n ? find_sequence(sequences, n_sequences, first + r) : nullptr;
+      rows_[r] = {s, s != nullptr ? matrix_of(*s) : nullptr};
     }
     sync_block();
-#pragma unroll 8
-    for (int j = 0; j < 32; j++) {
-      float m[kTiles];
-#pragma unroll
-      for (int t = 0; t < kTiles; t++) {
-        const int d = lane + 32 * t;
-        m[t] = kTransposed ? slab[d * kStride + j] : slab[j * kStride + d];
-      }
-#pragma unroll
-      for (int k = 0; k < kRows; k++) {
-        const float value = x[(warp + kWarps * k) * kDims + first + j];
-#pragma unroll
-        for (int t = 0; t < kTiles; t++) sums[k][t] += value * m[t];
+    if (thread >= kBlockRows) return;  // whole warps
+    bool leads = rows_[thread].matrix != nullptr;
+    for (int r = thread - 1; leads && r >= 0; r--) leads = rows_[r].matrix != rows_[thread].matrix;
+    const uint32_t leaders = ballot(leads);
+    if (lane_id() == 0) leaders_[thread / kWarpSize] = leaders;
+  }
+
+  __device__ __forceinline__ const Row& row(int r) const { return rows_[r]; }
+
+  // Dim d of row r: as it is to be multiplied or, without a matrix, as it is. What was put before a
+  // barrier is there after it.
+  __device__ __forceinline__ void put(int r, int d, float value) {
+    if (rows_[r].matrix == nullptr) {
+      terms_[0][r][d] = static_cast<uint16_t>(float_bits(value) >> 16);
+      terms_[1][r][d] = static_cast<uint16_t>(float_bits(value));
+      return;
+    }
+    const uint16_t high = float_bf16(value);
+    terms_[0][r][d] = high;
+    terms_[1][r][d] = float_bf16(value - bf16_float(high));
+  }
+  // What was put in a row without a matrix.
+  __device__ __forceinline__ float value(int r, int d) const {
+    return bits_float(uint32_t{terms_[0][r][d]} << 16 | terms_[1][r][d]);
+  }
+
+  // store(r, d, values of dims d and d + 1) of row r times its matrix, or its transpose, of those
+  // of the first n rows that have one. By the whole block, after a barrier.
+  template <bool kTransposed, typename Store>
+  __device__ __forceinline__ void multiply(int n, Store&& store) const {
+#pragma unroll 1
+    for (int half = 0; half < kBlockRows / kWarpSize; half++) {
+#pragma unroll 1
+      for (uint32_t left = leaders_[half]; left != 0; left &= left - 1) {
+        const int leader = half * kWarpSize + popcount((left & (0u - left)) - 1u);
+        multiply_by<kTransposed>(n, rows_[leader].matrix, store);
       }
     }
   }
-#pragma unroll
-  for (int k = 0; k < kRows; k++) {
-#pragma unroll
-    for (int t = 0; t < kTiles; t++) store(warp + kWarps * k, lane + 32 * t, sums[k][t]);
+
+ private:
+  static constexpr int kWarps = kBlockThreads / kWarpSize;
+  static constexpr int kColumnTiles = kDims / 8, kSteps = kDims / 16;
+  static constexpr int kWarpTiles = (kColumnTiles + kWarps - 1) / kWarps;
+  static_assert(kDims % 16 == 0 && kColumnTiles % kWarpTiles == 0);
+
+  // A fragments of two neighbours as two terms.
+  static __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
+    high = pack2<DType::kBF16>(a, b);
+    low = pack2<DType::kBF16>(a - bf16_float(static_cast<uint16_t>(high)),
+                              b - bf16_float(static_cast<uint16_t>(high >> 16)));
   }
-}
+
+  template <bool kTransposed, typename Store>
+  __device__ __forceinline__ void multiply_by(int n, const float* matrix, Store&& store) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = lane_id();
+    const int g = lane >> 2, c = lane & 3, first_tile = warp * kWarpTiles;
+    if (first_tile >= kColumnTiles) return;
+    uint32_t b[kWarpTiles][kSteps][2][2];  // of a step of 16 dims: terms, halves
+#pragma unroll
+    for (int t = 0; t < kWarpTiles; t++) {
+      const int d = 8 * (first_tile + t) + g;
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int j = 16 * k + 8 * half + 2 * c;
+          const float* const at = kTransposed ? matrix + d * kDims + j : matrix + j * kDims + d;
+          split(at[0], at[kTransposed ? 1 : kDims], b[t][k][0][half], b[t][k][1][half]);
+        }
+      }
+    }
+    const int row = lane & 15, column = (lane >> 4) * 8;  // of which the lane gives the address
+#pragma unroll 1
+    for (int first = 0; first < n; first += 16) {
+      float sums[kWarpTiles][4] = {};
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) {
+        uint32_t high[4], low[4];
+        load_matrices<false>(high, &terms_[0][first + row][16 * k + column]);
+        load_matrices<false>(low, &terms_[1][first + row][16 * k + column]);
+#pragma unroll
+        for (int t = 0; t < kWarpTiles; t++) {
+          mma_16x8x16<DType::kBF16>(sums[t], low, b[t][k][0]);
+          mma_16x8x16<DType::kBF16>(sums[t], high, b[t][k][1]);
+          mma_16x8x16<DType::kBF16>(sums[t], high, b[t][k][0]);
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kWarpTiles; t++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int r = first + g + 8 * half;
+          if (rows_[r].matrix != matrix) continue;
+          store(r, 8 * (first_tile + t) + 2 * c, sums[t][2 * half], sums[t][2 * half + 1]);
+        }
+      }
+    }
+  }
+
+  Row rows_[kBlockRows];
+  uint32_t leaders_[kBlockRows / kWarpSize];  // rows that are the first with their matrix
+  // Rows 16 bytes longer than a multiple of 32 dims: ldmatrix meets no bank conflict.
+  alignas(16) uint16_t terms_[2][kBlockRows][kDims + 8];
+};
 
 }  // namespace mustafar::cuda

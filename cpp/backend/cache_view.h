@@ -199,14 +199,23 @@ MUSTAFAR_HOST_DEVICE inline HiddenRows hidden_before(const SequenceView& s, int3
   return hidden;
 }
 
-// The sequence that row `row` of a batch belongs to, or null.
+// The sequence that row `row` of a batch belongs to, or null. Sequences stand in the order of their
+// rows.
 MUSTAFAR_HOST_DEVICE inline const SequenceView* find_sequence(const SequenceView* sequences,
                                                               int32_t n_sequences, int32_t row) {
-  for (int32_t i = 0; i < n_sequences; i++) {
-    const SequenceView& s = sequences[i];
-    if (row >= s.row0 && row < s.row0 + s.n_rows) return &s;
+  const auto holds = [&](int32_t i) {
+    return row >= sequences[i].row0 && row < sequences[i].row0 + sequences[i].n_rows;
+  };
+  if (n_sequences <= 0 || row < sequences[0].row0) return nullptr;
+  // Where each has one row.
+  const int32_t guess = row - sequences[0].row0;
+  if (guess < n_sequences && holds(guess)) return &sequences[guess];
+  int32_t first = 0, end = n_sequences;  // the last one that begins at or before the row
+  while (end - first > 1) {
+    const int32_t middle = first + (end - first) / 2;
+    (sequences[middle].row0 <= row ? first : end) = middle;
   }
-  return nullptr;
+  return holds(first) ? &sequences[first] : nullptr;
 }
 
 }  // namespace mustafar

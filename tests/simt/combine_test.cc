@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/elementwise.h"
 #include "linear_fixture.h"
 
 namespace mustafar::cuda {
@@ -17,9 +18,10 @@ constexpr int32_t kHeads = 4, kKVHeads = 2, kLayers = 2, kLayer = 1;
 
 // Every head and sequence (one row each) has splits with random maxima, of which some saw no token.
 // Values have a matrix of the value transform, or dims that were dealt to groups, or neither.
+// after: the matrix is left to undo_value_transform.
 void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32_t groups,
-                   bool matrix) {
-  SCOPED_TRACE(std::to_string(head_dim) + (matrix ? " by a matrix" : ""));
+                   bool matrix, bool after = false) {
+  SCOPED_TRACE(std::to_string(head_dim) + (matrix ? " by a matrix" : "") + (after ? " after" : ""));
   const int32_t n_rows = static_cast<int32_t>(n_blocks.size());
   const int64_t matrix_size = int64_t{head_dim} * head_dim;
   Values backward(kLayers * kKVHeads * matrix_size, DType::kF32, 1);
@@ -66,7 +68,9 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
   args.head_dim = head_dim;
   args.partials = partials.device();
   args.out = out.device();
+  args.undoes_values = !after;
   combine_attention(args, nullptr);
+  if (after) undo_value_transform(args, nullptr);
   out.download();
 
   for (int32_t row = 0; row < n_rows; row++) {
@@ -93,7 +97,8 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
             size += std::fabs(merged[j] / sum * backward[first + int64_t{j} * head_dim + d]);
           }
         }
-        ASSERT_NEAR(out.host()[(row * kHeads + head) * head_dim + d], want, 2e-6 * size)
+        ASSERT_NEAR(out.host()[(row * kHeads + head) * head_dim + d], want,
+                    (after ? 0x1p-16 : 2e-6) * size)
             << "row " << row << " head " << head << " dim " << d << " of " << n_splits << " splits";
       }
     }
@@ -109,6 +114,11 @@ TEST(Combine, MergesTheSplitsOfEveryRow) {
 
 TEST(Combine, UndoesTheValueTransform) {
   for (const int32_t head_dim : {24, 64, 128}) check_combine(head_dim, {70, 0}, 1, true);
+}
+
+TEST(Combine, LeavesTheValueTransformToAKernelOfManyRows) {
+  // Groups are of no effect beside a matrix.
+  for (const int32_t head_dim : {64, 96, 128}) check_combine(head_dim, {70, 0, 5}, 8, true, true);
 }
 
 }  // namespace

@@ -23,7 +23,10 @@ void check_gemm(const LinearShape& shape) {
   check_linear(shape, true, kTensorCoreError, [&](const LinearArgs& args) {
     ASSERT_TRUE(gemm_takes(args));
     DeviceMemory packed(dtype_bytes(shape.dtype, shape.n * shape.cols), "packed x");
-    gemm(args, packed.device(), nullptr);
+    round_to(shape.dtype, args.x, shape.n * shape.cols, packed.device(), nullptr);
+    LinearArgs rounded = args;
+    rounded.rounded = packed.device();
+    gemm(rounded, nullptr);
     packed.download();
   });
 }

@@ -98,7 +98,7 @@ void check_product(const Product& p, void (*run)(const LinearArgs&, Stream)) {
   }
 }
 
-void gemm(const LinearArgs& args, Stream stream) {
+void multiply_codes(const LinearArgs& args, Stream stream) {
   ASSERT_TRUE(gemm_quantised_takes(args));
   DeviceMemory scratch(gemm_quantised_scratch_bytes(args), "scratch");
   gemm_quantised(args, scratch.device(), stream);
@@ -170,7 +170,9 @@ INSTANTIATE_TEST_SUITE_P(Shapes, QuantisedGemvTest, ::testing::ValuesIn(products
 
 class QuantisedGemmTest : public ::testing::TestWithParam<Product> {};
 
-TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) { check_product(GetParam(), gemm); }
+TEST_P(QuantisedGemmTest, EqualsTheProductWithItsWeights) {
+  check_product(GetParam(), multiply_codes);
+}
 
 std::vector<Product> gemm_products() {
   // Tiles, groups of tiles and blocks of those that are not full; pieces and stages that are not.
@@ -202,14 +204,14 @@ TEST(QuantisedGemm, ARowDoesNotDependOnTheBatch) {
   args.norm = norm.floats();
   args.eps = 1e-5f;
   args.n = kMost;
-  gemm(args, nullptr);
+  multiply_codes(args, nullptr);
   all.download();
   for (const int32_t n : {9, 17, 33}) {
     const int64_t first = kMost - n;
     args.n = n;
     args.x = x.floats() + first * cols;
     args.parts[0].y = few.floats();
-    gemm(args, nullptr);
+    multiply_codes(args, nullptr);
     few.download();
     EXPECT_EQ(std::memcmp(few.host(), all.host() + first * rows * 4, n * rows * 4), 0) << n;
   }
@@ -292,7 +294,7 @@ TEST(QuantisedGemm, NormAndGateInPassing) {
                         Case{{DType::kInt8, DType::kBF16, Offset::kZeros, 128, 7, 72}, 11, true},
                         Case{{DType::kInt8, DType::kF32, Offset::kNone, 64, 33, 520}, 40, false},
                         Case{{DType::kInt8, DType::kF16, Offset::kNone, 64, 300, 140}, 66, true}}) {
-    check_fused_codes(c.shape, c.n, c.gated, gemm);
+    check_fused_codes(c.shape, c.n, c.gated, multiply_codes);
   }
 }
 
