@@ -94,6 +94,8 @@ def measure(model: mustafar.Model, kv: str, options: argparse.Namespace) -> dict
         times[row_of(event)].append(event["dur"])
     # Ids are turned to rows once a step; a part of a prompt, too.
     steps = max(sum(len(of) for name, of in times.items() if name.startswith("embed")), 1)
+    if not events:
+        raise SystemExit(f"{kv}: the profiler saw nothing of the GPU")
     busy, whole = busy_time(events)
     what = "parts of prompts" if options.prompts else "steps"
     print(f"\n{kv}: {steps} {what}, each {whole / steps:.0f} us, idle {(whole - busy) / steps:.0f}")
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--prompts", action="store_true", help="prompts in place of decode steps")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    watched(0.0)  # loads and starts the profiler, which takes longer than some requests
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         write_folder(parse_shape(options.shape), Path(folder))
         with mustafar.Model(folder, device="cuda", weights=options.weights) as model:

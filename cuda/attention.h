@@ -105,8 +105,8 @@ MUSTAFAR_HOST_DEVICE inline int32_t split_begin(int32_t split, int32_t n_splits,
 
 // How many consecutive splits a block of a decode kernel takes, up to `most`, a constant of the
 // kernel. A block's start costs as much as 3 tiles and the end of a split as 0.7; n_slots blocks
-// run at once. heads: blocks of a split; sequences count as equally long. One where two rounds of
-// blocks take all splits, as at batch 1, and never so many that a tenth of the slots stays empty or
+// run at once. heads: blocks of a split; sequences count as equally long. One where all
+// splits run at once, as at batch 1, and never so many that a quarter of the slots stays empty or
 // that they have more than kListedTiles tiles. Results are the same for any number.
 inline int32_t splits_per_block(const DecodeLoad& load, int32_t n_sequences, int64_t heads,
                                 int64_t n_slots, int32_t most) {
@@ -117,8 +117,8 @@ inline int32_t splits_per_block(const DecodeLoad& load, int32_t n_sequences, int
     if (n > 1 && n * load.split_tiles > kListedTiles) break;
     const int64_t of_each = (each + n - 1) / n;
     const int64_t blocks = (n == 1 ? load.n_splits : of_each * n_sequences) * heads;
-    if (n == 1 && blocks <= 2 * n_slots) return 1;
-    if (n > 1 && 10 * blocks < 9 * n_slots) break;
+    if (n == 1 && blocks <= n_slots) return 1;
+    if (n > 1 && 4 * blocks < 3 * n_slots) break;
     const double waves = static_cast<double>((blocks + n_slots - 1) / n_slots);
     const double cost = waves * (3.0 + n * (load.split_tiles + 0.7));
     if (n == 1 || cost < least) {

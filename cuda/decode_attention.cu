@@ -10,15 +10,16 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kCombineThreads = 256;
 
-// Grid: x head, y row. Shared: what merge_splits takes.
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args) {
-  const int32_t head = static_cast<int32_t>(blockIdx.x), row = static_cast<int32_t>(blockIdx.y);
+// kHeads of a KV head a block. Grid: x heads, y row. Shared: what merge_splits takes.
+template <int kHeads>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(AttentionArgs args, int n_parts) {
+  const int32_t first = static_cast<int32_t>(blockIdx.x) * kHeads;
+  const int32_t row = static_cast<int32_t>(blockIdx.y);
   const SequenceView* s = find_sequence(args.sequences, args.n_sequences, row);
   if (s == nullptr) return;
   const int32_t n_splits = args.decode ? seen_tokens(*s, args.window).n_splits() : 1;
-  merge_splits<kCombineThreads, 1>(args, *s, row, head, 1, args.head_dim, n_splits,
-                                   kCombineThreads / (args.head_dim / 2),
-                                   reinterpret_cast<float*>(shared_memory()));
+  merge_splits<kCombineThreads, kHeads>(args, *s, row, first, kHeads, args.head_dim, n_splits,
+                                        n_parts, reinterpret_cast<float*>(shared_memory()));
 }
 
 // Grid: x KV head, y row, z sequence; thread d sums |q| of dim d over the group's query heads.
@@ -75,9 +76,21 @@ bool decode_attention_fast(const AttentionArgs& args, Stream stream) {
 }
 
 void combine_attention(const AttentionArgs& args, Stream stream) {
-  launch("combine_attention", combine_kernel, {args.n_heads, args.n_rows}, kCombineThreads,
-         merge_bytes(kCombineThreads, 1, args.head_dim, kCombineThreads / (args.head_dim / 2)),
-         stream, args);
+  const auto start = [&](auto kernel, int heads) {
+    const int pairs = args.head_dim / 2 * heads;
+    const int n_parts = pairs < kCombineThreads ? kCombineThreads / pairs : 1;
+    launch("combine_attention", kernel, {args.n_heads / heads, args.n_rows}, kCombineThreads,
+           merge_bytes(kCombineThreads, heads, args.head_dim, n_parts), stream, args, n_parts);
+  };
+  // Of many rows four heads a block, which then all run at once.
+  constexpr int kSome = 4;
+  const bool many =
+      args.n_rows * args.n_heads > 1024 && args.n_heads / args.n_kv_heads % kSome == 0;
+  if (many) {
+    start(combine_kernel<kSome>, kSome);
+  } else {
+    start(combine_kernel<1>, 1);
+  }
 }
 
 void record_query_magnitude(const AttentionArgs& args, Stream stream) {

@@ -428,6 +428,17 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t i
   }
 }
 
+// Two neighbours, the first at a multiple of two.
+__device__ __forceinline__ void store_two(void* data, DType dtype, int64_t i, float a, float b) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float2*>(static_cast<float*>(data) + i) = float2{a, b};
+    return;
+  }
+  *reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(data) + i) =
+      dtype == DType::kF16 ? uint32_t{float_f16(b)} << 16 | float_f16(a)
+                           : uint32_t{float_bf16(b)} << 16 | float_bf16(a);
+}
+
 // Four neighbours, the first at a multiple of four.
 __device__ __forceinline__ void store_four(void* data, DType dtype, int64_t i, const float4& x) {
   if (dtype == DType::kF32) {

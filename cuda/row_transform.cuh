@@ -1,5 +1,5 @@
 // Rows times the matrices of a KV transform: a few rows in f32, where a matrix is read once and
-// latency counts, and 64 rows a block on tensor cores, where they share it.
+// latency counts, and many rows a block on tensor cores, where they share it.
 #pragma once
 
 #include "backend/cache_view.h"
@@ -112,57 +112,52 @@ __device__ __forceinline__ void transform_row_transposed(const float* x, const f
 
 // ---- many rows a block ----
 
-constexpr int kBlockRows = 64;
 constexpr int kBlockThreads = 256;
 
-// Rows of a batch, each times the matrix of its sequence, on tensor cores: values and matrices are
-// taken as two bf16 terms each, of whose four products three count, which is within 2^-16 of every
-// term. Rows of any sequences stand together; a matrix that several of them share is read once. In
-// shared memory. kDims: a multiple of 16.
-template <int kDims>
+// Rows of a batch, each times a matrix of its own, on tensor cores: values and matrices are taken
+// as two bf16 terms each, of whose four products three count, which is within 2^-16 of every term.
+// A matrix that several rows share is read once. In shared memory. Row: has a `matrix`, null where
+// it takes part in no product. kDims: a multiple of 16; kRows: likewise.
+template <typename Row, int kDims, int kRows>
 class RowBlock {
  public:
-  // Of a row: its sequence, null where it has none, and the matrix, null where it keeps its values.
-  struct Row {
-    const SequenceView* sequence;
-    const float* matrix;
-  };
-
-  // Looks up n rows from `first` on. matrix_of(sequence): the matrix. By the whole block, which has
-  // passed a barrier since it used the rows; ends with one.
-  template <typename MatrixOf>
-  __device__ __forceinline__ void find(const SequenceView* sequences, int32_t n_sequences,
-                                       int32_t first, int n, MatrixOf&& matrix_of) {
+  // row_of(r), of the first n rows. By the whole block, once; ends with a barrier.
+  template <typename RowOf>
+  __device__ __forceinline__ void fill(int n, RowOf&& row_of) {
     const int thread = static_cast<int>(threadIdx.x);
-    for (int r = thread; r < kBlockRows; r += kBlockThreads) {
-      const SequenceView* const s =
-          r < n ? find_sequence(sequences, n_sequences, first + r) : nullptr;
-      rows_[r] = {s, s != nullptr ? matrix_of(*s) : nullptr};
-    }
+    for (int r = thread; r < kRows; r += kBlockThreads) rows_[r] = r < n ? row_of(r) : Row();
     sync_block();
-    if (thread >= kBlockRows) return;  // whole warps
-    bool leads = rows_[thread].matrix != nullptr;
+    if (thread >= kLeaderWords * kWarpSize) return;
+    bool leads = thread < kRows && rows_[thread].matrix != nullptr;
     for (int r = thread - 1; leads && r >= 0; r--) leads = rows_[r].matrix != rows_[thread].matrix;
     const uint32_t leaders = ballot(leads);
     if (lane_id() == 0) leaders_[thread / kWarpSize] = leaders;
   }
 
-  __device__ __forceinline__ const Row& row(int r) const { return rows_[r]; }
+  __device__ __forceinline__ const Row& operator[](int r) const { return rows_[r]; }
 
-  // Dim d of row r: as it is to be multiplied or, without a matrix, as it is. What was put before a
-  // barrier is there after it.
+  // Dim d of row r as it is to be multiplied: multiply() takes what was put before a barrier.
   __device__ __forceinline__ void put(int r, int d, float value) {
-    if (rows_[r].matrix == nullptr) {
-      terms_[0][r][d] = static_cast<uint16_t>(float_bits(value) >> 16);
-      terms_[1][r][d] = static_cast<uint16_t>(float_bits(value));
-      return;
-    }
-    const uint16_t high = float_bf16(value);
-    terms_[0][r][d] = high;
-    terms_[1][r][d] = float_bf16(value - bf16_float(high));
+    const uint32_t high = pack2<DType::kBF16>(value, 0.0f) & 0xffffu;
+    terms_[0][r][d] = static_cast<uint16_t>(high);
+    terms_[1][r][d] =
+        static_cast<uint16_t>(pack2<DType::kBF16>(value - bits_float(high << 16), 0.0f));
   }
-  // What was put in a row without a matrix.
-  __device__ __forceinline__ float value(int r, int d) const {
+  // Dims d to d + 3, d a multiple of 4.
+  __device__ __forceinline__ void put_four(int r, int d, const float4& values) {
+    uint2 high, low;
+    split(values.x, values.y, high.x, low.x);
+    split(values.z, values.w, high.y, low.y);
+    *reinterpret_cast<uint2*>(&terms_[0][r][d]) = high;
+    *reinterpret_cast<uint2*>(&terms_[1][r][d]) = low;
+  }
+
+  // Instead: dim d of a row without a matrix as it is, for kept() after a barrier.
+  __device__ __forceinline__ void keep(int r, int d, float value) {
+    terms_[0][r][d] = static_cast<uint16_t>(float_bits(value) >> 16);
+    terms_[1][r][d] = static_cast<uint16_t>(float_bits(value));
+  }
+  __device__ __forceinline__ float kept(int r, int d) const {
     return bits_float(uint32_t{terms_[0][r][d]} << 16 | terms_[1][r][d]);
   }
 
@@ -171,10 +166,10 @@ class RowBlock {
   template <bool kTransposed, typename Store>
   __device__ __forceinline__ void multiply(int n, Store&& store) const {
 #pragma unroll 1
-    for (int half = 0; half < kBlockRows / kWarpSize; half++) {
+    for (int word = 0; word < kLeaderWords; word++) {
 #pragma unroll 1
-      for (uint32_t left = leaders_[half]; left != 0; left &= left - 1) {
-        const int leader = half * kWarpSize + popcount((left & (0u - left)) - 1u);
+      for (uint32_t left = leaders_[word]; left != 0; left &= left - 1) {
+        const int leader = word * kWarpSize + popcount((left & (0u - left)) - 1u);
         multiply_by<kTransposed>(n, rows_[leader].matrix, store);
       }
     }
@@ -184,9 +179,9 @@ class RowBlock {
   static constexpr int kWarps = kBlockThreads / kWarpSize;
   static constexpr int kColumnTiles = kDims / 8, kSteps = kDims / 16;
   static constexpr int kWarpTiles = (kColumnTiles + kWarps - 1) / kWarps;
-  static_assert(kDims % 16 == 0 && kColumnTiles % kWarpTiles == 0);
+  static_assert(kDims % 16 == 0 && kRows % 16 == 0 && kColumnTiles % kWarpTiles == 0);
 
-  // A fragments of two neighbours as two terms.
+  // Two neighbours as two terms each.
   static __device__ __forceinline__ void split(float a, float b, uint32_t& high, uint32_t& low) {
     high = pack2<DType::kBF16>(a, b);
     low = pack2<DType::kBF16>(a - bf16_float(static_cast<uint16_t>(high)),
@@ -240,10 +235,12 @@ class RowBlock {
     }
   }
 
-  Row rows_[kBlockRows];
-  uint32_t leaders_[kBlockRows / kWarpSize];  // rows that are the first with their matrix
+  static constexpr int kLeaderWords = (kRows + kWarpSize - 1) / kWarpSize;
+
+  Row rows_[kRows];
+  uint32_t leaders_[kLeaderWords];  // rows that are the first with their matrix
   // Rows 16 bytes longer than a multiple of 32 dims: ldmatrix meets no bank conflict.
-  alignas(16) uint16_t terms_[2][kBlockRows][kDims + 8];
+  alignas(16) uint16_t terms_[2][kRows][kDims + 8];
 };
 
 }  // namespace mustafar::cuda

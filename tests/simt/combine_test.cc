@@ -14,13 +14,13 @@
 namespace mustafar::cuda {
 namespace {
 
-constexpr int32_t kHeads = 4, kKVHeads = 2, kLayers = 2, kLayer = 1;
+constexpr int32_t kKVHeads = 2, kLayers = 2, kLayer = 1;
 
 // Every head and sequence (one row each) has splits with random maxima, of which some saw no token.
 // Values have a matrix of the value transform, or dims that were dealt to groups, or neither.
 // after: the matrix is left to undo_value_transform.
 void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32_t groups,
-                   bool matrix, bool after = false) {
+                   bool matrix, bool after = false, int32_t n_heads = 4) {
   SCOPED_TRACE(std::to_string(head_dim) + (matrix ? " by a matrix" : "") + (after ? " after" : ""));
   const int32_t n_rows = static_cast<int32_t>(n_blocks.size());
   const int64_t matrix_size = int64_t{head_dim} * head_dim;
@@ -39,14 +39,14 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
   }
   const DeviceArray<SequenceView> views(sequences);
   const int64_t stride = head_dim + 2;
-  DeviceArray<float> partials(int64_t{n_rows} * kHeads * args.max_splits * stride);
+  DeviceArray<float> partials(int64_t{n_rows} * n_heads * args.max_splits * stride);
   const auto partial_of = [&](int32_t row, int32_t head, int32_t split) {
-    return partials.host() + ((int64_t{row} * kHeads + head) * args.max_splits + split) * stride;
+    return partials.host() + ((int64_t{row} * n_heads + head) * args.max_splits + split) * stride;
   };
   std::mt19937 random(3);
   for (int32_t row = 0; row < n_rows; row++) {
     const int32_t n_splits = seen_tokens(sequences[row], 0).n_splits();
-    for (int32_t head = 0; head < kHeads; head++) {
+    for (int32_t head = 0; head < n_heads; head++) {
       for (int32_t split = 0; split < n_splits; split++) {
         float* partial = partial_of(row, head, split);
         const bool empty = n_splits > 1 && split % 5 == 3;
@@ -59,11 +59,11 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
     }
   }
   partials.upload();
-  DeviceArray<float> out(int64_t{n_rows} * kHeads * head_dim, "the output");
+  DeviceArray<float> out(int64_t{n_rows} * n_heads * head_dim, "the output");
   args.sequences = views.device();
   args.n_sequences = args.n_rows = n_rows;
   args.layer = kLayer;
-  args.n_heads = kHeads;
+  args.n_heads = n_heads;
   args.n_kv_heads = kKVHeads;
   args.head_dim = head_dim;
   args.partials = partials.device();
@@ -75,7 +75,7 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
 
   for (int32_t row = 0; row < n_rows; row++) {
     const int32_t n_splits = seen_tokens(sequences[row], 0).n_splits();
-    for (int32_t head = 0; head < kHeads; head++) {
+    for (int32_t head = 0; head < n_heads; head++) {
       double max = -INFINITY, sum = 0;
       for (int32_t split = 0; split < n_splits; split++) {
         max = std::max(max, double{partial_of(row, head, split)[head_dim]});
@@ -91,13 +91,13 @@ void check_combine(int32_t head_dim, const std::vector<int32_t>& n_blocks, int32
         double want = merged[stored_index(d, groups, head_dim)] / sum, size = 1;
         if (matrix) {
           want = 0;
-          const int64_t first = (kLayer * kKVHeads + head / 2) * matrix_size;
+          const int64_t first = (kLayer * kKVHeads + head / (n_heads / kKVHeads)) * matrix_size;
           for (int32_t j = 0; j < head_dim; j++) {
             want += merged[j] / sum * backward[first + int64_t{j} * head_dim + d];
             size += std::fabs(merged[j] / sum * backward[first + int64_t{j} * head_dim + d]);
           }
         }
-        ASSERT_NEAR(out.host()[(row * kHeads + head) * head_dim + d], want,
+        ASSERT_NEAR(out.host()[(row * n_heads + head) * head_dim + d], want,
                     (after ? 0x1p-16 : 2e-6) * size)
             << "row " << row << " head " << head << " dim " << d << " of " << n_splits << " splits";
       }
@@ -110,6 +110,13 @@ TEST(Combine, MergesTheSplitsOfEveryRow) {
     check_combine(head_dim, {0, 3, 31, 130, 9000}, 1, false);
     check_combine(head_dim, {600, 2}, head_dim / 4, false);
   }
+}
+
+TEST(Combine, TakesSeveralHeadsOfManyRowsAtOnce) {
+  std::vector<int32_t> n_blocks(130, 2);
+  n_blocks[1] = 130;
+  n_blocks[129] = 31;
+  for (const bool matrix : {false, true}) check_combine(64, n_blocks, 4, matrix, false, 8);
 }
 
 TEST(Combine, UndoesTheValueTransform) {

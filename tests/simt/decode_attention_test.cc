@@ -466,9 +466,10 @@ INSTANTIATE_TEST_SUITE_P(Layouts, SplitsPerBlockTest,
                          name_of_splits);
 
 TEST(FastDecode, SplitsOfABlockByTheModel) {
-  // One sequence: every split a block of its own. Eight of 32K tokens: as many as fill the device.
+  // One sequence: every split a block of its own where all run at once. Eight of 32K tokens: as
+  // many as fill the device.
   EXPECT_EQ(splits_per_block({64, 8}, 1, 8, 132 * 4, 8), 1);
-  EXPECT_EQ(splits_per_block({64, 8}, 1, 8, 132 * 2, 8), 1);
+  EXPECT_EQ(splits_per_block({64, 8}, 1, 8, 132 * 2, 8), 2);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 8, 132 * 4, 8), 8);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 8, 132 * 4, 2), 2);
   EXPECT_EQ(splits_per_block({512, 8}, 8, 8, 132 * 4, 1), 1);

@@ -117,7 +117,7 @@ struct RopeRows {
     view.transform.k_groups = c.order == Order::kGroups ? 4 : 1;
     view.transform.v_groups = c.order == Order::kGroups ? c.head_dim / 16 : 1;
   }
-  static constexpr int32_t kCapacity = 74;
+  static constexpr int32_t kCapacity = 144;
 
   // Index of value d of row r's key (kind 0) or value in the cache.
   int64_t at(const RopeCase& c, int32_t r, int32_t kind, int32_t head, int32_t d) const {
@@ -135,7 +135,7 @@ class RopeAppendTest : public ::testing::TestWithParam<RopeCase> {};
 TEST_P(RopeAppendTest, RotatesTransformsAndAppends) {
   const RopeCase& c = GetParam();
   const int32_t dims = c.head_dim, half = dims / 2;
-  const int32_t most = c.prefill ? 70 : 1;  // more than a block takes
+  const int32_t most = c.prefill ? 140 : 1;  // more than two blocks take
   RopeRows a(c, 0, most, 20), b(c, most, c.prefill ? 2 : 1, 130000);
   const int32_t n_rows = b.view.row0 + b.view.n_rows;
   const int64_t matrix_size = int64_t{dims} * dims;
@@ -345,20 +345,20 @@ TEST(Elementwise, RopeOfManySequencesEqualsThatOfEach) {
 TEST(Elementwise, ValueTransformUndoneOfAPrompt) {
   constexpr int32_t kDims = 64;
   std::vector<SequenceView> sequences(3);
-  for (int i = 0, rows[] = {40, 3, 33}, at = 0; i < 3; at += rows[i++]) {
+  for (int i = 0, rows[] = {90, 3, 53}, at = 0; i < 3; at += rows[i++]) {
     sequences[i].row0 = at;
     sequences[i].n_rows = rows[i];
   }
   Values matrix(kLayers * kKVHeads * kDims * kDims, kF32, 1, 0.1f);
   sequences[0].transform.v_backward = sequences[2].transform.v_backward = matrix.floats();
-  Values out(76 * kHeads * kDims, kF32, 2);
-  const Values before(76 * kHeads * kDims, kF32, 2);
+  Values out(146 * kHeads * kDims, kF32, 2);
+  const Values before(146 * kHeads * kDims, kF32, 2);
   const DeviceArray<SequenceView> views(sequences);
   AttentionArgs args;
   args.sequences = views.device();
   args.n_sequences = 3;
-  args.n_rows = 76;
-  args.max_row_count = 40;
+  args.n_rows = 146;
+  args.max_row_count = 90;
   args.layer = kLayer;
   args.n_heads = kHeads;
   args.n_kv_heads = kKVHeads;
@@ -366,8 +366,8 @@ TEST(Elementwise, ValueTransformUndoneOfAPrompt) {
   args.out = out.floats();
   undo_value_transform(args, nullptr);
   out.download();
-  for (int64_t row = 0; row < 76; row++) {
-    const bool undone = row < 40 || row >= 43;
+  for (int64_t row = 0; row < 146; row++) {
+    const bool undone = row < 90 || row >= 93;
     for (int32_t head = 0; head < kHeads; head++) {
       const int64_t at = (row * kHeads + head) * kDims;
       const int64_t m = (kLayer * kKVHeads + head / (kHeads / kKVHeads)) * int64_t{kDims} * kDims;
