@@ -115,4 +115,14 @@ int default_threads() {
   return quota > 0 ? std::clamp(static_cast<int>(quota), 1, cores) : cores;
 }
 
+bool leave_core(int core) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return false;  // over 1024 cores
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof(others), &others) != 0) return false;
+  sched_setaffinity(0, sizeof(allowed), &allowed);
+  return true;
+}
+
 }  // namespace mustafar

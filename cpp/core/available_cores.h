@@ -1,4 +1,4 @@
-// How many threads are worth starting.
+// How many threads are worth starting, and on which cores they meet.
 #pragma once
 
 #include <string>
@@ -14,5 +14,9 @@ int default_threads();
 // (cpu.cfs_quota_us / cpu.cfs_period_us) and v2 (cpu.max); 0: none. `root` stands before every path
 // read (/proc/self/cgroup, /proc/self/mountinfo, the mounted hierarchies): "" but in tests.
 double cgroup_cpu_quota(const std::string& root = "");
+
+// Moves the calling thread to another core that it may run on, where it is on `core`: false if
+// there is none. The cores it may run on are what they were.
+bool leave_core(int core);
 
 }  // namespace mustafar

@@ -1,5 +1,7 @@
 #include "core/thread_pool.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <chrono>
 #include <memory>
@@ -7,9 +9,12 @@
 
 #include "core/available_cores.h"
 #include "core/fork.h"
+#include "core/turn.h"
 
 namespace mustafar {
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 // Long enough to bridge the gaps between the regions of one decode step, short enough not to burn a
 // core that somebody else could use.
@@ -28,14 +33,29 @@ inline void pause() {
 
 template <typename Condition>
 bool spin_until(Condition&& condition) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  const auto deadline = Clock::now() + kSpin;
   do {
     for (int i = 0; i < 64; i++) {
       if (condition()) return true;
       pause();
     }
-  } while (std::chrono::steady_clock::now() < deadline);
+  } while (Clock::now() < deadline);
   return condition();
+}
+
+// Between iterations, on a worker.
+void take_turns(Turn& turn) {
+  const auto now = Clock::now();
+  switch (turn.next(now)) {
+    case Turn::Next::kGoOn:
+      return;
+    case Turn::Next::kYield:
+      std::this_thread::yield();
+      return turn.begin_after_yield(now, Clock::now());
+    case Turn::Next::kRest:
+      std::this_thread::sleep_for(Turn::kRest);
+      return turn.begin(Clock::now());
+  }
 }
 
 }  // namespace
@@ -60,7 +80,8 @@ ThreadPool::~ThreadPool() {
 
 bool ThreadPool::workers_are_elsewhere() const { return forks_ != forks_so_far(); }
 
-void ThreadPool::drain(int worker) {
+template <typename Between>
+void ThreadPool::drain(int worker, Between&& between) {
   uint32_t left = unclaimed_.load(std::memory_order_acquire);
   while (left > 0) {
     if (!unclaimed_.compare_exchange_weak(left, left - 1, std::memory_order_acquire)) continue;
@@ -75,6 +96,7 @@ void ThreadPool::drain(int worker) {
       ended += unclaimed_.exchange(0, std::memory_order_acquire);  // these are skipped
     }
     finish(ended);
+    between();
     left = unclaimed_.load(std::memory_order_acquire);
   }
 }
@@ -108,9 +130,10 @@ void ThreadPool::run_region(int64_t first, uint32_t n, Function function, void* 
   error_ = nullptr;
   unfinished_.store(n, std::memory_order_relaxed);
   unclaimed_.store(n, std::memory_order_release);
+  caller_core_.store(sched_getcpu(), std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  drain(0);
+  drain(0, [] {});
   // Whoever is still inside an iteration may have lost its core to another process. Sleeping then
   // gives it ours, where a caller that went on spinning would keep it away.
   const auto ended = [&] { return unfinished_.load(std::memory_order_acquire) == 0; };
@@ -123,12 +146,23 @@ void ThreadPool::run_region(int64_t first, uint32_t n, Function function, void* 
 
 void ThreadPool::work(int worker) {
   uint32_t seen = 0;
+  Turn turn(Clock::now());
   for (;;) {
     const auto changed = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-    if (!spin_until(changed)) generation_.wait(seen, std::memory_order_acquire);
+    if (!spin_until(changed)) {
+      generation_.wait(seen, std::memory_order_acquire);
+      turn.begin(Clock::now());
+    }
+    take_turns(turn);
+    // Beside a busy process the scheduler may well put a worker on its caller's core, where each
+    // keeps the other from working.
+    const int core = sched_getcpu();
+    if (core >= 0 && core == caller_core_.load(std::memory_order_relaxed) && !leave_core(core)) {
+      std::this_thread::sleep_for(Turn::kRest);
+    }
     seen = generation_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    drain(worker);
+    drain(worker, [&] { take_turns(turn); });
   }
 }
 

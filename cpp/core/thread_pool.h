@@ -51,7 +51,8 @@ class ThreadPool {
   void run(int64_t n, Function function, void* context);
   void run_region(int64_t first, uint32_t n, Function function, void* context);
   void work(int worker);
-  void drain(int worker);
+  template <typename Between>
+  void drain(int worker, Between&& between);
   void finish(uint32_t iterations);
   // In a child process after fork(): regions then run on the calling thread alone, those of several
   // callers beside each other.
@@ -76,6 +77,7 @@ class ThreadPool {
 
   // Counts regions. Workers watch it for a moment, then sleep on it.
   alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<int> caller_core_{-1};  // when the region began
   std::atomic<bool> stop_{false};
 };
 

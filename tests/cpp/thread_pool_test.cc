@@ -1,8 +1,10 @@
 #include "core/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -90,6 +92,99 @@ TEST(ThreadPoolTest, LateWorkersTakeIterationsOfTheRegionThatRuns) {
     pool.parallel_for(n, [&sum, round](int64_t i, int) { sum += round + i; });
     ASSERT_EQ(sum, n * round + n * (n - 1) / 2) << round;
   }
+}
+
+// The cores that the calling thread may run on.
+cpu_set_t allowed_cores() {
+  cpu_set_t cores;
+  CPU_ZERO(&cores);
+  EXPECT_EQ(sched_getaffinity(0, sizeof(cores), &cores), 0);
+  return cores;
+}
+
+// Which threads that are started meanwhile inherit.
+class OnOneCore {
+ public:
+  OnOneCore() : before_(allowed_cores()) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE && CPU_COUNT(&one) == 0; core++) {
+      if (CPU_ISSET(core, &before_)) CPU_SET(core, &one);
+    }
+    EXPECT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  }
+  ~OnOneCore() { sched_setaffinity(0, sizeof(before_), &before_); }
+
+ private:
+  cpu_set_t before_;
+};
+
+// Long enough for a worker's turns to end within it.
+TEST(ThreadPoolTest, WorkersThatGiveWayComeBackToTheRegion) {
+  ThreadPool pool(3);
+  std::vector<std::atomic<int>> hits(400);
+  for (int round = 0; round < 3; round++) {
+    pool.parallel_for(400, [&](int64_t i, int) {
+      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+      while (std::chrono::steady_clock::now() < end) {
+      }
+      hits[i]++;
+    });
+  }
+  for (auto& hit : hits) EXPECT_EQ(hit, 3);
+}
+
+TEST(ThreadPoolTest, OneCoreForAll) {
+  OnOneCore here;
+  ThreadPool pool(3);
+  for (int64_t round = 0; round < 200; round++) {
+    std::atomic<int64_t> sum{0};
+    pool.parallel_for(10, [&](int64_t i, int) { sum += i; });
+    ASSERT_EQ(sum, 45) << round;
+  }
+}
+
+// The caller waits for iterations that only a worker on its own core can begin.
+TEST(ThreadPoolTest, OneCoreDoesNotKeepWorkersFromWork) {
+  OnOneCore here;
+  ThreadPool pool(2);
+  std::atomic<int> others{0};
+  pool.parallel_for(20, [&](int64_t i, int) {
+    if (i > 0) {
+      others++;
+      return;
+    }
+    while (others < 19) std::this_thread::yield();
+  });
+  EXPECT_EQ(others, 19);
+}
+
+TEST(ThreadPoolTest, ThreadsMayRunWhereTheyMightBefore) {
+  const cpu_set_t before = allowed_cores();
+  ThreadPool pool(4);
+  std::atomic<int> changed{0};
+  for (int round = 0; round < 500; round++) {
+    pool.parallel_for(8, [&](int64_t, int) {
+      const cpu_set_t now = allowed_cores();
+      if (!CPU_EQUAL(&now, &before)) changed++;
+    });
+  }
+  EXPECT_EQ(changed, 0);
+}
+
+TEST(LeaveCore, KeepsTheAllowedCores) {
+  const cpu_set_t before = allowed_cores();
+  EXPECT_EQ(leave_core(sched_getcpu()), CPU_COUNT(&before) > 1);
+  const cpu_set_t after = allowed_cores();
+  EXPECT_TRUE(CPU_EQUAL(&after, &before));
+}
+
+TEST(LeaveCore, NeedsAnother) {
+  OnOneCore here;
+  const cpu_set_t before = allowed_cores();
+  EXPECT_FALSE(leave_core(sched_getcpu()));
+  const cpu_set_t after = allowed_cores();
+  EXPECT_TRUE(CPU_EQUAL(&after, &before));
 }
 
 class CgroupTest : public ::testing::Test {
