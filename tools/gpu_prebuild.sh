@@ -5,8 +5,8 @@
 #
 #   tools/gpu_prebuild.sh [-o folder] [-a arch] [-j jobs] [-w python]   folder: .gpu, arch: 90a
 #
-# The folder is made anew; about 35 MiB. -w: a Python of the version that the other machine has, with
-# pybind11: the package is built for it and packed with what the server needs (another 15 MiB).
+# The folder is made anew; about 12 MiB. -w: a Python of the version that the other machine has, with
+# pybind11: the package is built for it and packed with what the server needs (another 10 MiB).
 # CMAKE_ARGS: further arguments of CMake. Needs xz.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,7 +46,8 @@ rm -rf "$out" $build/bin
 mkdir -p $build/bin
 mkdir -p "$out/shared/data/models"
 for program in "${programs[@]}"; do ln -f "$build/$program" "$build/bin/"; done
-tar -cf - -C "$build" bin | xz -3 -T "$jobs" > "$out/bin.tar.xz"
+# The programs share most of their kernels: a dictionary longer than a program finds that.
+tar -cf - -C "$build" bin | xz -9 > "$out/bin.tar.xz"
 for model in ../shared/data/models/story ../shared/data/models/stories260K; do
   if [ -d "$model" ]; then cp -rL "$model" "$out/shared/data/models/"; fi
 done
