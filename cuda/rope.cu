@@ -153,7 +153,9 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(RopeArgs args) {
 // Many rows, of whichever sequences; f16 or bf16 tail. Grid: x head, y rows. Shared: a RowBlock.
 template <int kDims, int kRows>
 __global__ void __launch_bounds__(kBlockThreads) rope_append_block_kernel(RopeArgs args) {
-  constexpr int kPairs = kDims / 2, kAtOnce = 4;
+  constexpr int kPairs = kDims / 2;
+  // Where the pairs of a row do not divide a block's threads, four pairs' indices would be spilled.
+  constexpr int kAtOnce = kBlockThreads % kPairs == 0 ? 4 : 2;
   const int32_t first = static_cast<int32_t>(blockIdx.y) * kRows;
   const int n = args.n_rows - first < kRows ? args.n_rows - first : kRows;
   const RopeHead head(args, static_cast<int>(blockIdx.x));
