@@ -257,9 +257,8 @@ int main(int argc, char** argv) {
       Shape s{};
       if (argument == "-s" && i + 1 < argc) {
         only = argv[++i];
-      } else if (argument == "-r" && i + 1 < argc &&
-                 std::string(" 1 2 3 4 5 6 7 8 ").find(" " + std::string(argv[i + 1]) + " ") !=
-                     std::string::npos) {
+      } else if (argument == "-r" && i + 1 < argc && std::atoi(argv[i + 1]) >= 1 &&
+                 std::atoi(argv[i + 1]) <= 8) {
         splits_per_block = std::atoi(argv[++i]);
       } else if (argument.find(',') == std::string::npos && std::atof(argv[i]) > 0) {
         budget = std::atof(argv[i]);

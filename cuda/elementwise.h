@@ -18,12 +18,12 @@ void embed(const void* table, DType dtype, const int32_t* token_ids, int32_t n, 
 void rms_norm(const float* x, const int32_t* rows, const float* weight, float eps, int64_t n,
               int64_t hidden, float* out, Stream stream, bool add = false);
 
-// x [count] *= factor.
-void scale(float* x, float factor, int64_t count, Stream stream);
-
 // The same of rows 0 .. n-1, rounded: out [n][hidden] in f16 or bf16.
 void rms_norm_rounded(const float* x, const float* weight, float eps, int64_t n, int64_t hidden,
                       DType dtype, void* out, Stream stream);
+
+// x [count] *= factor.
+void scale(float* x, float factor, int64_t count, Stream stream);
 
 // out [count] = silu(gate) * up in dtype, f32, f16 or bf16. f32: out may be gate. Arrays begin at
 // 16-byte addresses.
