@@ -119,7 +119,9 @@ std::vector<Candidate> listed_tokens(const std::filesystem::path& folder, const 
     }
   } else {
     const JsonTree<> added = read_object(folder / "added_tokens.json");
-    for (const auto& [content, id] : added->items()) {
+    for (const auto& item : added->items()) {
+      const std::string& content = item.key();  // clang 14 captures no structured bindings
+      const auto& id = item.value();
       if (!id.is_number_unsigned()) {
         throw TokenizerError((folder / "added_tokens.json").string() + ": " +
                              unicode::in_quotes(content) + " has no id");

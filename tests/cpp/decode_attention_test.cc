@@ -23,9 +23,9 @@ std::vector<float> random_queries(int64_t n, uint32_t seed, float scale = 1.0f) 
   return q;
 }
 
-// One decode step over the caches, output and scratch poisoned.
+// One decode step over the caches, output and scratch poisoned. fine: DecodeAttentionArgs's.
 std::vector<float> attend(Isa isa, std::vector<RandomCache*> caches, int32_t layer,
-                          const std::vector<float>& q, int threads = 2) {
+                          const std::vector<float>& q, int threads = 2, bool fine = true) {
   const CacheShape& shape = caches[0]->shape();
   DecodeAttentionArgs args;
   args.layer = layer;
@@ -43,6 +43,7 @@ std::vector<float> attend(Isa isa, std::vector<RandomCache*> caches, int32_t lay
   std::vector<float> out(q.size());
   std::memset(out.data(), 0xff, out.size() * 4);
   args.out = out.data();
+  args.fine = fine;
   HostBuffer scratch(1 << 21);
   std::memset(scratch.data(), 0xff, scratch.bytes());
   ThreadPool pool(threads);
@@ -86,13 +87,20 @@ class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
         std::vector<const uint8_t*> pages(all_pages, all_pages + n_blocks);
         for (int32_t b = 0; b < (first - held_from) / 64 && b < n_blocks; b++) pages[b] = nullptr;
         cache.step().pages = pages.data();
-        const std::vector<float> out = attend(std::get<0>(GetParam()), {&cache}, layer, q);
+        const Isa isa = std::get<0>(GetParam());
+        const std::vector<float> out = attend(isa, {&cache}, layer, q);
+        const std::vector<float> coarse = attend(isa, {&cache}, layer, q, 2, false);
         cache.step().pages = all_pages;
         const auto sees = [&](int32_t token) { return cache.position(token) >= first; };
-        EXPECT_LE(testing::nmse(cache.attend_to(layer, q.data(), sees), out.data()),
+        const std::vector<double> expected = cache.attend_to(layer, q.data(), sees);
+        const std::string where = std::to_string(n_blocks) + " blocks after " +
+                                  std::to_string(dropped) + ", seen from " + std::to_string(first) +
+                                  " of " + std::to_string(length) +
+                                  (shape.ragged ? ", ragged" : "");
+        EXPECT_LE(testing::nmse(expected, out.data()),
                   testing::nmse_bound(shape.tail, shape.values))
-            << n_blocks << " blocks after " << dropped << ", seen from " << first << " of "
-            << length << (shape.ragged ? ", ragged" : "");
+            << where;
+        EXPECT_LE(testing::nmse(expected, coarse.data()), testing::kCoarseBound) << where;
       }
     }
     cache.step().windows = nullptr;
@@ -103,11 +111,17 @@ class DecodeAttentionTest : public ::testing::TestWithParam<Config> {
     const std::vector<float> q =
         random_queries(int64_t{shape.n_kv_heads} * shape.n_queries * shape.head_dim, 7);
     const int32_t layer = shape.n_layers - 1;
-    const std::vector<float> out = attend(std::get<0>(GetParam()), {&cache}, layer, q);
-    EXPECT_LE(testing::nmse(cache.attend(layer, q.data()), out.data()),
-              testing::nmse_bound(shape.tail, shape.values))
-        << n_blocks << " blocks, " << dense_tokens << " dense, sparsity " << shape.k_sparsity
-        << (shape.group_pattern ? " group" : " row") << (shape.ragged ? " ragged" : "");
+    const Isa isa = std::get<0>(GetParam());
+    const std::vector<float> out = attend(isa, {&cache}, layer, q);
+    const std::vector<float> coarse = attend(isa, {&cache}, layer, q, 2, false);
+    const std::vector<double> expected = cache.attend(layer, q.data());
+    const std::string where =
+        std::to_string(n_blocks) + " blocks, " + std::to_string(dense_tokens) +
+        " dense, sparsity " + std::to_string(shape.k_sparsity) +
+        (shape.group_pattern ? " group" : " row") + (shape.ragged ? " ragged" : "");
+    EXPECT_LE(testing::nmse(expected, out.data()), testing::nmse_bound(shape.tail, shape.values))
+        << where;
+    EXPECT_LE(testing::nmse(expected, coarse.data()), testing::kCoarseBound) << where;
   }
 };
 
@@ -390,11 +404,57 @@ TEST_P(DecodeAttentionIsaTest, EveryScaleOfScoresStaysWithinTheBound) {
       shape.tail = values == DType::kF16 ? DType::kF16 : DType::kBF16;
       RandomCache cache(shape, 18, 70, 6, scale);
       const std::vector<float> q = random_queries(4 * 128, 11);
-      EXPECT_LE(testing::nmse(cache.attend(0, q.data()), attend(GetParam(), {&cache}, 0, q).data()),
+      const std::vector<double> expected = cache.attend(0, q.data());
+      EXPECT_LE(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data()),
                 testing::nmse_bound(shape.tail, values))
+          << dtype_name(values) << " scale " << scale;
+      EXPECT_LE(testing::nmse(expected, attend(GetParam(), {&cache}, 0, q, 2, false).data()),
+                testing::kCoarseBound)
           << dtype_name(values) << " scale " << scale;
     }
   }
+}
+
+// Queries and weights of one byte, beside what the rows themselves lost.
+TEST_P(DecodeAttentionIsaTest, OneByteAddsLittleToWhatCompressionCosts) {
+  CacheShape shape = headline();
+  shape.k_sparsity = shape.v_sparsity = 0;
+  const std::vector<float> q = random_queries(8 * 128, 16);
+  const RandomCache stored(shape, 18, 40, 17);  // the same rows in bf16
+  const std::vector<double> expected = stored.attend(0, q.data());
+  for (const auto& [values, sparsity] :
+       {std::pair{DType::kInt4, 0.0}, {DType::kInt4, 0.5}, {DType::kInt8, 0.5}}) {
+    shape.values = values;
+    shape.k_sparsity = shape.v_sparsity = sparsity;
+    RandomCache cache(shape, 18, 40, 17);
+    const double fine = testing::nmse(expected, attend(GetParam(), {&cache}, 0, q).data());
+    const double coarse =
+        testing::nmse(expected, attend(GetParam(), {&cache}, 0, q, 2, false).data());
+    EXPECT_LE(coarse, 1.03 * fine) << dtype_name(values) << " " << sparsity;
+    EXPECT_GT(fine, 1e-3) << "nothing to compare with";
+  }
+}
+
+// Many small weights beside a large one: rounded to nearest, none of them would be left.
+TEST_P(DecodeAttentionIsaTest, SmallWeightsOfATileAddUp) {
+  CacheShape shape = headline();
+  shape.n_kv_heads = shape.n_queries = 1;
+  shape.values = DType::kInt4;
+  shape.k_sparsity = shape.v_sparsity = 0;
+  RandomCache cache(shape, 4, 0, 18);
+  const SlotLayout &k = cache.layout().k, &v = cache.layout().v;
+  for (int32_t block = 0; block < 4; block++) {
+    // The first token of a tile has another key, and values whose signs alternate.
+    std::vector<float> keys(64 * 128, 1.0f), values(64 * 128, 7.0f);
+    for (int32_t t = 1; t < 64; t++) keys[t * 128] = -1.0f;
+    for (int32_t d = 1; d < 128; d += 2) values[d] = -7.0f;
+    pack_block(k, keys.data(), nullptr, cache.page(block) + k_slot_offset(cache.layout(), 0, 0));
+    pack_block(v, values.data(), nullptr, cache.page(block) + v_slot_offset(cache.layout(), 0, 0));
+  }
+  std::vector<float> q(128, 0.0f);  // the others have 1/800 of its weight each
+  q[0] = static_cast<float>(std::log(800.0) / 2 * std::sqrt(128.0));
+  const std::vector<float> out = attend(GetParam(), {&cache}, 0, q, 2, false);
+  EXPECT_LE(testing::nmse(cache.attend(0, q.data()), out.data()), 1e-4);
 }
 
 TEST_P(DecodeAttentionIsaTest, NanInKeysReachesTheOutput) {

@@ -318,4 +318,8 @@ inline double nmse_bound(DType tail, DType values) {
   return std::max(bound(tail), bound(values));
 }
 
+// Normalised mean squared error that queries and weights of one byte may add
+// (DecodeAttentionArgs::fine).
+constexpr double kCoarseBound = 1e-3;
+
 }  // namespace mustafar::testing

@@ -22,37 +22,55 @@ struct CodeChunk {
 
 // Dims [64 * chunk, 64 * chunk + 64). widths: [head_dim].
 inline void make_chunk(const uint8_t* widths, int32_t chunk, CodeChunk& out) {
-  int32_t bit = 0;
-  for (int32_t d = 0; d < 64 * chunk; d++) bit += widths[d];
-  out.start = bit / 8;
-  int32_t last = bit;
-  for (int32_t i = 0; i < 64; i++) last += widths[64 * chunk + i];
-  out.narrow = last <= 8 * (out.start + 32);
-  for (int32_t octet = 0; octet < 64; octet += 8) {
-    const int32_t first = bit / 8;  // seven bits before and 56 of the octet fit eight bytes
-    for (int32_t i = octet; i < octet + 8; i++) {
-      const int32_t width = widths[64 * chunk + i];
-      out.bytes[i] = static_cast<uint8_t>(first - out.start + i - octet);
-      out.shifts[i] = static_cast<uint8_t>(bit - 8 * first);
-      out.masks[i] = static_cast<uint8_t>((1 << width) - 1);
-      out.halves[i] = static_cast<uint8_t>((1 << width) / 2);
-      bit += width;
-    }
+  // Eight dims at a time as the bytes of a word: a product with kOnes has the sum of all of them,
+  // at most 56, in its highest byte, and that of those before in every byte if shifted by one.
+  constexpr uint64_t kOnes = 0x0101010101010101, kUpTo7 = 0x0706050403020100;
+  const auto octet_at = [&](int32_t dim) {
+    uint64_t octet;
+    __builtin_memcpy(&octet, widths + dim, 8);
+    return octet;
+  };
+  uint64_t bit = 0;
+  for (int32_t d = 0; d < 64 * chunk; d += 8) bit += octet_at(d) * kOnes >> 56;
+  const uint64_t start = bit / 8;
+  for (int32_t i = 0; i < 64; i += 8) {
+    const uint64_t octet = octet_at(64 * chunk + i);
+    const uint64_t first = bit / 8;  // seven bits before and 56 of the octet fit eight bytes
+    const uint64_t bytes = (first - start) * kOnes + kUpTo7;
+    const uint64_t shifts = (bit - 8 * first) * kOnes + (octet * kOnes << 8);
+    __builtin_memcpy(out.bytes + i, &bytes, 8);
+    __builtin_memcpy(out.shifts + i, &shifts, 8);
+    bit += octet * kOnes >> 56;
   }
+  out.start = static_cast<int32_t>(start);
+  out.narrow = bit <= 8 * (start + 32);
+  const __m512i width = _mm512_loadu_si512(widths + 64 * chunk);
+  const auto of_width = [&](__m128i table) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), width);
+  };
+  _mm512_store_si512(out.masks,
+                     of_width(_mm_setr_epi8(0, 1, 3, 7, 15, 31, 63, 127, 0, 0, 0, 0, 0, 0, 0, 0)));
+  _mm512_store_si512(out.halves,
+                     of_width(_mm_setr_epi8(0, 1, 2, 4, 8, 16, 32, 64, 0, 0, 0, 0, 0, 0, 0, 0)));
 }
 
-// 64 codes of a row, each less half its levels. Reads 64 bytes from the chunk's start on; kNarrow:
-// 32 bytes, which lie across two lines of cache half as often.
+// 64 codes of a row. Reads 64 bytes from the chunk's start on; kNarrow: 32 bytes, which lie across
+// two lines of cache half as often.
 template <bool kNarrow>
-inline __m512i unpack_codes(const CodeChunk& chunk, const uint8_t* row) {
+inline __m512i raw_codes(const CodeChunk& chunk, const uint8_t* row) {
   const uint8_t* at = row + chunk.start;
   const __m512i codes =
       kNarrow ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))
               : _mm512_loadu_si512(at);
   const __m512i bytes = _mm512_permutexvar_epi8(_mm512_load_si512(chunk.bytes), codes);
   const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(chunk.shifts), bytes);
-  return _mm512_sub_epi8(_mm512_and_si512(shifted, _mm512_load_si512(chunk.masks)),
-                         _mm512_load_si512(chunk.halves));
+  return _mm512_and_si512(shifted, _mm512_load_si512(chunk.masks));
+}
+
+// The same, each less half its levels.
+template <bool kNarrow>
+inline __m512i unpack_codes(const CodeChunk& chunk, const uint8_t* row) {
+  return _mm512_sub_epi8(raw_codes<kNarrow>(chunk, row), _mm512_load_si512(chunk.halves));
 }
 
 }  // namespace

@@ -198,6 +198,7 @@ void decode_attention(ThreadPool& pool, Isa isa, const DecodeAttentionArgs& args
       run.dense_tokens = plan.dense_tokens;
       run.q = args.q + row + head * head_values;
       run.q_scale = std::numbers::log2e_v<float> / std::sqrt(static_cast<float>(args.head_dim));
+      run.fine = args.fine || args.tail_dtype == DType::kF32;
       run.scratch = base + worker * worker_bytes;
       run.max = head_partials(head) + item.run * stride;
       run.sum = run.max + n_queries;

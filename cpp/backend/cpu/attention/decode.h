@@ -19,6 +19,9 @@ struct DecodeAttentionArgs {
   std::span<const SequenceStep> sequences;  // one row each, SequenceStep::row0
   const float* q = nullptr;                 // [rows][n_heads * head_dim], rotated and transformed
   float* out = nullptr;                     // [rows][n_heads * head_dim]
+  // Queries and weights of two bytes even where one is enough (DecodeRun), as tests want them, and
+  // as it is where the tail is f32.
+  bool fine = false;
 };
 
 // Softmax attention over the store, the dense buffer and the new token in dense slot dense_tokens,

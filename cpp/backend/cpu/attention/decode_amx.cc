@@ -13,6 +13,7 @@ template <int kHeads>
 class AmxProducts {
  public:
   static constexpr int32_t kRowMultiple = kTileTokens;
+  static constexpr bool kWiden = true;
 
   AmxProducts(const DecodeRun& run, Work& work) : work_(work), fma_(run, work) {}
   ~AmxProducts() {
@@ -21,8 +22,9 @@ class AmxProducts {
   AmxProducts(const AmxProducts&) = delete;
   AmxProducts& operator=(const AmxProducts&) = delete;
 
-  void prepare(const DecodeRun& run, Kind kind, State& state) {
-    if (!takes(kind)) return fma_.prepare(run, kind, state);
+  void prepare(const DecodeRun& run, const Rows& k, const Rows& v, State& state) {
+    const Kind kind = k.kind;
+    if (!takes(kind)) return fma_.prepare(run, k, v, state);
     for (int32_t block = 0; block * kHeads < run.n_queries; block++) {
       prepare_block(run, kind, block * kHeads, state);
     }
@@ -45,13 +47,13 @@ class AmxProducts {
     }
   }
 
-  static void in_order(Kind kind, const float* o, int32_t head_dim, float* out) {
+  static void in_order(const DecodeRun& run, Kind kind, const float* o, float* out) {
     if (kind == Kind::kBF16) {
-      pairs_in_order(o, head_dim, out);
+      pairs_in_order(o, run.head_dim, out);
     } else if (kind == Kind::kInt) {
-      quads_in_order(o, head_dim, out);
+      quads_in_order(o, run.head_dim, out);
     } else {
-      FmaProducts::in_order(kind, o, head_dim, out);
+      FmaProducts::in_order(run, kind, o, out);
     }
   }
 
@@ -103,14 +105,7 @@ class AmxProducts {
     const IntScale scale = int_scale(q, head_dim);
     alignas(64) uint8_t high[64], low[64];
     for (int32_t d = 0; d < head_dim; d += 64, out += 16 * 8 * kHeads) {
-      for (int32_t i = 0; i < 64; i += 16) {
-        const __m512i codes = _mm512_cvtps_epi32(
-            _mm512_mul_ps(_mm512_loadu_ps(q + d + i), _mm512_set1_ps(scale.inverse)));
-        const __m512i rounded = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
-        _mm_store_si128(reinterpret_cast<__m128i*>(high + i),
-                        _mm512_cvtepi32_epi8(_mm512_srai_epi32(rounded, 8)));
-        _mm_store_si128(reinterpret_cast<__m128i*>(low + i), _mm512_cvtepi32_epi8(codes));
-      }
+      query_codes(q + d, scale.inverse, high, low);
       store_column(_mm512_load_si512(high), h, out);
       store_column(_mm512_load_si512(low), kHeads + h, out);
     }
@@ -132,13 +127,14 @@ class AmxProducts {
       amx_scores<kKind, kSource, kHeads>(k, head_dim, q, work_.expanded, work_.scores, next);
     });
     float rescale[kHeads], unit[kHeads];
+    int32_t code_sum;
     float* o = state.o + int64_t{head} * head_dim;
     for (int32_t h = 0; h < n_heads; h++) {
       rescale[h] = tile_softmax<kKind, kInts ? Codes::kBytes : Codes::kBf16>(
           k, v, seen, state.q_unit[head + h], work_.scores + h * kTileTokens,
           work_.weights + h * kTileTokens * (kInts ? 1 : 2), state.max[head + h],
-          state.sum[head + h], unit[h], state.q_offset[head + h], state.weight_sum[head + h],
-          kHeads * kTileTokens);
+          state.sum[head + h], unit[h], state.q_offset[head + h], code_sum,
+          state.weight_sum[head + h], kHeads * kTileTokens);
       if (!kInts && rescale[h] != 1.0f) {
         float* row = o + int64_t{h} * head_dim;
         for (int32_t d = 0; d < head_dim; d += 16) {

@@ -2,6 +2,7 @@
 // fours. Included by the files of the AVX-512 paths alone.
 #pragma once
 
+#include "backend/cpu/attention/decode_avx512_ints.h"
 #include "backend/cpu/attention/decode_avx512_run.h"
 #include "backend/cpu/attention/decode_avx512_tiles.h"
 
@@ -26,11 +27,12 @@ inline void store_bf16(uint8_t* out, __m512 x) {  // already rounded
                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
 }
 
-// The unit of a query's 16-bit codes, and its inverse. unit is NaN where the query is not finite.
+// The unit of a query's codes, up to top_code, and its inverse. unit is NaN where the query is not
+// finite.
 struct IntScale {
   float unit, inverse;
 };
-inline IntScale int_scale(const float* q, int32_t head_dim) {
+inline IntScale int_scale(const float* q, int32_t head_dim, float top_code = kTopCode) {
   __m512 absmax = _mm512_setzero_ps(), probe = absmax;  // a NaN or Inf makes probe NaN
   for (int32_t d = 0; d < head_dim; d += 16) {
     const __m512 x = _mm512_loadu_ps(q + d);
@@ -38,7 +40,47 @@ inline IntScale int_scale(const float* q, int32_t head_dim) {
     probe = _mm512_fmadd_ps(x, _mm512_setzero_ps(), probe);
   }
   const float top = _mm512_reduce_max_ps(absmax);
-  return {top / kTopCode + _mm512_reduce_add_ps(probe), top > 0 ? kTopCode / top : 0.0f};
+  return {top / top_code + _mm512_reduce_add_ps(probe), top > 0 ? top_code / top : 0.0f};
+}
+
+// Codes of 64 dims of a query, two bytes each, of which the low one is all of codes up to 127.
+inline void query_codes(const float* q, float inverse, uint8_t* high, uint8_t* low) {
+  for (int32_t i = 0; i < 64; i += 16) {
+    const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(q + i), _mm512_set1_ps(inverse));
+    store_bytes(_mm512_cvtps_epi32(x), high + i, low + i);
+  }
+}
+
+// Whether rows are so much rounded or pruned that queries and weights of one byte add next to
+// nothing to that (DecodeRun::fine).
+inline bool is_coarse(const SlotLayout& layout) {
+  if (layout.dtype == DType::kInt8) return !layout.dense;
+  return layout.dtype == DType::kInt4 || layout.row_bytes <= layout.head_dim / 2;
+}
+
+// For int_scores and int_values: queries in the order of the keys' bytes, and what biases add.
+void prepare_ints(const DecodeRun& run, const Rows& k, const Rows& v, State& state) {
+  const int32_t n_chunks = run.head_dim / 64;
+  state.coarse_keys = !run.fine && is_coarse(*run.k_slot);
+  state.coarse_values = !run.fine && is_coarse(*run.v_slot);
+  for (int32_t h = 0; h < run.n_queries; h++) {
+    const float* q = run.q + int64_t{h} * run.head_dim;
+    const IntScale scale = int_scale(q, run.head_dim, state.coarse_keys ? 127.0f : kTopCode);
+    state.q_unit[h] = scale.unit * run.q_scale;
+    __m512i bias_high = _mm512_setzero_si512(), bias_low = bias_high;
+    for (int32_t c = 0; c < n_chunks; c++) {
+      uint8_t* out = state.queries + (int64_t{h} * n_chunks + c) * 512;
+      alignas(64) uint8_t high[64], low[64];
+      query_codes(q + 64 * c, scale.inverse, high, low);
+      const __m512i first = _mm512_load_si512(state.coarse_keys ? low : high);
+      store_query(k, c, first, _mm512_load_si512(low), out, bias_high, bias_low);
+    }
+    if (!state.coarse_keys) {
+      bias_high = _mm512_add_epi32(_mm512_slli_epi32(bias_high, 8), bias_low);
+    }
+    state.k_bias[h] = _mm512_reduce_add_epi32(bias_high);
+  }
+  store_value_bias(v, n_chunks, state.v_bias);
 }
 
 void prepare_queries(const DecodeRun& run, Kind kind, State& state) {
@@ -47,22 +89,13 @@ void prepare_queries(const DecodeRun& run, Kind kind, State& state) {
   for (int32_t h = 0; h < run.n_queries; h++) {
     const float* q = run.q + int64_t{h} * run.head_dim;
     uint8_t* out = state.queries + int64_t{h} * (run.head_dim / 32) * query_bytes(kind);
-    __m512 scale = _mm512_set1_ps(run.q_scale);
+    const __m512 scale = _mm512_set1_ps(run.q_scale);
     state.q_unit[h] = 1.0f;
     __m512 power = _mm512_setzero_ps(), low_power = power;
-    if (kind == Kind::kInt) {
-      const IntScale codes = int_scale(q, run.head_dim);
-      state.q_unit[h] = codes.unit * run.q_scale;
-      scale = _mm512_set1_ps(codes.inverse);
-    }
     for (int32_t d = 0; d < run.head_dim; d += 32) {
       const __m512 a = _mm512_mul_ps(_mm512_loadu_ps(q + d), scale);
       const __m512 b = _mm512_mul_ps(_mm512_loadu_ps(q + d + 16), scale);
-      if (kind == Kind::kInt) {
-        __m256i* codes = reinterpret_cast<__m256i*>(out + d * 2);
-        _mm256_store_si256(codes, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
-        _mm256_store_si256(codes + 1, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(b)));
-      } else if (takes_pairs(kind)) {
+      if (takes_pairs(kind)) {
         const __m512 a0 = rounded_bf16(a), b0 = rounded_bf16(b);
         store_bf16(out + d * 4, a0);
         store_bf16(out + d * 4 + 32, b0);
@@ -79,7 +112,7 @@ void prepare_queries(const DecodeRun& run, Kind kind, State& state) {
         _mm512_store_ps(out + d * 4 + 64, b);
       }
     }
-    if (takes_pairs(kind) && kind != Kind::kInt) {
+    if (takes_pairs(kind)) {
       const float all = _mm512_reduce_add_ps(power);
       state.q_error[h] = all > 0 ? _mm512_reduce_add_ps(low_power) / all : 0.0f;
     }
@@ -122,7 +155,39 @@ void scores_of(const Rows& k, int32_t n_rows, int32_t n_chunks, const uint8_t* q
   }
 }
 
-// One tile for NH query heads from `head` on.
+// One tile of integer rows for NH query heads from `head` on.
+template <int NH>
+void int_heads(const DecodeRun& run, const Rows& k, const Rows& v, uint64_t seen, int32_t head,
+               State& state, Work& work, Prefetch& next) {
+  const int32_t n_chunks = run.head_dim / 64;
+  const uint8_t* q = state.queries + int64_t{head} * n_chunks * 512;
+  const int32_t* bias = state.k_bias + head;
+  float* o = state.o + int64_t{head} * run.head_dim;
+  IntWeights<NH> weights;
+  const auto values = [&]<int kTerms>() {
+    int_softmax<NH, kTerms>(k, v, seen, state.q_unit + head, state.q_offset + head, work.scores,
+                            work.weights, state.max + head, state.sum + head,
+                            state.weight_sum + head, weights);
+    with_int_source(v.source, [&]<Source kSource>() {
+      int_values<kSource, NH, kTerms>(v, n_chunks, work.weights, weights, state.v_bias, o,
+                                      run.head_dim, next);
+    });
+  };
+  with_int_source(k.source, [&]<Source kSource>() {
+    if (state.coarse_keys) {
+      int_scores<kSource, NH, 1>(k, n_chunks, q, bias, work.scores, next);
+    } else {
+      int_scores<kSource, NH, 2>(k, n_chunks, q, bias, work.scores, next);
+    }
+  });
+  if (state.coarse_values) {
+    values.template operator()<1>();
+  } else {
+    values.template operator()<2>();
+  }
+}
+
+// One tile of float rows for NH query heads from `head` on.
 template <Kind kKind, int NH>
 void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
                 int32_t head, State& state, Work& work, Prefetch& next) {
@@ -131,8 +196,8 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, u
   const uint8_t* q = state.queries + int64_t{head} * n_chunks * query_bytes(kKind);
   // f32 rows have no constant runs: 16 dims at a time.
   constexpr Source kRuns = kKind == Kind::kF32 ? Source::kChain : Source::kRuns;
-  next.spread(score_steps<kKind, NH>(k.source, n_rows, n_chunks) +
-              value_steps<kKind, NH>(v.source, n_rows, n_chunks));
+  next.spread(score_steps<NH>(k.source, n_rows, n_chunks) +
+              value_steps<NH>(v.source, n_rows, n_chunks));
   if constexpr (kKind == Kind::kBF16 && takes_pairs(kKind)) {
     // Numbers the groups of heads: fours, then at most a two and a one.
     const int32_t block = head / 4 + (head % 4 != 0);
@@ -157,25 +222,24 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, u
     scores_of<kKind, NH, true>(k, n_rows, n_chunks, q, work.scores, next);
   }
   constexpr int64_t kWeightBytes = kTileTokens * (takes_pairs(kKind) ? 2 : 4);
-  constexpr Codes kCodes = kKind == Kind::kInt  ? Codes::kWords
-                           : takes_pairs(kKind) ? Codes::kBf16
-                                                : Codes::kFloats;
-  float rescale[NH], unit[NH];
+  constexpr Codes kCodes = takes_pairs(kKind) ? Codes::kBf16 : Codes::kFloats;
+  float rescale[NH], unit;
+  int32_t code_sum;
   for (int h = 0; h < NH; h++) {
     rescale[h] = tile_softmax<kKind, kCodes>(
         k, v, seen, state.q_unit[head + h], work.scores + h * kTileTokens,
-        work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit[h],
-        state.q_offset[head + h], state.weight_sum[head + h]);
+        work.weights + h * kWeightBytes, state.max[head + h], state.sum[head + h], unit,
+        state.q_offset[head + h], code_sum, state.weight_sum[head + h]);
   }
   float* o = state.o + int64_t{head} * run.head_dim;
   if (v.source == Source::kDense) {
-    tile_values<kKind, Source::kDense, NH>(v, n_rows, n_chunks, work.weights, rescale, unit, o,
+    tile_values<kKind, Source::kDense, NH>(v, n_rows, n_chunks, work.weights, rescale, o,
                                            run.head_dim, next);
   } else if (v.source == kRuns) {
-    tile_values<kKind, kRuns, NH>(v, n_rows, n_chunks, work.weights, rescale, unit, o, run.head_dim,
+    tile_values<kKind, kRuns, NH>(v, n_rows, n_chunks, work.weights, rescale, o, run.head_dim,
                                   next);
   } else {
-    tile_values<kKind, Source::kChain, NH>(v, n_rows, n_chunks, work.weights, rescale, unit, o,
+    tile_values<kKind, Source::kChain, NH>(v, n_rows, n_chunks, work.weights, rescale, o,
                                            run.head_dim, next);
   }
   next.rest();
@@ -185,22 +249,39 @@ void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, u
 class FmaProducts {
  public:
   static constexpr int32_t kRowMultiple = 16;
+  static constexpr bool kWiden = false;
 
   FmaProducts(const DecodeRun&, Work& work) : work_(work) {}
 
-  void prepare(const DecodeRun& run, Kind kind, State& state) { prepare_queries(run, kind, state); }
+  void prepare(const DecodeRun& run, const Rows& k, const Rows& v, State& state) {
+    if (k.kind == Kind::kInt) {
+      prepare_ints(run, k, v, state);
+    } else {
+      prepare_queries(run, k.kind, state);
+    }
+  }
 
   template <Kind kKind>
   void tile(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
             State& state, Prefetch& next) {
     Prefetch none = kNoPrefetch;
-    for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
-      tile_heads<kKind, NH>(run, k, v, n, seen, head, state, work_, head == 0 ? next : none);
-    });
+    if constexpr (kKind == Kind::kInt) {
+      const int32_t n_chunks = run.head_dim / 64;
+      next.spread((state.coarse_values ? 5 : 6) * kTileTokens / 4 * n_chunks);
+      for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+        int_heads<NH>(run, k, v, seen, head, state, work_, head == 0 ? next : none);
+      });
+      next.rest();
+    } else {
+      for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+        tile_heads<kKind, NH>(run, k, v, n, seen, head, state, work_, head == 0 ? next : none);
+      });
+    }
   }
 
-  static void in_order(Kind kind, const float* o, int32_t head_dim, float* out) {
-    permute_chunks(kind, o, head_dim, out);
+  static void in_order(const DecodeRun& run, Kind kind, const float* o, float* out) {
+    if (kind != Kind::kInt) return permute_chunks(kind, o, run.head_dim, out);
+    sums_in_order(source_of<kWiden>(*run.v_slot) == Source::kNibbles, o, run.head_dim, out);
   }
 
  private:

@@ -16,17 +16,20 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
+#include "backend/cpu/attention/coded_avx512.h"
 #include "backend/cpu/attention/decode_common.h"
 
 namespace mustafar {
 namespace {
 
 enum class Source {
-  kDense,   // every value is stored
-  kRuns,    // the values of 32 dims start at a constant offset: groups of 16 or 32
-  kRuns16,  // the same, and what is expanded at once fits 16 bytes, or 32: loads as narrow as that
-  kRuns32,  // seldom lie across two lines of cache
-  kChain,   // they start after as many values as the mask words before have bits
+  kDense,    // every value is stored
+  kRuns,     // the values of 32 dims start at a constant offset: groups of 16 or 32
+  kRuns16,   // the same, and what is expanded at once fits 16 bytes, or 32: loads as narrow as that
+  kRuns32,   // seldom lie across two lines of cache
+  kChain,    // they start after as many values as the mask words before have bits
+  kNibbles,  // int4, every value is stored
+  kCodes,    // coded rows
 };
 
 // A kind of rows has a partial softmax of its own here: the order of a row's dims in the
@@ -40,9 +43,7 @@ constexpr bool kHasBf16 = false;
 #endif
 
 // Whether a step takes two tokens with weights of 16 bits.
-constexpr bool takes_pairs(Kind kind) {
-  return kind == Kind::kInt || (kind == Kind::kBF16 && kHasBf16);
-}
+constexpr bool takes_pairs(Kind kind) { return kind == Kind::kBF16 && kHasBf16; }
 
 // Prepared queries: bytes for 32 dims of one head.
 constexpr int32_t query_bytes(Kind kind) { return kind == Kind::kInt ? 64 : 128; }
@@ -52,11 +53,12 @@ struct Rows {
   Kind kind;
   Source source;
   const uint8_t* masks;    // [64][mask_bytes], null when dense
-  const uint8_t* values;   // [64][row_bytes]; int4 has been widened to int8
+  const uint8_t* values;   // [64][row_bytes]; int4 has been widened to int8, but for kNibbles
   const uint16_t* scales;  // bf16 [64], kInt only
   int32_t mask_bytes;
   int32_t row_bytes;
-  int32_t chunk_bytes;  // of the values of 32 dims (kRuns)
+  int32_t chunk_bytes;      // of the values of 32 dims (kRuns)
+  const CodeChunk* chunks;  // [head_dim / 64], kCodes only
 };
 
 inline __m512i opaque_zero() {
@@ -120,14 +122,6 @@ inline __m512i load_bytes(const Rows& rows, int32_t row, int32_t chunk, __m512i 
   return _mm512_mask_expand_epi8(zero, mask, values);
 }
 
-// Their halves as 16-bit integers.
-inline __m512i low_half(__m512i bytes) {
-  return _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
-}
-inline __m512i high_half(__m512i bytes) {
-  return _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
-}
-
 struct Pair {
   __m512 a, b;
 };
@@ -159,12 +153,11 @@ inline Pair load_floats(const Rows& rows, int32_t row, int32_t chunk, __m512i ze
   }
 }
 
-// Dim of accumulated lane i of a chunk. bf16: even dims before odd ones, in pairs of tokens what
-// unpacklo and unpackhi of 16-bit words leave; ints: of bytes in 256 bits, widened.
+// Dim of accumulated lane i of a chunk of floats. bf16: even dims before odd ones, in pairs of
+// tokens what unpacklo and unpackhi of 16-bit words leave.
 inline int32_t dim_of_lane(Kind kind, int32_t i) {
   if (kind == Kind::kBF16 && kHasBf16) return (i % 16 / 4) * 8 + (i / 16) * 4 + i % 4;
   if (kind == Kind::kBF16) return i % 16 * 2 + i / 16;
-  if (kind == Kind::kInt) return (i % 16 / 8) * 16 + (i / 16) * 8 + i % 8;
   return i;
 }
 

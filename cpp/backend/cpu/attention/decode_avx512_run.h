@@ -22,7 +22,12 @@ struct State {
   float* q_error;     // [n_queries] |second bf16 term|^2 / |q|^2
   float* q_offset;    // [n_queries] what is added to a score before it is scaled: of coded keys
   float* weight_sum;  // [n_queries] of the values' weights times their scales: of ints
-  bool two_terms[kMaxBlocks];  // of every four query heads: what the last tile needed
+  // Of ints by dot products of bytes: what the biases of keys add to a score, [n_queries], and
+  // those of values in the order of o, [head_dim].
+  int32_t* k_bias;
+  int32_t* v_bias;
+  bool coarse_keys, coarse_values;  // queries, weights of one byte
+  bool two_terms[kMaxBlocks];       // of every four query heads: what the last tile needed
 };
 
 // Of a KV head's coded rows: a value is (code + 1/2) * step * scale. So the steps of keys go into
@@ -36,33 +41,12 @@ struct CodedHead {
 
 struct Work {
   State states[kMaxSpanHeads][kKinds];
-  CodedHead coded[kMaxSpanHeads];
+  CodedHead coded[kMaxSpanHeads] = {};
   float* scores;      // [8][64]
   uint8_t* weights;   // [8][64] of 2 or 4 bytes
-  uint8_t* tiles[2];  // K and V: int4 widened, or partial tiles padded with zeros
+  uint8_t* tiles[2];  // K and V: codes widened to bytes, or partial tiles padded with zeros
   uint8_t* expanded;  // as large as a tile in f32 and 8 KiB more: rows, for products from memory
 };
-
-Rows slot_rows(const SlotLayout& layout, const uint8_t* slot, uint8_t* widened) {
-  Rows rows;
-  rows.kind = kind_of(layout.dtype);
-  rows.masks = layout.dense ? nullptr : slot;
-  rows.values = slot + layout.values_offset;
-  rows.scales = reinterpret_cast<const uint16_t*>(slot + layout.scales_offset);
-  rows.mask_bytes = layout.mask_words * 4;
-  rows.row_bytes = layout.row_bytes;
-  if (layout.dtype == DType::kInt4) {
-    widen_int4(rows.values, kTileTokens * layout.row_bytes, widened);
-    rows.values = widened;
-    rows.row_bytes *= 2;
-  }
-  const int32_t value_bytes = layout.dtype == DType::kF32 ? 4 : rows.kind == Kind::kInt ? 1 : 2;
-  rows.chunk_bytes = 32 / layout.group * layout.keep * value_bytes;
-  rows.source = layout.dense                                   ? Source::kDense
-                : layout.group <= 32 && 32 % layout.group == 0 ? Source::kRuns
-                                                               : Source::kChain;
-  return rows;
-}
 
 // Codes of a chunk of 64 dims to columns [64 * c, 64 * c + 64) of out [64][head_dim].
 template <bool kNarrow>
@@ -75,22 +59,44 @@ void widen_codes(const SlotLayout& layout, const CodeChunk& chunk, const uint8_t
   }
 }
 
-// A tile of coded rows as dense rows of int8 codes.
-Rows coded_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t* slot,
-                uint8_t* codes) {
-  Rows rows;
-  rows.kind = Kind::kInt;
-  rows.source = Source::kDense;
-  rows.masks = nullptr;
-  rows.values = codes;
-  rows.scales = reinterpret_cast<const uint16_t*>(slot + layout.scales_offset);
-  rows.mask_bytes = rows.chunk_bytes = 0;
-  rows.row_bytes = layout.head_dim;
-  const uint8_t* values = slot + layout.values_offset;
-  for (int32_t c = 0; c < layout.head_dim / 64; c++) {
-    (chunks[c].narrow ? widen_codes<true> : widen_codes<false>)(layout, chunks[c], values,
-                                                                codes + 64 * c);
+// Where the values of a slot are. kWiden: int4 that stores every value and coded rows become dense
+// rows of bytes beforehand.
+template <bool kWiden>
+Source source_of(const SlotLayout& layout) {
+  if (layout.dtype == DType::kCoded) return kWiden ? Source::kDense : Source::kCodes;
+  if (layout.dense) {
+    return layout.dtype == DType::kInt4 && !kWiden ? Source::kNibbles : Source::kDense;
   }
+  return layout.group <= 32 && 32 % layout.group == 0 ? Source::kRuns : Source::kChain;
+}
+
+// A tile of a slot. chunks: of coded rows, [head_dim / 64]; widened: room for a tile of bytes.
+template <bool kWiden>
+Rows slot_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t* slot,
+               uint8_t* widened) {
+  Rows rows;
+  rows.kind = kind_of(layout.dtype);
+  rows.source = source_of<kWiden>(layout);
+  rows.masks = layout.dense ? nullptr : slot;
+  rows.values = slot + layout.values_offset;
+  rows.scales = reinterpret_cast<const uint16_t*>(slot + layout.scales_offset);
+  rows.chunks = chunks;
+  rows.mask_bytes = layout.mask_words * 4;
+  rows.row_bytes = layout.row_bytes;
+  if (layout.dtype == DType::kCoded && kWiden) {
+    for (int32_t c = 0; c < layout.head_dim / 64; c++) {
+      (chunks[c].narrow ? widen_codes<true> : widen_codes<false>)(layout, chunks[c], rows.values,
+                                                                  widened + 64 * c);
+    }
+    rows.values = widened;
+    rows.row_bytes = layout.head_dim;
+  } else if (layout.dtype == DType::kInt4 && rows.source != Source::kNibbles) {
+    widen_int4(rows.values, kTileTokens * layout.row_bytes, widened);
+    rows.values = widened;
+    rows.row_bytes *= 2;
+  }
+  const int32_t value_bytes = layout.dtype == DType::kF32 ? 4 : rows.kind == Kind::kInt ? 1 : 2;
+  rows.chunk_bytes = layout.dense ? 0 : 32 / layout.group * layout.keep * value_bytes;
   return rows;
 }
 
@@ -142,7 +148,7 @@ void merge_state(const DecodeRun& run, Kind kind, const State& state, const floa
     run.sum[h] = run.sum[h] * _mm512_cvtss_f32(mine) + state.sum[h] * _mm512_cvtss_f32(other);
     const __m512 half_step = _mm512_set1_ps(0.5f * state.weight_sum[h]);
     float* o = run.o + int64_t{h} * run.head_dim;
-    Products::in_order(kind, state.o + int64_t{h} * run.head_dim, run.head_dim, in_order);
+    Products::in_order(run, kind, state.o + int64_t{h} * run.head_dim, in_order);
     for (int32_t d = 0; d < run.head_dim; d += 16) {
       __m512 x = _mm512_load_ps(in_order + d);
       if (v_step != nullptr) {
@@ -151,6 +157,18 @@ void merge_state(const DecodeRun& run, Kind kind, const State& state, const floa
       const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(o + d), mine);
       _mm512_storeu_ps(o + d, _mm512_fmadd_ps(x, other, old));
     }
+  }
+}
+
+// code_steps, sixteen dims at a time.
+inline void code_steps_avx512(const CodeTable& table, int32_t head_dim, float* out) {
+  alignas(64) float of_width[16] = {};
+  for (int32_t width = 0; width <= kMaxWidth; width++) of_width[width] = coded_step(width);
+  const __m512 steps = _mm512_load_ps(of_width);
+  for (int32_t d = 0; d < head_dim; d += 16) {
+    const __m128i widths = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.widths + d));
+    const __m512 step = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(widths), steps);
+    _mm512_store_ps(out + d, _mm512_mul_ps(step, _mm512_loadu_ps(table.sigmas + d)));
   }
 }
 
@@ -166,7 +184,7 @@ CodedHead make_coded(const DecodeRun& run, uint8_t*& at) {
     for (int32_t c = 0; c < n_chunks; c++) {
       make_chunk(table.widths, c, (is_key ? head.k : head.v)[c]);
     }
-    code_steps(table, run.head_dim, is_key ? head.k_step : head.v_step);
+    code_steps_avx512(table, run.head_dim, is_key ? head.k_step : head.v_step);
   }
   return head;
 }
@@ -190,10 +208,10 @@ DecodeRun with_steps(const DecodeRun& run, const CodedHead& coded, float* querie
   return scaled;
 }
 
-// Products are what a tile of one KV head is multiplied by: prepare(run, kind, state) before its
+// Products are what a tile of one KV head is multiplied by: prepare(run, k, v, state) before its
 // first tile, then tile<kind>(run, k, v, n, seen, state, next), where bit t of `seen` says whether
 // row t is attended to, and in_order(), which puts the dims of a row of State::o back in their own
-// order.
+// order. kWiden: see slot_rows.
 template <class Products>
 void run_tiles(DecodeRuns runs) {
   const DecodeRun& first = runs[0];
@@ -215,8 +233,10 @@ void run_tiles(DecodeRuns runs) {
       state.q_error = take<float>(at, n_queries);
       state.q_offset = take<float>(at, n_queries);
       state.weight_sum = take<float>(at, n_queries);
+      state.k_bias = take<int32_t>(at, n_queries);
+      state.v_bias = take<int32_t>(at, head_dim);
       state.o = take<float>(at, int64_t{n_rows} * head_dim);
-      state.queries = take<uint8_t>(at, int64_t{n_rows} * head_dim * 4);
+      state.queries = take<uint8_t>(at, int64_t{n_rows} * head_dim * 8);
     }
   }
   const bool coded = is_coded(first);
@@ -232,13 +252,9 @@ void run_tiles(DecodeRuns runs) {
       int32_t n = kTileTokens;
       if (tile < run.sequence->n_blocks) {
         const uint8_t* page = run.sequence->pages[tile];
-        if (coded) {
-          k = coded_rows(*run.k_slot, work.coded[i].k, page + run.k_offset, work.tiles[0]);
-          v = coded_rows(*run.v_slot, work.coded[i].v, page + run.v_offset, work.tiles[1]);
-        } else {
-          k = slot_rows(*run.k_slot, page + run.k_offset, work.tiles[0]);
-          v = slot_rows(*run.v_slot, page + run.v_offset, work.tiles[1]);
-        }
+        const CodedHead& codes = work.coded[i];
+        k = slot_rows<Products::kWiden>(*run.k_slot, codes.k, page + run.k_offset, work.tiles[0]);
+        v = slot_rows<Products::kWiden>(*run.v_slot, codes.v, page + run.v_offset, work.tiles[1]);
       } else {
         const DenseTile dense = dense_tile(run, tile);
         n = dense.n;
@@ -254,9 +270,9 @@ void run_tiles(DecodeRuns runs) {
         for (int32_t h = 0; h < n_queries; h++) state.q_offset[h] = state.weight_sum[h] = 0.0f;
         if (coded && k.kind == Kind::kInt) {
           // The output's place is free until the first tile.
-          products.prepare(with_steps(run, work.coded[i], state.o, state), k.kind, state);
+          products.prepare(with_steps(run, work.coded[i], state.o, state), k, v, state);
         } else {
-          products.prepare(run, k.kind, state);
+          products.prepare(run, k, v, state);
         }
         clear_softmax(n_queries, state.max, state.sum);
         __builtin_memset(state.o, 0, sizeof(float) * n_rows * head_dim);

@@ -32,18 +32,27 @@ constexpr float kTopCode = 32512.0f;
 enum class Codes {
   kFloats,  // f32 [64], of float rows that kBf16 does not serve
   kBf16,    // bf16 [64]
-  kWords,   // int16 [64], of integer rows
-  kBytes,   // int8 [64] of the high bytes and, at a distance, of the low ones: high * 256 + low
+  kBytes,   // of integer rows: int8 [64] of the high bytes and, at a distance, of the low ones:
+            // high * 256 + low
 };
+
+// 16 codes in two signed bytes: high * 256 + low.
+inline void store_bytes(__m512i codes, uint8_t* high, uint8_t* low) {
+  const __m512i rounded = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
+  _mm_store_si128(reinterpret_cast<__m128i*>(high),
+                  _mm512_cvtepi32_epi8(_mm512_srai_epi32(rounded, 8)));
+  _mm_store_si128(reinterpret_cast<__m128i*>(low), _mm512_cvtepi32_epi8(codes));
+}
 
 // Softmax of one head over a tile: scores [64] of the rows that are seen become weights, the
 // state's maximum and sum are brought up to date. Returns the factor of the output so far. Of ints:
 // scores are multiplied by q_unit, q_offset is added and the keys' scales come last; unit: of int
-// weights; weight_sum: running, of weights times the values' scales.
+// weights; code_sum: of the tile's int weights; weight_sum: running, of weights times the values'
+// scales.
 template <Kind kKind, Codes kCodes>
 float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, const float* scores,
                    uint8_t* weights, float& running_max, float& running_sum, float& unit,
-                   float q_offset, float& weight_sum, int64_t low_bytes = 0) {
+                   float q_offset, int32_t& code_sum, float& weight_sum, int64_t low_bytes = 0) {
   __m512 s[4];
   __m512 tile_max = _mm512_set1_ps(-__builtin_inff());
 #pragma GCC unroll 4
@@ -65,7 +74,7 @@ float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, co
   running_max = max;
 
   __m512 sum = _mm512_setzero_ps();
-  __m512 largest = _mm512_setzero_ps(), scaled = largest;
+  __m512 largest = _mm512_setzero_ps();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     s[i] = exp2_ps(_mm512_sub_ps(s[i], _mm512_set1_ps(shift)));
@@ -73,7 +82,6 @@ float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, co
       sum = _mm512_add_ps(sum, s[i]);
       s[i] = _mm512_mul_ps(s[i], load_bf16(v.scales + 16 * i));
       largest = _mm512_max_ps(largest, s[i]);
-      scaled = _mm512_add_ps(scaled, s[i]);
 #if defined(__AVX512BF16__)
     } else if constexpr (kCodes == Codes::kBf16) {
       // The rounded weights are what values are multiplied by, so these are added up.
@@ -89,23 +97,18 @@ float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, co
   }
   running_sum = running_sum * rescale + _mm512_reduce_add_ps(sum);
   if constexpr (kKind == Kind::kInt) {
-    weight_sum = weight_sum * rescale + _mm512_reduce_add_ps(scaled);
     const float top = _mm512_reduce_max_ps(largest);
     unit = top / kTopCode;
     const __m512 inverse = _mm512_set1_ps(top > 0 ? kTopCode / top : 0.0f);
+    __m512i code_sums = _mm512_setzero_si512();
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
       const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[i], inverse));
-      if constexpr (kCodes == Codes::kBytes) {
-        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
-        _mm_store_si128(reinterpret_cast<__m128i*>(weights + 16 * i), _mm512_cvtepi32_epi8(high));
-        _mm_store_si128(reinterpret_cast<__m128i*>(weights + low_bytes + 16 * i),
-                        _mm512_cvtepi32_epi8(codes));
-      } else {
-        _mm256_store_si256(reinterpret_cast<__m256i*>(weights + 32 * i),
-                           _mm512_cvtepi32_epi16(codes));
-      }
+      store_bytes(codes, weights + 16 * i, weights + low_bytes + 16 * i);
+      code_sums = _mm512_add_epi32(code_sums, codes);
     }
+    code_sum = _mm512_reduce_add_epi32(code_sums);
+    weight_sum = weight_sum * rescale + unit * static_cast<float>(code_sum);
   }
   return rescale;
 }

@@ -1,13 +1,14 @@
-// Decode attention, AVX-512: the two products of a tile, scores = K q and o += p V, for up to four
-// query heads at a time in registers. Included by the files of the AVX-512 paths alone.
+// Decode attention, AVX-512: the two products of a tile of float rows, scores = K q and o += p V,
+// for up to four query heads at a time in registers. Included by the files of the AVX-512 paths
+// alone.
 //
 // K: 16 accumulators, 16 / NH rows by NH heads; their horizontal sums come out of one tree. Queries
-// are one or two bf16 terms (BF16), or rounded to 15 bits (ints), or f32.
+// are one or two bf16 terms (BF16) or f32.
 // V: dims in columns of 64 or 128, accumulators stay in registers for all 64 tokens. Two tokens a
-// step where there is a two-term dot product (BF16, ints), with weights of 16 bits.
+// step where there is a two-term dot product (BF16), with weights of 16 bits.
 #pragma once
 
-#include "backend/cpu/attention/decode_avx512_rows.h"
+#include "backend/cpu/attention/decode_avx512_sums.h"
 
 namespace mustafar {
 namespace {
@@ -21,47 +22,6 @@ inline __m512 dot_bf16(__m512 acc, __m512i x, __m512i y) {
   static_cast<void>(x), static_cast<void>(y);
 #endif
   return acc;
-}
-
-inline __m512 dot_int(__m512 acc, __m512i x, __m512i y) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(x), "v"(y));
-  return acc;
-}
-
-template <Kind kKind>
-inline __m512 add(__m512 x, __m512 y) {
-  if constexpr (kKind == Kind::kInt) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_castps_si512(y)));
-  }
-  return _mm512_add_ps(x, y);
-}
-
-// Lane i of the result is the sum of v[i]'s lanes.
-template <Kind kKind>
-inline __m512 sums_of_16(__m512* v) {
-  const __m512i lanes =
-      _mm512_setr_epi32(4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
-  const __m512i neighbours =
-      _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    v[i] = add<kKind>(_mm512_mask_blend_ps(0xff00, v[i], v[i + 8]),
-                      _mm512_shuffle_f32x4(v[i], v[i + 8], 0x4e));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    v[i] = add<kKind>(_mm512_mask_blend_ps(0xf0f0, v[i], v[i + 4]),
-                      _mm512_permutex2var_ps(v[i], lanes, v[i + 4]));
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) {
-    v[i] = add<kKind>(_mm512_mask_blend_ps(0xcccc, v[i], v[i + 2]),
-                      _mm512_shuffle_ps(v[i], v[i + 2], 0x4e));
-  }
-  const __m512 sum = add<kKind>(_mm512_mask_blend_ps(0xaaaa, v[0], v[1]),
-                                _mm512_permutex2var_ps(v[0], neighbours, v[1]));
-  if constexpr (kKind == Kind::kInt) return _mm512_cvtepi32_ps(_mm512_castps_si512(sum));
-  return sum;
 }
 
 // scores [NH][64] of n_rows rows (a multiple of 16). q: prepared queries, [NH][n_chunks]. kLow:
@@ -79,85 +39,48 @@ __attribute__((noinline)) void tile_scores(const Rows& rows_in, int32_t n_rows, 
     __m512 acc[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
-    if constexpr (kKind == Kind::kInt) {
-      for (int32_t chunk = 0; chunk < n_chunks; chunk += 2) {
-        if constexpr (kSource != Source::kDense) prefetch.step();
-        const uint8_t* qc = q + int64_t{chunk} * 64;
-        __m512i q0[NH], q1[NH];
+    for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
+      if constexpr (kSource != Source::kDense) prefetch.step();
+      const uint8_t* qc = q + int64_t{chunk} * 128;
+      __m512 q0[NH], q1[NH];
 #pragma GCC unroll 4
-        for (int h = 0; h < NH; h++) {
-          q0[h] = _mm512_load_si512(qc + h * q_head);
-          q1[h] = _mm512_load_si512(qc + h * q_head + 64);
-        }
+      for (int h = 0; h < NH; h++) {
+        q0[h] = _mm512_load_ps(qc + h * q_head);
+        q1[h] = _mm512_load_ps(qc + h * q_head + 64);  // unused without kLow
+      }
 #pragma GCC unroll 16
-        for (int i = 0; i < R; i++) {
-          if constexpr (kSource == Source::kDense) prefetch.step();
-          const __m512i k = load_bytes<kSource>(rows, r + i, chunk, zero);
-          const __m512i k0 = low_half(k), k1 = high_half(k);
+      for (int i = 0; i < R; i++) {
+        if constexpr (kSource == Source::kDense) prefetch.step();
+        if constexpr (takes_pairs(kKind)) {
+          const __m512i k = load_words<kSource>(rows, r + i, chunk, zero);
 #pragma GCC unroll 4
           for (int h = 0; h < NH; h++) {
             __m512& a = acc[h * R + i];
-            a = dot_int(dot_int(a, k0, q0[h]), k1, q1[h]);
+            a = dot_bf16(a, k, _mm512_castps_si512(q0[h]));
+            if constexpr (kLow) a = dot_bf16(a, k, _mm512_castps_si512(q1[h]));
           }
-        }
-      }
-    } else {
-      for (int32_t chunk = 0; chunk < n_chunks; chunk++) {
-        if constexpr (kSource != Source::kDense) prefetch.step();
-        const uint8_t* qc = q + int64_t{chunk} * 128;
-        __m512 q0[NH], q1[NH];
+        } else {
+          const Pair k = load_floats<kKind, kSource>(rows, r + i, chunk, zero);
 #pragma GCC unroll 4
-        for (int h = 0; h < NH; h++) {
-          q0[h] = _mm512_load_ps(qc + h * q_head);
-          q1[h] = _mm512_load_ps(qc + h * q_head + 64);  // unused without kLow
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < R; i++) {
-          if constexpr (kSource == Source::kDense) prefetch.step();
-          if constexpr (takes_pairs(kKind)) {
-            const __m512i k = load_words<kSource>(rows, r + i, chunk, zero);
-#pragma GCC unroll 4
-            for (int h = 0; h < NH; h++) {
-              __m512& a = acc[h * R + i];
-              a = dot_bf16(a, k, _mm512_castps_si512(q0[h]));
-              if constexpr (kLow) a = dot_bf16(a, k, _mm512_castps_si512(q1[h]));
-            }
-          } else {
-            const Pair k = load_floats<kKind, kSource>(rows, r + i, chunk, zero);
-#pragma GCC unroll 4
-            for (int h = 0; h < NH; h++) {
-              __m512& a = acc[h * R + i];
-              a = _mm512_fmadd_ps(k.a, q0[h], a);
-              a = _mm512_fmadd_ps(k.b, q1[h], a);
-            }
+          for (int h = 0; h < NH; h++) {
+            __m512& a = acc[h * R + i];
+            a = _mm512_fmadd_ps(k.a, q0[h], a);
+            a = _mm512_fmadd_ps(k.b, q1[h], a);
           }
         }
       }
     }
-    const __m512 sums = sums_of_16<kKind>(acc);
-    if constexpr (NH == 1) {
-      _mm512_store_ps(scores + r, sums);
-    } else if constexpr (NH == 2) {
-      _mm256_store_ps(scores + r, _mm512_castps512_ps256(sums));
-      _mm256_store_ps(scores + kTileTokens + r, _mm512_extractf32x8_ps(sums, 1));
-    } else {
-      _mm_store_ps(scores + r, _mm512_castps512_ps128(sums));
-      _mm_store_ps(scores + kTileTokens + r, _mm512_extractf32x4_ps(sums, 1));
-      _mm_store_ps(scores + 2 * kTileTokens + r, _mm512_extractf32x4_ps(sums, 2));
-      _mm_store_ps(scores + 3 * kTileTokens + r, _mm512_extractf32x4_ps(sums, 3));
-    }
+    store_sums<NH>(sums_of_16(acc), scores + r);
   }
   prefetch_inout = prefetch;
 }
 
 // Columns [chunk0, chunk0 + NC) of o = o * rescale + weights V. weights: [NH][64] f32, or 16-bit
-// (bf16; int16, to be multiplied by `unit`). o: [NH] rows, o_stride floats apart, in the kind's
-// order.
+// (bf16). o: [NH] rows, o_stride floats apart, in the kind's order.
 template <Kind kKind, Source kSource, int NH, int NC>
 __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows, int32_t chunk0,
-                                            const uint8_t* weights, const float* rescale,
-                                            const float* unit, float* o, int64_t o_stride,
-                                            Prefetch& prefetch_inout) {
+                                            const uint8_t* weights, const float* rescale, float* o,
+                                            int64_t o_stride, Prefetch& prefetch_inout) {
   Prefetch prefetch = prefetch_inout;
   constexpr int kStep = takes_pairs(kKind) ? 2 : 1;
   constexpr int64_t kWeightBytes = kTileTokens * (takes_pairs(kKind) ? 2 : 4);
@@ -168,12 +91,8 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
   for (int h = 0; h < NH; h++) {
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * NC; c++) {
-      if constexpr (kKind == Kind::kInt) {
-        acc[h][c] = _mm512_setzero_ps();
-      } else {
-        acc[h][c] = _mm512_mul_ps(_mm512_load_ps(o + h * o_stride + chunk0 * 32 + c * 16),
-                                  _mm512_set1_ps(rescale[h]));
-      }
+      acc[h][c] = _mm512_mul_ps(_mm512_load_ps(o + h * o_stride + chunk0 * 32 + c * 16),
+                                _mm512_set1_ps(rescale[h]));
     }
   }
   for (int32_t t = 0; t < n_rows; t += kStep) {
@@ -187,25 +106,11 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
     }
 #pragma GCC unroll 4
     for (int c = 0; c < NC; c++) {
-      if (kSource == Source::kDense && (kKind != Kind::kInt || c % 2 == 0)) {
+      if (kSource == Source::kDense) {
 #pragma GCC unroll 2
         for (int i = 0; i < kStep; i++) prefetch.step();
       }
-      if constexpr (kKind == Kind::kInt) {
-        if (c % 2 != 0) continue;  // two chunks at a time
-        const __m512i x = load_bytes<kSource>(rows, t, chunk0 + c, zero);
-        const __m512i y = load_bytes<kSource>(rows, t + 1, chunk0 + c, zero);
-        const __m512i low = _mm512_unpacklo_epi8(x, y), high = _mm512_unpackhi_epi8(x, y);
-        const __m512i v[4] = {low_half(low), low_half(high), high_half(low), high_half(high)};
-#pragma GCC unroll 4
-        for (int h = 0; h < NH; h++) {
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) {
-            __m512& a = acc[h][(2 * c + i) % (2 * NC)];
-            a = dot_int(a, v[i], _mm512_castps_si512(w[h]));
-          }
-        }
-      } else if constexpr (takes_pairs(kKind)) {
+      if constexpr (takes_pairs(kKind)) {
         const __m512i x = load_words<kSource>(rows, t, chunk0 + c, zero);
         const __m512i y = load_words<kSource>(rows, t + 1, chunk0 + c, zero);
         const __m512i a = _mm512_unpacklo_epi16(x, y), b = _mm512_unpackhi_epi16(x, y);
@@ -228,13 +133,7 @@ __attribute__((noinline)) void tile_columns(const Rows& rows_in, int32_t n_rows,
   for (int h = 0; h < NH; h++) {
 #pragma GCC unroll 8
     for (int c = 0; c < 2 * NC; c++) {
-      float* out = o + h * o_stride + chunk0 * 32 + c * 16;
-      if constexpr (kKind == Kind::kInt) {
-        const __m512 sum = _mm512_cvtepi32_ps(_mm512_castps_si512(acc[h][c]));
-        acc[h][c] = _mm512_fmadd_ps(sum, _mm512_set1_ps(unit[h]),
-                                    _mm512_mul_ps(_mm512_load_ps(out), _mm512_set1_ps(rescale[h])));
-      }
-      _mm512_store_ps(out, acc[h][c]);
+      _mm512_store_ps(o + h * o_stride + chunk0 * 32 + c * 16, acc[h][c]);
     }
   }
   prefetch_inout = prefetch;
@@ -246,33 +145,29 @@ constexpr int32_t kPassChunks = NH == 4 ? 2 : 4;
 
 // Prefetch steps of scores and of values: one for every dense row and the columns that are loaded
 // at a time; of sparse rows, which are fewer lines, one for a few rows.
-template <Kind kKind, int NH>
+template <int NH>
 constexpr int32_t score_steps(Source source, int32_t n_rows, int32_t n_chunks) {
-  const int32_t loads = kKind == Kind::kInt ? n_chunks / 2 : n_chunks;
-  return source == Source::kDense ? n_rows * loads : n_rows / (16 / NH) * loads;
+  return source == Source::kDense ? n_rows * n_chunks : n_rows / (16 / NH) * n_chunks;
 }
-template <Kind kKind, int NH>
+template <int NH>
 constexpr int32_t value_steps(Source source, int32_t n_rows, int32_t n_chunks) {
-  const int32_t loads = kKind == Kind::kInt ? n_chunks / 2 : n_chunks;
-  if (source == Source::kDense) return n_rows * loads;
+  if (source == Source::kDense) return n_rows * n_chunks;
   return n_rows / 2 * std::max(1, n_chunks / kPassChunks<NH>);
 }
 
 // tile_columns for all columns of o.
 template <Kind kKind, Source kSource, int NH>
 void tile_values(const Rows& rows, int32_t n_rows, int32_t n_chunks, const uint8_t* weights,
-                 const float* rescale, const float* unit, float* o, int64_t o_stride,
-                 Prefetch& prefetch) {
+                 const float* rescale, float* o, int64_t o_stride, Prefetch& prefetch) {
   constexpr int NC = kPassChunks<NH>;
-  constexpr int kRest = kKind == Kind::kInt ? 2 : 1;
   int32_t chunk = 0;
   for (; chunk + NC <= n_chunks; chunk += NC) {
-    tile_columns<kKind, kSource, NH, NC>(rows, n_rows, chunk, weights, rescale, unit, o, o_stride,
+    tile_columns<kKind, kSource, NH, NC>(rows, n_rows, chunk, weights, rescale, o, o_stride,
                                          prefetch);
   }
-  for (; chunk < n_chunks; chunk += kRest) {
-    tile_columns<kKind, kSource, NH, kRest>(rows, n_rows, chunk, weights, rescale, unit, o,
-                                            o_stride, prefetch);
+  for (; chunk < n_chunks; chunk++) {
+    tile_columns<kKind, kSource, NH, 1>(rows, n_rows, chunk, weights, rescale, o, o_stride,
+                                        prefetch);
   }
 }
 

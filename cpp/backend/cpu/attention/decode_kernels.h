@@ -28,9 +28,12 @@ struct DecodeRun {
   CodeTable k_codes, v_codes;
   const uint8_t* k_dense = nullptr;
   const uint8_t* v_dense = nullptr;
-  int32_t dense_tokens = 0;    // the new one included
-  const float* q = nullptr;    // [n_queries][head_dim]
-  float q_scale = 0.0f;        // log2(e) / sqrt(head_dim): scores are in units of log2
+  int32_t dense_tokens = 0;  // the new one included
+  const float* q = nullptr;  // [n_queries][head_dim]
+  float q_scale = 0.0f;      // log2(e) / sqrt(head_dim): scores are in units of log2
+  // Rows that are pruned or of few bits differ from what they were by a tenth or so. Beside that,
+  // queries and weights may be rounded to one byte where that is faster, a hundredth; not if fine.
+  bool fine = false;
   uint8_t* scratch = nullptr;  // decode_scratch_bytes(), aligned to 128; shared by a span
 
   // Out: the partial softmax. max [n_queries] in log2 units, sum [n_queries] of 2^(score - max),
@@ -47,13 +50,13 @@ inline constexpr int32_t kMaxSpanHeads = 16;
 
 // Bytes of scratch that any of the functions below needs for a span of KV heads: two tiles in f32
 // and an expanded one, scores and weights; for each head the queries in up to four forms and as
-// many partial softmaxes, in blocks of eight queries.
+// many partial softmaxes, in blocks of eight queries, and the tables of coded rows.
 [[maybe_unused]] static inline int64_t decode_scratch_bytes(int32_t n_queries, int32_t head_dim,
                                                             int32_t span_heads) {
   const int64_t tile = int64_t{kTileTokens} * head_dim * 4 + 128;
   const int64_t queries = (int64_t{n_queries} + 7) / 8 * 8;
-  return 3 * tile + int64_t{kTileTokens} * head_dim + span_heads * queries * (32 * head_dim + 128) +
-         span_heads * 16 * head_dim + 64 * kTileTokens + 16384;
+  const int64_t head = queries * (48 * head_dim + 128) + 40 * head_dim + 2048;
+  return 3 * tile + int64_t{kTileTokens} * head_dim + span_heads * head + 64 * kTileTokens + 16384;
 }
 
 // Dense rows of a tile: [n][head_dim] of the tail type, keys and values.

@@ -1,0 +1,442 @@
+// Decode attention, AVX-512: a tile of integer rows by dot products of bytes, for up to four query
+// heads at a time in registers. Included by the files of the AVX-512 paths alone.
+//
+// vpdpbusd multiplies unsigned bytes by signed ones. Of keys and queries the keys are unsigned, of
+// weights and values the weights. Codes that have no sign in storage are taken as they are, and
+// so is int8 that must not have one, plus 128: what such a bias adds to a sum is known beforehand
+// and taken off again, all in integers.
+//
+// Queries and weights have one byte or two, high * 256 + low: by two the products are as exact as
+// the cache's int8 is, one byte is enough beside the error of rows that are pruned or of few bits
+// (is_coarse).
+//
+// K: four rows side by side in a register, a lane of 128 bits each, so that few horizontal sums are
+// left. V: the bytes of four tokens side by side make a dword of every dim; sums stay in registers
+// for all 64 tokens.
+#pragma once
+
+#include "backend/cpu/attention/decode_avx512_softmax.h"
+#include "backend/cpu/attention/decode_avx512_sums.h"
+
+namespace mustafar {
+namespace {
+
+// As assembly for the reason of dot_bf16. bytes: not negative; others: signed.
+inline __m512i dot_bytes(__m512i acc, __m512i bytes, __m512i others) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(bytes), "v"(others));
+  return acc;
+}
+
+// Which of 64 dims is where.
+struct DimOrder {
+  alignas(64) uint8_t dims[64];
+};
+
+// Of the bytes of load_codes.
+constexpr DimOrder order_of_bytes(bool nibbles) {
+  DimOrder order = {};
+  for (int i = 0; i < 64; i++) {
+    order.dims[i] = static_cast<uint8_t>(nibbles ? i % 32 * 2 + i / 32 : i);
+  }
+  return order;
+}
+
+// Of the sums of int_values.
+constexpr DimOrder order_of_sums(bool nibbles) {
+  const DimOrder bytes = order_of_bytes(nibbles);
+  DimOrder order = {};
+  for (int i = 0; i < 64; i++) order.dims[i] = bytes.dims[i % 16 / 4 * 16 + i / 16 * 4 + i % 4];
+  return order;
+}
+
+constexpr DimOrder kByteOrder[2] = {order_of_bytes(false), order_of_bytes(true)};
+constexpr DimOrder kSumOrder[2] = {order_of_sums(false), order_of_sums(true)};
+
+// 64 bytes from the order of their dims to another.
+inline __m512i reordered(__m512i bytes, const DimOrder& order) {
+  return _mm512_permutexvar_epi8(_mm512_load_si512(order.dims), bytes);
+}
+
+// What load_codes adds to the values of 64 dims, in their own order, as unsigned bytes.
+template <bool kUnsigned>
+inline __m512i code_bias(const Rows& rows, int32_t chunk) {
+  if (rows.source == Source::kCodes) return _mm512_load_si512(rows.chunks[chunk].halves);
+  if (rows.source == Source::kNibbles) return _mm512_set1_epi8(8);
+  return _mm512_set1_epi8(kUnsigned ? static_cast<char>(0x80) : 0);
+}
+
+// Four rows of 64 dims so that each has a lane of 128 bits of its own: what is summed up in a lane
+// is a row's. z[i] has 16 dims of every row; which, is the lane's number with bits flipped by i.
+inline void lanes_of_rows(const __m512i* rows, __m512i* z) {
+  const __m512i swapped = _mm512_setr_epi64(2, 3, 8, 9, 6, 7, 12, 13);
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    // Halves of rows 0 and 2, and of 1 and 3.
+    const __m512i a = i == 0 ? _mm512_mask_blend_epi64(0xf0, rows[0], rows[2])
+                             : _mm512_shuffle_i64x2(rows[0], rows[2], 0x4e);
+    const __m512i b = i == 0 ? _mm512_mask_blend_epi64(0xf0, rows[1], rows[3])
+                             : _mm512_shuffle_i64x2(rows[1], rows[3], 0x4e);
+    z[2 * i] = _mm512_mask_blend_epi64(0xcc, a, b);
+    z[2 * i + 1] = _mm512_permutex2var_epi64(a, swapped, b);
+  }
+}
+
+// 64 bytes of a query for lanes_of_rows: [4][64].
+inline void store_lanes(__m512i bytes, uint8_t* out) {
+  _mm512_store_si512(out, bytes);
+  _mm512_store_si512(out + 64, _mm512_shuffle_i64x2(bytes, bytes, 0xb1));
+  _mm512_store_si512(out + 128, _mm512_shuffle_i64x2(bytes, bytes, 0x4e));
+  _mm512_store_si512(out + 192, _mm512_shuffle_i64x2(bytes, bytes, 0x1b));
+}
+
+// Queries [n_chunks][64] of two bytes as int_scores takes them, at `out`. high, low: 64 dims in
+// their own order. Adds what the biases of the keys add to a score, in parts, to *bias_high and
+// *bias_low.
+inline void store_query(const Rows& k, int32_t chunk, __m512i high, __m512i low, uint8_t* out,
+                        __m512i& bias_high, __m512i& bias_low) {
+  const DimOrder& order = kByteOrder[k.source == Source::kNibbles];
+  store_lanes(reordered(high, order), out);
+  store_lanes(reordered(low, order), out + 256);
+  bias_high = dot_bytes(bias_high, code_bias<true>(k, chunk), high);
+  bias_low = dot_bytes(bias_low, code_bias<true>(k, chunk), low);
+}
+
+// The biases of values in the order of the sums of int_values. out: [64 n_chunks].
+inline void store_value_bias(const Rows& v, int32_t n_chunks, int32_t* out) {
+  for (int32_t c = 0; c < n_chunks; c++) {
+    alignas(64) uint8_t bytes[64];
+    _mm512_store_si512(bytes,
+                       reordered(code_bias<false>(v, c), kSumOrder[v.source == Source::kNibbles]));
+    for (int i = 0; i < 64; i += 16) {
+      const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i));
+      _mm512_store_si512(out + 64 * c + i, _mm512_cvtepu8_epi32(part));
+    }
+  }
+}
+
+// A row of the sums of int_values in the order of its dims. out: aligned to 64.
+inline void sums_in_order(bool nibbles, const float* sums, int32_t head_dim, float* out) {
+  const __m512i even = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
+  for (int32_t d = 0; d < head_dim; d += 64) {
+    // Lane i of sum j becomes lane j of vector i: the order of the bytes.
+    const __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
+    const __m512 c = _mm512_load_ps(sums + d + 32), e = _mm512_load_ps(sums + d + 48);
+    const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x44), ab1 = _mm512_shuffle_f32x4(a, b, 0xee);
+    const __m512 ce0 = _mm512_shuffle_f32x4(c, e, 0x44), ce1 = _mm512_shuffle_f32x4(c, e, 0xee);
+    __m512 x[4] = {_mm512_shuffle_f32x4(ab0, ce0, 0x88), _mm512_shuffle_f32x4(ab0, ce0, 0xdd),
+                   _mm512_shuffle_f32x4(ab1, ce1, 0x88), _mm512_shuffle_f32x4(ab1, ce1, 0xdd)};
+    if (nibbles) {  // even dims, then odd ones
+      const __m512 x0 = x[0], x1 = x[1];
+      x[0] = _mm512_permutex2var_ps(x0, even, x[2]);
+      x[1] = _mm512_permutex2var_ps(x0, odd, x[2]);
+      x[2] = _mm512_permutex2var_ps(x1, even, x[3]);
+      x[3] = _mm512_permutex2var_ps(x1, odd, x[3]);
+    }
+    for (int i = 0; i < 4; i++) _mm512_store_ps(out + d + 16 * i, x[i]);
+  }
+}
+
+// 64 values of a row, each plus its bias (code_bias): from 0 to 255 if kUnsigned, else from -128 to
+// 127. chunk: of 64 dims.
+template <Source kSource, bool kUnsigned>
+inline __m512i load_codes(const Rows& rows, int32_t row, int32_t chunk, __m512i zero) {
+  if constexpr (kSource == Source::kCodes) {
+    return raw_codes<false>(rows.chunks[chunk], rows.values + int64_t{row} * rows.row_bytes);
+  } else if constexpr (kSource == Source::kNibbles) {
+    // Even dims in the lower half, odd ones in the upper.
+    const uint8_t* at = rows.values + int64_t{row} * rows.row_bytes + 32 * chunk;
+    const __m512i twice =
+        _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+    const __m512i count = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i low = _mm512_set1_epi8(0x0f), sign = _mm512_set1_epi8(0x08);
+    // (x & low) ^ sign
+    return _mm512_ternarylogic_epi32(_mm512_srlv_epi16(twice, count), low, sign, 0x6a);
+  } else {
+    const __m512i bytes = load_bytes<kSource>(rows, row, 2 * chunk, zero);
+    if constexpr (!kUnsigned) return bytes;
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+}
+
+// Calls body.operator()<source>() for integer rows.
+template <class Body>
+inline void with_int_source(Source source, Body&& body) {
+  switch (source) {
+    case Source::kDense:
+      return body.template operator()<Source::kDense>();
+    case Source::kNibbles:
+      return body.template operator()<Source::kNibbles>();
+    case Source::kCodes:
+      return body.template operator()<Source::kCodes>();
+    case Source::kRuns:
+      return body.template operator()<Source::kRuns>();
+    default:
+      return body.template operator()<Source::kChain>();
+  }
+}
+
+// Dword 4 i + j of the result is the sum of lane i of v[j].
+inline __m512i sums_of_lanes(const __m512i* v) {
+  const auto pair = [](__m512i x, __m512i y) {
+    const __m512 swapped = _mm512_shuffle_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), 0x4e);
+    return _mm512_add_epi32(_mm512_mask_blend_epi32(0xcccc, x, y), _mm512_castps_si512(swapped));
+  };
+  // Dwords x0 + x2, x1 + x3, y0 + y2, y1 + y3 of every lane.
+  const __m512i a = pair(v[0], v[2]), b = pair(v[1], v[3]);
+  const __m512i neighbours =
+      _mm512_setr_epi32(1, 16, 3, 18, 5, 20, 7, 22, 9, 24, 11, 26, 13, 28, 15, 30);
+  return _mm512_add_epi32(_mm512_mask_blend_epi32(0xaaaa, a, b),
+                          _mm512_permutex2var_epi32(a, neighbours, b));
+}
+
+// scores [NH][64]. q: prepared queries, [NH][n_chunks] of 64 high bytes and 64 low ones, four times
+// each (store_lanes); bias: [NH] what the keys' biases add to a sum. kTerms: bytes of queries that
+// count, the high one alone or both.
+template <Source kSource, int NH, int kTerms>
+__attribute__((noinline)) void int_scores(const Rows& rows_in, int32_t n_chunks, const uint8_t* q,
+                                          const int32_t* bias, float* scores,
+                                          Prefetch& prefetch_inout) {
+  constexpr int kQuads = NH == 1 ? 4 : 2;  // of rows at a time: as many as the registers hold
+  constexpr int kRows = 4 * kQuads;
+  Prefetch prefetch = prefetch_inout;
+  const Rows rows = rows_in;
+  const __m512i zero = opaque_zero();
+  const int64_t q_head = int64_t{n_chunks} * 512;
+  const __m512i by_head = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  for (int32_t r = 0; r < kTileTokens; r += kRows) {
+    __m512i acc[kTerms][NH][kQuads];  // high, low
+#pragma GCC unroll 16
+    for (int i = 0; i < kTerms * NH * kQuads; i++) (&acc[0][0][0])[i] = _mm512_setzero_si512();
+    for (int32_t c = 0; c < n_chunks; c++) {
+      __m512i z[kQuads][4];
+#pragma GCC unroll 4
+      for (int i = 0; i < kQuads; i++) {
+        __m512i row[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          prefetch.step();
+          row[j] = load_codes<kSource, true>(rows, r + j * kQuads + i, c, zero);
+        }
+        lanes_of_rows(row, z[i]);
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; k++) {
+#pragma GCC unroll 2
+        for (int term = 0; term < kTerms; term++) {
+#pragma GCC unroll 4
+          for (int h = 0; h < NH; h++) {
+            const __m512i y =
+                _mm512_load_si512(q + h * q_head + int64_t{c} * 512 + term * 256 + k * 64);
+#pragma GCC unroll 4
+            for (int i = 0; i < kQuads; i++) {
+              acc[term][h][i] = dot_bytes(acc[term][h][i], z[i][k], y);
+            }
+          }
+        }
+      }
+    }
+    constexpr int kHeads = NH == 1 ? 1 : 2;  // whose sums make a vector
+#pragma GCC unroll 2
+    for (int h = 0; h < NH; h += kHeads) {
+      __m512i parts[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const int head = h + i / kQuads, quad = i % kQuads;
+        parts[i] = acc[0][head][quad];
+        if constexpr (kTerms == 2) {
+          parts[i] = _mm512_add_epi32(_mm512_slli_epi32(parts[i], 8), acc[1][head][quad]);
+        }
+      }
+      __m512i sums = sums_of_lanes(parts);  // rows r + 4 i + j of a head, or r + 2 i + j of two
+      __m512i off = _mm512_set1_epi32(bias[h]);
+      if constexpr (kHeads == 2) {
+        sums = _mm512_permutexvar_epi32(by_head, sums);
+        off = _mm512_mask_set1_epi32(off, 0xff00, bias[h + 1]);
+      }
+      store_sums<kHeads>(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, off)),
+                         scores + h * kTileTokens + r);
+    }
+  }
+  prefetch_inout = prefetch;
+}
+
+// Four tokens' bytes of 64 dims to dwords of a dim's four bytes, in the order of order_of_sums.
+inline void quads_of(const __m512i* rows, __m512i* quads) {
+  const __m512i low01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
+  const __m512i high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+  const __m512i low23 = _mm512_unpacklo_epi8(rows[2], rows[3]);
+  const __m512i high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+  quads[0] = _mm512_unpacklo_epi16(low01, low23);
+  quads[1] = _mm512_unpackhi_epi16(low01, low23);
+  quads[2] = _mm512_unpacklo_epi16(high01, high23);
+  quads[3] = _mm512_unpackhi_epi16(high01, high23);
+}
+
+template <Source kSource>
+inline void load_quads(const Rows& rows, int32_t token, int32_t chunk, __m512i zero,
+                       __m512i* quads) {
+  __m512i row[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    row[i] = load_codes<kSource, false>(rows, token + i, chunk, zero);
+  }
+  quads_of(row, quads);
+}
+
+// What a tile's integer weights are, for NH heads.
+template <int NH>
+struct IntWeights {
+  float rescale[NH];     // of the output so far
+  float unit[NH];        // of the weights
+  int32_t code_sum[NH];  // of the weights
+};
+
+// o = o * rescale + weights V. weights: [kTerms][NH][64], all high bytes, then all low ones; bias:
+// [64 n_chunks], of the values, in the order of o: [NH] rows, o_stride floats apart.
+template <Source kSource, int NH, int kTerms>
+__attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
+                                          const uint8_t* weights, const IntWeights<NH>& sums,
+                                          const int32_t* bias, float* o, int64_t o_stride,
+                                          Prefetch& prefetch_inout) {
+  Prefetch prefetch = prefetch_inout;
+  const Rows rows = rows_in;
+  const __m512i zero = opaque_zero();
+  for (int32_t c = 0; c < n_chunks; c++) {
+    __m512i acc[NH][4];
+#pragma GCC unroll 4
+    for (int h = 0; h < NH; h++) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) acc[h][i] = _mm512_setzero_si512();
+    }
+#pragma GCC unroll 2
+    for (int term = 0; term < kTerms; term++) {
+      for (int32_t t = 0; t < kTileTokens; t += 4) {
+        prefetch.step();
+        __m512i quads[4];
+        load_quads<kSource>(rows, t, c, zero, quads);
+#pragma GCC unroll 4
+        for (int h = 0; h < NH; h++) {
+          int32_t four;
+          __builtin_memcpy(&four, weights + (term * NH + h) * kTileTokens + t, 4);
+          const __m512i w = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) acc[h][i] = dot_bytes(acc[h][i], w, quads[i]);
+        }
+      }
+      if (term + 1 == kTerms) break;
+#pragma GCC unroll 4
+      for (int h = 0; h < NH; h++) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) acc[h][i] = _mm512_slli_epi32(acc[h][i], 8);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m512i b = _mm512_load_si512(bias + 64 * c + 16 * i);
+#pragma GCC unroll 4
+      for (int h = 0; h < NH; h++) {
+        float* out = o + h * o_stride + 64 * c + 16 * i;
+        const __m512i off = _mm512_mullo_epi32(b, _mm512_set1_epi32(sums.code_sum[h]));
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[h][i], off));
+        const __m512 old = _mm512_mul_ps(_mm512_load_ps(out), _mm512_set1_ps(sums.rescale[h]));
+        _mm512_store_ps(out, _mm512_fmadd_ps(sum, _mm512_set1_ps(sums.unit[h]), old));
+      }
+    }
+  }
+  prefetch_inout = prefetch;
+}
+
+// Weights of one byte are rounded down after one of these is added, so that a tile's many small
+// weights beside a large one add up to what they should: the fractional parts of multiples of the
+// golden ratio, which neighbours share evenly.
+struct Dither {
+  alignas(64) float at[kTileTokens];
+};
+constexpr Dither make_dither() {
+  Dither dither = {};
+  for (int i = 0; i < kTileTokens; i++) {
+    const double x = (i + 0.5) * 0.6180339887498949;
+    dither.at[i] = static_cast<float>((x - static_cast<int>(x)) * 0.99);
+  }
+  return dither;
+}
+constexpr Dither kDither = make_dither();
+
+// Softmax of NH heads over a tile: what tile_softmax is of one. scores: [NH][64]; weights: out
+// [kTerms][NH][64] bytes without sign; the others are of the heads. Interleaved, as one head's is a
+// chain of long latencies.
+template <int NH, int kTerms>
+__attribute__((noinline)) void int_softmax(const Rows& k, const Rows& v, uint64_t seen,
+                                           const float* q_unit, const float* q_offset,
+                                           const float* scores, uint8_t* weights, float* max,
+                                           float* sum, float* weight_sum, IntWeights<NH>& out) {
+  __m512 s[NH][4], shift[NH];
+  const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
+#pragma GCC unroll 4
+  for (int h = 0; h < NH; h++) {
+    __m512 tile_max = nothing;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + h * kTileTokens + 16 * i),
+                                       _mm512_set1_ps(q_unit[h]), _mm512_set1_ps(q_offset[h]));
+      s[h][i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), x,
+                                   load_bf16(k.scales + 16 * i));
+      tile_max = _mm512_max_ps(tile_max, s[h][i]);
+    }
+    shift[h] = tile_max;
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < NH; h++) {
+    const float tile = _mm512_reduce_max_ps(shift[h]);
+    const float top = tile > max[h] ? tile : max[h];
+    const float from = top == -__builtin_inff() ? 0.0f : top;
+    out.rescale[h] =
+        max[h] == top ? 1.0f : _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(max[h] - from)));
+    max[h] = top;
+    shift[h] = _mm512_set1_ps(from);
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < NH; h++) {
+    __m512 total = _mm512_setzero_ps(), largest = total;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      s[h][i] = exp2_ps(_mm512_sub_ps(s[h][i], shift[h]));
+      total = _mm512_add_ps(total, s[h][i]);
+      s[h][i] = _mm512_mul_ps(s[h][i], load_bf16(v.scales + 16 * i));
+      largest = _mm512_max_ps(largest, s[h][i]);
+    }
+    sum[h] = sum[h] * out.rescale[h] + _mm512_reduce_add_ps(total);
+    shift[h] = largest;
+  }
+  constexpr float kTop = kTerms == 1 ? 255.0f : 65535.0f;
+#pragma GCC unroll 4
+  for (int h = 0; h < NH; h++) {
+    const float top = _mm512_reduce_max_ps(shift[h]);
+    out.unit[h] = top / kTop;
+    const __m512 inverse = _mm512_set1_ps(top > 0 ? kTop / top : 0.0f);
+    __m512i code_sums = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      uint8_t* at = weights + h * kTileTokens + 16 * i;
+      __m512i codes;
+      if constexpr (kTerms == 1) {
+        codes = _mm512_cvttps_epi32(
+            _mm512_fmadd_ps(s[h][i], inverse, _mm512_load_ps(kDither.at + 16 * i)));
+      } else {
+        codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[h][i], inverse));
+        _mm_store_si128(reinterpret_cast<__m128i*>(at + NH * kTileTokens),
+                        _mm512_cvtepi32_epi8(codes));
+      }
+      _mm_store_si128(reinterpret_cast<__m128i*>(at),
+                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, kTerms == 1 ? 0 : 8)));
+      code_sums = _mm512_add_epi32(code_sums, codes);
+    }
+    out.code_sum[h] = _mm512_reduce_add_epi32(code_sums);
+    weight_sum[h] =
+        weight_sum[h] * out.rescale[h] + out.unit[h] * static_cast<float>(out.code_sum[h]);
+  }
+}
+
+}  // namespace
+}  // namespace mustafar
