@@ -267,7 +267,8 @@ class FmaProducts {
     Prefetch none = kNoPrefetch;
     if constexpr (kKind == Kind::kInt) {
       const int32_t n_chunks = run.head_dim / 64;
-      next.spread((state.coarse_values ? 5 : 6) * kTileTokens / 4 * n_chunks);
+      next.keep_off_first_level();
+      next.spread(int_steps(state.coarse_values ? 1 : 2, n_chunks));
       for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
         int_heads<NH>(run, k, v, seen, head, state, work_, head == 0 ? next : none);
       });

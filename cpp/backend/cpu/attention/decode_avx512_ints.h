@@ -312,7 +312,7 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
 #pragma GCC unroll 2
     for (int term = 0; term < kTerms; term++) {
       for (int32_t t = 0; t < kTileTokens; t += 4) {
-        prefetch.step();
+        for (int i = 0; i < kTerms; i++) prefetch.step();
         __m512i quads[4];
         load_quads<kSource>(rows, t, c, zero, quads);
 #pragma GCC unroll 4
@@ -345,6 +345,11 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
     }
   }
   prefetch_inout = prefetch;
+}
+
+// Prefetch steps of int_scores and int_values.
+constexpr int32_t int_steps(int32_t value_terms, int32_t n_chunks) {
+  return (kTileTokens + kTileTokens / 4 * value_terms * value_terms) * n_chunks;
 }
 
 // Weights of one byte are rounded down after one of these is added, so that a tile's many small
