@@ -59,26 +59,37 @@ inline bool is_coarse(const SlotLayout& layout) {
 }
 
 // For int_scores and int_values: queries in the order of the keys' bytes, and what biases add.
-void prepare_ints(const DecodeRun& run, const Rows& k, const Rows& v, State& state) {
+// codes: scratch for two queries' bytes.
+void prepare_ints(const DecodeRun& run, const Rows& k, const Rows& v, State& state,
+                  uint8_t* codes) {
   const int32_t n_chunks = run.head_dim / 64;
   state.coarse_keys = !run.fine && is_coarse(*run.k_slot);
   state.coarse_values = !run.fine && is_coarse(*run.v_slot);
+  uint8_t* const low = codes + run.head_dim;
   for (int32_t h = 0; h < run.n_queries; h++) {
     const float* q = run.q + int64_t{h} * run.head_dim;
     const IntScale scale = int_scale(q, run.head_dim, state.coarse_keys ? 127.0f : kTopCode);
     state.q_unit[h] = scale.unit * run.q_scale;
     __m512i bias_high = _mm512_setzero_si512(), bias_low = bias_high;
     for (int32_t c = 0; c < n_chunks; c++) {
+      query_codes(q + 64 * c, scale.inverse, codes + 64 * c, low + 64 * c);
+      const __m512i bias = code_bias<true>(k, c);
+      bias_high = dot_bytes(bias_high, bias, _mm512_load_si512(codes + 64 * c));
+      bias_low = dot_bytes(bias_low, bias, _mm512_load_si512(low + 64 * c));
+    }
+    order_query(k.source, n_chunks, codes);
+    order_query(k.source, n_chunks, low);
+    for (int32_t c = 0; c < n_chunks; c++) {
       uint8_t* out = state.queries + (int64_t{h} * n_chunks + c) * 512;
-      alignas(64) uint8_t high[64], low[64];
-      query_codes(q + 64 * c, scale.inverse, high, low);
-      const __m512i first = _mm512_load_si512(state.coarse_keys ? low : high);
-      store_query(k, c, first, _mm512_load_si512(low), out, bias_high, bias_low);
+      // By one byte that is the low one.
+      const uint8_t* first = state.coarse_keys ? low : codes;
+      store_lanes(_mm512_load_si512(first + 64 * c), out);
+      store_lanes(_mm512_load_si512(low + 64 * c), out + 256);
     }
     if (!state.coarse_keys) {
-      bias_high = _mm512_add_epi32(_mm512_slli_epi32(bias_high, 8), bias_low);
+      bias_low = _mm512_add_epi32(_mm512_slli_epi32(bias_high, 8), bias_low);
     }
-    state.k_bias[h] = _mm512_reduce_add_epi32(bias_high);
+    state.k_bias[h] = _mm512_reduce_add_epi32(bias_low);
   }
   store_value_bias(v, n_chunks, state.v_bias);
 }
@@ -255,7 +266,7 @@ class FmaProducts {
 
   void prepare(const DecodeRun& run, const Rows& k, const Rows& v, State& state) {
     if (k.kind == Kind::kInt) {
-      prepare_ints(run, k, v, state);
+      prepare_ints(run, k, v, state, work_.expanded);
     } else {
       prepare_queries(run, k.kind, state);
     }
@@ -268,7 +279,7 @@ class FmaProducts {
     if constexpr (kKind == Kind::kInt) {
       const int32_t n_chunks = run.head_dim / 64;
       next.keep_off_first_level();
-      next.spread(int_steps(state.coarse_values ? 1 : 2, n_chunks));
+      next.spread(int_steps(k.source, state.coarse_values ? 1 : 2, n_chunks));
       for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
         int_heads<NH>(run, k, v, seen, head, state, work_, head == 0 ? next : none);
       });
@@ -282,7 +293,7 @@ class FmaProducts {
 
   static void in_order(const DecodeRun& run, Kind kind, const float* o, float* out) {
     if (kind != Kind::kInt) return permute_chunks(kind, o, run.head_dim, out);
-    sums_in_order(source_of<kWiden>(*run.v_slot) == Source::kNibbles, o, run.head_dim, out);
+    sums_in_order(source_of<kWiden>(*run.v_slot), o, run.head_dim, out);
   }
 
  private:

@@ -27,41 +27,19 @@ inline __m512i dot_bytes(__m512i acc, __m512i bytes, __m512i others) {
   return acc;
 }
 
-// Which of 64 dims is where.
-struct DimOrder {
-  alignas(64) uint8_t dims[64];
-};
+// Rows are loaded 64 bytes at a time: of kNibbles2 the codes of 128 dims, two to a byte, which come
+// apart once they are arranged, even dims before odd ones; of others the codes of 64 dims.
+constexpr int32_t parts_of(Source source) { return source == Source::kNibbles2 ? 2 : 1; }
 
-// Of the bytes of load_codes.
-constexpr DimOrder order_of_bytes(bool nibbles) {
-  DimOrder order = {};
-  for (int i = 0; i < 64; i++) {
-    order.dims[i] = static_cast<uint8_t>(nibbles ? i % 32 * 2 + i / 32 : i);
-  }
-  return order;
-}
-
-// Of the sums of int_values.
-constexpr DimOrder order_of_sums(bool nibbles) {
-  const DimOrder bytes = order_of_bytes(nibbles);
-  DimOrder order = {};
-  for (int i = 0; i < 64; i++) order.dims[i] = bytes.dims[i % 16 / 4 * 16 + i / 16 * 4 + i % 4];
-  return order;
-}
-
-constexpr DimOrder kByteOrder[2] = {order_of_bytes(false), order_of_bytes(true)};
-constexpr DimOrder kSumOrder[2] = {order_of_sums(false), order_of_sums(true)};
-
-// 64 bytes from the order of their dims to another.
-inline __m512i reordered(__m512i bytes, const DimOrder& order) {
-  return _mm512_permutexvar_epi8(_mm512_load_si512(order.dims), bytes);
+constexpr bool is_nibbles(Source source) {
+  return source == Source::kNibbles || source == Source::kNibbles2;
 }
 
 // What load_codes adds to the values of 64 dims, in their own order, as unsigned bytes.
 template <bool kUnsigned>
 inline __m512i code_bias(const Rows& rows, int32_t chunk) {
   if (rows.source == Source::kCodes) return _mm512_load_si512(rows.chunks[chunk].halves);
-  if (rows.source == Source::kNibbles) return _mm512_set1_epi8(8);
+  if (is_nibbles(rows.source)) return _mm512_set1_epi8(8);
   return _mm512_set1_epi8(kUnsigned ? static_cast<char>(0x80) : 0);
 }
 
@@ -89,59 +67,94 @@ inline void store_lanes(__m512i bytes, uint8_t* out) {
   _mm512_store_si512(out + 192, _mm512_shuffle_i64x2(bytes, bytes, 0x1b));
 }
 
-// Queries [n_chunks][64] of two bytes as int_scores takes them, at `out`. high, low: 64 dims in
-// their own order. Adds what the biases of the keys add to a score, in parts, to *bias_high and
-// *bias_low.
-inline void store_query(const Rows& k, int32_t chunk, __m512i high, __m512i low, uint8_t* out,
-                        __m512i& bias_high, __m512i& bias_low) {
-  const DimOrder& order = kByteOrder[k.source == Source::kNibbles];
-  store_lanes(reordered(high, order), out);
-  store_lanes(reordered(low, order), out + 256);
-  bias_high = dot_bytes(bias_high, code_bias<true>(k, chunk), high);
-  bias_low = dot_bytes(bias_low, code_bias<true>(k, chunk), low);
+// The bytes of 64 or 128 dims, all even ones before all odd ones.
+inline __m512i even_before_odd(__m512i bytes) {
+  const __m512i sorted = _mm512_shuffle_epi8(
+      bytes,
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)));
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), sorted);
+}
+inline void even_before_odd(__m512i& first, __m512i& second) {
+  const __m512i a = even_before_odd(first), b = even_before_odd(second);
+  first = _mm512_shuffle_i64x2(a, b, 0x44);
+  second = _mm512_shuffle_i64x2(a, b, 0xee);
+}
+
+// Bytes of a query, dims in their own order, to the order of the keys' bytes.
+inline void order_query(Source source, int32_t n_chunks, uint8_t* bytes) {
+  for (int32_t c = 0; c < n_chunks; c += parts_of(source)) {
+    uint8_t* at = bytes + 64 * c;
+    __m512i first = _mm512_load_si512(at);
+    if (source == Source::kNibbles) _mm512_store_si512(at, even_before_odd(first));
+    if (source != Source::kNibbles2) continue;
+    __m512i second = _mm512_load_si512(at + 64);
+    even_before_odd(first, second);
+    _mm512_store_si512(at, first);
+    _mm512_store_si512(at + 64, second);
+  }
 }
 
 // The biases of values in the order of the sums of int_values. out: [64 n_chunks].
 inline void store_value_bias(const Rows& v, int32_t n_chunks, int32_t* out) {
   for (int32_t c = 0; c < n_chunks; c++) {
-    alignas(64) uint8_t bytes[64];
-    _mm512_store_si512(bytes,
-                       reordered(code_bias<false>(v, c), kSumOrder[v.source == Source::kNibbles]));
+    // Four bytes of every lane make a vector.
+    const __m512i bytes = code_bias<false>(v, c);
+    alignas(64) uint8_t at[64];
+    _mm512_store_si512(
+        at, _mm512_permutexvar_epi32(
+                _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes));
     for (int i = 0; i < 64; i += 16) {
-      const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes + i));
+      const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(at + i));
       _mm512_store_si512(out + 64 * c + i, _mm512_cvtepu8_epi32(part));
     }
   }
 }
 
+// 64 sums of int_values in the order of the bytes that they are of.
+inline void sums_by_byte(const float* sums, __m512* x) {
+  // Lane i of sum j becomes lane j of vector i.
+  const __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + 16);
+  const __m512 c = _mm512_load_ps(sums + 32), d = _mm512_load_ps(sums + 48);
+  const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x44), ab1 = _mm512_shuffle_f32x4(a, b, 0xee);
+  const __m512 cd0 = _mm512_shuffle_f32x4(c, d, 0x44), cd1 = _mm512_shuffle_f32x4(c, d, 0xee);
+  x[0] = _mm512_shuffle_f32x4(ab0, cd0, 0x88);
+  x[1] = _mm512_shuffle_f32x4(ab0, cd0, 0xdd);
+  x[2] = _mm512_shuffle_f32x4(ab1, cd1, 0x88);
+  x[3] = _mm512_shuffle_f32x4(ab1, cd1, 0xdd);
+}
+
 // A row of the sums of int_values in the order of its dims. out: aligned to 64.
-inline void sums_in_order(bool nibbles, const float* sums, int32_t head_dim, float* out) {
-  const __m512i even = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
-  for (int32_t d = 0; d < head_dim; d += 64) {
-    // Lane i of sum j becomes lane j of vector i: the order of the bytes.
-    const __m512 a = _mm512_load_ps(sums + d), b = _mm512_load_ps(sums + d + 16);
-    const __m512 c = _mm512_load_ps(sums + d + 32), e = _mm512_load_ps(sums + d + 48);
-    const __m512 ab0 = _mm512_shuffle_f32x4(a, b, 0x44), ab1 = _mm512_shuffle_f32x4(a, b, 0xee);
-    const __m512 ce0 = _mm512_shuffle_f32x4(c, e, 0x44), ce1 = _mm512_shuffle_f32x4(c, e, 0xee);
-    __m512 x[4] = {_mm512_shuffle_f32x4(ab0, ce0, 0x88), _mm512_shuffle_f32x4(ab0, ce0, 0xdd),
-                   _mm512_shuffle_f32x4(ab1, ce1, 0x88), _mm512_shuffle_f32x4(ab1, ce1, 0xdd)};
-    if (nibbles) {  // even dims, then odd ones
-      const __m512 x0 = x[0], x1 = x[1];
-      x[0] = _mm512_permutex2var_ps(x0, even, x[2]);
-      x[1] = _mm512_permutex2var_ps(x0, odd, x[2]);
-      x[2] = _mm512_permutex2var_ps(x1, even, x[3]);
-      x[3] = _mm512_permutex2var_ps(x1, odd, x[3]);
+inline void sums_in_order(Source source, const float* sums, int32_t head_dim, float* out) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const int32_t n = parts_of(source);
+  for (int32_t d = 0; d < head_dim; d += 64 * n) {
+    __m512 x[8];
+    for (int32_t i = 0; i < n; i++) sums_by_byte(sums + d + 64 * i, x + 4 * i);
+    for (int32_t i = 0; i < 4 * n; i++) {
+      __m512 y = x[i];
+      // Sixteen dims out of eight even and eight odd ones.
+      if (is_nibbles(source)) {
+        y = _mm512_permutex2var_ps(x[i / 2], i % 2 == 0 ? low : high, x[i / 2 + 2 * n]);
+      }
+      _mm512_store_ps(out + d + 16 * i, y);
     }
-    for (int i = 0; i < 4; i++) _mm512_store_ps(out + d + 16 * i, x[i]);
   }
 }
 
-// 64 values of a row, each plus its bias (code_bias): from 0 to 255 if kUnsigned, else from -128 to
-// 127. chunk: of 64 dims.
+// The lower half of every byte, two's complement, plus 8.
+inline __m512i low_nibbles(__m512i bytes) {
+  // (x & 0x0f) ^ 0x08
+  return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(0x0f), _mm512_set1_epi8(0x08), 0x6a);
+}
+
+// What `part` takes the codes of 64 dims from: each plus its bias (code_bias), from 0 to 255 if
+// kUnsigned, else from -128 to 127. chunk: of 64 bytes.
 template <Source kSource, bool kUnsigned>
 inline __m512i load_codes(const Rows& rows, int32_t row, int32_t chunk, __m512i zero) {
-  if constexpr (kSource == Source::kCodes) {
+  if constexpr (kSource == Source::kNibbles2) {
+    return _mm512_loadu_si512(rows.values + int64_t{row} * rows.row_bytes + 64 * chunk);
+  } else if constexpr (kSource == Source::kCodes) {
     return raw_codes<false>(rows.chunks[chunk], rows.values + int64_t{row} * rows.row_bytes);
   } else if constexpr (kSource == Source::kNibbles) {
     // Even dims in the lower half, odd ones in the upper.
@@ -149,14 +162,19 @@ inline __m512i load_codes(const Rows& rows, int32_t row, int32_t chunk, __m512i 
     const __m512i twice =
         _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
     const __m512i count = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-    const __m512i low = _mm512_set1_epi8(0x0f), sign = _mm512_set1_epi8(0x08);
-    // (x & low) ^ sign
-    return _mm512_ternarylogic_epi32(_mm512_srlv_epi16(twice, count), low, sign, 0x6a);
+    return low_nibbles(_mm512_srlv_epi16(twice, count));
   } else {
     const __m512i bytes = load_bytes<kSource>(rows, row, 2 * chunk, zero);
     if constexpr (!kUnsigned) return bytes;
     return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
   }
+}
+
+// The codes of one of parts_of(kSource) sets of 64 dims.
+template <Source kSource>
+inline __m512i part(__m512i bytes, int32_t index) {
+  if constexpr (kSource != Source::kNibbles2) return bytes;
+  return low_nibbles(index == 0 ? bytes : _mm512_srli_epi16(bytes, 4));
 }
 
 // Calls body.operator()<source>() for integer rows.
@@ -167,6 +185,8 @@ inline void with_int_source(Source source, Body&& body) {
       return body.template operator()<Source::kDense>();
     case Source::kNibbles:
       return body.template operator()<Source::kNibbles>();
+    case Source::kNibbles2:
+      return body.template operator()<Source::kNibbles2>();
     case Source::kCodes:
       return body.template operator()<Source::kCodes>();
     case Source::kRuns:
@@ -199,6 +219,7 @@ __attribute__((noinline)) void int_scores(const Rows& rows_in, int32_t n_chunks,
                                           Prefetch& prefetch_inout) {
   constexpr int kQuads = NH == 1 ? 4 : 2;  // of rows at a time: as many as the registers hold
   constexpr int kRows = 4 * kQuads;
+  constexpr int kParts = parts_of(kSource);
   Prefetch prefetch = prefetch_inout;
   const Rows rows = rows_in;
   const __m512i zero = opaque_zero();
@@ -208,7 +229,7 @@ __attribute__((noinline)) void int_scores(const Rows& rows_in, int32_t n_chunks,
     __m512i acc[kTerms][NH][kQuads];  // high, low
 #pragma GCC unroll 16
     for (int i = 0; i < kTerms * NH * kQuads; i++) (&acc[0][0][0])[i] = _mm512_setzero_si512();
-    for (int32_t c = 0; c < n_chunks; c++) {
+    for (int32_t c = 0; c < n_chunks / kParts; c++) {
       __m512i z[kQuads][4];
 #pragma GCC unroll 4
       for (int i = 0; i < kQuads; i++) {
@@ -220,17 +241,23 @@ __attribute__((noinline)) void int_scores(const Rows& rows_in, int32_t n_chunks,
         }
         lanes_of_rows(row, z[i]);
       }
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; k++) {
 #pragma GCC unroll 2
-        for (int term = 0; term < kTerms; term++) {
+      for (int p = 0; p < kParts; p++) {
+        const uint8_t* const qc = q + (int64_t{c} * kParts + p) * 512;
 #pragma GCC unroll 4
-          for (int h = 0; h < NH; h++) {
-            const __m512i y =
-                _mm512_load_si512(q + h * q_head + int64_t{c} * 512 + term * 256 + k * 64);
+        for (int k = 0; k < 4; k++) {
+          __m512i x[kQuads];
 #pragma GCC unroll 4
-            for (int i = 0; i < kQuads; i++) {
-              acc[term][h][i] = dot_bytes(acc[term][h][i], z[i][k], y);
+          for (int i = 0; i < kQuads; i++) x[i] = part<kSource>(z[i][k], p);
+#pragma GCC unroll 2
+          for (int term = 0; term < kTerms; term++) {
+#pragma GCC unroll 4
+            for (int h = 0; h < NH; h++) {
+              const __m512i y = _mm512_load_si512(qc + h * q_head + term * 256 + k * 64);
+#pragma GCC unroll 4
+              for (int i = 0; i < kQuads; i++) {
+                acc[term][h][i] = dot_bytes(acc[term][h][i], x[i], y);
+              }
             }
           }
         }
@@ -261,7 +288,7 @@ __attribute__((noinline)) void int_scores(const Rows& rows_in, int32_t n_chunks,
   prefetch_inout = prefetch;
 }
 
-// Four tokens' bytes of 64 dims to dwords of a dim's four bytes, in the order of order_of_sums.
+// Four tokens' bytes of 64 dims to dwords of a dim's four bytes, in lanes of four.
 inline void quads_of(const __m512i* rows, __m512i* quads) {
   const __m512i low01 = _mm512_unpacklo_epi8(rows[0], rows[1]);
   const __m512i high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
@@ -302,6 +329,7 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
   Prefetch prefetch = prefetch_inout;
   const Rows rows = rows_in;
   const __m512i zero = opaque_zero();
+  constexpr int kParts = parts_of(kSource);
   for (int32_t c = 0; c < n_chunks; c++) {
     __m512i acc[NH][4];
 #pragma GCC unroll 4
@@ -314,7 +342,9 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
       for (int32_t t = 0; t < kTileTokens; t += 4) {
         for (int i = 0; i < kTerms; i++) prefetch.step();
         __m512i quads[4];
-        load_quads<kSource>(rows, t, c, zero, quads);
+        load_quads<kSource>(rows, t, c / kParts, zero, quads);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) quads[i] = part<kSource>(quads[i], c % kParts);
 #pragma GCC unroll 4
         for (int h = 0; h < NH; h++) {
           int32_t four;
@@ -348,8 +378,9 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
 }
 
 // Prefetch steps of int_scores and int_values.
-constexpr int32_t int_steps(int32_t value_terms, int32_t n_chunks) {
-  return (kTileTokens + kTileTokens / 4 * value_terms * value_terms) * n_chunks;
+constexpr int32_t int_steps(Source keys, int32_t value_terms, int32_t n_chunks) {
+  return kTileTokens * n_chunks / parts_of(keys) +
+         kTileTokens / 4 * value_terms * value_terms * n_chunks;
 }
 
 // Weights of one byte are rounded down after one of these is added, so that a tile's many small

@@ -29,7 +29,8 @@ enum class Source {
   kRuns32,   // seldom lie across two lines of cache
   kChain,    // they start after as many values as the mask words before have bits
   kNibbles,  // int4, every value is stored
-  kCodes,    // coded rows
+  kNibbles2,  // the same, where there are 128 dims at a time
+  kCodes,     // coded rows
 };
 
 // A kind of rows has a partial softmax of its own here: the order of a row's dims in the
@@ -53,7 +54,7 @@ struct Rows {
   Kind kind;
   Source source;
   const uint8_t* masks;    // [64][mask_bytes], null when dense
-  const uint8_t* values;   // [64][row_bytes]; int4 has been widened to int8, but for kNibbles
+  const uint8_t* values;   // [64][row_bytes]; int4 has been widened to int8, if it is sparse
   const uint16_t* scales;  // bf16 [64], kInt only
   int32_t mask_bytes;
   int32_t row_bytes;

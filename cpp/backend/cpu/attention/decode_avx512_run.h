@@ -65,7 +65,8 @@ template <bool kWiden>
 Source source_of(const SlotLayout& layout) {
   if (layout.dtype == DType::kCoded) return kWiden ? Source::kDense : Source::kCodes;
   if (layout.dense) {
-    return layout.dtype == DType::kInt4 && !kWiden ? Source::kNibbles : Source::kDense;
+    if (layout.dtype != DType::kInt4 || kWiden) return Source::kDense;
+    return layout.head_dim % 128 == 0 ? Source::kNibbles2 : Source::kNibbles;
   }
   return layout.group <= 32 && 32 % layout.group == 0 ? Source::kRuns : Source::kChain;
 }
@@ -90,7 +91,7 @@ Rows slot_rows(const SlotLayout& layout, const CodeChunk* chunks, const uint8_t*
     }
     rows.values = widened;
     rows.row_bytes = layout.head_dim;
-  } else if (layout.dtype == DType::kInt4 && rows.source != Source::kNibbles) {
+  } else if (layout.dtype == DType::kInt4 && (kWiden || !layout.dense)) {
     widen_int4(rows.values, kTileTokens * layout.row_bytes, widened);
     rows.values = widened;
     rows.row_bytes *= 2;
