@@ -311,14 +311,6 @@ inline void load_quads(const Rows& rows, int32_t token, int32_t chunk, __m512i z
   quads_of(row, quads);
 }
 
-// What a tile's integer weights are, for NH heads.
-template <int NH>
-struct IntWeights {
-  float rescale[NH];     // of the output so far
-  float unit[NH];        // of the weights
-  int32_t code_sum[NH];  // of the weights
-};
-
 // o = o * rescale + weights V. weights: [kTerms][NH][64], all high bytes, then all low ones; bias:
 // [64 n_chunks], of the values, in the order of o: [NH] rows, o_stride floats apart.
 template <Source kSource, int NH, int kTerms>
@@ -381,97 +373,6 @@ __attribute__((noinline)) void int_values(const Rows& rows_in, int32_t n_chunks,
 constexpr int32_t int_steps(Source keys, int32_t value_terms, int32_t n_chunks) {
   return kTileTokens * n_chunks / parts_of(keys) +
          kTileTokens / 4 * value_terms * value_terms * n_chunks;
-}
-
-// Weights of one byte are rounded down after one of these is added, so that a tile's many small
-// weights beside a large one add up to what they should: the fractional parts of multiples of the
-// golden ratio, which neighbours share evenly.
-struct Dither {
-  alignas(64) float at[kTileTokens];
-};
-constexpr Dither make_dither() {
-  Dither dither = {};
-  for (int i = 0; i < kTileTokens; i++) {
-    const double x = (i + 0.5) * 0.6180339887498949;
-    dither.at[i] = static_cast<float>((x - static_cast<int>(x)) * 0.99);
-  }
-  return dither;
-}
-constexpr Dither kDither = make_dither();
-
-// Softmax of NH heads over a tile: what tile_softmax is of one. scores: [NH][64]; weights: out
-// [kTerms][NH][64] bytes without sign; the others are of the heads. Interleaved, as one head's is a
-// chain of long latencies.
-template <int NH, int kTerms>
-__attribute__((noinline)) void int_softmax(const Rows& k, const Rows& v, uint64_t seen,
-                                           const float* q_unit, const float* q_offset,
-                                           const float* scores, uint8_t* weights, float* max,
-                                           float* sum, float* weight_sum, IntWeights<NH>& out) {
-  __m512 s[NH][4], shift[NH];
-  const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; h++) {
-    __m512 tile_max = nothing;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      const __m512 x = _mm512_fmadd_ps(_mm512_load_ps(scores + h * kTileTokens + 16 * i),
-                                       _mm512_set1_ps(q_unit[h]), _mm512_set1_ps(q_offset[h]));
-      s[h][i] = _mm512_mask_mul_ps(nothing, static_cast<__mmask16>(seen >> (16 * i)), x,
-                                   load_bf16(k.scales + 16 * i));
-      tile_max = _mm512_max_ps(tile_max, s[h][i]);
-    }
-    shift[h] = tile_max;
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; h++) {
-    const float tile = _mm512_reduce_max_ps(shift[h]);
-    const float top = tile > max[h] ? tile : max[h];
-    const float from = top == -__builtin_inff() ? 0.0f : top;
-    out.rescale[h] =
-        max[h] == top ? 1.0f : _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(max[h] - from)));
-    max[h] = top;
-    shift[h] = _mm512_set1_ps(from);
-  }
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; h++) {
-    __m512 total = _mm512_setzero_ps(), largest = total;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      s[h][i] = exp2_ps(_mm512_sub_ps(s[h][i], shift[h]));
-      total = _mm512_add_ps(total, s[h][i]);
-      s[h][i] = _mm512_mul_ps(s[h][i], load_bf16(v.scales + 16 * i));
-      largest = _mm512_max_ps(largest, s[h][i]);
-    }
-    sum[h] = sum[h] * out.rescale[h] + _mm512_reduce_add_ps(total);
-    shift[h] = largest;
-  }
-  constexpr float kTop = kTerms == 1 ? 255.0f : 65535.0f;
-#pragma GCC unroll 4
-  for (int h = 0; h < NH; h++) {
-    const float top = _mm512_reduce_max_ps(shift[h]);
-    out.unit[h] = top / kTop;
-    const __m512 inverse = _mm512_set1_ps(top > 0 ? kTop / top : 0.0f);
-    __m512i code_sums = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-      uint8_t* at = weights + h * kTileTokens + 16 * i;
-      __m512i codes;
-      if constexpr (kTerms == 1) {
-        codes = _mm512_cvttps_epi32(
-            _mm512_fmadd_ps(s[h][i], inverse, _mm512_load_ps(kDither.at + 16 * i)));
-      } else {
-        codes = _mm512_cvtps_epi32(_mm512_mul_ps(s[h][i], inverse));
-        _mm_store_si128(reinterpret_cast<__m128i*>(at + NH * kTileTokens),
-                        _mm512_cvtepi32_epi8(codes));
-      }
-      _mm_store_si128(reinterpret_cast<__m128i*>(at),
-                      _mm512_cvtepi32_epi8(_mm512_srli_epi32(codes, kTerms == 1 ? 0 : 8)));
-      code_sums = _mm512_add_epi32(code_sums, codes);
-    }
-    out.code_sum[h] = _mm512_reduce_add_epi32(code_sums);
-    weight_sum[h] =
-        weight_sum[h] * out.rescale[h] + out.unit[h] * static_cast<float>(out.code_sum[h]);
-  }
 }
 
 }  // namespace
