@@ -51,17 +51,35 @@ size_t group_size(const Model& model, size_t chunk_tokens) {
   return static_cast<size_t>(std::max<int64_t>(1, std::min(kBaselineBytes, available / 4) / chunk));
 }
 
-// dense: the most probable tokens under the dense cache; empty: these scores are that.
-void add(Figures& figures, const std::vector<TokenScores>& scores,
-         const std::vector<TokenScores>& dense) {
-  for (size_t i = 0; i < scores.size(); i++) {
-    const TokenScores& s = scores[i];
-    for (size_t p = 0; p < s.log_probs.size(); p++) {
-      figures.nll.push_back(-s.log_probs[p]);
-      figures.divergence.push_back(s.divergence.empty() ? 0 : s.divergence[p]);
-      figures.same_top += s.top[p] == dense[i].top[p];
-    }
+// Of a chunk. dense: the scores under the dense cache.
+Figures figures_of(const TokenScores& scores, const TokenScores& dense) {
+  Figures figures;
+  for (size_t p = 0; p < scores.log_probs.size(); p++) {
+    figures.nll.push_back(-scores.log_probs[p]);
+    figures.divergence.push_back(scores.divergence.empty() ? 0 : scores.divergence[p]);
+    figures.same_top += scores.top[p] == dense.top[p];
   }
+  return figures;
+}
+
+void append(Figures& figures, const Figures& chunk) {
+  figures.nll.insert(figures.nll.end(), chunk.nll.begin(), chunk.nll.end());
+  figures.divergence.insert(figures.divergence.end(), chunk.divergence.begin(),
+                            chunk.divergence.end());
+  figures.same_top += chunk.same_top;
+}
+
+// Appends the figures of chunks [first, first + n) if all of them are known.
+bool append_known(const KnownFigures* known, const KVConfig& setting, size_t first, size_t n,
+                  Figures& figures) {
+  if (known == nullptr) return false;
+  for (size_t chunk = first; chunk < first + n; chunk++) {
+    if (known->find(setting, chunk) == nullptr) return false;
+  }
+  for (size_t chunk = first; chunk < first + n; chunk++) {
+    append(figures, *known->find(setting, chunk));
+  }
+  return true;
 }
 
 }  // namespace
@@ -122,7 +140,8 @@ KVConfig dense_setting() { return find_kv_preset("dense").config; }
 
 Quality measure_quality(const Model& model, const std::vector<KVConfig>& settings,
                         const std::vector<std::vector<int32_t>>& chunks,
-                        const std::function<void(int64_t, int64_t)>& progress) {
+                        const std::function<void(int64_t, int64_t)>& progress,
+                        KnownFigures* known) {
   Model::Impl& engine = *model.impl();
   Quality quality;
   quality.settings.resize(settings.size());
@@ -145,11 +164,37 @@ Quality measure_quality(const Model& model, const std::vector<KVConfig>& setting
   const size_t step = group_size(model, chunks[0].size());
   for (size_t first = 0; first < chunks.size(); first += step) {
     const auto group = std::span(chunks).subspan(first, std::min(step, chunks.size() - first));
+    int64_t group_tokens = 0;
+    for (const auto& chunk : group) group_tokens += static_cast<int64_t>(chunk.size()) - 1;
+    std::vector<size_t> missing;
+    for (size_t i = 0; i < settings.size(); i++) {
+      if (append_known(known, settings[i], first, group.size(), quality.settings[i])) {
+        done += group_tokens;
+      } else {
+        missing.push_back(i);
+      }
+    }
+    // The dense cache's distributions are needed for whatever else is.
+    Figures known_dense;
+    const bool has_dense = append_known(known, dense_setting(), first, group.size(), known_dense);
+    if (missing.empty() && has_dense) {
+      append(quality.dense, known_dense);
+      done += group_tokens;
+      continue;
+    }
+    const auto keep = [&](const KVConfig& setting, const std::vector<TokenScores>& scores,
+                          const std::vector<TokenScores>& dense, Figures& figures) {
+      for (size_t i = 0; i < scores.size(); i++) {
+        const Figures chunk = figures_of(scores[i], dense[i]);
+        append(figures, chunk);
+        if (known != nullptr) known->add(setting, first + i, chunk);
+      }
+    };
     LogProbTable baseline(group, engine.config.vocab_size);
     const std::vector<TokenScores> dense = score(dense_spec, group, &baseline, nullptr);
-    add(quality.dense, dense, dense);
-    for (size_t i = 0; i < settings.size(); i++) {
-      add(quality.settings[i], score(specs[i], group, nullptr, &baseline), dense);
+    keep(dense_setting(), dense, dense, quality.dense);
+    for (const size_t i : missing) {
+      keep(settings[i], score(specs[i], group, nullptr, &baseline), dense, quality.settings[i]);
     }
   }
   return quality;

@@ -39,11 +39,22 @@ struct Quality {
   std::vector<Figures> settings;  // one per setting asked for
 };
 
+// Figures of single chunks that were measured before, and those that are being measured.
+class KnownFigures {
+ public:
+  virtual ~KnownFigures() = default;
+  // Of a chunk under a setting, or null. dense_setting() is the dense cache.
+  virtual const Figures* find(const KVConfig& setting, size_t chunk) const = 0;
+  virtual void add(const KVConfig& setting, size_t chunk, const Figures& figures) = 0;
+};
+
 // Scores the chunks under a dense cache, once, and under every setting. progress: tokens scored so
-// far and in all, dense and settings together; what it throws ends the work.
+// far and in all, dense and settings together; what it throws ends the work. known: chunks that it
+// has are not scored again, others are added to it.
 Quality measure_quality(const Model& model, const std::vector<KVConfig>& settings,
                         const std::vector<std::vector<int32_t>>& chunks,
-                        const std::function<void(int64_t done, int64_t total)>& progress);
+                        const std::function<void(int64_t done, int64_t total)>& progress,
+                        KnownFigures* known = nullptr);
 
 KVConfig dense_setting();
 

@@ -174,6 +174,49 @@ def test_interrupted_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(rows) == 4 and rows[: len(kept)] == kept
 
 
+def test_interrupted_grids_of_perplexity_go_on_too(text: Path, tmp_path: Path) -> None:
+    """Their rows come at the end; what is known before stands beside the file until then."""
+    file = tmp_path / "results.json"
+    settings = ";".join(f"sparsity={s / 100}" for s in range(50, 60))
+    arguments = ["eval", "-m", DEMO, "-t", "1", "--tasks", "ppl", "-f", text, "-c", "300",
+                 "--chunks", "4", "--settings", settings]  # fmt: skip
+
+    def part() -> list[str]:
+        found = list(tmp_path.glob("results.json.*.part"))
+        return found[0].read_text().split() if found else []
+
+    process = subprocess.Popen(
+        [COMMAND, *map(str, arguments), "-o", str(file)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while len(part()) < 8 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130, stderr
+    assert str(file) in stderr and not file.exists()
+
+    lines = part()
+    assert 8 <= len(lines) < 44
+    # It goes on from what the file says: a figure that is changed there is in a row.
+    changed = json.loads(lines[-1])
+    assert changed["chunk"] == 3
+    changed["nll"] = [0.0] * len(changed["nll"])
+    (kept,) = tmp_path.glob("results.json.*.part")
+    kept.write_text("\n".join([*lines[:-1], json.dumps(changed), '{"setting": "cut sh']))
+    result = run(*arguments, "-o", file, "--json")
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.glob("*.part"))
+    fresh = json.loads(run(*arguments, "--json").stdout)
+    differ = []
+    for row, expected in zip(json.loads(result.stdout)["rows"], fresh["rows"], strict=True):
+        assert row["name"] == expected["name"]
+        if row["result"] != expected["result"]:
+            differ.append((row["result"], expected["result"]))
+    ((found, expected),) = differ
+    assert found["ppl"] < expected["ppl"] and found["kld_mean"] == expected["kld_mean"]
+
+
 def test_tables_and_grids(tmp_path: Path) -> None:
     grid = tmp_path / "grid.txt"
     grid.write_text("# two settings\nsparsity=0.5, sinks=4  # the usual\n\ndense\ndefault\n")

@@ -1,5 +1,8 @@
 #include "cli/eval/ppl_task.h"
 
+#include <utility>
+
+#include "cli/eval/partial_results.h"
 #include "cli/eval/results.h"
 #include "cli/quality.h"
 #include "cli/terminal.h"
@@ -7,8 +10,10 @@
 namespace mustafar::cli {
 
 PplTask::PplTask(const Model& model, const std::string& text, const std::string& file,
-                 int64_t chunk_tokens, int64_t max_chunks)
-    : model_(model), chunks_(chunks_of(model, text, file, chunk_tokens, max_chunks)) {
+                 int64_t chunk_tokens, int64_t max_chunks, std::filesystem::path output)
+    : model_(model),
+      output_(std::move(output)),
+      chunks_(chunks_of(model, text, file, chunk_tokens, max_chunks)) {
   parameters_ = {
       {"text", text_hash(text)}, {"chunks", chunks_.size()}, {"chunk_tokens", chunks_[0].size()}};
 }
@@ -24,15 +29,19 @@ void PplTask::run(const std::vector<EvalSetting>& settings, const Json* dense,
   std::vector<KVConfig> configs;
   for (size_t i = first; i < settings.size(); i++) configs.push_back(settings[i].config);
   const int64_t all = work() * static_cast<int64_t>(settings.size());
-  const Quality quality =
-      measure_quality(model_, configs, chunks_, [&](int64_t part, int64_t total) {
+  PartialResults partial(output_, {{"model", model_key(model_)}, {"parameters", parameters_}});
+  const Quality quality = measure_quality(
+      model_, configs, chunks_,
+      [&](int64_t part, int64_t total) {
         progress(static_cast<int64_t>(static_cast<double>(all) * static_cast<double>(part) /
                                       static_cast<double>(total)));
-      });
+      },
+      &partial);
   if (dense == nullptr) done(0, to_json(quality.dense));
   for (size_t i = first; i < settings.size(); i++) {
     done(i, to_json(quality.settings[i - first]));
   }
+  partial.remove();
 }
 
 std::vector<std::string> PplTask::columns() const {

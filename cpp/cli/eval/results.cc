@@ -26,11 +26,14 @@ std::string text_hash(std::string_view text) {
   return hash.hex();
 }
 
+Json model_key(const Model& model) {
+  return {{"fingerprint", model.impl()->fingerprint},
+          {"device", model.device()},
+          {"dtype", model.dtype()}};
+}
+
 Results::Results(const Model& model, const std::filesystem::path& file)
-    : model_(model), file_(file) {
-  model_key_ = {{"fingerprint", model.impl()->fingerprint},
-                {"device", model.device()},
-                {"dtype", model.dtype()}};
+    : model_(model), file_(file), model_key_(model_key(model)) {
   if (file_.empty() || !std::filesystem::exists(file_)) return;
   const auto refuse = [&](const std::string& why) {
     throw Error(file_.string() + " is not a file of mustafar eval's results: " + why);

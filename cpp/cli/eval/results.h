@@ -37,6 +37,9 @@ class Results {
   std::vector<Json> rows_;
 };
 
+// What results depend on of a model.
+nlohmann::ordered_json model_key(const Model& model);
+
 // Identity of a text: 16 hex digits.
 std::string text_hash(std::string_view text);
 

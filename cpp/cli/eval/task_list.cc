@@ -49,7 +49,7 @@ std::unique_ptr<EvalTask> make_task(const std::string& name, const EvalOptions& 
                                     const Model& model, const EvalMaterial& material) {
   if (name == "ppl") {
     return std::make_unique<PplTask>(model, material.text, options.file, options.chunk_tokens,
-                                     options.max_chunks);
+                                     options.max_chunks, options.output);
   }
   const auto maker = std::make_shared<CaseMaker>(model.tokenizer(), material.dialogue,
                                                  material.prose, material.made);
