@@ -164,6 +164,17 @@ std::optional<JsonTree<Json>> try_parse_json_tree(std::string_view text) {
   }
 }
 
+// The whole number that a value is: none where it is written as another one, or beyond 64 bits,
+// where nlohmann's own conversion has no defined result.
+template <typename Json>
+std::optional<int64_t> whole_number(const Json& value) {
+  if (!value.is_number_integer()) return std::nullopt;
+  if (value.is_number_unsigned() && value.template get<uint64_t>() > uint64_t{INT64_MAX}) {
+    return std::nullopt;
+  }
+  return value.template get<int64_t>();
+}
+
 // The JSON text of a value without members: a number, a string, ... What is not UTF-8 becomes
 // U+FFFD.
 template <typename Value>

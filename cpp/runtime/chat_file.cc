@@ -5,6 +5,7 @@
 
 #include "core/atomic_file.h"
 #include "core/hash.h"
+#include "core/json_tree.h"
 #include "core/read_file.h"
 #include "mustafar/error.h"
 #include "runtime/chat_impl.h"
@@ -31,6 +32,13 @@ std::string hash_of(std::span<const int32_t> tokens) {
 
 std::string pair(size_t first, size_t second) {
   return "[" + std::to_string(first) + "," + std::to_string(second) + "]";
+}
+
+// Throws Error where there is no such number.
+size_t size_at(const Json& list, size_t index) {
+  const std::optional<int64_t> number = whole_number(list.at(index));
+  if (!number || *number < 0) throw Error("not a size");
+  return static_cast<size_t>(*number);
 }
 
 }  // namespace
@@ -105,10 +113,10 @@ bool Chat::load(const std::filesystem::path& file) {
         same_kv_fields(session.kv_config(), impl_->session.kv_config()) &&
         session.max_tokens() == impl_->session.max_tokens()) {
       for (const Json& range : saved.at("outside")) {
-        cached.outside.push_back({range.at(0).get<size_t>(), range.at(1).get<size_t>()});
+        cached.outside.push_back({size_at(range, 0), size_at(range, 1)});
       }
       for (const Json& anchor : saved.at("anchors")) {
-        cached.anchors.push_back({anchor.at(0).get<size_t>(), anchor.at(1).get<size_t>()});
+        cached.anchors.push_back({size_at(anchor, 0), size_at(anchor, 1)});
         if (cached.anchors.back().bytes > cached.text.size() ||
             cached.anchors.back().tokens > cached.tokens.size()) {
           throw Error("anchor out of range");

@@ -18,8 +18,10 @@
 // layout, so that a damaged or foreign file can't lead a kernel astray.
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "core/atomic_file.h"
@@ -111,6 +113,13 @@ std::string kv_json(const KVConfig& kv) {
   return json.take();
 }
 
+// The whole number that a member is. Throws std::invalid_argument where it is none.
+int64_t whole_at(const nlohmann::json& object, const std::string& name) {
+  const std::optional<int64_t> number = whole_number(object.at(name));
+  if (!number) throw std::invalid_argument("header: " + name + " is no whole number");
+  return *number;
+}
+
 KVConfig kv_from(const nlohmann::json& json) {
   KVConfig kv;
   for_each_kv_field([&]<typename T>(const KVField<T>& field) {
@@ -130,6 +139,13 @@ KVConfig kv_from(const nlohmann::json& json) {
       if (value.get<double>() != kv.*field.otherwise) kv.*field.member = value.get<double>();
     } else if constexpr (std::is_enum_v<T>) {
       parse_kv_value(value.get<std::string>(), kv.*field.member);
+    } else if constexpr (std::is_integral_v<T> && !std::is_same_v<T, bool>) {
+      const int64_t number = whole_at(json, field.name);
+      if (!std::in_range<T>(number)) {
+        throw std::invalid_argument(std::string("header: ") + field.name + " is " +
+                                    std::to_string(number));
+      }
+      kv.*field.member = static_cast<T>(number);
     } else {
       kv.*field.member = value.get<T>();
     }
@@ -222,7 +238,7 @@ StateFile read_checked(const std::filesystem::path& path) {
       parse_json_tree({reinterpret_cast<const char*>(header), static_cast<size_t>(header_bytes)});
   for (const auto& entry : state.header->at("sections")) {
     const std::string name = entry.at("name").get<std::string>();
-    const int64_t bytes = entry.at("bytes").get<int64_t>();
+    const int64_t bytes = whole_at(entry, "bytes");
     if (bytes < 0 || bytes > size - at || padded(bytes) > size - at) {
       fail("is cut short: section " + name + " needs " + std::to_string(bytes) +
            " bytes at offset " + std::to_string(at) + " of " + std::to_string(size));
@@ -251,6 +267,8 @@ StateFile read(const std::filesystem::path& path) {
     throw StateError(error.what());
   } catch (const nlohmann::json::exception& error) {
     throw StateError(path.string() + ": header: " + error.what());
+  } catch (const std::invalid_argument& error) {
+    throw StateError(path.string() + ": " + error.what());
   }
 }
 
@@ -269,7 +287,7 @@ std::string rows_json(const StoreLayout& layout) {
 
 void check_rows(const nlohmann::json& rows, const StoreLayout& layout, const std::string& where) {
   for (const bool is_key : {true, false}) {
-    const auto saved = rows.at(is_key ? "k" : "v").get<std::vector<int64_t>>();
+    const auto& saved = rows.at(is_key ? "k" : "v");
     const std::string what = std::string("row_bytes of ") + (is_key ? "keys" : "values");
     if (saved.size() != static_cast<size_t>(layout.n_layers)) {
       throw StateError(where + what + " are of " + std::to_string(saved.size()) + " layers, not " +
@@ -277,9 +295,9 @@ void check_rows(const nlohmann::json& rows, const StoreLayout& layout, const std
     }
     for (int32_t layer = 0; layer < layout.n_layers; layer++) {
       const int32_t dealt = slot_of(layout, layer, is_key).row_bytes;
-      if (saved[layer] == dealt) continue;
+      if (whole_number(saved.at(layer)) == dealt) continue;
       throw StateError(where + what + " in layer " + std::to_string(layer) + " are " +
-                       std::to_string(saved[layer]) + ", but its budget and this profile deal " +
+                       json_text(saved.at(layer)) + ", but its budget and this profile deal " +
                        std::to_string(dealt));
     }
   }
@@ -378,19 +396,20 @@ Session Session::load(const Model& model, const std::filesystem::path& path,
     }
     KVConfig kv = kv_from(header.at("kv"));
     kv.profile = profile_for(header.at("kv"), kv, engine, std::move(profile));
-    const int64_t max_tokens = header.at("max_tokens").get<int64_t>();
+    const int64_t max_tokens = whole_at(header, "max_tokens");
     if (max_tokens < 1 || max_tokens > engine.config.max_position_embeddings) {
       throw StateError(where + "max_tokens is " + std::to_string(max_tokens));
     }
     auto session = Impl::make(model, kv, static_cast<int32_t>(max_tokens));
     const CacheSpec& spec = *session->spec;
     if (kv.budgeted()) check_rows(header.at("row_bytes"), spec.layout, where);
-    const int64_t n = header.at("n_tokens").get<int64_t>();
+    const int64_t n = whole_at(header, "n_tokens");
     if (n < 0 || n > max_tokens) {
       throw StateError(where + "n_tokens is " + std::to_string(n) + ", max_tokens " +
                        std::to_string(max_tokens));
     }
-    const int64_t dropped = header.value("dropped_blocks", int64_t{0});
+    const int64_t dropped =
+        header.contains("dropped_blocks") ? whole_at(header, "dropped_blocks") : 0;
     const int64_t most_dropped = spec.unseen_blocks(spec.compressed(n));
     if (dropped < 0 || dropped > most_dropped) {
       throw StateError(where + "dropped_blocks is " + std::to_string(dropped) +

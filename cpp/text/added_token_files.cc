@@ -199,9 +199,8 @@ void add_tokens_of_folder(const std::filesystem::path& folder, TokenizerJson* js
     if (each.contains("content") && each["content"].is_string()) {
       known.insert(each["content"].get<std::string>());
     }
-    if (each.contains("id") && each["id"].is_number_integer()) {
-      next = std::max(next, each["id"].get<int64_t>() + 1);
-    }
+    const auto id = each.contains("id") ? whole_number(each["id"]) : std::nullopt;
+    if (id && *id < INT32_MAX) next = std::max(next, *id + 1);
   }
   std::erase_if(tokens,
                 [&](const Candidate& token) { return !known.insert(token.content).second; });

@@ -1,5 +1,8 @@
 #include "text/json_field.h"
 
+#include <optional>
+
+#include "core/json_tree.h"
 #include "text/unicode/utf8.h"
 
 namespace mustafar::text {
@@ -91,11 +94,9 @@ bool JsonField::boolean() const {
 }
 
 int64_t JsonField::integer() const {
-  if (!value_->is_number_integer() ||
-      (value_->is_number_unsigned() && value_->get<uint64_t>() > uint64_t{INT64_MAX})) {
-    wrong_kind("an integer");
-  }
-  return value_->get<int64_t>();
+  const std::optional<int64_t> number = whole_number(*value_);
+  if (!number) wrong_kind("an integer");
+  return *number;
 }
 
 }  // namespace mustafar::text

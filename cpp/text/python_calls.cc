@@ -190,6 +190,8 @@ class PythonCallReader {
       digits += read_decimal();
     }
     if (is_letter(peek()) || is_digit(peek()) || peek() == '.') throw NotPython();
+    // Beyond what a double holds, JSON's readers refuse it, or make it infinite.
+    if (!nlohmann::json::accept(digits)) throw NotPython();
     skip_space();
     return digits;
   }
