@@ -435,6 +435,22 @@ TEST_P(DecodeAttentionIsaTest, OneByteAddsLittleToWhatCompressionCosts) {
   }
 }
 
+// Rows that are hardly pruned, or of more bits, meet two bytes anyhow.
+TEST_P(DecodeAttentionIsaTest, RowsThatAreNearlyExactKeepTwoBytes) {
+  CacheShape shape = headline();
+  shape.group_pattern = false;
+  const std::vector<float> q = random_queries(8 * 128, 19);
+  for (const auto& [values, sparsity] :
+       {std::pair{DType::kInt8, 0.0}, {DType::kInt8, 0.1}, {DType::kCoded, 0.0}}) {
+    shape.values = values;
+    shape.k_sparsity = shape.v_sparsity = sparsity;
+    shape.k_bits = shape.v_bits = 5;
+    RandomCache cache(shape, 3, 40, 20, 0.5f);
+    EXPECT_EQ(attend(GetParam(), {&cache}, 0, q, 2, false), attend(GetParam(), {&cache}, 0, q))
+        << dtype_name(values) << " " << sparsity;
+  }
+}
+
 // Many small weights beside a large one: rounded to nearest, none of them would be left.
 TEST_P(DecodeAttentionIsaTest, SmallWeightsOfATileAddUp) {
   CacheShape shape = headline();

@@ -1,5 +1,5 @@
-// Decode attention, AVX-512: a tile of one KV head by FMA and two-term dot products, query heads in
-// fours. Included by the files of the AVX-512 paths alone.
+// Decode attention, AVX-512: a tile of one KV head by FMA and dot products, query heads in fours.
+// Included by the files of the AVX-512 paths alone.
 #pragma once
 
 #include "backend/cpu/attention/decode_avx512_ints.h"
@@ -52,9 +52,10 @@ inline void query_codes(const float* q, float inverse, uint8_t* high, uint8_t* l
 }
 
 // Whether rows are so much rounded or pruned that queries and weights of one byte add next to
-// nothing to that (DecodeRun::fine).
+// nothing to that (DecodeRun::fine). The smallest quarter of normal numbers has 0.9 % of their
+// energy: without it a row is off by a tenth.
 inline bool is_coarse(const SlotLayout& layout) {
-  if (layout.dtype == DType::kInt8) return !layout.dense;
+  if (layout.dtype == DType::kInt8) return 4 * layout.row_keep <= 3 * layout.head_dim;
   return layout.dtype == DType::kInt4 || layout.row_bytes <= layout.head_dim / 2;
 }
 
