@@ -31,8 +31,9 @@ struct DecodeRun {
   int32_t dense_tokens = 0;  // the new one included
   const float* q = nullptr;  // [n_queries][head_dim]
   float q_scale = 0.0f;      // log2(e) / sqrt(head_dim): scores are in units of log2
-  // Rows of which much is pruned, or of few bits, differ from what they were by a tenth or so. Beside that,
-  // queries and weights may be rounded to one byte where that is faster, a hundredth; not if fine.
+  // Rows of which much is pruned, or of few bits, differ from what they were by a tenth or so.
+  // Beside that, queries and weights may be rounded to one byte where that is faster, a hundredth;
+  // not if fine.
   bool fine = false;
   uint8_t* scratch = nullptr;  // decode_scratch_bytes(), aligned to 128; shared by a span
 
