@@ -36,13 +36,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/demo-train"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="model folder")
     parser.add_argument("--tokens", type=int, help="training budget")
+    parser.add_argument("--head-dim", type=int, help="width of a head, in place of 64")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, in under a minute")
     args = parser.parse_args()
     torch.set_num_threads(args.threads or torch.get_num_threads())
     s = SMOKE if args.smoke else Settings()
-    s = replace(s, tokens=args.tokens or s.tokens)
+    s = replace(s, tokens=args.tokens or s.tokens, head_dim=args.head_dim or s.head_dim)
     stages = {
         "prepare": lambda: prepare(s, args.work),
         "train": lambda: train(s, args.work, not (args.no_compile or args.smoke)),

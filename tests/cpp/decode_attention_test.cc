@@ -451,6 +451,41 @@ TEST_P(DecodeAttentionIsaTest, RowsThatAreNearlyExactKeepTwoBytes) {
   }
 }
 
+// Wide codes, all on one side, and a query that has them add up: sums of 16 bits don't hold that.
+TEST_P(DecodeAttentionIsaTest, ProductsOfWideCodesDoNotOverflow) {
+  CacheShape shape = headline();
+  shape.n_kv_heads = 1;
+  shape.values = DType::kCoded;
+  shape.k_bits = shape.v_bits = 4;
+  RandomCache cache(shape, 2, 0, 21);
+  std::vector<uint8_t> widths(128, 1);
+  std::fill_n(widths.begin(), 64, kMaxWidth);
+  const std::vector<float> sigmas(128, 1.0f);
+  cache.step().codes = {widths.data(), widths.data(), sigmas.data(), sigmas.data()};
+  std::mt19937 random(22);
+  for (int32_t block = 0; block < 2; block++) {
+    for (const bool is_key : {true, false}) {
+      const StoreLayout& layout = cache.layout();
+      std::vector<float> rows(64 * 128);
+      for (float& x : rows) x = (is_key ? 1.0f : 0.1f) + 0.3f * testing::random_normal(random);
+      for (int32_t t = 0; t < 64 && !is_key; t++) rows[t * 128] = -20.0f;  // the lowest code
+      pack_coded_block(
+          is_key ? layout.k : layout.v, code_table(cache.step().codes, layout, 0, 0, is_key),
+          rows.data(),
+          cache.page(block) + (is_key ? k_slot_offset(layout, 0, 0) : v_slot_offset(layout, 0, 0)));
+    }
+  }
+  for (const float sign : {1.0f, -1.0f, 0.0f}) {  // the last: all weights are the largest
+    std::vector<float> q(4 * 128, 0.0f);
+    for (int32_t h = 0; h < 4; h++) std::fill_n(q.begin() + h * 128, 64, sign);
+    const std::vector<float> plain = attend(Isa::kScalar, {&cache}, 0, q);
+    EXPECT_LE(testing::nmse({plain.begin(), plain.end()},
+                            attend(GetParam(), {&cache}, 0, q, 2, false).data()),
+              testing::kCoarseBound)
+        << sign;
+  }
+}
+
 // Many small weights beside a large one: rounded to nearest, none of them would be left.
 TEST_P(DecodeAttentionIsaTest, SmallWeightsOfATileAddUp) {
   CacheShape shape = headline();

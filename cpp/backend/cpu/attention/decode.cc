@@ -24,7 +24,7 @@ void attend(Isa isa, DecodeRuns runs) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
-      return one_by_one(decode_run_avx2);
+      return decode_runs_avx2(runs);
     case Isa::kAvx512:
       return decode_runs_avx512(runs);
     case Isa::kAvx512Bf16:

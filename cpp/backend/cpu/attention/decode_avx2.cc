@@ -4,23 +4,11 @@
 // for floats, 16-bit multiplies with 32-bit sums for integers.
 #include <immintrin.h>
 
-#include "backend/cpu/attention/decode_avx2_rows.h"
+#include "backend/cpu/attention/decode_avx2_ints.h"
+#include "backend/cpu/attention/decode_avx2_softmax.h"
 
 namespace mustafar {
 namespace {
-
-inline float sum_of(__m256 x) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-inline float max_of(__m256 x) {
-  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
-}
-
-constexpr float kTopCode = 32767.0f;  // the largest 16-bit code of queries and weights
 
 // Lane i of the result is the sum of v[i]'s lanes.
 inline __m256 sums_of_8(const __m256* v) {
@@ -33,10 +21,12 @@ inline __m256 sums_of_8(const __m256* v) {
 // same places.
 template <Kind kKind, int NH>
 void tile_scores(const Rows& rows, int32_t n_rows, int32_t head_dim, const float* q, float* scores,
-                 Prefetch prefetch) {
-  constexpr int R = 8 / NH;
+                 Prefetch& prefetch_inout) {
+  constexpr int R = 8 / NH, kSteps = kKind == Kind::kInt ? 2 : 4;
+  Prefetch prefetch = prefetch_inout;
   for (int32_t r = 0; r < n_rows; r += R) {
-    for (int i = 0; i < R; i++) prefetch.step();
+#pragma GCC unroll 8
+    for (int i = 0; i < kSteps; i++) prefetch.step();
     const uint8_t* row = rows.values + r * rows.row_bytes;
     __m256 acc[8];
 #pragma GCC unroll 8
@@ -54,9 +44,7 @@ void tile_scores(const Rows& rows, int32_t n_rows, int32_t head_dim, const float
               reinterpret_cast<const int16_t*>(q + h * head_dim) + d));
 #pragma GCC unroll 8
           for (int i = 0; i < R; i++) {
-            __m256& a = acc[h * R + i];
-            a = _mm256_castsi256_ps(
-                _mm256_add_epi32(_mm256_castps_si256(a), _mm256_madd_epi16(k[i], x)));
+            add_dwords(acc[h * R + i], _mm256_madd_epi16(k[i], x));
           }
         }
       }
@@ -82,6 +70,7 @@ void tile_scores(const Rows& rows, int32_t n_rows, int32_t head_dim, const float
       for (int i = 0; i < R; i++) scores[h * kTileTokens + r + i] = sums[h * R + i];
     }
   }
+  prefetch_inout = prefetch;
 }
 
 // o [NH][head_dim] = o * rescale + weights V. weights: f32 [NH][64]; ints: int16 [NH][64], times
@@ -101,7 +90,7 @@ void tile_values(const Rows& rows, int32_t n_rows, int32_t head_dim, const uint8
     }
     if constexpr (kKind == Kind::kInt) {
       for (int32_t t = 0; t < n_rows; t += 2) {
-        if (d == 0) prefetch.step(), prefetch.step();
+        if (t % 4 == 0) prefetch.step();
         const __m128i x = load_bytes(rows.values + t * rows.row_bytes, d);
         const __m128i y = load_bytes(rows.values + (t + 1) * rows.row_bytes, d);
         const __m256i v[2] = {_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(x, y)),
@@ -113,14 +102,13 @@ void tile_values(const Rows& rows, int32_t n_rows, int32_t head_dim, const uint8
           const __m256i w = _mm256_set1_epi32(pair);
 #pragma GCC unroll 2
           for (int i = 0; i < 2; i++) {
-            acc[h][i] = _mm256_castsi256_ps(
-                _mm256_add_epi32(_mm256_castps_si256(acc[h][i]), _mm256_madd_epi16(v[i], w)));
+            add_dwords(acc[h][i], _mm256_madd_epi16(v[i], w));
           }
         }
       }
     } else {
       for (int32_t t = 0; t < n_rows; t++) {
-        if (d == 0) prefetch.step();
+        prefetch.step();
         const uint8_t* row = rows.values + t * rows.row_bytes;
         const __m256 v0 = load_floats<kKind>(row, d), v1 = load_floats<kKind>(row, d + 8);
 #pragma GCC unroll 4
@@ -147,124 +135,96 @@ void tile_values(const Rows& rows, int32_t n_rows, int32_t head_dim, const uint8
   }
 }
 
-// 2^x; 0 below -126, NaN for NaN.
-inline __m256 exp2_ps(__m256 x) {
-  const __m256 floor_at = _mm256_set1_ps(-126.0f);
-  const __m256 tiny = _mm256_cmp_ps(x, floor_at, _CMP_LT_OQ);
-  x = _mm256_max_ps(floor_at, x);  // the second operand where one is NaN
-  const __m256 n = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m256 f = _mm256_sub_ps(x, n);
-  __m256 p = _mm256_set1_ps(kExp2Terms[0]);
-#pragma GCC unroll 6
-  for (int i = 1; i < 7; i++) p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(kExp2Terms[i]));
-  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
-  p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
-  return _mm256_andnot_ps(tiny, p);
+// Steps of Prefetch that the two above take.
+template <Kind kKind, int NH>
+constexpr int32_t score_steps(int32_t n_rows) {
+  return n_rows * NH / 8 * (kKind == Kind::kInt ? 2 : 4);
 }
-
-// Softmax of one head over a tile: scores [64] of the rows that are seen become weights. Returns
-// the factor of the output so far. Of ints: scores are multiplied by q_unit, q_offset is added and
-// the keys' scales come last; unit: of int weights; weight_sum: running, of weights times the
-// values' scales.
 template <Kind kKind>
-float tile_softmax(const Rows& k, const Rows& v, uint64_t seen, float q_unit, const float* scores,
-                   uint8_t* weights, float& running_max, float& running_sum, float& unit,
-                   float q_offset, float& weight_sum) {
-  const __m256 minus_infinity = _mm256_set1_ps(-__builtin_inff());
-  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  __m256 s[8];
-  __m256 top = minus_infinity;
-  for (int i = 0; i < 8; i++) {
-    s[i] = _mm256_load_ps(scores + 8 * i);
-    if constexpr (kKind == Kind::kInt) {
-      s[i] = _mm256_fmadd_ps(s[i], _mm256_set1_ps(q_unit), _mm256_set1_ps(q_offset));
-      s[i] = _mm256_mul_ps(s[i], load_bf16(k.scales + 8 * i));
-    }
-    const __m256i bits = _mm256_set1_epi32(static_cast<int32_t>(seen >> (8 * i) & 0xff));
-    const __m256i valid = _mm256_cmpeq_epi32(_mm256_and_si256(bits, lane_bit), lane_bit);
-    s[i] = _mm256_blendv_ps(minus_infinity, s[i], _mm256_castsi256_ps(valid));
-    top = _mm256_max_ps(top, s[i]);
-  }
-  const float tile = max_of(top);
-  const float max = tile > running_max ? tile : running_max;
-  const float shift = max == -__builtin_inff() ? 0.0f : max;
-  const float rescale =
-      running_max == max ? 1.0f : _mm256_cvtss_f32(exp2_ps(_mm256_set1_ps(running_max - shift)));
-  running_max = max;
-
-  __m256 sum = _mm256_setzero_ps(), largest = sum, scaled = sum;
-  for (int i = 0; i < 8; i++) {
-    s[i] = exp2_ps(_mm256_sub_ps(s[i], _mm256_set1_ps(shift)));
-    sum = _mm256_add_ps(sum, s[i]);
-    if constexpr (kKind == Kind::kInt) {
-      s[i] = _mm256_mul_ps(s[i], load_bf16(v.scales + 8 * i));
-      largest = _mm256_max_ps(largest, s[i]);
-      scaled = _mm256_add_ps(scaled, s[i]);
-    } else {
-      _mm256_store_ps(reinterpret_cast<float*>(weights) + 8 * i, s[i]);
-    }
-  }
-  running_sum = running_sum * rescale + sum_of(sum);
-  if constexpr (kKind == Kind::kInt) {
-    weight_sum = weight_sum * rescale + sum_of(scaled);
-    const float largest_weight = max_of(largest);
-    unit = largest_weight / kTopCode;
-    const __m256 inverse = _mm256_set1_ps(largest_weight > 0 ? kTopCode / largest_weight : 0.0f);
-    for (int i = 0; i < 8; i += 2) {
-      const __m256i codes =
-          _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(s[i], inverse)),
-                             _mm256_cvtps_epi32(_mm256_mul_ps(s[i + 1], inverse)));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(weights + 16 * i),
-                         _mm256_permute4x64_epi64(codes, 0xd8));
-    }
-  }
-  return rescale;
+constexpr int32_t value_steps(int32_t n_rows, int32_t head_dim) {
+  return n_rows / (kKind == Kind::kInt ? 4 : 1) * head_dim / 16;
 }
 
+// Of a KV head; what tiles are worked on with is shared by all.
 struct Work {
   float* scores;       // [4][64]
-  uint8_t* weights;    // [4][64] of 2 or 4 bytes
+  uint8_t* weights;    // [4][64] of up to 4 bytes
   uint8_t* tiles[2];   // expanded K and V
   uint8_t* widened;    // int4 as int8
   float* queries;      // [n_queries][head_dim], scaled
   float* int_queries;  // int16 in place of floats
-  float* q_unit;       // [n_queries] of int_queries
+  float* q_unit;       // [n_queries] of int_queries, or of the bytes
   float* q_offset;     // [n_queries] of scores with coded keys
   float* weight_sum;   // [n_queries] of the values' weights times their scales
+  float* o;            // [n_queries][head_dim], aligned as run.o is not
+  ByteRun bytes;
+  // While the output is the store's: in units of the steps, in the order of the values' bytes.
+  bool of_store;
   // A coded value is (code + 1/2) * step * scale: the steps of keys go into the queries, and those
   // of values into the output once the store is done with.
-  CodeOctet* octets[2];  // K and V, [head_dim / 8]
+  CodeChunk* chunks[2];  // K and V, [head_dim / 32]
   float* steps[2];       // [head_dim]
 };
 
-template <Kind kKind, int NH>
-void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
-                int32_t head, const Work& work, Prefetch next_k, Prefetch next_v) {
-  const int32_t n_rows = (n + 7) / 8 * 8;
-  const float* q = (kKind == Kind::kInt ? work.int_queries : work.queries) + head * run.head_dim;
-  tile_scores<kKind, NH>(k, n_rows, run.head_dim, q, work.scores, next_k);
-  float rescale[NH], unit[NH];
+template <Weights kWeights, int NH>
+void tile_weights(const DecodeRun& run, const Rows& k, const Rows& v, uint64_t seen, int32_t head,
+                  const Work& work, float* rescale, float* unit) {
   for (int h = 0; h < NH; h++) {
-    rescale[h] = tile_softmax<kKind>(
+    rescale[h] = tile_softmax<kWeights>(
         k, v, seen, work.q_unit[head + h], work.scores + h * kTileTokens,
-        work.weights + h * kTileTokens * (kKind == Kind::kInt ? 2 : 4), run.max[head + h],
+        work.weights + h * kTileTokens * weight_bytes(kWeights), run.max[head + h],
         run.sum[head + h], unit[h], work.q_offset[head + h], work.weight_sum[head + h]);
   }
-  // Accumulated in scratch, which is aligned as run.o is not.
+}
+
+template <Kind kKind, int NH>
+void tile_heads(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
+                int32_t head, const Work& work, Prefetch& next) {
+  constexpr bool kInts = kKind == Kind::kInt;
+  const int32_t n_rows = (n + 7) / 8 * 8;
+  const float* q = (kInts ? work.int_queries : work.queries) + head * run.head_dim;
+  next.spread(score_steps<kKind, NH>(n_rows) + value_steps<kKind>(n_rows, run.head_dim));
+  tile_scores<kKind, NH>(k, n_rows, run.head_dim, q, work.scores, next);
+  float rescale[NH], unit[NH];
+  tile_weights<kInts ? Weights::kWords : Weights::kFloats, NH>(run, k, v, seen, head, work, rescale,
+                                                               unit);
   tile_values<kKind, NH>(v, n_rows, run.head_dim, work.weights, rescale, unit,
-                         work.queries + (run.n_queries * 2 + head) * run.head_dim, next_v);
+                         work.o + head * run.head_dim, next);
 }
 
 template <Kind kKind>
 void tile_queries(const DecodeRun& run, const Rows& k, const Rows& v, int32_t n, uint64_t seen,
-                  const Work& work, Prefetch next_k, Prefetch next_v) {
+                  const Work& work, Prefetch next) {
   for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
-    tile_heads<kKind, NH>(run, k, v, n, seen, head, work, next_k, next_v);
-    next_k.lines = next_v.lines = 0;
+    tile_heads<kKind, NH>(run, k, v, n, seen, head, work, next);
+    next = {};
   });
 }
 
-void prepare_queries(const DecodeRun& run, const Work& work) {
+// One of the store's tiles by products of bytes.
+template <ByteSource kSource>
+void tile_bytes(const DecodeRun& run, const Rows& k, const Rows& v, uint64_t seen, const Work& work,
+                Prefetch next) {
+  const ByteRun& bytes = work.bytes;
+  next.spread(byte_steps(run.n_queries, run.head_dim));
+  arrange_values<kSource>(v, run.head_dim, work.tiles[1], next);
+  for_query_groups(run.n_queries, [&]<int NH>(int32_t head) {
+    const int8_t* q = bytes.q + head * run.head_dim;
+    if (bytes.wide) {
+      byte_scores<kSource, NH, true>(k, run.head_dim, q, bytes.bias + head, work.scores, next);
+    } else {
+      byte_scores<kSource, NH, false>(k, run.head_dim, q, bytes.bias + head, work.scores, next);
+    }
+    float rescale[NH], unit[NH];
+    tile_weights<Weights::kBytes, NH>(run, k, v, seen, head, work, rescale, unit);
+    byte_values<NH>(work.tiles[1], run.head_dim, work.weights, bytes.per_widen, rescale, unit,
+                    work.o + head * run.head_dim, next);
+    next = {};
+  });
+}
+
+void prepare_queries(const DecodeRun& run, Work& work) {
+  const float top_code = work.bytes.used ? kTopByte : kTopCode;
   for (int32_t h = 0; h < run.n_queries; h++) {
     const float* q = run.q + int64_t{h} * run.head_dim;
     float* out = work.queries + int64_t{h} * run.head_dim;
@@ -292,87 +252,141 @@ void prepare_queries(const DecodeRun& run, const Work& work) {
       q = in_ints;  // its codes, which are narrower, go over what has been read of it
     }
     const float top = max_of(absmax);
-    work.q_unit[h] = top * run.q_scale / kTopCode + sum_of(probe);
-    const __m256 inverse = _mm256_set1_ps(top > 0 ? kTopCode / top : 0.0f);
+    work.q_unit[h] = top * run.q_scale / top_code + sum_of(probe);
+    const float inverse = top > 0 ? top_code / top : 0.0f;
+    if (work.bytes.used) {
+      byte_query(q, inverse, run.head_dim, h, work.bytes);
+      continue;
+    }
     for (int32_t d = 0; d < run.head_dim; d += 16) {
-      const __m256i packed = _mm256_packs_epi32(
-          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(q + d), inverse)),
-          _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(q + d + 8), inverse)));
+      const __m256i packed =
+          _mm256_packs_epi32(scaled_ints(q + d, inverse), scaled_ints(q + d + 8, inverse));
       _mm256_store_si256(reinterpret_cast<__m256i*>(codes + d),
                          _mm256_permute4x64_epi64(packed, 0xd8));
     }
   }
 }
 
-}  // namespace
-
-void decode_run_avx2(const DecodeRun& run) {
+// A head's part of the scratch, before its first tile. shared: what all heads have.
+Work make_work(const DecodeRun& run, const Work& shared, uint8_t*& at) {
   const int64_t query_floats = int64_t{run.n_queries} * run.head_dim;
-  Work work;
-  uint8_t* at = run.scratch;
-  work.scores = take<float>(at, 4 * kTileTokens);
-  work.weights = take<uint8_t>(at, 4 * kTileTokens * 4);
-  for (uint8_t*& tile : work.tiles)
-    tile = take<uint8_t>(at, int64_t{kTileTokens} * run.head_dim * 4);
-  work.widened = take<uint8_t>(at, int64_t{kTileTokens} * run.head_dim + 64);
-  work.queries = take<float>(at, 3 * query_floats);
-  work.int_queries = work.queries + query_floats;
-  float* o = work.queries + 2 * query_floats;
+  Work work = shared;
+  work.queries = take<float>(at, query_floats);
+  work.int_queries = take<float>(at, query_floats);
+  work.o = take<float>(at, query_floats);
   work.q_unit = take<float>(at, run.n_queries);
   work.q_offset = take<float>(at, run.n_queries);
   work.weight_sum = take<float>(at, run.n_queries);
-  const bool coded = is_coded(run);
-  for (int i = 0; i < 2 && coded; i++) {
+  for (int i = 0; i < 2 && is_coded(run); i++) {
     const CodeTable& table = i == 0 ? run.k_codes : run.v_codes;
-    work.octets[i] = take<CodeOctet>(at, run.head_dim / 8);
+    work.chunks[i] = take<CodeChunk>(at, run.head_dim / 32);
     work.steps[i] = take<float>(at, run.head_dim);
-    make_octets(table.widths, run.head_dim, work.octets[i]);
+    make_chunks(table.widths, run.head_dim, work.chunks[i]);
     code_steps(table, run.head_dim, work.steps[i]);
   }
+  work.bytes = byte_run(run, at);
+  work.of_store = run.sequence->n_blocks > 0;
   prepare_queries(run, work);
   clear_softmax(run.n_queries, run.max, run.sum);
-  __builtin_memset(o, 0, query_floats * 4);
+  __builtin_memset(work.o, 0, query_floats * 4);
+  return work;
+}
 
-  bool in_codes = coded;  // the output is in units of the steps
-  const auto apply_steps = [&] {
-    in_codes = false;
-    for (int32_t h = 0; h < run.n_queries; h++) {
-      const float half = 0.5f * work.weight_sum[h];
-      for (int32_t d = 0; d < run.head_dim; d++) {
-        float& x = o[h * run.head_dim + d];
-        x = (x + half) * work.steps[1][d];
-      }
+// The output as it is once all of the store's tiles are in it.
+void leave_store(const DecodeRun& run, Work& work) {
+  if (!work.of_store) return;
+  work.of_store = false;
+  for (int32_t h = 0; h < run.n_queries; h++) {
+    float* o = work.o + int64_t{h} * run.head_dim;
+    if (work.bytes.used && work.bytes.source == ByteSource::kNibbles) {
+      for (int32_t d = 0; d < run.head_dim; d += 64) merge_even_odd(o + d);
     }
-  };
-  for (int32_t tile = run.first_tile; tile < run.first_tile + run.n_tiles; tile++) {
-    if (in_codes && tile >= run.sequence->n_blocks) apply_steps();
-    Prefetch next_k, next_v;
-    next_lines(run, tile + 1, next_k, next_v);
-    Rows k, v;
-    int32_t n = kTileTokens;
-    if (tile < run.sequence->n_blocks) {
-      const uint8_t* page = run.sequence->pages[tile];
-      if (coded) {
-        k = coded_rows(*run.k_slot, work.octets[0], page + run.k_offset, work.tiles[0]);
-        v = coded_rows(*run.v_slot, work.octets[1], page + run.v_offset, work.tiles[1]);
-      } else {
-        k = slot_rows(*run.k_slot, page + run.k_offset, run.head_dim, work.widened, work.tiles[0],
-                      next_k);
-        v = slot_rows(*run.v_slot, page + run.v_offset, run.head_dim, work.widened, work.tiles[1],
-                      next_v);
-      }
-    } else {
-      const DenseTile dense = dense_tile(run, tile);
-      n = dense.n;
-      k = dense_rows(run, dense.k, n, work.tiles[0]);
-      v = dense_rows(run, dense.v, n, work.tiles[1]);
-    }
-    const uint64_t seen = seen_rows(run, tile, n);
-    with_kind(k.kind,
-              [&]<Kind kKind>() { tile_queries<kKind>(run, k, v, n, seen, work, next_k, next_v); });
+    if (!is_coded(run)) continue;
+    const float half = 0.5f * work.weight_sum[h];
+    for (int32_t d = 0; d < run.head_dim; d++) o[d] = (o[d] + half) * work.steps[1][d];
   }
-  if (in_codes) apply_steps();
-  __builtin_memcpy(run.o, o, query_floats * 4);
+}
+
+void store_tile(const DecodeRun& run, int32_t tile, const Work& work, Prefetch next) {
+  const uint8_t* page = run.sequence->pages[tile];
+  const uint8_t *k_slot = page + run.k_offset, *v_slot = page + run.v_offset;
+  const uint64_t seen = seen_rows(run, tile, kTileTokens);
+  const auto expanded = [&](const SlotLayout& layout, const uint8_t* slot, uint8_t* out) {
+    return slot_rows(layout, slot, run.head_dim, work.widened, out);
+  };
+  if (!work.bytes.used) {
+    Rows k, v;
+    if (is_coded(run)) {
+      k = coded_rows<true>(*run.k_slot, work.chunks[0], k_slot, work.tiles[0]);
+      v = coded_rows<true>(*run.v_slot, work.chunks[1], v_slot, work.tiles[1]);
+    } else {
+      k = expanded(*run.k_slot, k_slot, work.tiles[0]);
+      v = expanded(*run.v_slot, v_slot, work.tiles[1]);
+    }
+    return with_kind(k.kind, [&]<Kind kKind>() {
+      tile_queries<kKind>(run, k, v, kTileTokens, seen, work, next);
+    });
+  }
+  // The second half of the keys' room has the values until they are arranged.
+  uint8_t* const v_tile = work.tiles[0] + int64_t{kTileTokens} * run.head_dim;
+  const auto multiply = [&]<ByteSource kSource>(const Rows& k, const Rows& v) {
+    tile_bytes<kSource>(run, k, v, seen, work, next);
+  };
+  switch (work.bytes.source) {
+    case ByteSource::kNibbles:
+      return multiply.template operator()<ByteSource::kNibbles>(stored_rows(*run.k_slot, k_slot),
+                                                                stored_rows(*run.v_slot, v_slot));
+    case ByteSource::kCodes:
+      return multiply.template operator()<ByteSource::kCodes>(
+          coded_rows<false>(*run.k_slot, work.chunks[0], k_slot, work.tiles[0]),
+          coded_rows<true>(*run.v_slot, work.chunks[1], v_slot, v_tile));
+    case ByteSource::kSigned: {
+      const Rows k = expanded(*run.k_slot, k_slot, work.tiles[0]);
+      const Rows v = expanded(*run.v_slot, v_slot, v_tile);
+      return multiply.template operator()<ByteSource::kSigned>(k, v);
+    }
+  }
+}
+
+void dense_tile_of(const DecodeRun& run, int32_t tile, const Work& work, Prefetch next) {
+  const DenseTile dense = dense_tile(run, tile);
+  const Rows k = dense_rows(run, dense.k, dense.n, work.tiles[0]);
+  const Rows v = dense_rows(run, dense.v, dense.n, work.tiles[1]);
+  const uint64_t seen = seen_rows(run, tile, dense.n);
+  with_kind(k.kind,
+            [&]<Kind kKind>() { tile_queries<kKind>(run, k, v, dense.n, seen, work, next); });
+}
+
+}  // namespace
+
+void decode_runs_avx2(DecodeRuns runs) {
+  const DecodeRun& first = runs[0];
+  Work shared = {};
+  uint8_t* at = first.scratch;
+  shared.scores = take<float>(at, 4 * kTileTokens);
+  shared.weights = take<uint8_t>(at, 4 * kTileTokens * 4);
+  for (uint8_t*& tile : shared.tiles)
+    tile = take<uint8_t>(at, int64_t{kTileTokens} * first.head_dim * 4);
+  shared.widened = take<uint8_t>(at, int64_t{kTileTokens} * first.head_dim + 64);
+  Work works[kMaxSpanHeads];
+  for (size_t i = 0; i < runs.size(); i++) works[i] = make_work(runs[i], shared, at);
+
+  for (int32_t tile = first.first_tile; tile < first.first_tile + first.n_tiles; tile++) {
+    for (size_t i = 0; i < runs.size(); i++) {
+      const bool last = i + 1 == runs.size();
+      const Prefetch next = lines_of(runs[last ? 0 : i + 1], last ? tile + 1 : tile);
+      if (tile < first.sequence->n_blocks) {
+        store_tile(runs[i], tile, works[i], next);
+      } else {
+        leave_store(runs[i], works[i]);
+        dense_tile_of(runs[i], tile, works[i], next);
+      }
+    }
+  }
+  for (size_t i = 0; i < runs.size(); i++) {
+    leave_store(runs[i], works[i]);
+    __builtin_memcpy(runs[i].o, works[i].o, int64_t{first.n_queries} * first.head_dim * 4);
+  }
 }
 
 }  // namespace mustafar

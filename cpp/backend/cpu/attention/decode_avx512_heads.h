@@ -51,14 +51,6 @@ inline void query_codes(const float* q, float inverse, uint8_t* high, uint8_t* l
   }
 }
 
-// Whether rows are so much rounded or pruned that queries and weights of one byte add next to
-// nothing to that (DecodeRun::fine). The smallest quarter of normal numbers has 0.9 % of their
-// energy: without it a row is off by a tenth.
-inline bool is_coarse(const SlotLayout& layout) {
-  if (layout.dtype == DType::kInt8) return 4 * layout.row_keep <= 3 * layout.head_dim;
-  return layout.dtype == DType::kInt4 || layout.row_bytes <= layout.head_dim / 2;
-}
-
 // For int_scores and int_values: queries in the order of the keys' bytes, and what biases add.
 // codes: scratch for two queries' bytes.
 void prepare_ints(const DecodeRun& run, const Rows& k, const Rows& v, State& state,

@@ -121,22 +121,6 @@ struct IntWeights {
   int32_t code_sum[NH];  // of the weights
 };
 
-// Weights of one byte are rounded down after one of these is added, so that a tile's many small
-// weights beside a large one add up to what they should: the fractional parts of multiples of the
-// golden ratio, which neighbours share evenly.
-struct Dither {
-  alignas(64) float at[kTileTokens];
-};
-constexpr Dither make_dither() {
-  Dither dither = {};
-  for (int i = 0; i < kTileTokens; i++) {
-    const double x = (i + 0.5) * 0.6180339887498949;
-    dither.at[i] = static_cast<float>((x - static_cast<int>(x)) * 0.99);
-  }
-  return dither;
-}
-constexpr Dither kDither = make_dither();
-
 // Softmax of NH heads over a tile: what tile_softmax is of one. scores: [NH][64]; weights: out
 // [kTerms][NH][64] bytes without sign; the others are of the heads. Interleaved, as one head's is a
 // chain of long latencies.

@@ -97,8 +97,8 @@ struct DenseTile {
 void decode_run_plain(const DecodeRun& run);
 
 // These serve the rows for which decode_serves is true.
-void decode_run_avx2(const DecodeRun& run);
 void decode_run_neon(const DecodeRun& run);
+void decode_runs_avx2(DecodeRuns runs);
 void decode_runs_avx512(DecodeRuns runs);
 void decode_runs_avx512bf16(DecodeRuns runs);
 void decode_runs_amx(DecodeRuns runs);
