@@ -3,9 +3,9 @@
     pip install matplotlib
     python tools/plot_quality.py docs/results docs
 
-Reads quality.json (`mustafar eval`), quality-lab.json (tools/kv_lab.py) and rows.json (below),
-writes quality.svg (KL divergence against bytes) and rows.svg (root mean square of keys and values
-by dim).
+Reads quality.json and needle.json (`mustafar eval`), quality-lab.json (tools/kv_lab.py) and
+rows.json (below), writes quality.svg (KL divergence against bytes), needle.svg (what is found, by
+length and depth, and against bytes) and rows.svg (root mean square of keys and values by dim).
 
     python tools/plot_quality.py docs/results docs --rows MODEL TEXT
 
@@ -80,6 +80,57 @@ def draw_pareto(
     figure.savefig(figure_path, metadata={"Date": None}, bbox_inches="tight")
 
 
+def short_name(name: str) -> str:
+    """A setting's name without the words that all have."""
+    return name.replace("value_dtype=", "").replace("pattern=", "").replace(",profile=auto", "")
+
+
+def draw_needle(results: dict[str, Any], figure_path: Path) -> None:
+    """A map of length and depth for every setting, and accuracy against bytes."""
+    rows = [row for row in results["rows"] if row["task"] == "needle"]
+    found: dict[str, dict[str, list[int]]] = {}  # by setting and "length@depth": right, of
+    of_dense: dict[str, float] = {}
+    for row in rows:
+        found.setdefault(row["name"], {}).update(row["result"]["by"])
+        of_dense[row["name"]] = row["store"]["of_dense"]
+    names = sorted(found, key=lambda name: -of_dense[name])
+    labels = {label for by in found.values() for label in by}
+    lengths = sorted({int(label.split("@")[0]) for label in labels})
+    depths = sorted({int(label.split("@")[1]) for label in labels})
+    columns = 3
+    lines = -(-(len(names) + 1) // columns)
+    figure, panels = plt.subplots(lines, columns, figsize=(9, 2.3 * lines))
+    for axes, name in zip(panels.flat, names, strict=False):
+        share = np.full((len(lengths), len(depths)), np.nan)
+        for label, (right, of) in found[name].items():
+            length, depth = map(int, label.split("@"))
+            share[lengths.index(length), depths.index(depth)] = right / of
+            axes.text(depths.index(depth), lengths.index(length), f"{right}/{of}",
+                      ha="center", va="center", fontsize=7)  # fmt: skip
+        axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", alpha=0.7)
+        axes.set_xticks(range(len(depths)), [f"{depth} %" for depth in depths], fontsize=7)
+        axes.set_yticks(range(len(lengths)), [str(length) for length in lengths], fontsize=7)
+        axes.set_title(f"{short_name(name)} ({100 * of_dense[name]:.1f} %)", fontsize=8)
+    axes = panels.flat[len(names)]
+    for length in lengths:
+        points = []
+        for name in names:
+            at = [v for label, v in found[name].items() if label.startswith(f"{length}@")]
+            if at:
+                points.append((100 * of_dense[name], sum(a for a, _ in at) / sum(b for _, b in at)))
+        axes.plot(*zip(*points, strict=True), "o-", label=f"{length} tokens")
+    axes.set_xlabel("bytes, % of dense", fontsize=7)
+    axes.set_title("found, against bytes", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.set_ylim(0, 1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6)
+    for axes in panels.flat[len(names) + 1 :]:
+        axes.axis("off")
+    figure.tight_layout()
+    figure.savefig(figure_path, metadata={"Date": None})
+
+
 def gather_rows(model_path: Path, text: Path) -> dict[str, Any]:
     """Root mean squares by dim of one layer and KV head, before and after the transform."""
     import mustafar
@@ -131,6 +182,8 @@ def main() -> None:
     results = json.loads((options.results / "quality.json").read_text())
     lab = json.loads((options.results / "quality-lab.json").read_text())
     draw_pareto(figures_of(results), lab["rows"], options.figures / "quality.svg")
+    needle = json.loads((options.results / "needle.json").read_text())
+    draw_needle(needle, options.figures / "needle.svg")
 
 
 if __name__ == "__main__":

@@ -213,10 +213,11 @@ TEST_P(QuantisedMatrix, Int8ActivationsAreCloseAndDoNotDependOnTheBatchOrTasks) 
   QuantisedShape shape;
   shape.rows = 100;
   shape.cols = 260;
-  for (const DType dtype : {DType::kInt8, DType::kInt4}) {
+  // The second, a prompt's, is more than is rounded at once.
+  for (const auto& [dtype, batch] :
+       {std::pair{DType::kInt8, 11}, {DType::kInt4, 11}, {DType::kInt4, 530}}) {
     shape.dtype = dtype;
     const CodeMatrix p(shape);
-    const int32_t batch = 11;
     const std::vector<float> x = normal(batch * shape.cols, 6);
     std::vector<float> y(batch * shape.rows, kNaN);
     const LinearLayer layer{&p.matrix, nullptr, y.data(), shape.rows, false};
@@ -239,6 +240,28 @@ TEST_P(QuantisedMatrix, Int8ActivationsAreCloseAndDoNotDependOnTheBatchOrTasks) 
       // Of the size of its group an activation is wrong by 0.3 %, or by 0.003 % with two planes.
       EXPECT_LT(error, (dtype == DType::kInt4 ? 2e-4 : 2e-8) * all);
     }
+  }
+}
+
+TEST_P(QuantisedMatrix, GateAndUpOfManyRowsDoNotDependOnThem) {
+  ThreadPool pool(2);
+  QuantisedShape shape;
+  shape.dtype = DType::kInt4;
+  shape.rows = 100;
+  shape.cols = 260;
+  const CodeMatrix gate(shape), up(shape);
+  LayerWeights layer;
+  layer.gate = gate.matrix;
+  layer.up = up.matrix;
+  const int32_t batch = 530;
+  const std::vector<float> x = normal(batch * shape.cols, 8);
+  std::vector<float> y(batch * shape.rows, kNaN), one(shape.rows, kNaN);
+  decode_gate_up(pool, kernels_, layer, x.data(), batch, y.data(), true, workspace_);
+  for (const int32_t b : {0, 7, 255, 256, 511, 512, 529}) {
+    decode_gate_up(pool_, kernels_, layer, x.data() + b * shape.cols, 1, one.data(), true,
+                   workspace_);
+    ASSERT_EQ(std::memcmp(one.data(), y.data() + b * shape.rows, shape.rows * sizeof(float)), 0)
+        << b;
   }
 }
 

@@ -141,6 +141,14 @@ const float* CpuBackend::norm_rows(const float* x, const float* weight, int64_t 
   return out;
 }
 
+bool CpuBackend::takes_rows(const Batch& batch,
+                            std::initializer_list<const Matrix*> matrices) const {
+  if (batch.decode) return true;
+  return int8_input_ && kernels_.rounds_prompts &&
+         std::all_of(matrices.begin(), matrices.end(),
+                     [](const Matrix* w) { return w->quantised() && w->dtype == DType::kInt4; });
+}
+
 PackedInput CpuBackend::pack(const float* x, int64_t n, int64_t cols, CpuWorkspace& workspace) {
   const PackedInput packed(gemm_, n, cols, workspace.packed);
   pool_.parallel_rows(packed.n_panels(), cols * gemm_.rows, [&](int64_t panel, int) {
@@ -254,10 +262,10 @@ void CpuBackend::project_qkv(const Weights& weights, int32_t layer, const Batch&
                                 {&w.k, w.k_bias, k, kv_dim, false},
                                 {&w.v, w.v_bias, v, kv_dim, false}};
   const float* normed = w.attention_norm ? norm_rows(x, w.attention_norm, n, hidden, ws) : x;
-  if (batch.decode) {
+  if (!batch.decode && ws.observe_input) ws.observe_input(w.q, normed, n);
+  if (takes_rows(batch, {&w.q, &w.k, &w.v})) {
     decode_linear(pool_, kernels_, layers, normed, hidden, batch.n_rows, int8_input_, ws);
   } else {
-    if (ws.observe_input) ws.observe_input(w.q, normed, n);
     prefill_linear(pool_, kernels_, gemm_, layers, pack(normed, n, hidden, ws), ws);
   }
 
@@ -347,10 +355,10 @@ void CpuBackend::project_output(const Weights& weights, int32_t layer, const Bat
   const bool adds = w.attention_out_norm == nullptr;
   float* out = adds ? x : grow<float>(ws.branch, n * hidden);
   const LinearLayer layers[] = {{&w.o, w.o_bias, out, hidden, adds}};
-  if (batch.decode) {
+  if (!batch.decode && ws.observe_input) ws.observe_input(w.o, attention, n);
+  if (takes_rows(batch, {&w.o})) {
     decode_linear(pool_, kernels_, layers, attention, w.o.cols, batch.n_rows, int8_input_, ws);
   } else {
-    if (ws.observe_input) ws.observe_input(w.o, attention, n);
     prefill_linear(pool_, kernels_, gemm_, layers, pack(attention, n, w.o.cols, ws), ws);
   }
   if (!adds) add_normed(out, w.attention_out_norm, n, hidden, x);
@@ -362,7 +370,8 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
   const LayerWeights& w = weights.layers[layer];
   const int64_t n = batch.n_rows, hidden = w.gate.cols, inner = w.gate.rows;
   const bool adds = w.mlp_out_norm == nullptr;
-  const int64_t together = batch.decode ? n : kMlpRows;
+  const bool by_rows = takes_rows(batch, {&w.gate, &w.up, &w.down});
+  const int64_t together = by_rows ? kRowsAtOnce : kMlpRows;
   for (int64_t row = 0; row < n; row += together) {
     const int64_t rows = std::min(together, n - row);
     float* some = x + row * hidden;
@@ -370,13 +379,19 @@ void CpuBackend::mlp(const Weights& weights, int32_t layer, const Batch& batch, 
     float* gated = grow<float>(ws.gated, rows * inner);
     float* out = adds ? some : grow<float>(ws.branch, rows * hidden);
     const LinearLayer down[] = {{&w.down, w.down_bias, out, hidden, adds}};
-    if (batch.decode) {
-      decode_gate_up(pool_, kernels_, w, normed, batch.n_rows, gated, int8_input_, ws);
-      decode_linear(pool_, kernels_, down, gated, inner, batch.n_rows, int8_input_, ws);
+    const bool observes = !batch.decode && ws.observe_input;
+    if (observes) ws.observe_input(w.gate, normed, rows);
+    if (by_rows) {
+      decode_gate_up(pool_, kernels_, w, normed, static_cast<int32_t>(rows), gated, int8_input_,
+                     ws);
     } else {
-      if (ws.observe_input) ws.observe_input(w.gate, normed, rows);
       prefill_gate_up(pool_, kernels_, gemm_, w, pack(normed, rows, hidden, ws), gated, ws);
-      if (ws.observe_input) ws.observe_input(w.down, gated, rows);
+    }
+    if (observes) ws.observe_input(w.down, gated, rows);
+    if (by_rows) {
+      decode_linear(pool_, kernels_, down, gated, inner, static_cast<int32_t>(rows), int8_input_,
+                    ws);
+    } else {
       prefill_linear(pool_, kernels_, gemm_, down, pack(gated, rows, inner, ws), ws);
     }
     if (!adds) add_normed(out, w.mlp_out_norm, rows, hidden, some);

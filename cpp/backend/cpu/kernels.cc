@@ -34,6 +34,7 @@ Kernels select_kernels(Isa isa) {
       kernels.unpack_coded_slot = unpack_coded_slot_avx512;
       kernels.gemv_int8_input = gemv_int8_input_avx512;
       kernels.quantise_tile = quantise_tile_avx512;
+      kernels.rounds_prompts = isa != Isa::kAmx;  // whose tiles multiply prompts faster
       if (isa == Isa::kAvx512Bf16) {
         kernels.bf16 = avx512bf16_gemm_kernels();
         kernels.gemv = gemv_with_bf16<gemv_bf16_avx512bf16>;

@@ -188,6 +188,8 @@ struct Kernels {
   // Products with quantised matrices: of f32 activations, and of int8 ones.
   void (*gemv_quantised)(const QuantisedGemvArgs& args) = nullptr;
   void (*gemv_int8_input)(const QuantisedGemvArgs& args) = nullptr;
+  // Whether the latter is faster than GEMM for any number of rows, with 4-bit codes.
+  bool rounds_prompts = false;
   // Row i of a block of n rows of activations, x [cols].
   void (*quantise_input)(const float* x, int64_t cols, int32_t i, int32_t n,
                          const Int8Input& block) = nullptr;

@@ -246,20 +246,27 @@ void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const Lin
                    const float* x, int64_t x_stride, int32_t batch, bool int8_input,
                    CpuWorkspace& workspace) {
   std::vector<Task> tasks;
-  Inputs inputs;
   for (size_t i = 0; i < layers.size(); i++) {
     const Matrix& w = *layers[i].weights;
     split(static_cast<int32_t>(i), w.rows, gemv_task_rows(w, pool.size()), tasks);
-    prepare(pool, kernels, w, x, x_stride, batch, int8_input, workspace, inputs);
   }
-  pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
-    const Task& task = tasks[i];
-    const LinearLayer& layer = layers[task.layer];
-    multiply_rows(kernels, *layer.weights,
-                  {task.row0, task.row1, x, x_stride, batch, layer.bias, layer.out + task.row0,
-                   layer.out_stride, layer.add},
-                  inputs);
-  });
+  for (int32_t first = 0; first < batch; first += kRowsAtOnce) {
+    const int32_t rows = std::min(kRowsAtOnce, batch - first);
+    const float* some = x + first * x_stride;
+    Inputs inputs;
+    for (const LinearLayer& layer : layers) {
+      prepare(pool, kernels, *layer.weights, some, x_stride, rows, int8_input, workspace, inputs);
+    }
+    pool.parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int) {
+      const Task& task = tasks[i];
+      const LinearLayer& layer = layers[task.layer];
+      float* out = layer.out + first * layer.out_stride + task.row0;
+      multiply_rows(kernels, *layer.weights,
+                    {task.row0, task.row1, some, x_stride, rows, layer.bias, out, layer.out_stride,
+                     layer.add},
+                    inputs);
+    });
+  }
 }
 
 void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights& layer,
@@ -268,27 +275,34 @@ void decode_gate_up(ThreadPool& pool, const Kernels& kernels, const LayerWeights
   const int64_t n = layer.gate.rows, cols = layer.gate.cols;
   const int64_t step =
       std::max(gemv_task_rows(layer.gate, pool.size()), gemv_task_rows(layer.up, pool.size()));
-  Inputs inputs;
-  for (const Matrix* w : {&layer.gate, &layer.up}) {
-    prepare(pool, kernels, *w, x, cols, batch, int8_input, workspace, inputs);
-  }
   workspace.workers.resize(pool.size());
-  for (HostBuffer& buffer : workspace.workers) grow<float>(buffer, batch * step);
-  pool.parallel_for((n + step - 1) / step, [&](int64_t i, int worker) {
-    const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
-    float* up = workspace.workers[worker].as<float>();  // [batch][step]
-    ProductArgs product{row0, row1, x, cols, batch, nullptr, out + row0, n, false};
-    multiply_rows(kernels, layer.gate, product, inputs);
-    product.y = up;
-    product.y_stride = step;
-    multiply_rows(kernels, layer.up, product, inputs);
-    for (int32_t b = 0; b < batch; b++) {
-      float* gate = out + b * n + row0;
-      kernels.silu_mul(
-          gate, up + b * step, layer.gate_bias != nullptr ? layer.gate_bias + row0 : nullptr,
-          layer.up_bias != nullptr ? layer.up_bias + row0 : nullptr, row1 - row0, gate);
+  for (HostBuffer& buffer : workspace.workers) {
+    grow<float>(buffer, std::min(kRowsAtOnce, batch) * step);
+  }
+  for (int32_t first = 0; first < batch; first += kRowsAtOnce) {
+    const int32_t rows = std::min(kRowsAtOnce, batch - first);
+    const float* some = x + first * cols;
+    Inputs inputs;
+    for (const Matrix* w : {&layer.gate, &layer.up}) {
+      prepare(pool, kernels, *w, some, cols, rows, int8_input, workspace, inputs);
     }
-  });
+    pool.parallel_for((n + step - 1) / step, [&](int64_t i, int worker) {
+      const int64_t row0 = i * step, row1 = std::min(n, row0 + step);
+      float* up = workspace.workers[worker].as<float>();  // [rows][step]
+      float* gate = out + first * n + row0;
+      ProductArgs product{row0, row1, some, cols, rows, nullptr, gate, n, false};
+      multiply_rows(kernels, layer.gate, product, inputs);
+      product.y = up;
+      product.y_stride = step;
+      multiply_rows(kernels, layer.up, product, inputs);
+      for (int32_t b = 0; b < rows; b++) {
+        kernels.silu_mul(gate + b * n, up + b * step,
+                         layer.gate_bias != nullptr ? layer.gate_bias + row0 : nullptr,
+                         layer.up_bias != nullptr ? layer.up_bias + row0 : nullptr, row1 - row0,
+                         gate + b * n);
+      }
+    });
+  }
 }
 
 void prefill_linear(ThreadPool& pool, const Kernels& kernels, const GemmKernels& gemm,
