@@ -5,10 +5,10 @@
     ... --peers FOLDER                also what llama.cpp's quantise call makes of the same bf16
                                       weights (llama-cpp-python, gguf); FOLDER keeps the files
 
-Prompts multiply with the rounded weights as they are; decode rounds activations, too. So every
-piece of the text is read twice on a dense cache: in one call, and token by token, as a reply is
-made (--calls-only leaves that out). llama.cpp rounds activations in both, and reads pieces in one
-call.
+Prompts multiply with the rounded weights as they are, but for 4-bit weights on AVX-512 without AMX;
+there, and in decode everywhere, activations are rounded, too. So every piece of the text is read
+twice on a dense cache: in one call, and token by token, as a reply is made (--calls-only leaves
+that out). llama.cpp rounds activations in both, and reads pieces in one call.
 The mean divergence (KLD, nats) is from the model as stored, read in one call; bits are those of a
 weight in all, embedding, scales and what is left in bf16 among them.
 """
