@@ -7,8 +7,11 @@ A document is read once with the dense cache. Then, for each setting, its tokens
 the newest 32 (to whole blocks of 64) are coded as the runtime codes them, and what follows attends
 to that: for `needle` a question after a seven-digit code hidden in the text and the answer, forced;
 for `text` the 128 tokens that come next. A needle is found where every digit is the likeliest
-token: what greedy decoding finds. Settings are profiles of `mustafar calibrate`, and int4 with a
-Hadamard rotation. Needs torch, safetensors and tokenizers.
+token: what greedy decoding finds. With --turned N every profile is also measured on keys that are
+turned back by the position at which their N tokens begin before they are coded, and forth again
+afterwards: what a runtime does that turns the queries of every N tokens instead. Settings are
+profiles of `mustafar calibrate`, and int4 with a Hadamard rotation. Needs torch, safetensors and
+tokenizers.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +156,22 @@ def profile_basis(tensors: dict[str, Tensor], kind: str) -> Basis:
     return Basis(forward, backward, torch.zeros_like(sigma), sigma, torch.empty(0))
 
 
+def turned(code: Code, every: int) -> Code:
+    """A coder that meets keys as if their `every` tokens began where the text does."""
+
+    def turn(rows: Rows, x: Tensor, direction: int) -> Tensor:
+        sinks = rows.schedule.sinks
+        begin = ((torch.arange(x.shape[1]) - sinks).clamp(min=0) // every * every).long()
+        cos, sin = rows.rope.cos[begin], direction * rows.rope.sin[begin]
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def coded(rows: Rows) -> Tensor:
+        return turn(rows, code(replace(rows, k=turn(rows, rows.k, -1))), 1)
+
+    return coded
+
+
 def hadamard_int4(rows: Rows) -> Tensor:
     matrix = hadamard(rows.x.shape[-1]).float()
     return symmetric(rows.x @ matrix, 4) @ matrix.T
@@ -193,6 +213,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--profile", action="append", default=[], help="NAME=FILE; repeatable")
     parser.add_argument("--bits", type=float, action="append", help="of coded rows (default: 3, 4)")
+    parser.add_argument("--turned", type=int, action="append", default=[], metavar="N")
     parser.add_argument("--output", type=Path, help="JSON, one list of cases for each setting")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -208,6 +229,8 @@ def main() -> int:
         for bits in options.bits or (3, 4):
             key, value = (Coded(profile_basis(tensors, kind), bits) for kind in "kv")
             settings[f"{name}, {bits:g} bits"] = (key, value)
+            for every in options.turned:
+                settings[f"{name}, {bits:g} bits, turned {every}"] = (turned(key, every), value)
     settings["int4, Hadamard"] = (hadamard_int4, hadamard_int4)
 
     text = options.text.read_text(encoding="utf-8")

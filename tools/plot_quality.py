@@ -118,7 +118,7 @@ def draw_needle(results: dict[str, Any], figure_path: Path) -> None:
             at = [v for label, v in found[name].items() if label.startswith(f"{length}@")]
             if at:
                 points.append((100 * of_dense[name], sum(a for a, _ in at) / sum(b for _, b in at)))
-        axes.plot(*zip(*points, strict=True), "o-", label=f"{length} tokens")
+        axes.plot(*zip(*points, strict=True), "o", label=f"{length} tokens")
     axes.set_xlabel("bytes, % of dense", fontsize=7)
     axes.set_title("found, against bytes", fontsize=8)
     axes.tick_params(labelsize=7)
