@@ -34,9 +34,10 @@ std::span<const KVPreset> kv_presets() {
       {"dense", "as computed: 100 % of the bytes", dense(ValueType::kAuto), "none"},
       {"lossless", "8 bits: 52 %, perplexity +0.0 %", dense(ValueType::kInt8), "none"},
       {"balanced", "4 bits, rotated: 27 %, +0.2 to 0.6 %", dense(ValueType::kInt4), "hadamard"},
-      {"small", "3 bits by energy: 20 %, +0.2 to 0.9 %", coded(3), "auto"},
-      {"mustafar", "half of the values, 8 bits: 33 %, +0.3 to 1.3 %", sparse(0.5, ValueType::kInt8),
+      {"small", "3 bits by energy: 20 %, +0.2 to 0.9 % up to 2K tokens, +3 % at 8K", coded(3),
        "auto"},
+      {"mustafar", "half of the values, 8 bits: 33 %, +0.2 to 2.7 %", sparse(0.5, ValueType::kInt8),
+       "none"},
   }};
   return presets;
 }

@@ -46,9 +46,9 @@ class PackedInput {
 // Rows whose activations stay in a core's cache while the weights go by.
 inline constexpr int32_t kRowsAtOnce = 256;
 
-// One parallel region for every kRowsAtOnce rows: every layer applied to x [batch] rows, x_stride apart.
-// Where a layer is quantised, its activations are rounded to int8 (Int8Input) if `int8_input` is
-// set.
+// One parallel region for every kRowsAtOnce rows: every layer applied to x [batch] rows, x_stride
+// apart. Where a layer is quantised, its activations are rounded to int8 (Int8Input) if
+// `int8_input` is set.
 void decode_linear(ThreadPool& pool, const Kernels& kernels, std::span<const LinearLayer> layers,
                    const float* x, int64_t x_stride, int32_t batch, bool int8_input,
                    CpuWorkspace& workspace);
