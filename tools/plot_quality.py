@@ -82,7 +82,9 @@ def draw_pareto(
 
 def short_name(name: str) -> str:
     """A setting's name without the words that all have."""
-    return name.replace("value_dtype=", "").replace("pattern=", "").replace(",profile=auto", "")
+    for word in ("value_dtype=", "pattern=", "profile="):
+        name = name.replace(word, "")
+    return name
 
 
 def draw_needle(results: dict[str, Any], figure_path: Path) -> None:
