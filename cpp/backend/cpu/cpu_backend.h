@@ -58,10 +58,10 @@ class CpuBackend final : public Backend {
   // normed [n][hidden] = norm(x), in the workspace.
   const float* norm_rows(const float* x, const float* weight, int64_t n, int64_t hidden,
                          CpuWorkspace& workspace);
-  // The GEMM's input from x [n][cols], in the workspace.
   // Whether the products of a batch with these matrices are decode's, and so of rounded activations
   // where the matrices are quantised.
   bool takes_rows(const Batch& batch, std::initializer_list<const Matrix*> matrices) const;
+  // The GEMM's input from x [n][cols], in the workspace.
   PackedInput pack(const float* x, int64_t n, int64_t cols, CpuWorkspace& workspace);
   // Fills workspace.rope for the rows of a batch.
   void prepare_rope(const Weights& weights, const Batch& batch, CpuWorkspace& workspace);
@@ -80,7 +80,7 @@ class CpuBackend final : public Backend {
 
   Kernels kernels_;
   GemmKernels gemm_;  // of prefill: bf16 or f32
-  bool int8_input_;   // of products with quantised matrices in decode, unless arithmetic is f32
+  bool int8_input_;   // of quantised matrices where takes_rows says so, unless arithmetic is f32
   Isa isa_;
   DType dtype_;
   float eps_;         // of norms of x, in the units that x has here (ModelConfig::stream_norm_eps)
